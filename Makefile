@@ -1,0 +1,92 @@
+# Everything that is done with a checkout. `make help` lists it.
+#
+# Each target works alone in a fresh clone and needs only Python 3.10 or later, make and git: what it
+# uses is installed into a virtual environment first. A stamp file in there for each group of requirements
+# remembers that this has been done; it is done again when pyproject.toml or constraints.txt has changed.
+#
+#   make test PYTHON=python3.12 VENV=/tmp/venv312      another Python, in an environment of its own
+#   make test PYTEST_ARGS="-x -k drain"                further arguments for pytest
+#
+# pip's own settings (pip.conf, the PIP_* environment variables) hold as always.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+SITE        ?= site
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+
+# How long `make soak` goes on, in seconds.
+TORCHWQ_SOAK_SECONDS ?= 600
+
+BIN         := $(VENV)/bin
+PIP         := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install -qq --constraint constraints.txt
+
+# $(call extra,NAME) is the stamp that says that the extra NAME of pyproject.toml is installed.
+extra = $(VENV)/.stamp-extra-$(1)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips in one environment get into each other's way
+
+.PHONY: help demo test lint style types imports bench docs soak install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
+
+# --- what there is to do ---
+
+demo: $(call extra,examples) ## train a small CNN on images that background workers prepare
+	$(BIN)/python examples/train_digits.py
+
+test: $(call extra,test) $(call extra,examples) ## run the tests, those of the queues on both transports
+	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest tests/transport tests/queues $(PYTEST_ARGS)
+
+lint: style types imports ## check style, types and layers
+
+style: $(call extra,lint) ## check the style only (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(call extra,lint) ## check the types only (mypy)
+	$(BIN)/python -m mypy
+
+imports: $(call extra,lint) ## check only that each layer imports none above it (import-linter)
+	$(BIN)/lint-imports
+
+# As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
+bench: $(call extra,bench) ## measure the queue against its peers
+	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
+
+docs: $(call extra,docs) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
+
+soak: $(call extra,test) $(call extra,examples) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
+	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout=0 $(PYTEST_ARGS)
+
+install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) ## install all that demo, test, lint and docs need
+
+clean: ## remove what was built and cached (the virtual environment stays)
+	rm -rf build dist $(SITE) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path './.*' -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- what it needs ---
+
+# An environment that is there already, made by hand, is used as it is.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit("torchwq needs Python 3.10 or later; choose one with PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	@$(PIP) --version >/dev/null 2>&1 || { echo "Creating a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) install -qq "pip>=22"
+	@touch $@
+
+# torch comes first and alone, in the version that constraints.txt names.
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
+	@echo "Installing torch (a large download, the first time)"
+	@$(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/.stamp-extra-%: $(VENV)/.stamp-torch pyproject.toml constraints.txt
+	@echo "Installing torchwq and what \"$*\" needs"
+	@$(PIP_INSTALL) --editable ".[$*]"
+	@touch $@

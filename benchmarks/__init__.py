@@ -1,0 +1,1 @@
+"""Benchmarks of torchwq against its peers: `make bench`, or `python -m benchmarks.queue`."""

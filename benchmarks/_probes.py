@@ -1,0 +1,114 @@
+"""Measurements that need a fresh process: `python -m benchmarks._probes NAME` prints its figures as JSON.
+
+How long the first use takes can be measured only once per process, and memory only where nothing else has
+used any.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.queues import SimpleQueue
+
+QUESTIONS = 100_000
+
+
+def answer_once(answers: SimpleQueue[str]) -> None:
+    import torch
+
+    answers.put(torch.__version__)
+
+
+def first_use_of_spawn() -> dict[str, float]:
+    """Seconds from here to the first answer of a spawned process that imports torch."""
+    started = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=answer_once, args=(answers,))
+    process.start()
+    answers.get()
+    seconds = time.perf_counter() - started
+    process.join()
+    return {"seconds": seconds}
+
+
+def first_use_of_torchwq() -> dict[str, float]:
+    """Seconds from the import of torchwq, this process's own, to the first answer of its first worker."""
+    import torchwq
+
+    def write_version(q: torchwq.WorkQueue) -> None:
+        import torch
+
+        q.write(torch.__version__)
+
+    started = time.perf_counter()
+    with torchwq.workqueue() as q:
+        workers = torchwq.map(1, write_version, q)
+        q.read()
+        seconds = time.perf_counter() - started
+        workers.join()
+    return {"seconds": seconds}
+
+
+def memory() -> dict[str, float]:
+    """Bytes a waiting question costs the owner, and the part of them that is left after answer or close."""
+    import torchwq
+
+    def echo(q: torchwq.WorkQueue) -> None:
+        for question in q:
+            q.write(question)
+
+    def fill(q: torchwq.WorkQueue) -> None:
+        for place in range(QUESTIONS):
+            q.write((place, "abc", 2.5))
+
+    with torchwq.workqueue() as q:  # whatever is needed once
+        workers = torchwq.map(1, echo, q)
+        q.write((0, "abc", 2.5))
+        q.read()
+        q.write(None)
+        workers.join()
+
+    empty = resident_bytes()
+    with torchwq.workqueue() as q:
+        fill(q)
+        full = resident_bytes()
+        workers = torchwq.map(1, echo, q)
+        for _ in range(QUESTIONS):
+            q.read()
+        answered = resident_bytes()
+        q.write(None)
+        workers.join()
+    q = torchwq.workqueue()
+    fill(q)
+    q.close()
+    closed = resident_bytes()
+    taken = full - empty
+    return {
+        "bytes": taken / QUESTIONS,
+        "left_when_answered": max(0, answered - empty) / taken,
+        "left_when_closed": max(0, closed - empty) / taken,
+    }
+
+
+def resident_bytes() -> int:
+    """What this process occupies in memory."""
+    gc.collect()
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            pages = int(statm.read().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+PROBES = {probe.__name__: probe for probe in (first_use_of_spawn, first_use_of_torchwq, memory)}
+
+if __name__ == "__main__":  # multiprocessing's spawned process imports this file again
+    print(json.dumps(PROBES[sys.argv[1]]()))

@@ -1,0 +1,209 @@
+"""How fast is a workqueue? Echoes through one worker, beside the other queues that Python has.
+
+A *round trip* has one message in flight: it shows what waking up the other process costs. *Pipelined* keeps
+several in flight, as an owner does that feeds workers: it shows the work per message. Both go through one
+worker process that unpickles and pickles, so that all contenders do the same. They keep their worker over
+the whole run and take turns (see `_harness`); how many messages a measurement takes is chosen for each, so
+that all are measured equally long. Then: how long workers take to start, and what waiting questions cost in
+memory.
+
+    python -m benchmarks.queue [--quick] [--rounds N] [--json FILE] [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder would hide the standard `queue` behind this one
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torchwq
+from benchmarks._harness import (
+    Measure,
+    Results,
+    Target,
+    conclude,
+    environment,
+    interleave,
+    parser,
+    show_results,
+)
+from benchmarks._peers import FORK, MB, Case, Peer, start_peers
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = (1, "abc", 2.5)
+DICT = {f"key{place:03}": place * 0.5 for place in range(100)}
+LARGE = b"x" * MB
+CASES = [
+    Case("small tuple, round trip", SMALL, 1),
+    Case("small tuple, pipelined", SMALL, 32),
+    Case("dict of 100 floats, round trip", DICT, 1),
+    Case("dict of 100 floats, pipelined", DICT, 32),
+    Case("1 MB bytes, round trip", LARGE, 1),
+    Case("1 MB bytes, pipelined", LARGE, 4),
+]
+
+
+# --- echoes ---
+
+
+def echo_rate(peer: Peer, case: Case, count: int) -> float:
+    """Messages per second, there and back."""
+    write, read, message = peer.write, peer.read, case.message
+    started = time.perf_counter()
+    for _ in range(case.in_flight):
+        write(message)
+    for _ in range(count - case.in_flight):
+        read()
+        write(message)
+    for _ in range(case.in_flight):
+        read()
+    return count / (time.perf_counter() - started)
+
+
+def measure_echo(peer: Peer, case: Case, seconds: float) -> Measure:
+    """A measurement of about `seconds`; checks that the message comes back as it was, and warms up."""
+    peer.write(case.message)
+    if peer.read() != case.message:
+        raise AssertionError(f"{peer.name} changed the message of {case.name}")
+    trial = 20 if case.large else 500
+    echo_rate(peer, case, trial)
+    rate = echo_rate(peer, case, trial)
+    return partial(echo_rate, peer, case, max(2 * case.in_flight, int(rate * seconds)))
+
+
+def measure_echoes(rounds: int, seconds: float) -> Results:
+    peers = start_peers()
+    measures = {
+        case.name: {peer.name: measure_echo(peer, case, seconds) for peer in peers if peer.suits(case)}
+        for case in CASES
+    }
+    results = interleave("messages/s", measures, rounds)
+    for peer in peers:
+        peer.close()
+    return results
+
+
+# --- starting workers ---
+
+
+def answer_queue(q: torchwq.WorkQueue) -> None:
+    q.write(0)
+
+
+def start_torchwq() -> float:
+    """Seconds from `map` to the first answer of two workers."""
+    with torchwq.workqueue() as q:
+        started = time.perf_counter()
+        workers = torchwq.map(2, answer_queue, q)
+        q.read()
+        seconds = time.perf_counter() - started
+        workers.join()
+    return seconds
+
+
+def start_forks() -> float:
+    """The same for two processes that multiprocessing forks."""
+    answers = FORK.SimpleQueue()
+    processes = [FORK.Process(target=answers.put, args=(0,)) for _ in range(2)]
+    started = time.perf_counter()
+    for process in processes:
+        process.start()
+    answers.get()
+    seconds = time.perf_counter() - started
+    for process in processes:
+        process.join()
+    answers.close()
+    return seconds
+
+
+def probe(name: str) -> dict[str, float]:
+    """The figures of one of `_probes`, measured in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks._probes", name]
+    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=120).stdout
+    figures: dict[str, float] = json.loads(printed)
+    return figures
+
+
+def measure_starts(rounds: int, first_rounds: int) -> tuple[Results, Results]:
+    """Seconds to the first answer: warm, and for the first use in a process."""
+    torchwq.warm_up()
+    warm: dict[str, Callable[[], float]] = {"torchwq": start_torchwq, "mp fork": start_forks}
+    for measure in warm.values():
+        measure()
+    first: dict[str, Any] = {
+        "torchwq": lambda: probe("first_use_of_torchwq")["seconds"],
+        "mp spawn": lambda: probe("first_use_of_spawn")["seconds"],
+    }
+    return (
+        interleave("seconds to the first answer", {"two workers, warm": warm}, rounds),
+        interleave("seconds to the first answer", {"first use in a process": first}, first_rounds),
+    )
+
+
+# --- what must be reached ---
+
+
+def echo_targets(echoes: Results) -> list[Target]:
+    def target(case: str, other: str, limit: float) -> Target:
+        return Target(f"{case}: rate to {other}'s", echoes.ratio(case, "torchwq", other), limit)
+
+    return [
+        target("small tuple, pipelined", "mp.Queue", 2.5),
+        target("small tuple, pipelined", "faster-fifo", 1.8),
+        target("small tuple, pipelined", "raw socket", 0.7),
+        target("small tuple, round trip", "mp.Queue", 5.0),
+        target("1 MB bytes, round trip", "mp.Queue", 1.0),
+        target("1 MB bytes, pipelined", "mp.Queue", 1.0),
+    ]
+
+
+def start_targets(warm: Results, first: Results) -> list[Target]:
+    beyond = [ours - theirs for ours, theirs in zip(*warm.figures["two workers, warm"].values(), strict=True)]
+    ratio = first.ratio("first use in a process", "torchwq", "mp spawn")
+    return [
+        Target("two workers, warm: time beyond mp fork's", median(beyond), 0.1, "s", at_most=True),
+        Target("first use in a process: time to mp spawn's", ratio, 1.0, at_most=True),
+    ]
+
+
+def memory_targets(memory: dict[str, float]) -> list[Target]:
+    return [
+        Target("100,000 waiting questions: memory each", memory["bytes"] / 1000, 1.0, "KB", at_most=True),
+        Target(
+            "... of which is left when they are answered", memory["left_when_answered"], 0.25, at_most=True
+        ),
+        Target(
+            "... of which is left when the queue is closed", memory["left_when_closed"], 0.25, at_most=True
+        ),
+    ]
+
+
+def main(options: argparse.Namespace) -> int:
+    rounds = options.rounds or (3 if options.quick else 5)
+    print(", ".join(f"{key} {value}" for key, value in environment().items()), end="\n\n")
+
+    echoes = measure_echoes(rounds, seconds=0.08 if options.quick else 0.3)
+    show_results(echoes, "torchwq")
+    if "faster-fifo" not in echoes.contenders:
+        print("faster-fifo is not installed and was skipped: pip install faster-fifo\n")
+    warm, first = measure_starts(rounds, 1 if options.quick else min(rounds, 3))
+    show_results(warm, "torchwq")
+    show_results(first, "torchwq")
+
+    targets = echo_targets(echoes) + start_targets(warm, first) + memory_targets(probe("memory"))
+    return conclude(targets, {"echoes": echoes, "warm start": warm, "first use": first}, options)
+
+
+sys.exit(main(parser("How fast is a workqueue?").parse_args()))

@@ -1,0 +1,322 @@
+"""``BackgroundTask``: one function in one worker, as a future, or as an iterator that produces ahead.
+
+The iterator is a workqueue: the consumer writes a *credit* for each item that may be made, the producer reads a credit, makes an
+item, and writes it. At the start there are ``prefetch`` credits; taking an item gives one more. So there are never more
+than ``prefetch`` items that were made and not yet taken, and a producer whose consumer has gone reads "closed".
+
+What ends a task, other than its items, comes over the worker's control connection and completes the future. Its thread holds a
+plain task (that runs to its end whoever looks), but only a weak reference to an iterator: when its consumer drops it,
+the producer stops.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import queue
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Final, TypeVar, final
+
+from torch.utils.data import Dataset
+
+from .errors import MarshalError, QueueClosed, WorkerDied
+from .mapping import check_backend, exit_status
+from .marshalling import codec, exceptions
+from .queues import WorkQueue, workqueue
+from .transport import reactor
+from .workers import child, shutdown, worker
+
+T = TypeVar("T")
+
+_ENTRY: Final = "torchwq.background:run_worker"
+#: How long, in seconds, a producer may go on with the item it is at after its consumer has left.
+_GRACE: Final = 5.0
+
+# What the producer writes: a kind and a value.
+_ITEM, _END, _ERROR, _NO_ITERATOR = range(4)
+
+
+@final
+class BackgroundTask(concurrent.futures.Future[T]):
+    """Run a function in the background, at once; or produce the items of an iterable ahead.
+
+    As a future: ``done()``, ``result(timeout)``, ``exception()``, ``add_done_callback``; it works with
+    ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``. It is running from the start, so
+    ``cancel()`` returns False.
+
+    As an iterator, if ``f`` is a generator function or returns an iterator, or if ``f`` is a Dataset or another iterable: the
+    items are made in the worker, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop early, or
+    :meth:`close`, stops the producer. An error surfaces at the item where it happened, after the items before it. An
+    exhausted task stays exhausted; its ``result()`` is the generator's return value.
+
+    Args:
+        f: a function; or an iterator, an iterable, an iterable Dataset, or a map-style Dataset, which is read from index 0 to
+            its end. It gets no ``mapid``. It travels as code; see ``upvalues``.
+        *args: its arguments.
+        prefetch: how many items may be ready and not taken; at least 1.
+        backend: ``"process"``.
+        upvalues: whether ``f`` may be a closure and use global data of ``__main__``: these are then copied to the worker.
+
+    Raises:
+        ClosureError: ``f`` drags data along.
+        MarshalError: ``f`` or an argument cannot travel.
+        ValueError: ``prefetch`` is less than 1, or there is no such ``backend``.
+        TypeError: ``f`` is neither a function nor iterable, or is iterable and arguments were given.
+
+    Source: torch-ipc's ``ipc.BackgroundTask``; ``concurrent.futures.Future``.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., T] | Iterable[Any] | Dataset[Any],
+        /,
+        *args: Any,
+        prefetch: int = 2,
+        backend: str = "process",
+        upvalues: bool = False,
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        if prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1, not {prefetch}")
+        self._name = getattr(f, "__qualname__", None) or type(f).__qualname__
+        self._length: int | None = None
+        self._exhausted = False
+        iterable = isinstance(f, Dataset) or not callable(f)
+        if iterable:
+            if not isinstance(f, Dataset) and not hasattr(f, "__iter__") and not hasattr(f, "__getitem__"):
+                raise TypeError(f"a function, a Dataset or an iterable is needed, not {type(f).__name__}")
+            if args:
+                raise TypeError("arguments are for a function; a Dataset or an iterable takes none")
+            self._length = _length(f)
+        self._queue = workqueue()
+        try:
+            self._queue.write(*range(prefetch))
+            payload = codec.encode_call(f, args, (self._queue, iterable), codec.CALL_LIMIT, upvalues=upvalues)
+            self.set_running_or_notify_cancel()
+            events: queue.SimpleQueue[tuple[bytes, list[int]] | None] = queue.SimpleQueue()
+            (self._worker,) = worker.start(
+                1, _ENTRY, lambda _, data, fds: events.put((data, fds)), lambda _: events.put(None)
+            )
+        except BaseException:
+            self._queue.close()
+            raise
+        self._worker.send(payload)
+        _Completion(self, self._worker, events).start()
+
+    def __iter__(self) -> Generator[Any, None, None]:
+        """Yield what is left of the items. The producer is stopped when the loop is left early."""
+        try:
+            while True:
+                try:
+                    item = next(self)
+                except StopIteration:
+                    return
+                yield item
+        finally:
+            self.close()
+
+    def __next__(self) -> Any:
+        """The next item; waits for it.
+
+        Raises:
+            StopIteration: there are no more, or the task was closed.
+            WorkerDied: the worker died; what it had produced before came first.
+            TypeError: the task is not an iterator.
+            Exception: what the producer raised at this item.
+        """
+        if self._exhausted:
+            raise StopIteration
+        try:
+            kind, value = self._queue.read()
+            if kind == _ITEM:
+                self._queue.write(0)
+                return value
+        except QueueClosed:
+            self._exhausted = True
+            raise StopIteration from None
+        except WorkerDied:
+            self._exhausted = True
+            self._raise_what_ended_it()
+            raise
+        if kind == _NO_ITERATOR:
+            self._queue.close()
+            raise TypeError(f"{self!r} is not an iterator: its function returned {value}")
+        self._exhausted = True
+        self.close()
+        if kind == _ERROR:
+            raise exceptions.unpack(value)
+        raise StopIteration
+
+    def _raise_what_ended_it(self) -> None:
+        """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
+        error = self.exception(timeout=_GRACE)
+        if error is not None:
+            raise error
+
+    def __len__(self) -> int:
+        """Number of items in all, where the source has a length.
+
+        Raises:
+            TypeError: it has none, as generators have none.
+        """
+        if self._length is None:
+            raise TypeError(f"{self._name} has no length")
+        return self._length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Stop producing; the task is exhausted then. A plain task runs on to its end. May be called again."""
+        self._exhausted = True
+        if not self._queue.closed:
+            self._queue.close()
+            if not self.done():
+                process = self._worker
+                reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_worker") and not self._worker.ended_event.is_set():
+            process = self._worker
+            reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL))
+
+    def __repr__(self) -> str:
+        state = {"RUNNING": "running", "FINISHED": "finished"}.get(self._state, self._state.lower())
+        failed = f" with {type(self._exception).__name__}" if self._exception is not None else ""
+        return f"<torchwq.BackgroundTask {self._name}, {state}{failed}>"
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+class _Completion(threading.Thread):
+    """Completes the future: unpickling and callbacks are not for the reactor's thread."""
+
+    def __init__(
+        self,
+        task: BackgroundTask[Any],
+        process: worker.Worker,
+        events: queue.SimpleQueue[tuple[bytes, list[int]] | None],
+    ) -> None:
+        super().__init__(name="torchwq-task", daemon=True)
+        self._task: BackgroundTask[Any] | weakref.ref[BackgroundTask[Any]] = task
+        self._name_of_task = task._name
+        self._process = process
+        self._events = events
+        _unfinished.add(self)
+
+    @property
+    def is_iterator(self) -> bool:
+        return isinstance(self._task, weakref.ref)
+
+    def run(self) -> None:
+        outcome: tuple[Any, Any] | None = None
+        while (event := self._events.get()) is not None:
+            try:
+                value, packed = codec.decode(*event)
+            except Exception as error:  # noqa: BLE001 - what the result's class raises when it is rebuilt
+                outcome = (None, error)
+                continue
+            if packed == "iterator":
+                if not self.is_iterator:
+                    assert isinstance(self._task, BackgroundTask)
+                    self._task = weakref.ref(self._task)
+                _unfinished.discard(self)
+            else:
+                outcome = (value, None if packed is None else exceptions.unpack(packed))
+        _unfinished.discard(self)
+        if outcome is None:
+            outcome = (None, self._process.died(f"the task {self._name_of_task}"))
+        task = self._task() if isinstance(self._task, weakref.ref) else self._task
+        if task is None:
+            return
+        if outcome[1] is not None and not (task._queue.closed and isinstance(outcome[1], WorkerDied)):
+            task.set_exception(outcome[1])
+        else:
+            task.set_result(outcome[0])
+
+
+#: Plain tasks that exit waits for. Everything in it may yet turn out to be an iterator.
+_unfinished: set[_Completion] = set()
+
+
+def _finish_all() -> None:
+    while _unfinished:
+        for completion in list(_unfinished):
+            completion.join(0.02)
+
+
+shutdown.at_finish(_finish_all)
+
+
+def run_worker(context: child.Context) -> int:
+    """Entry of a task's worker: sends (value, packed error) at its end, and "iterator" when it turns out to be one."""
+    limit = context.max_message - 16
+    value: Any = None
+    items: WorkQueue | None = None
+    packed: exceptions.PackedException | None = None
+    try:
+        source, args, (items, iterable) = codec.decode(*context.receive())
+        produced = _iterator_over(source) if iterable else source(*args)
+        if isinstance(produced, Iterator):
+            context.send(codec.encode((None, "iterator"), limit))
+            value = _produce(produced, items)
+        else:
+            items.write((_NO_ITERATOR, type(produced).__name__))
+            value = produced
+        payload = codec.encode_all([(value, None)], limit, root="the task's result")[0]
+    except QueueClosed:
+        payload = codec.encode((None, None), limit)
+    except SystemExit as stop:
+        return exit_status(stop)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
+        packed = exceptions.pack(error)
+        payload = codec.encode((None, packed), limit)
+        _tell(items, packed)
+    context.send(payload)
+    return 0 if packed is None else 1
+
+
+def _iterator_over(source: Any) -> Iterator[Any]:
+    if hasattr(source, "__iter__"):
+        return iter(source)
+    try:
+        length = len(source)
+    except TypeError:
+        return iter(source)  # the old protocol: __getitem__ until IndexError
+    return (source[index] for index in range(length))
+
+
+def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
+    """Make an item for each credit; returns the iterator's return value, or None if the consumer has left."""
+    try:
+        for _ in items:
+            try:
+                item = next(produced)
+            except StopIteration as stop:
+                items.write((_END, None))
+                return stop.value
+            items.write((_ITEM, item))
+    except QueueClosed:
+        pass
+    finally:
+        close = getattr(produced, "close", None)
+        if close is not None:
+            close()
+    return None
+
+
+def _tell(items: WorkQueue | None, packed: exceptions.PackedException) -> None:
+    """Let the consumer meet the error after the items before it."""
+    if items is not None:
+        try:
+            items.write((_ERROR, packed))
+        except (QueueClosed, MarshalError):
+            pass  # the consumer has left

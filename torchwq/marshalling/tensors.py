@@ -1,0 +1,125 @@
+"""Tensors by reference: what travels is the descriptor of the shared storage and how the tensor lies on it.
+
+Two tensors on one storage in one message stay so, because pickle meets the same storage object twice. Dense CPU tensors are
+taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones. Subclasses and
+quantized tensors take torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their storages, and so
+here. CUDA and meta tensors go through ``torch.multiprocessing.reductions``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch.multiprocessing import reductions
+from torch.utils.hooks import warn_if_has_hooks
+
+from ..memory import storages
+from .reducers import Encoder, inbound_fd, register
+
+
+def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise RuntimeError(
+            "a tensor that requires grad and is not a leaf cannot be sent, because autograd does not cross processes: "
+            "send tensor.detach()"
+        )
+    warn_if_has_hooks(tensor)
+    if tensor.is_conj():
+        return _restore_view, (_without_grad(tensor).conj(), "conj", tensor.requires_grad)
+    if tensor.is_neg():
+        return _restore_view, (storages.negated_view(_without_grad(tensor)), "neg", tensor.requires_grad)
+    if tensor.is_nested:
+        return _rebuild_nested, (storages.nested_parts(_without_grad(tensor)), tensor.requires_grad)
+    if tensor.layout is not torch.strided:
+        parts, coalesced = storages.sparse_parts(_without_grad(tensor))
+        return _rebuild_sparse, (tensor.layout, parts, tensor.shape, coalesced, tensor.requires_grad)
+    if tensor.is_quantized:
+        return NotImplemented
+    if tensor.device.type != "cpu":
+        return reductions.reduce_tensor(tensor)
+    storages.move_if_sole_owner(tensor)
+    return _rebuild_dense, (
+        type(tensor),
+        tensor.untyped_storage(),
+        tensor.dtype,
+        tensor.storage_offset(),
+        tuple(tensor.size()),
+        tensor.stride(),
+        tensor.requires_grad,
+    )
+
+
+def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _rebuild_dense(
+    cls: type[torch.Tensor],
+    storage: torch.UntypedStorage,
+    dtype: torch.dtype,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+) -> torch.Tensor:
+    tensor = torch.empty((0,), dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload]
+    if cls is torch.nn.Parameter:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    tensor.requires_grad = requires_grad
+    return tensor  # type: ignore[no-any-return]
+
+
+def _restore_view(tensor: torch.Tensor, bit: str, requires_grad: bool) -> torch.Tensor:
+    tensor = tensor.conj() if bit == "conj" else storages.negated_view(tensor)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _rebuild_nested(parts: Any, requires_grad: bool) -> torch.Tensor:
+    return storages.nested_from(parts).requires_grad_(requires_grad)
+
+
+def _rebuild_sparse(
+    layout: torch.layout, parts: list[torch.Tensor], shape: torch.Size, coalesced: bool, requires_grad: bool
+) -> torch.Tensor:
+    if layout is torch.sparse_coo:
+        tensor = torch.sparse_coo_tensor(parts[0], parts[1], shape, is_coalesced=coalesced)
+    else:
+        tensor = torch.sparse_compressed_tensor(*parts, shape, layout=layout)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
+    if storage.device.type != "cpu":
+        return reductions.reduce_storage(storage)
+    if storage.nbytes() == 0:
+        return torch.UntypedStorage, (0,)
+    shared_by_name = storage.is_shared() and torch.multiprocessing.get_sharing_strategy() == "file_system"
+    if shared_by_name or not storages.CAN_SHARE_FD:
+        return reductions.reduce_storage(storage)
+    fd, nbytes = storages.share(storage)
+    return _open_storage, (encoder.attach(fd, storage), nbytes)
+
+
+def _open_storage(index: int, nbytes: int) -> torch.UntypedStorage:
+    return storages.open_shared(inbound_fd(index), nbytes)
+
+
+def _reduce_typed(encoder: Encoder, storage: Any) -> Any:
+    return _rebuild_typed, (type(storage), storage._untyped_storage, storage.dtype)
+
+
+def _rebuild_typed(cls: Any, untyped: torch.UntypedStorage, dtype: torch.dtype) -> Any:
+    if cls is torch.storage.TypedStorage:
+        return cls(wrap_storage=untyped, dtype=dtype, _internal=True)
+    return cls(wrap_storage=untyped, _internal=True)
+
+
+register(torch.Tensor, _reduce_tensor)
+register(torch.nn.Parameter, _reduce_tensor)
+register(torch.UntypedStorage, _reduce_untyped)
+register(torch.storage.TypedStorage, _reduce_typed)
+for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
+    if _cls is not torch.UntypedStorage:
+        register(_cls, _reduce_typed)

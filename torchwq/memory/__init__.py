@@ -1,0 +1,1 @@
+"""Shared memory: blocks for large payloads, the counters of a queue, and torch's shared storages."""

@@ -1,0 +1,37 @@
+"""What travels: the bytes of one message, its descriptors, and what must stay alive until it is sent.
+
+A plain small object is just ``bytes``, its pickle; everything else is a :class:`Parcel`. Either becomes a message by a
+trailer of ``TRAILER`` bytes: the number of the question (0 for everything else), and the kind of the payload. It stands
+at the end because pickle stops reading there by itself: the fast path needs no slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+#: Payload kinds: a pickle, or a table that says where in a shared block the pickle and its buffers are.
+PICKLE: Final = 0
+BLOCK: Final = 1
+TRAILER: Final = 9
+PLAIN_TRAILER: Final = bytes(TRAILER)
+
+
+class Parcel(NamedTuple):
+    data: bytes
+    fds: list[int]
+    #: Owners of ``fds``: storages, blocks, sockets.
+    keep: list[Any]
+    kind: int = PICKLE
+
+
+def message(payload: bytes | Parcel, seq: int = 0) -> bytes:
+    """The bytes that go over the wire for a payload."""
+    if type(payload) is bytes:
+        return payload + (seq.to_bytes(8, "little") + b"\0" if seq else PLAIN_TRAILER)
+    assert isinstance(payload, Parcel)
+    return payload.data + seq.to_bytes(8, "little") + bytes((payload.kind,))
+
+
+def seq_of(data: bytes) -> int:
+    """The question's number in a message."""
+    return int.from_bytes(data[-9:-1], "little")

@@ -1,0 +1,133 @@
+"""torch's shared storages. The only module that uses private interfaces of torch.
+
+Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
+
+* ``UntypedStorage._share_fd_cpu_()`` moves a storage into shared memory in place, if it is not there yet, and returns
+  the descriptor, which stays torch's, and the size. ``UntypedStorage._new_shared_fd_cpu(fd, nbytes)`` maps it in
+  another process; it duplicates the descriptor. Both are what ``torch.multiprocessing.reductions`` uses for its
+  ``file_descriptor`` strategy; without them tensors go through those reductions.
+* ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
+  owned, and torch moves each one into /dev/shm itself.
+* ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
+  ``_values``, ``Tensor._coalesced_``: what torch's own reductions use to take apart and put together such tensors.
+
+Lifetime: a shared storage owns its descriptor and its mapping in each process. It is freed in a process when the last
+tensor on it is; the memory itself when no process maps it and no message holds its descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import torch
+
+from ..errors import ResourceError
+from . import blocks
+
+CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasattr(
+    torch.UntypedStorage, "_new_shared_fd_cpu"
+)
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+#: One owner is the tensor, one the Python object of the storage.
+_SOLE_OWNER: Final = 2
+_SHM: Final = "/dev/shm"
+
+
+def share(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """Move ``storage`` into shared memory in place, if it is not there; returns (descriptor, bytes).
+
+    The descriptor belongs to the storage. Every tensor on the storage sees the shared memory afterwards.
+    Raises ResourceError if torch would put it into a /dev/shm that is too small for it (touching that would end
+    the process with a bus error), or if descriptors have run out.
+    """
+    if not storage.is_shared():
+        _check_room(storage.nbytes())
+    try:
+        fd, nbytes = storage._share_fd_cpu_()  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        raise ResourceError(
+            0, f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {error}"
+        ) from error
+    return int(fd), int(nbytes)
+
+
+def _check_room(nbytes: int) -> None:
+    try:
+        stat = os.statvfs(_SHM)
+    except OSError:
+        return
+    free = stat.f_bavail * stat.f_frsize
+    if nbytes > free:
+        raise ResourceError(
+            0,
+            f"a tensor of {nbytes} bytes that has views must be moved into {_SHM}, which has {free} bytes left: "
+            f"enlarge it (docker: --shm-size), or write a tensor that alone owns its memory, e.g. tensor.clone()",
+        )
+
+
+def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
+    """The shared storage behind a descriptor from another process. The caller keeps and closes ``fd``."""
+    try:
+        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        raise ResourceError(0, f"a shared tensor of {nbytes} bytes could not be mapped: {error}") from error
+    return storage
+
+
+def move_if_sole_owner(tensor: torch.Tensor) -> None:
+    """Give a private tensor that alone owns its storage a storage in anonymous shared memory, in place.
+
+    Does nothing for any other tensor: ``share`` then moves its storage as torch does, with all views of it.
+    """
+    storage = tensor.untyped_storage()
+    if _use_count is None or not CAN_SHARE_FD or storage.is_shared() or storage.nbytes() == 0:
+        return
+    if _use_count(storage._cdata) > _SOLE_OWNER or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return
+    nbytes = storage.nbytes()
+    block = blocks.Descriptor(blocks.create())
+    try:
+        os.posix_fallocate(block.fd, 0, nbytes)
+    except AttributeError:
+        os.ftruncate(block.fd, nbytes)
+    except OSError as error:
+        raise blocks.exhausted(error) from error
+    shared = open_shared(block.fd, nbytes)
+    shared.copy_(storage)
+    if not storage.resizable():
+        # An array made by tensor.numpy() points into the old memory and keeps only the tensor alive.
+        tensor._torchwq_array_memory = storage  # type: ignore[attr-defined]
+    with torch.no_grad():
+        tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+
+
+def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Buffer, sizes, strides and offsets of a nested tensor of the strided layout."""
+    private: Any = tensor
+    return (
+        private.values(),
+        private._nested_tensor_size(),
+        private._nested_tensor_strides(),
+        private._nested_tensor_storage_offsets(),
+    )
+
+
+def nested_from(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The nested tensor whose ``nested_parts`` these are; a view of the buffer, not a copy."""
+    return torch._nested_view_from_buffer(*parts)  # type: ignore[attr-defined,no-any-return]
+
+
+def sparse_parts(tensor: torch.Tensor) -> tuple[list[torch.Tensor], bool]:
+    """The dense tensors that make up a sparse one, and whether it is coalesced (COO only)."""
+    private: Any = tensor
+    if tensor.layout is torch.sparse_coo:
+        return [private._indices(), private._values()], tensor.is_coalesced()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()], False
+    return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()], False
+
+
+def negated_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory with the neg bit flipped."""
+    return torch._neg_view(tensor)  # type: ignore[no-any-return]

@@ -1,0 +1,303 @@
+"""``BackgroundTaskPool``: a ``concurrent.futures.Executor`` on torchwq's workers.
+
+One thread per pool does everything that has an order: it gives a task to a worker that has none, completes futures, replaces
+workers that died. A worker gets its next task only when it has finished the one before. So it is always known which
+task a dead worker had in hand, every other task is still in the pool and can be cancelled or given to another
+worker, and no short task waits behind a long one while a worker is idle.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import queue
+import signal
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, final
+
+from .mapping import check_backend, exit_status
+from .marshalling import codec, exceptions
+from .memory.parcel import Parcel
+from .workers import child, shutdown, worker
+
+T = TypeVar("T")
+
+_ENTRY: Final = "torchwq.pool:run_worker"
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    future: concurrent.futures.Future[Any]
+    payload: bytes | Parcel
+    name: str
+
+
+class _Pool(threading.Thread):
+    """The pool itself. ``events`` brings it (kind, worker, message); everything else only this thread touches."""
+
+    def __init__(self, n: int, setup: bytes | Parcel) -> None:
+        super().__init__(name="torchwq-pool", daemon=True)
+        self.n = n
+        self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
+        self.lock = threading.Lock()  # over ``waiting``, ``closing`` and ``broken``, which submit looks at
+        self.waiting: deque[_Task] = deque()
+        self.closing = False
+        self.broken: BaseException | None = None
+        self._setup = setup
+        self._workers: dict[int, worker.Worker] = {}
+        self._idle: deque[worker.Worker] = deque()
+        self._in_hand: dict[int, _Task] = {}
+        self._starting: set[int] = set()
+
+    def run(self) -> None:
+        _pools.add(self)
+        try:
+            while True:
+                kind, process, message = self.events.get()
+                if kind == "message":
+                    self._hear(process, *message)
+                elif kind == "end":
+                    self._lose(process)
+                self._hand_out()
+                if self.closing and not self.waiting and not self._in_hand:
+                    break
+            self._dismiss()
+        finally:
+            _pools.discard(self)
+
+    def _hand_out(self) -> None:
+        while self.broken is None:
+            with self.lock:
+                if not self.waiting:
+                    return
+                if not self._idle:
+                    wanted = min(len(self.waiting), self.n - len(self._workers)) - len(self._starting)
+                    break
+                task = self.waiting.popleft()
+            if task.future.set_running_or_notify_cancel():
+                process = self._idle.popleft()
+                self._in_hand[process.info.mapid] = task
+                process.send(task.payload)
+        else:
+            return
+        for _ in range(wanted):
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        mapid = next(number for number in range(self.n) if number not in self._workers)
+        try:
+            (process,) = worker.start(1, _ENTRY, self._on_message, self._on_end, first_mapid=mapid, of=self.n)
+        except OSError as error:
+            self._break(error)
+            return
+        self._workers[mapid] = process
+        self._starting.add(mapid)
+        process.send(self._setup)
+
+    def _on_message(self, process: worker.Worker, data: bytes, fds: list[int]) -> None:
+        self.events.put(("message", process, (data, fds)))
+
+    def _on_end(self, process: worker.Worker) -> None:
+        self.events.put(("end", process, None))
+
+    def _hear(self, process: worker.Worker, data: bytes, fds: list[int]) -> None:
+        mapid = process.info.mapid
+        try:
+            value, packed = codec.decode(data, fds)
+            error = None if packed is None else exceptions.unpack(packed)
+        except Exception as raised:  # noqa: BLE001 - what the result's class raises when it is rebuilt
+            value, error = None, raised
+        if mapid in self._starting:
+            self._starting.discard(mapid)
+            if error is not None:
+                self._break(error)
+                return
+        else:
+            _complete(self._in_hand.pop(mapid), value, error)
+        self._idle.append(process)
+
+    def _lose(self, process: worker.Worker) -> None:
+        mapid = process.info.mapid
+        self._workers.pop(mapid, None)
+        if process in self._idle:
+            self._idle.remove(process)
+        task = self._in_hand.pop(mapid, None)
+        if task is not None:
+            _complete(task, None, process.died(f"the task {task.name}"))
+        if mapid in self._starting:
+            # One that dies before it can work would be replaced for ever.
+            self._starting.discard(mapid)
+            if self.broken is None:
+                self._break(process.died("the pool's initializer"))
+
+    def _break(self, cause: BaseException) -> None:
+        """No worker can be had: fail what waits, refuse what comes."""
+        with self.lock:
+            self.broken = cause
+            waiting, self.waiting = list(self.waiting), deque()
+        for task in waiting:
+            if task.future.set_running_or_notify_cancel():
+                _complete(task, None, self.error())
+
+    def error(self) -> concurrent.futures.BrokenExecutor:
+        error = concurrent.futures.BrokenExecutor(f"the pool's workers cannot be started: {self.broken}")
+        error.__cause__ = self.broken
+        return error
+
+    def _dismiss(self) -> None:
+        finished = codec.encode(None, codec.CALL_LIMIT)
+        for process in self._workers.values():
+            process.send(finished)
+        for process in list(self._workers.values()):
+            process.ended_event.wait()
+
+    def shut_down(self, cancel: bool) -> None:
+        with self.lock:
+            self.closing = True
+            cancelled = list(self.waiting) if cancel else []
+            if cancel:
+                self.waiting.clear()
+        for task in cancelled:
+            task.future.cancel()
+            task.future.set_running_or_notify_cancel()
+        self.events.put(("wake", None, None))
+
+    def kill(self) -> None:
+        for process in list(self._workers.values()):
+            process.kill(signal.SIGKILL)
+
+
+def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
+    if error is not None:
+        task.future.set_exception(error)
+    else:
+        task.future.set_result(value)
+
+
+_pools: set[_Pool] = set()
+
+
+def _finish_all() -> None:
+    pools = list(_pools)
+    for pool in pools:
+        pool.shut_down(cancel=False)
+    for pool in pools:
+        while pool.is_alive():
+            pool.join(0.1)
+
+
+shutdown.at_finish(_finish_all)
+
+
+@final
+class BackgroundTaskPool(concurrent.futures.Executor):
+    """A pool of ``n`` workers that run tasks: ``submit``, ``map``, ``shutdown``, ``with``.
+
+    Its futures work with ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``; what has not started
+    can be cancelled. Functions get no ``mapid``; :func:`torchwq.worker_info` tells them where they run. A worker that
+    died is replaced; only the task that it had in hand fails, with WorkerDied. Workers start when tasks need them.
+
+    Args:
+        n: the largest number of workers.
+        backend: ``"process"``.
+        upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each time.
+        initializer: a function that each worker runs before its first task.
+        initargs: its arguments. If it raises, the pool is broken: tasks get ``concurrent.futures.BrokenExecutor``.
+
+    Raises:
+        ValueError: ``n`` is less than 1, or there is no such ``backend``.
+        ClosureError, MarshalError: the initializer or its arguments cannot travel.
+
+    Source: torch-ipc's ``ipc.BackgroundTaskPool``; ``concurrent.futures.ProcessPoolExecutor``.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        backend: str = "process",
+        upvalues: bool = False,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+    ) -> None:
+        check_backend(backend)
+        if n < 1:
+            raise ValueError(f"the number of workers must be at least 1, not {n}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
+        self._upvalues = upvalues
+        setup = codec.encode_call(initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues)
+        self._pool = _Pool(n, setup)
+        self._pool.start()
+        self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
+        self._finalizer.atexit = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """Run ``fn(*args, **kwargs)`` in a worker.
+
+        Returns:
+            The future of its result. Its ``result()`` raises what ``fn`` raised, with the worker's traceback, or WorkerDied.
+
+        Raises:
+            ClosureError: ``fn`` drags data along; pass it as an argument, or make the pool with ``upvalues=True``.
+            MarshalError: ``fn`` or an argument cannot travel.
+            RuntimeError: the pool was shut down.
+            concurrent.futures.BrokenExecutor: the initializer has failed.
+
+        Source: ``concurrent.futures.Executor.submit``.
+        """
+        pool = self._pool
+        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues)
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        with pool.lock:
+            if pool.broken is not None:
+                raise pool.error()
+            if pool.closing:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            pool.waiting.append(_Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__))
+        pool.events.put(("wake", None, None))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, and end the workers when those that were submitted are done.
+
+        Args:
+            wait: return only when all is done and the workers have ended.
+            cancel_futures: cancel the tasks that have not started.
+
+        Source: ``concurrent.futures.Executor.shutdown``.
+        """
+        self._pool.shut_down(cancel_futures)
+        if wait:
+            self._pool.join()
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        state = "broken" if pool.broken is not None else "shut down" if pool.closing else "open"
+        return f"<torchwq.BackgroundTaskPool of {pool.n} workers, {state}, {len(pool.waiting)} tasks waiting>"
+
+
+def run_worker(context: child.Context) -> int:
+    """Entry of a pool's worker: the initializer, then tasks until None; for each (value, packed error)."""
+    limit = context.max_message - 16
+    while True:
+        try:
+            received = context.receive()
+        except EOFError:
+            return 0
+        try:
+            call = codec.decode(*received)
+            if call is None:
+                return 0
+            function, args, kwargs = call
+            value = None if function is None else function(*args, **(kwargs or {}))
+            payload = codec.encode_all([(value, None)], limit, root="the task's result")[0]
+        except SystemExit as stop:
+            return exit_status(stop)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
+            payload = codec.encode((None, exceptions.pack(error)), limit)
+        value = function = args = kwargs = call = None
+        context.send(payload)

@@ -1,0 +1,249 @@
+"""``WorkQueue``: what users hold. It marshals, and leaves the rest to the role that the handle has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, final
+
+from ..errors import QueueClosed
+from ..marshalling import codec, reducers
+from ..transport import reactor
+from ..transport.endpoint import handover_size
+from ..transport.link import Link
+from ..workers import shutdown
+from .owner import Owner
+from .role import open_roles
+from .worker import WorkerSide, accept
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """A snapshot of a handle's traffic.
+
+    Attributes:
+        written: objects written through an owner's handle, or through this worker's handle.
+        taken: questions of them that workers have taken; for a worker's handle, questions that it has taken.
+        unsent: objects that wait in this process because the socket is full.
+        handles: workers' handles on the queue that are open now; 0 for a worker's handle.
+    """
+
+    written: int
+    taken: int
+    unsent: int
+    handles: int
+
+
+@final
+class WorkQueue:
+    """A queue between one owner and its workers. Made by :func:`torchwq.workqueue`.
+
+    The owner writes questions and reads answers; workers read questions and write answers. Each question is taken by one
+    worker. The role belongs to the handle, which may be used from several threads of its process. An anonymous queue
+    reaches workers as an argument of :func:`torchwq.map` or inside a message; whoever receives it gets a worker's
+    handle.
+
+    Plain objects travel by value, torch tensors and storages by reference (see :meth:`write`).
+
+    Source: torch-ipc's ``ipc.workqueue``.
+    """
+
+    __slots__ = ("__weakref__", "_name", "_role")
+
+    def __init__(self, role: Owner | WorkerSide, name: str | None) -> None:
+        self._role = role
+        self._name = name
+
+    @property
+    def name(self) -> str | None:
+        """The name it was opened by; None for an anonymous queue."""
+        return self._name
+
+    @property
+    def creator(self) -> bool:
+        """True if this handle has the owner's role, because it created the queue; False for a worker's handle."""
+        return isinstance(self._role, Owner)
+
+    @property
+    def capacity(self) -> int | None:
+        """How many questions may wait to be taken before the owner's ``write`` blocks; None: any number."""
+        return self._role.capacity
+
+    @property
+    def closed(self) -> bool:
+        """True if this handle cannot be used any more."""
+        return bool(self._role.closed)
+
+    def write(self, *objs: Any) -> None:
+        """Write each of ``objs``: questions, if this is the owner's handle, else answers.
+
+        All of them are marshalled before the first is sent, so a failing write leaves the queue as it was. Never blocks
+        unless the queue has a ``capacity``. Tensors and storages anywhere in an object travel by reference: they are
+        moved to shared memory in place, if they are not there, and reader and writer then look at the same memory.
+        Everything else is copied. Functions travel as code; one that would drag data along is refused.
+
+        Args:
+            *objs: any objects; each takes one ``read`` at the other side.
+
+        Raises:
+            MarshalError: an object cannot travel; the message names its place, e.g. ``args[0]['model'].hook``.
+            ClosureError: a function or class captures data; see :meth:`writeup`.
+            QueueClosed: the queue or this handle is closed.
+            WorkerDied: only with ``capacity``: no worker is left that could take a question.
+            ResourceError: memory or file descriptors have run out.
+
+        Source: torch-ipc's ``q:write``.
+        """
+        role = self._role
+        role.write(codec.encode_all(objs, role.max_payload))
+
+    def writeup(self, *objs: Any) -> None:
+        """Like :meth:`write`, but functions may be closures: what they capture travels with them, by value.
+
+        Raises:
+            MarshalError, QueueClosed, WorkerDied, ResourceError: as for :meth:`write`.
+
+        Source: torch-ipc's ``q:writeup``.
+        """
+        role = self._role
+        role.write(codec.encode_all(objs, role.max_payload, upvalues=True))
+
+    def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> Any:
+        """Read the next object: an answer, if this is the owner's handle, else a question. First in, first out.
+
+        Args:
+            nonblocking: return None at once if nothing is there.
+            timeout: how long to wait at most, in seconds; None waits for ever.
+
+        Returns:
+            The object. None may also be a value that was written: by convention, it tells a worker to finish.
+
+        Raises:
+            queue.Empty: nothing came within ``timeout``.
+            QueueClosed: the queue is closed and everything in it has been read, or this handle is closed.
+            WorkerDied: at the owner: a worker died (once for each), or no worker is left and nothing is there to read.
+
+        On Ctrl-C nothing is taken from the queue, or the object is returned: none is lost while waiting.
+
+        Source: torch-ipc's ``q:read``; ``queue.Queue.get`` for ``queue.Empty``.
+        """
+        received = self._role.read(nonblocking, timeout)
+        if received is None:
+            return None
+        return codec.decode(*received)
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until every question written so far has its answer waiting here.
+
+        Counts one answer for each question. A question whose taker has ended, or has taken another, is not waited for.
+
+        Args:
+            timeout: how long to wait at most, in seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: not within ``timeout``; ``drain`` can be called again.
+            WorkerDied: a worker died (once for each), or no worker is left.
+            QueueClosed: the queue is closed.
+            TypeError: this is a worker's handle.
+
+        Source: torch-ipc's ``q:drain``.
+        """
+        if not isinstance(self._role, Owner):
+            raise TypeError("only the owner of a workqueue can drain it; this is a worker's handle")
+        self._role.drain(timeout)
+
+    def close(self) -> None:
+        """Close this handle; if it is the owner's, the queue. May be called again.
+
+        What was written before the owner closed is still read by workers; then they get QueueClosed. Never blocks.
+
+        Source: torch-ipc's ``q:close``.
+        """
+        self._role.close()
+
+    def statistics(self) -> QueueStatistics:
+        """Count what has passed through this handle."""
+        role = self._role
+        if isinstance(role, Owner):
+            written, untaken, handles = role.counts()
+            return QueueStatistics(written, written - untaken, len(role.outbox), handles)
+        taken, written = role.counts()
+        return QueueStatistics(written, taken, len(role.outbox), 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read until None or until the queue is closed.
+
+        Raises:
+            QueueClosed: the handle was inherited by a fork.
+        """
+        while True:
+            try:
+                obj = self.read()
+            except QueueClosed:
+                if "fork" in self._role.closed:
+                    raise
+                return
+            if obj is None:
+                return
+            yield obj
+
+    def __enter__(self) -> WorkQueue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Garbage is collected at any moment, in any thread, with any lock held: close later, in the reactor's thread.
+        role = getattr(self, "_role", None)
+        if role is not None and not role.closed and not sys.is_finalizing():
+            reactor.get().call_later(0, role.close)
+
+    def __repr__(self) -> str:
+        role = "owner" if self.creator else "worker"
+        name = "anonymous" if self._name is None else repr(self._name)
+        if self.closed:
+            return f"<torchwq.WorkQueue {name}, {role}, closed>"
+        counts = self.statistics()
+        return f"<torchwq.WorkQueue {name}, {role}, written={counts.written}, taken={counts.taken}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WorkQueue can only be sent by torchwq: as an argument of torchwq.map, BackgroundTask or a pool's task, "
+            "or inside a message; in a process started otherwise, open it by its name"
+        )
+
+
+def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:
+    """Whoever unpickles this gets a worker's handle."""
+    role = handle._role
+    if role.closed:
+        raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
+    indices = [encoder.attach(ticket.fd, ticket) for ticket in role.ticket()]
+    return _rebuild, (indices, handle._name)
+
+
+def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:
+    fds = [reducers.take_inbound_fd(index) for index in indices]
+    assert len(fds) == handover_size() + 2
+    return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
+
+
+reducers.register(WorkQueue, _reduce)
+
+
+def _close_all() -> None:
+    """At exit: owners close, workers' answers leave."""
+    roles = list(open_roles)
+    for role in roles:
+        role.close()
+    for role in roles:
+        if isinstance(role, WorkerSide):
+            role.outbox.wait_empty()
+
+
+shutdown.at_close(_close_all)

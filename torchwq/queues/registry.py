@@ -1,0 +1,160 @@
+"""Opens queues by name: in this process, in another one of the tree, or newly.
+
+Invariants:
+
+* A name is created under the namespace's lock, after making sure, under it, that no living process owns it.
+* ``_owned`` holds this process's named queues, each with the thread that created it. That thread gets its own handle
+  again (a notebook cell can be run twice); every other thread gets a worker's handle, as every other process does.
+* A closed queue's name is remembered while workers are alive that were started before the closing.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+from ..errors import QueueClosed
+from ..transport import directory, link
+from ..transport.process import reset_in_child
+from ..workers import worker
+from .handle import WorkQueue
+from .owner import Owner
+from .worker import WorkerSide, accept, seated
+
+
+@dataclass(slots=True)
+class _Owned:
+    owner: Owner
+    thread: int
+    handle: weakref.ref[WorkQueue]
+
+
+_owned: dict[str, _Owned] = {}
+_leftovers: list[Owner] = []
+_guard = threading.RLock()
+
+
+@reset_in_child
+def _forget() -> None:
+    global _owned, _guard
+    _owned, _guard = {}, threading.RLock()
+    _leftovers.clear()
+
+
+def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQueue:
+    """Open a workqueue, or create it.
+
+    Whoever creates a queue gets its owner's handle, and gets it again by opening the name again in the same thread. Every
+    other thread, and every process below the owner, that opens the same name gets a worker's handle;
+    ``WorkQueue.creator`` tells which. A name is visible in the process tree of its owner only. A name whose owner has
+    closed it or has died can be created again.
+
+    Args:
+        name: the queue's name; None makes an anonymous queue, which reaches workers as an argument of
+            :func:`torchwq.map` or inside a message.
+        capacity: how many questions may wait to be taken before the owner's ``write`` blocks; None: any number.
+
+    Returns:
+        A :class:`WorkQueue`, usable as a context manager that closes it.
+
+    Raises:
+        ValueError: ``capacity`` is less than 1, or differs from that of the existing queue; or the name is empty.
+        TypeError: ``name`` is not a string.
+        NamespaceError: the name can be neither opened nor created.
+
+    Source: torch-ipc's ``ipc.workqueue``.
+    """
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
+    if name is None:
+        return WorkQueue(Owner(capacity, Owner.release), None)
+    if not isinstance(name, str):
+        raise TypeError(f"a queue's name must be a string, not {type(name).__name__}")
+    if not name:
+        raise ValueError("a queue's name must not be empty; leave it out for an anonymous queue")
+    with _guard:
+        handle = _open_here(name) or _open_elsewhere(name) or _create(name, capacity)
+    if capacity is not None and handle.capacity != capacity:
+        existing = handle.capacity
+        if not handle.creator:
+            handle.close()
+        raise ValueError(f"the queue {name!r} exists with capacity {existing}, not {capacity}")
+    return handle
+
+
+def _open_here(name: str) -> WorkQueue | None:
+    owned = _owned.get(name)
+    if owned is None:
+        return None
+    handle = owned.handle()
+    if handle is None:
+        owned.owner.close()  # garbage already, but not closed yet
+        return None
+    if owned.thread == threading.get_ident():
+        return handle
+    fds = [ticket.detach() for ticket in owned.owner.ticket()]
+    return WorkQueue(accept(fds[:-1], link.Link(fds[-1])), name)
+
+
+def _open_elsewhere(name: str) -> WorkQueue | None:
+    answer = directory.ask(name)
+    if answer is None:
+        return None
+    connection, (reply, fds) = answer
+    if reply == b"C":
+        connection.close()
+        raise QueueClosed(f"the queue {name!r} was closed before this worker came to open it")
+    side: WorkerSide = seated(fds, connection, reply)
+    return WorkQueue(side, name)
+
+
+def _create(name: str, capacity: int | None) -> WorkQueue:
+    here = directory.here()
+    with here.space.locked():
+        handle = _open_elsewhere(name)  # someone may have been faster
+        if handle is not None:
+            return handle
+        owner = Owner(capacity, lambda owner: _withdraw(name, owner))
+        handle = WorkQueue(owner, name)
+        _owned[name] = _Owned(owner, threading.get_ident(), weakref.ref(handle))
+        here.publish(name, owner.open_by_name)
+    return handle
+
+
+def _withdraw(name: str, owner: Owner) -> None:
+    """The owner closes: give up the name, but not towards workers that are on their way to it."""
+    with _guard:
+        _owned.pop(name, None)
+    here = directory.existing()
+    if here is None:
+        owner.release()
+        return
+    remember = bool(worker.living())
+    leftovers = remember and owner.has_leftovers()
+    here.withdraw(name, remember=remember, leftovers=owner.open_by_name if leftovers else None)
+    if leftovers:
+        _leftovers.append(owner)
+    else:
+        owner.release()
+
+
+class _Janitor(worker.EndListener):
+    """Forgets closed names once the last worker has ended that could still have asked for them."""
+
+    def worker_ended(self, process: worker.Worker) -> None:
+        here = directory.existing()
+        if here is None or worker.living():
+            return
+        here.forget_closed()
+        while _leftovers:
+            _leftovers.pop().release()
+
+
+_janitor = _Janitor()
+worker.listen(_janitor)
+
+
+@reset_in_child
+def _listen_again() -> None:
+    worker.listen(_janitor)

@@ -1,0 +1,183 @@
+"""A worker's side of a queue: it reads questions and writes answers.
+
+Invariants:
+
+* Each question taken is noted in this handle's slot of the board before it is handed to the caller.
+* A thread of this handle is *busy* from taking a question until an answer of its has left for the socket, or it takes
+  another question, or it ends. The slot says how many are.
+* A goodbye is sent on the link after the last answer has left, never before.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+
+from ..errors import QueueClosed
+from ..memory.blocks import Descriptor
+from ..memory.board import Board
+from ..memory.parcel import Parcel, seq_of
+from ..transport import endpoint
+from ..transport import link as links
+from ..transport.endpoint import Received
+from ..transport.link import Link
+from .owner import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
+from .role import Role, open_roles
+
+_REPLY_SECONDS = 30.0
+_ENDED = "the queue is closed: its owner has closed it, or has ended"
+
+
+class _Presence:
+    """Lives as long as its thread: a thread that ends is not busy any more."""
+
+    def __init__(self, side: WorkerSide, ident: int) -> None:
+        self._side = weakref.ref(side)
+        self._ident = ident
+
+    def __del__(self) -> None:
+        side = self._side()
+        if side is not None:
+            side.not_busy(self._ident, b"")
+
+
+class WorkerSide(Role):
+    """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
+
+    def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
+        super().__init__(endpoint.adopt(fds[:-1]), self.not_busy)
+        self.capacity = capacity
+        self._board = Board(fds[-1])
+        self._slot = self._board.slot(slot)
+        self._link = link
+        self._lock = threading.Lock()
+        self._busy: set[int] = set()
+        self._threads = threading.local()
+        self._taken = 0
+        self._written = 0
+
+    def take(self) -> Received | None:
+        try:
+            received = self.end.try_receive()
+        except EOFError:
+            self._owner_gone()
+            return None
+        if received is None:
+            return None
+        ident = threading.get_ident()
+        with self._lock:
+            if self.closed:
+                return received
+            busy = self._busy
+            if ident not in busy:
+                busy.add(ident)
+                if not hasattr(self._threads, "presence"):
+                    self._threads.presence = _Presence(self, ident)
+            self._taken += 1
+            self._slot.note_taken(seq_of(received[0]), len(busy))
+            if self._board.asked():
+                self._link.ping(TOOK)
+        return received
+
+    def not_busy(self, ident: int, data: bytes) -> None:
+        """The thread ``ident`` has answered, or ended."""
+        with self._lock:
+            if ident in self._busy:
+                self._busy.discard(ident)
+                if not self.closed:
+                    self._slot.set_busy(len(self._busy))
+
+    def raise_trouble(self) -> None:
+        if self.closed:
+            raise QueueClosed(self.closed)
+
+    def write(self, payloads: Sequence[bytes | Parcel]) -> None:
+        if self.closed:
+            raise QueueClosed(self.closed)
+        ident = threading.get_ident()
+        for payload in payloads:
+            self._written += 1
+            self.post(payload, 0, ident)
+
+    def _owner_gone(self) -> None:
+        if not self.closed:
+            self.closed = _ENDED
+            self.alarm.set()
+
+    def ticket(self) -> list[Descriptor]:
+        """Another worker's handle; the owner learns of it over this one's link."""
+        ours, theirs = links.pair()
+        try:
+            self._link.send(ADOPT, [ours.fileno()])
+        except BrokenPipeError:
+            pass  # the owner is gone: whoever gets this handle will see that
+        finally:
+            ours.close()
+        with self._lock:
+            fds = [Descriptor(os.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
+        return [*fds, Descriptor(theirs)]
+
+    def close(self) -> None:
+        with self._lock:
+            if self._board.fd < 0 or self.closed == "this handle is closed":
+                return
+            self.closed = "this handle is closed"
+            self.alarm.set()
+        if len(self.outbox):
+            # The owner may be waiting for this worker to end, and not be reading.
+            self._tell(LEAVING)
+        self.outbox.close_when_sent(self._leave)
+
+    def _tell(self, what: bytes) -> None:
+        try:
+            self._link.send(what)
+        except BrokenPipeError:
+            pass  # the owner is gone
+
+    def _leave(self) -> None:
+        self._tell(GOODBYE)
+        self._link.close()
+        self.waiter.close()
+        open_roles.discard(self)
+        self.end.close()
+        with self._lock:
+            self._board.close()
+
+    def abandon(self) -> None:
+        super().abandon()
+        os.close(self._board.fd)
+        self._board.fd = -1
+
+    def counts(self) -> tuple[int, int]:
+        """Questions taken and answers written."""
+        return self._taken, self._written
+
+
+def accept(fds: Sequence[int], link: Link) -> WorkerSide:
+    """Make a worker's side from a ticket's descriptors. Takes all of them over.
+
+    Raises QueueClosed if the owner is gone without having answered.
+    """
+    try:
+        reply = link.wait(_REPLY_SECONDS)
+    except EOFError:
+        reply = None
+    if reply is None:
+        link.close()
+        for fd in fds:
+            os.close(fd)
+        raise QueueClosed(_ENDED)
+    side = seated(fds, link, reply[0])
+    try:
+        link.send(HELLO.pack(b"H", os.getpid()))
+    except BrokenPipeError:
+        pass  # closed by its owner meanwhile: what is left in it can still be read
+    return side
+
+
+def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
+    """Make a worker's side with the slot that the owner's reply names."""
+    _, slot, capacity = SLOT.unpack(reply)
+    return WorkerSide(fds, link, slot, None if capacity < 0 else capacity)

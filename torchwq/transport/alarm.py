@@ -1,0 +1,56 @@
+"""A flag that a thread can sleep on together with sockets: set until cleared, whoever looks.
+
+Level-triggered on purpose. Several threads may wait on one queue, and a state such as "closed" must wake each of
+them; so waiters never reset the flag, only the owner of the state does, when the state no longer holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+
+from .process import closed_in_child
+
+
+class Alarm:
+    """An event with a descriptor: readable while it is set. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set = False
+        if hasattr(os, "eventfd"):
+            self._read_fd = self._write_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        else:
+            self._read_fd, self._write_fd = os.pipe()
+            os.set_blocking(self._read_fd, False)
+        closed_in_child(self)
+
+    def set(self) -> None:
+        with self._lock:
+            if not self._set and self._write_fd >= 0:
+                self._set = True
+                os.write(self._write_fd, (1).to_bytes(8, "little"))
+
+    def clear(self) -> None:
+        with self._lock:
+            if self._set and self._read_fd >= 0:
+                self._set = False
+                os.read(self._read_fd, 8)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def fileno(self) -> int:
+        return self._read_fd
+
+    def close(self) -> None:
+        with self._lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        fds, self._read_fd, self._write_fd = {self._read_fd, self._write_fd}, -1, -1
+        for fd in fds:
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)

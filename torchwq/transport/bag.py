@@ -1,0 +1,44 @@
+"""Carries more descriptors than one message can: they wait inside a socket, and the socket travels in their place."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from ..errors import ResourceError
+from .endpoint import MAX_FDS
+from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer
+
+_PER_MESSAGE = MAX_FDS - 3
+
+
+def pack(fds: Sequence[int]) -> socket.socket:
+    """A socket from which ``unpack`` takes copies of ``fds``. Raises ResourceError if there are too many."""
+    inside, outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    send_buffer(inside, 1 << 20)
+    with inside:
+        for start in range(0, len(fds), _PER_MESSAGE):
+            part = fds[start : start + _PER_MESSAGE]
+            try:
+                inside.sendmsg([b"f"], rights(part), NO_WAIT)
+            except OSError as error:
+                outside.close()
+                raise ResourceError(
+                    error.errno or 0,
+                    f"{len(fds)} shared tensors are too many for one message ({error.strerror}): write them in several",
+                ) from error
+    return outside
+
+
+def unpack(fd: int) -> list[int]:
+    """All the descriptors in the bag; takes over and closes ``fd``."""
+    fds: list[int] = []
+    with socket.socket(fileno=fd) as bag:
+        while True:
+            try:
+                data, ancillary, flags, _ = bag.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
+            except (BlockingIOError, ConnectionError):
+                return fds
+            if not data:
+                return fds
+            fds += received_fds(ancillary, flags)

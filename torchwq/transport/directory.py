@@ -1,0 +1,211 @@
+"""Hands out what this process owns under a name, to processes of the same user that ask for it.
+
+One listening socket per process that owns named things, served by the reactor. The protocol, on a connection whose
+peer's user id the kernel vouches for:
+
+* request ``O`` + pid + start time of the asking process + name;
+* reply ``Q`` + whatever the publisher says, with descriptors, and the connection stays open as the liveness link of
+  what was handed out; or ``N``: not here (any more), you may create the name; or ``C``: it was here when you were
+  started, and was closed since.
+
+``C`` is what keeps a worker that starts slowly from becoming the owner of an empty queue, on which it would then wait for
+ever, only because its owner had finished and closed the queue before the worker came to open it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import NamespaceError
+from . import namespace, reactor
+from .endpoint import Received
+from .link import Link, socket_type
+from .process import closed_in_child, reset_in_child
+from .sockets import close_fds, peer_uid
+
+_REQUEST: Final = struct.Struct("=cQQ")
+_REPLY_SECONDS: Final = 30.0
+
+#: Given the asking process's link and pid: sends the reply itself and keeps the link. False: not any more.
+Opener = Callable[[Link, int], bool]
+
+#: When this process was started, by the clock all processes share; a worker gets its owner's time of ordering it.
+started_ns = time.monotonic_ns()
+
+
+@dataclass(slots=True)
+class _Tombstone:
+    closed_ns: int
+    opener: Opener | None
+
+
+class Directory:
+    """The names that this process owns. Safe to use from several threads."""
+
+    def __init__(self, space: namespace.Namespace) -> None:
+        self.space = space
+        self.path = f"{space.path}/s-{os.getpid()}-{secrets.token_hex(4)}"
+        self._names: dict[str, Opener] = {}
+        self._tombstones: dict[str, _Tombstone] = {}
+        self._socket = socket.socket(socket.AF_UNIX, socket_type())
+        self._socket.bind(self.path)
+        os.chmod(self.path, 0o600)
+        self._socket.listen(1024)
+        self._socket.setblocking(False)
+        self._asking: set[Link] = set()
+        closed_in_child(self)
+        reactor.get().set_reader(self._socket.fileno(), self._accept)
+
+    def publish(self, name: str, opener: Opener) -> None:
+        """Own ``name``. Only under the namespace's lock, after ``ask`` has found no living owner."""
+        self._names[name] = opener
+        self._tombstones.pop(name, None)
+        self.space.claim(name, self.path)
+
+    def withdraw(self, name: str, *, remember: bool, leftovers: Opener | None) -> None:
+        """Give ``name`` up. ``remember``: processes started before now are still told that it was closed, or get
+        the ``leftovers``."""
+        self._names.pop(name, None)
+        if remember:
+            self._tombstones[name] = _Tombstone(time.monotonic_ns(), leftovers)
+        else:
+            self.space.release(name, self.path)
+
+    def forget_closed(self) -> None:
+        """Nobody can ask any more for what was closed."""
+        while self._tombstones:
+            name, _ = self._tombstones.popitem()
+            if name not in self._names:
+                self.space.release(name, self.path)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # none left, or the peer has gone, or no descriptor is free: it will ask again
+                return
+            if peer_uid(connection) != os.geteuid():
+                connection.close()
+                continue
+            link = Link(connection.detach())
+            self._asking.add(link)
+            link.watch(lambda data, fds, link=link: self._answer(link, data, fds), lambda link=link: self._gone(link))
+
+    def _gone(self, link: Link) -> None:
+        self._asking.discard(link)
+        link.close()
+
+    def _answer(self, link: Link, data: bytes, fds: list[int]) -> None:
+        close_fds(fds)
+        self._asking.discard(link)
+        if len(data) < _REQUEST.size or data[:1] != b"O":
+            link.close()
+            return
+        _, pid, started = _REQUEST.unpack_from(data)
+        name = data[_REQUEST.size :].decode(errors="replace")
+        opener = self._names.get(name)
+        tombstone = self._tombstones.get(name)
+        if opener is not None and opener(link, pid):
+            return
+        reply = b"N"
+        if tombstone is not None and started <= tombstone.closed_ns:
+            if tombstone.opener is not None and tombstone.opener(link, pid):
+                return
+            reply = b"C"
+        try:
+            link.send(reply)
+        except BrokenPipeError:
+            pass
+        link.close()
+
+    def close(self) -> None:
+        reactor.get().remove(self._socket.fileno())
+        for link in list(self._asking):
+            self._gone(link)
+        self._socket.close()
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass  # removed with the whole folder
+
+    def abandon(self) -> None:
+        self._socket.close()
+
+
+_directory: Directory | None = None
+_guard = threading.Lock()
+
+
+@reset_in_child
+def _forget() -> None:
+    global _directory, _guard
+    _directory, _guard = None, threading.Lock()
+
+
+def here() -> Directory:
+    """The directory of this process, in the namespace of its tree; opened now if it is not yet."""
+    global _directory
+    space = namespace.current()
+    with _guard:
+        if _directory is None or _directory.space is not space:
+            if _directory is not None:
+                _directory.close()
+            _directory = Directory(space)
+        return _directory
+
+
+def existing() -> Directory | None:
+    return _directory
+
+
+def close() -> None:
+    global _directory
+    with _guard:
+        if _directory is not None:
+            _directory.close()
+            _directory = None
+
+
+def ask(name: str) -> tuple[Link, Received] | None:
+    """Ask the owner of ``name`` for it.
+
+    Returns the link and the reply (``Q…`` or ``C``), or None if there is no owner, or no living one: the caller may
+    create the name. Raises NamespaceError if the owner is there and does not answer.
+    """
+    path = namespace.current().lookup(name)
+    existing_here = existing()
+    if path is None or (existing_here is not None and path == existing_here.path):
+        return None
+    connection = socket.socket(socket.AF_UNIX, socket_type())
+    try:
+        connection.connect(path)
+        if peer_uid(connection) != os.geteuid():
+            raise NamespaceError(f"the queue {name!r} belongs to another user")
+    except (ConnectionRefusedError, FileNotFoundError):
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    link = Link(connection.detach())
+    try:
+        link.send(_REQUEST.pack(b"O", os.getpid(), started_ns) + name.encode())
+        received = link.wait(_REPLY_SECONDS)
+    except (EOFError, BrokenPipeError):
+        link.close()
+        return None
+    if received is None:
+        link.close()
+        raise NamespaceError(f"the owner of the queue {name!r} has not answered for {_REPLY_SECONDS:.0f} s")
+    if received[0] == b"N":
+        link.close()
+        return None
+    return link, received

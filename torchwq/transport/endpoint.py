@@ -1,0 +1,88 @@
+"""The interface of one end of a two-way message connection, and the choice of its kind.
+
+One end may be held by many processes at once: each message is taken whole by exactly one of them. Both kinds keep
+these invariants:
+
+* A message arrives whole or not at all, whichever process is killed at whatever point.
+* No operation blocks. ``try_send`` and ``try_receive`` say that they would have to wait, and leave the waiting to
+  the caller.
+* What was sent before one side closed can still be received; then :class:`EOFError`.
+* ``try_send`` to a side that no process holds any more raises :class:`BrokenPipeError`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+#: A message: its bytes, and the descriptors that came with it, owned by the receiver.
+Received = tuple[bytes, list[int]]
+
+#: Descriptors that one message can carry (the kernel's SCM_MAX_FD).
+MAX_FDS: Final = 253
+
+
+class Endpoint(Protocol):
+    """One end of a connection. Safe to use from several threads at once."""
+
+    #: Largest message in bytes; larger payloads travel out of band.
+    max_message: int
+
+    def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        """Send one message; False if there is no room now. Raises BrokenPipeError if nobody can receive it."""
+        ...
+
+    def try_receive(self) -> Received | None:
+        """Take one message; None if there is none now. Raises EOFError, or ResourceError if it brought more
+        descriptors than this process may hold."""
+        ...
+
+    def unread(self) -> int | None:
+        """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
+        ...
+
+    def stop_receiving(self) -> None:
+        """From now on the other side's sends raise BrokenPipeError; this side can still send."""
+        ...
+
+    def fileno(self) -> int: ...
+
+    def handover(self) -> list[int]:
+        """The descriptors (still owned by this object) from which ``adopt`` makes the same end elsewhere."""
+        ...
+
+    def close(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+def kind() -> str:
+    """``'seqpacket'`` or ``'stream'``: by ``TORCHWQ_TRANSPORT``, or the best that this platform has."""
+    chosen = os.environ.get("TORCHWQ_TRANSPORT", "").strip().lower()
+    if chosen in ("seqpacket", "stream"):
+        return chosen
+    if chosen:
+        raise ValueError(f"TORCHWQ_TRANSPORT must be 'seqpacket' or 'stream', not {chosen!r}")
+    return "seqpacket" if sys.platform == "linux" and hasattr(socket, "SOCK_SEQPACKET") else "stream"
+
+
+def pair() -> tuple[Endpoint, Endpoint]:
+    """Two connected ends."""
+    from . import seqpacket, stream
+
+    return seqpacket.pair() if kind() == "seqpacket" else stream.pair()
+
+
+def adopt(fds: Sequence[int]) -> Endpoint:
+    """Make an end from the descriptors of another process's ``handover()``; takes them over."""
+    from . import seqpacket, stream
+
+    return seqpacket.SeqpacketEndpoint(fds[0]) if len(fds) == 1 else stream.StreamEndpoint(fds[0], fds[1])
+
+
+def handover_size() -> int:
+    """Number of descriptors in a ``handover()``."""
+    return 1 if kind() == "seqpacket" else 2

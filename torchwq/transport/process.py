@@ -1,0 +1,48 @@
+"""What a fork does to this library.
+
+A forked child inherits descriptors, locks in unknown states, and no thread. None of that may touch the parent's
+queues. Invariants:
+
+* Every object that owns descriptors of the transport registers here with :func:`closed_in_child`. The child of a fork
+  calls each one's ``abandon()`` before any user code runs: it closes the *child's copies* of the descriptors, sends
+  nothing, shuts nothing down, takes no lock.
+* Every module with process-wide state registers a function with :func:`reset_in_child` that replaces that state.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Abandonable(Protocol):
+    def abandon(self) -> None: ...
+
+
+_owners: weakref.WeakSet[Abandonable] = weakref.WeakSet()
+_resets: list[Callable[[], None]] = []
+
+
+def closed_in_child(owner: Abandonable) -> None:
+    """Let ``owner.abandon()`` run in the child of every fork, for as long as ``owner`` lives."""
+    _owners.add(owner)
+
+
+def reset_in_child(reset: Callable[[], None]) -> Callable[[], None]:
+    """Let ``reset()`` run in the child of every fork, after the descriptors were closed. Usable as a decorator."""
+    _resets.append(reset)
+    return reset
+
+
+def _after_fork_in_child() -> None:
+    global _owners
+    owners, _owners = list(_owners), weakref.WeakSet()
+    for owner in owners:
+        owner.abandon()
+    for reset in _resets:
+        reset()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,153 @@
+"""One background thread per process that watches descriptors nobody is waiting for just now.
+
+It flushes what full sockets did not take, answers processes that open queues by name, and notices when a process at the
+other end of a control connection goes away. It never unpickles anything and never runs user code, so it cannot be
+held up by them.
+
+Invariants:
+
+* Callbacks run in the reactor's thread, one at a time, and must not block.
+* A callback may still run once after ``remove`` when its event was under way already; it must bear that.
+* A descriptor is removed *before* it is closed: its number may be used again, and epoll goes on reporting a closed
+  descriptor whose file another process holds open.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import selectors
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .alarm import Alarm
+from .process import closed_in_child, reset_in_child
+
+Callback = Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Watched:
+    reader: Callback | None = None
+    writer: Callback | None = None
+
+    def events(self) -> int:
+        return (selectors.EVENT_READ if self.reader else 0) | (selectors.EVENT_WRITE if self.writer else 0)
+
+
+class Reactor:
+    """The thread, started with the first descriptor it is given. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._selector = selectors.DefaultSelector()
+        self._watched: dict[int, _Watched] = {}
+        self._timers: list[tuple[float, int, Callback]] = []
+        self._order = itertools.count()
+        self._wake = Alarm()
+        self._selector.register(self._wake.fileno(), selectors.EVENT_READ, None)
+        self._thread: threading.Thread | None = None
+        closed_in_child(self)
+
+    def set_reader(self, fd: int, callback: Callback | None) -> None:
+        """Call ``callback`` whenever ``fd`` is readable, until set to None."""
+        with self._lock:
+            watched = self._watched.setdefault(fd, _Watched())
+            watched.reader = callback
+            self._update(fd, watched)
+
+    def set_writer(self, fd: int, callback: Callback | None) -> None:
+        """Call ``callback`` whenever ``fd`` is writable, until set to None."""
+        with self._lock:
+            watched = self._watched.setdefault(fd, _Watched())
+            watched.writer = callback
+            self._update(fd, watched)
+
+    def remove(self, fd: int) -> None:
+        with self._lock:
+            if self._watched.pop(fd, None) is not None and fd in self._selector.get_map():
+                self._selector.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callback) -> None:
+        with self._lock:
+            heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
+            self._start()
+        self._wake.set()
+
+    def _update(self, fd: int, watched: _Watched) -> None:
+        events = watched.events()
+        if fd not in self._selector.get_map():
+            if events:
+                self._selector.register(fd, events, watched)
+        elif events:
+            self._selector.modify(fd, events, watched)
+        else:
+            self._selector.unregister(fd)
+        if not events:
+            self._watched.pop(fd, None)
+        self._start()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                until = self._timers[0][0] if self._timers else None
+            ready = self._selector.select(None if until is None else max(0.0, until - time.monotonic()))
+            for key, events in ready:
+                if key.data is None:
+                    self._wake.clear()
+                    continue
+                if events & selectors.EVENT_READ:
+                    _call(key.data.reader)
+                if events & selectors.EVENT_WRITE:
+                    _call(key.data.writer)
+            self._run_timers()
+
+    def _run_timers(self) -> None:
+        while True:
+            with self._lock:
+                if not self._timers or self._timers[0][0] > time.monotonic():
+                    return
+                callback = heapq.heappop(self._timers)[2]
+            _call(callback)
+
+    def abandon(self) -> None:
+        self._selector.close()
+
+
+def _call(callback: Callback | None) -> None:
+    if callback is None:
+        return
+    try:
+        callback()
+    except Exception:  # noqa: BLE001 - one broken connection must not stop the service of all others
+        print("torchwq: internal error in the reactor thread", file=sys.stderr)
+        traceback.print_exc()
+
+
+_reactor: Reactor | None = None
+_guard = threading.Lock()
+
+
+@reset_in_child
+def _forget() -> None:
+    global _reactor, _guard
+    _reactor, _guard = None, threading.Lock()
+
+
+def get() -> Reactor:
+    """The reactor of this process."""
+    global _reactor
+    if _reactor is None:
+        with _guard:
+            if _reactor is None:
+                _reactor = Reactor()
+    return _reactor

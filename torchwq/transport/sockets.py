@@ -1,0 +1,75 @@
+"""The few socket calls that both kinds of endpoint and the control connections share."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import resource
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..errors import ResourceError
+from .endpoint import MAX_FDS
+
+NO_WAIT: Final = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
+CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+#: The other side is gone for good, or this side was closed by another thread.
+BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF})
+#: The kernel is short of something that comes back: buffers, or descriptors in flight.
+BUSY: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+
+
+def send_buffer(sock: socket.socket, nbytes: int) -> None:
+    """Ask for room for ``nbytes`` bytes; the kernel gives what ``net.core.wmem_max`` allows."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
+
+
+def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
+    """The descriptors in a message's ancillary data.
+
+    Raises ResourceError, after closing those that did come, if the kernel had to drop some of them.
+    """
+    fds = array.array("i")
+    for level, what, data in ancillary:
+        if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        close_fds(fds)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ResourceError(
+            errno.EMFILE,
+            f"a message was lost: its file descriptors do not fit into this process, which may have {soft} open "
+            f"(RLIMIT_NOFILE; hard limit {hard}). Raise it with `ulimit -n`, or keep fewer shared tensors at a time",
+        )
+    if not CLOEXEC:
+        for fd in fds:
+            os.set_inheritable(fd, False)
+    return list(fds)
+
+
+def close_fds(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """User id of the process at the other end of a connected AF_UNIX socket, as the kernel knows it."""
+    if hasattr(socket, "SO_PEERCRED"):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[1])
+    # struct xucred of the BSDs: version, uid, ...
+    credentials = sock.getsockopt(0, 1, 76)
+    return int(struct.unpack_from("=II", credentials)[1])

@@ -1,0 +1,178 @@
+"""An AF_UNIX SOCK_STREAM socket with a lock as an endpoint, for systems whose AF_UNIX has no SOCK_SEQPACKET (macOS).
+
+A stream has no message boundaries, so reader and writer each hold a lock while they touch it. The lock is a POSIX record
+lock (``fcntl.lockf``) on a file that travels with the socket: the kernel frees it when its holder dies. Invariants,
+all of which keep a killed process from leaving half a message behind:
+
+* A frame is ``length (4 bytes) + data``, at most ``FRAME`` bytes, so that one ``send`` puts it into the socket as one
+  piece. It is sent only while the socket is *writable*, which for AF_UNIX means room for far more than a frame.
+* A reader looks at the length without taking it (MSG_PEEK), then takes the whole frame with one ``recvmsg``.
+* Record locks belong to a process: threads of one process exclude each other by a lock of this process, found by the
+  inode of the lock file. Closing *any* descriptor of that file drops the process's record locks, so closing
+  happens under that lock too.
+* End of file is as the socket says it; a frame read before it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import tempfile
+import termios
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from .endpoint import Received
+from .process import closed_in_child, reset_in_child
+from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer
+
+FRAME: Final = 16 * 1024
+_LENGTH: Final = struct.Struct("=I")
+_BUFFER: Final = 1 << 20
+
+
+def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> bool:
+    """Send one frame as one piece; False if the socket has no room now. Raises OSError as ``sendmsg`` does."""
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    if not poll.poll(0):
+        return False
+    frame = _LENGTH.pack(len(data)) + data
+    sent = sock.sendmsg([frame], rights(fds) if fds else [], NO_WAIT)
+    while sent < len(frame):
+        # A writable socket takes a frame whole on every system known to us; this keeps the stream sound on one
+        # that does not.
+        sent += sock.send(frame[sent:])
+    return True
+
+
+def receive_frame(sock: socket.socket) -> Received:
+    """Take one frame. Raises BlockingIOError if there is none, EOFError at the end."""
+    head = sock.recv(_LENGTH.size, NO_WAIT | socket.MSG_PEEK)
+    if not head:
+        raise EOFError
+    size = _LENGTH.size + _LENGTH.unpack(head)[0]
+    frame, ancillary, flags, _ = sock.recvmsg(size, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
+    return frame[_LENGTH.size :], received_fds(ancillary, flags)
+
+
+class _Locks:
+    """Reader's and writer's lock among the threads of this process, for one lock file."""
+
+    def __init__(self) -> None:
+        self.reading = threading.Lock()
+        self.writing = threading.Lock()
+
+
+_locks: weakref.WeakValueDictionary[tuple[int, int], _Locks] = weakref.WeakValueDictionary()
+_locks_guard = threading.Lock()
+
+
+@reset_in_child
+def _forget_locks() -> None:
+    global _locks, _locks_guard
+    _locks, _locks_guard = weakref.WeakValueDictionary(), threading.Lock()
+
+
+def _locks_of(fd: int) -> _Locks:
+    stat = os.fstat(fd)
+    with _locks_guard:
+        return _locks.setdefault((stat.st_dev, stat.st_ino), _Locks())
+
+
+class StreamEndpoint:
+    """One end of a stream socket pair with its lock file; takes both descriptors over."""
+
+    max_message = FRAME - _LENGTH.size
+
+    def __init__(self, fd: int, lock_fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+        self._lock_fd = lock_fd
+        self._locks = _locks_of(lock_fd)
+        closed_in_child(self)
+
+    @contextmanager
+    def _held(self, lock: threading.Lock, byte: int) -> Iterator[None]:
+        with lock:
+            if self._lock_fd < 0:
+                raise EOFError
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX, 1, byte)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, byte)
+
+    def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
+        try:
+            with self._held(self._locks.writing, 0):
+                return send_frame(self._socket, data, fds)
+        except OSError as error:
+            if error.errno in BUSY:
+                return False
+            if error.errno in BROKEN:
+                raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
+            raise
+        except EOFError:
+            raise BrokenPipeError("this end is closed") from None
+
+    def try_receive(self) -> Received | None:
+        while True:
+            try:
+                with self._held(self._locks.reading, 1):
+                    return receive_frame(self._socket)
+            except BlockingIOError:
+                return None
+            except ConnectionResetError:
+                continue
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    raise EOFError from None
+                raise
+
+    def unread(self) -> int | None:
+        try:
+            (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        except OSError:
+            return None
+        return int(queued)
+
+    def stop_receiving(self) -> None:
+        self._socket.shutdown(socket.SHUT_RD)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def handover(self) -> list[int]:
+        return [self._socket.fileno(), self._lock_fd]
+
+    def close(self) -> None:
+        with self._locks.reading, self._locks.writing:
+            self.abandon()
+
+    def abandon(self) -> None:
+        self._socket.close()
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def pair() -> tuple[StreamEndpoint, StreamEndpoint]:
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ends = []
+    for sock in (a, b):
+        send_buffer(sock, _BUFFER)
+        if hasattr(os, "memfd_create"):
+            lock_fd = os.memfd_create("torchwq-lock", os.MFD_CLOEXEC)
+        else:
+            lock_fd, path = tempfile.mkstemp(prefix="torchwq-lock-")
+            os.unlink(path)
+        ends.append(StreamEndpoint(sock.detach(), lock_fd))
+    return ends[0], ends[1]

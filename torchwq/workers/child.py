@@ -1,0 +1,150 @@
+"""What runs in a worker process, from the fork to its end.
+
+A clean environment: the module ``__main__`` is empty, no thread runs, no queue is open. What the owner is *now* comes along:
+environment variables, working directory, ``sys.path``, ``sys.argv``, warning filters, where stdout and stderr go.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import pickle
+import random
+import select
+import signal
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+import torchwq  # noqa: F401 - the fork server imports this module so that workers find everything imported
+
+from ..memory import blocks
+from ..memory.parcel import Parcel, message
+from ..transport import directory, endpoint, namespace
+from ..transport.outbox import Outbox
+from . import client, info, shutdown
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Context:
+    """The connection of a worker to its owner, as an entry function uses it."""
+
+    def __init__(self, end: endpoint.Endpoint) -> None:
+        self._endpoint = end
+        self._outbox = Outbox(end)
+        self.max_message = end.max_message
+
+    def receive(self) -> endpoint.Received:
+        """Wait for the next message. Raises EOFError if the owner sends no more."""
+        poll = select.poll()
+        poll.register(self._endpoint.fileno(), select.POLLIN)
+        while True:
+            received = self._endpoint.try_receive()
+            if received is not None:
+                return received
+            poll.poll()
+
+    def send(self, payload: bytes | Parcel) -> None:
+        """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
+        fds, keep = (payload.fds, payload.keep) if isinstance(payload, Parcel) else ((), None)
+        self._outbox.send(message(payload), fds, keep)
+
+    def finish(self) -> None:
+        """Wait until everything is sent."""
+        self._outbox.wait_empty()
+
+
+def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
+    """Run one worker; returns its exit status."""
+    _die_with_the_server()
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    _standard_streams(stdout, stderr)
+    # Python's default handler would print a traceback for a Ctrl-C that is the owner's to handle. A handler, and
+    # not SIG_IGN, because programs that the worker starts would inherit that.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    gc.enable()
+    client.born_with(server)
+    context = Context(endpoint.adopt(control))
+    code = 1
+    try:
+        entry = _set_up(context)
+        code = entry(context)
+        context.finish()
+    finally:
+        _end(context)
+    return code
+
+
+def _die_with_the_server() -> None:
+    server = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server or server == 1:
+        os._exit(1)
+
+
+def _standard_streams(stdout: int, stderr: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (stdout, 1), (stderr, 2)):
+        os.dup2(source, target)
+    for fd in {null, stdout, stderr} - {0, 1, 2}:
+        os.close(fd)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - lives as long as the process
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
+
+
+def _set_up(context: Context) -> Any:
+    data, fds = context.receive()
+    if fds:
+        with contextlib.closing(blocks.Descriptor(fds[0])) as block:
+            data = bytes(blocks.map_private(block.fd))
+    setup = pickle.loads(data)
+    os.environ.clear()
+    os.environ.update(setup["environment"])
+    os.environ[namespace.VARIABLE] = setup["namespace"]
+    directory.started_ns = setup["started_ns"]
+    with contextlib.suppress(OSError):  # a directory that was removed under the owner
+        os.chdir(setup["directory"])
+    sys.path[:] = setup["path"]
+    sys.argv[:] = setup["argv"]
+    importlib.invalidate_caches()
+    warnings.resetwarnings()
+    for action, text, category, module, line in setup["filters"]:
+        warnings.filterwarnings(action, text, category, module, line, append=True)
+    info.set_info(setup["info"])
+    _seed(setup["info"].seed)
+    torch.set_num_threads(1)
+    module_name, _, function = setup["entry"].partition(":")
+    return getattr(importlib.import_module(module_name), function)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _end(context: Context) -> None:
+    """End as an interpreter does: other threads, exit functions, streams; the caller then leaves with ``os._exit``."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        shutdown.run()
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()

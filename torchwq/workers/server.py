@@ -1,0 +1,203 @@
+"""The fork server: a program of its own that imports torch once and then forks a clean worker in milliseconds.
+
+It is run as a script, by its path, and imports nothing but the standard library until the first worker is ordered: so it can
+stand guard over the namespace folder from the moment there is one, at the price of a bare interpreter.
+
+Invariants:
+
+* It has one thread and no torch thread pool, so forking it is safe.
+* Each client (the process that started it, and every worker it has forked) holds one connection. A client whose connection
+  ends has died: its workers are killed at once. When the first client is gone, everything is killed, the
+  namespace folder is removed and the server ends. Nothing depends on a dying process doing anything.
+* It runs in a session of its own: Ctrl-C and hang-ups of the terminal reach the owner, not the workers.
+* If the server itself is killed, the kernel kills its workers (PR_SET_PDEATHSIG).
+
+Frames are 16 bytes, ``op, number, token``. To the server: ``F`` fork a worker (with its control socket's descriptors, and
+the owner's stdout and stderr), ``P`` import what workers need and say ``P``, ``K`` send signal ``token`` to process ``number``. From it: ``S`` worker ``token`` has
+pid ``number``, ``E`` it could not be forked (errno), ``X`` process ``number`` has ended with wait status ``token``.
+"""
+
+import array
+import contextlib
+import gc
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+FRAME = struct.Struct("=cxxxiQ")
+MAX_FDS = 8
+
+
+class Client:
+    """A connection to a process that has workers."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.unsent = b""
+
+    def send(self, op: bytes, number: int, token: int) -> None:
+        self.unsent += FRAME.pack(op, number, token)
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            sent = self.connection.send(self.unsent, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            sent = len(self.unsent)  # the client is gone; the loop will notice
+        self.unsent = self.unsent[sent:]
+
+
+class Server:
+    def __init__(self, connection: socket.socket, namespace: str) -> None:
+        self.namespace = namespace
+        self.selector = selectors.DefaultSelector()
+        self.first = self.add_client(connection)
+        self.workers: dict[int, Client] = {}
+        self.preloaded = False
+        self.wake, wake_write = socket.socketpair()
+        self.wake_write = wake_write
+        for sock in (self.wake, wake_write):
+            sock.setblocking(False)
+        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.selector.register(self.wake, selectors.EVENT_READ, None)
+
+    def add_client(self, connection: socket.socket) -> Client:
+        client = Client(connection)
+        self.selector.register(connection, selectors.EVENT_READ, client)
+        return client
+
+    def run(self) -> None:
+        while True:
+            clients = [key.data for key in self.selector.get_map().values() if key.data is not None]
+            unsent = any(client.unsent for client in clients)
+            for key, _ in self.selector.select(0.05 if unsent else None):
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        self.wake.recv(4096)
+                else:
+                    self.serve(key.data)
+            self.reap()
+            for client in clients:
+                if client.unsent:
+                    client.flush()
+
+    def serve(self, client: Client) -> None:
+        try:
+            data, ancillary, _, _ = client.connection.recvmsg(
+                FRAME.size, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            data, ancillary = b"", []
+        fds = array.array("i")
+        for _, _, rights in ancillary:
+            fds.frombytes(rights)
+        if len(data) < FRAME.size:
+            self.lose(client)
+            return
+        op, number, token = FRAME.unpack(data)
+        if op == b"P":
+            self.preload()
+            client.send(b"P", 0, token)
+        elif op == b"F":
+            self.preload()
+            self.fork(client, token, list(fds))
+        elif op == b"K" and self.workers.get(number) is client:
+            os.kill(number, token)
+        for fd in fds:
+            os.close(fd)
+
+    def preload(self) -> None:
+        """Import once what every worker needs; freeze it, so that workers do not copy it for the collector's sake."""
+        if not self.preloaded:
+            import torchwq.workers.child  # noqa: F401 - torch comes along
+
+            os.chdir("/")
+            gc.collect()
+            gc.freeze()
+            self.preloaded = True
+
+    def fork(self, client: Client, token: int, fds: list[int]) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            client.send(b"E", error.errno or 0, token)
+            return
+        if pid == 0:
+            ours.close()
+            self.become_worker(theirs, fds)
+        theirs.close()
+        self.add_client(ours)
+        self.workers[pid] = client
+        client.send(b"S", pid, token)
+
+    def become_worker(self, server: socket.socket, fds: list[int]) -> None:
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for key in list(self.selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+            self.selector.close()
+            self.wake_write.close()
+            from torchwq.workers import child
+
+            code = child.main(fds[:-2], server.detach(), fds[-2], fds[-1])
+        except BaseException:  # noqa: BLE001 - nothing of a worker may run on into the server's loop
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def reap(self) -> None:
+        while self.workers:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            client = self.workers.pop(pid, None)
+            if client is not None:
+                client.send(b"X", pid, status)
+
+    def lose(self, client: Client) -> None:
+        """The process behind ``client`` is gone: its workers go too."""
+        first = client is self.first
+        for pid, owner in self.workers.items():
+            if first or owner is client:
+                os.kill(pid, signal.SIGKILL)
+        self.selector.unregister(client.connection)
+        client.connection.close()
+        if first:
+            if self.namespace:
+                shutil.rmtree(self.namespace, ignore_errors=True)
+            os._exit(0)
+
+
+def main(argv: list[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    settings: dict[str, Any] = json.loads(argv[2])
+    sys.path[:] = settings["path"]
+    connection = socket.socket(fileno=int(argv[1]))
+    os.set_inheritable(connection.fileno(), False)
+    Server(connection, settings["namespace"]).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,85 @@
+"""What happens when a process of ours ends by itself.
+
+In this order, because each step needs the ones after it still to be there: finish what was promised (plain tasks and pools,
+as ``concurrent.futures`` does; not after Ctrl-C), close queues, so that workers that read from them end by
+themselves, end the workers that are left, give up the fork server and the namespace.
+
+A process that is killed does none of this; then the fork server does what is needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ..transport import directory, namespace
+from ..transport.process import reset_in_child
+from . import client, worker
+
+#: How long, in seconds, workers may take to end by themselves after their queues were closed, and after SIGTERM.
+_GRACE: Final = 0.3
+
+_finish: list[Callable[[], None]] = []
+_close: list[Callable[[], None]] = []
+_done = False
+
+
+@reset_in_child
+def _forget() -> None:
+    global _done
+    _done = False
+
+
+def at_finish(callback: Callable[[], None]) -> None:
+    """Let ``callback()`` wait for what must be finished before exit."""
+    _finish.append(callback)
+
+
+def at_close(callback: Callable[[], None]) -> None:
+    """Let ``callback()`` close what workers may be waiting for."""
+    _close.append(callback)
+
+
+def interrupted() -> bool:
+    """Whether this process is ending because of Ctrl-C."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt
+
+
+def run() -> None:
+    """End everything of this process, once."""
+    global _done
+    if _done:
+        return
+    _done = True
+    if not interrupted():
+        for callback in _finish:
+            with contextlib.suppress(KeyboardInterrupt):
+                callback()
+    for callback in _close:
+        callback()
+    end_workers(_GRACE)
+    directory.close()
+    client.close()
+    namespace.remove()
+
+
+def end_workers(grace: float) -> None:
+    """End all workers of this process: wait, ask, force."""
+    for number in (None, signal.SIGTERM, signal.SIGKILL):
+        left = worker.living()
+        for each in left:
+            if number is not None:
+                each.kill(number)
+        until = time.monotonic() + (grace if number is not signal.SIGKILL else 2.0)
+        for each in left:
+            each.ended_event.wait(max(0.0, until - time.monotonic()))
+
+
+# Before the interpreter waits for threads, where concurrent.futures does the same; atexit is the fallback.
+getattr(threading, "_register_atexit", atexit.register)(run)
