@@ -87,35 +87,39 @@ class _Attachments:
         return Parcel(head, self.fds, self.keep, BLOCK)
 
 
-class _FastEncoder(pickle.Pickler, _Attachments):
-    """C pickle. Used again and again: making a pickler costs more than pickling a small object."""
+class _FastEncoder(pickle.Pickler):
+    """C pickle. Used again and again: making a pickler costs more than pickling a small object.
+
+    What it collects is an object of its own, which does not refer back: a cycle would keep descriptors and tensors alive
+    until the collector comes by.
+    """
 
     def __init__(self) -> None:
-        _Attachments.__init__(self)
-        super().__init__(_Sink(self.chunks.append), 5, buffer_callback=self.take_buffer)
+        self.out = out = _Attachments()
+        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
         reducer = reducers.lookup(cls)
         if reducer is not None:
-            return reducer(self, obj)
+            return reducer(self.out, obj)
         if (cls is types.FunctionType or isinstance(obj, type)) and not functions.goes_by_name(obj):
             raise _NeedsCloud
         return NotImplemented
 
 
-class _CloudEncoder(cloudpickle.Pickler, _Attachments):  # type: ignore[misc]
+class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle, with the closure rule in front of it."""
 
     def __init__(self, upvalues: bool) -> None:
-        _Attachments.__init__(self)
-        super().__init__(_Sink(self.chunks.append), 5, buffer_callback=self.take_buffer)
+        self.out = out = _Attachments()
+        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
         self._upvalues = upvalues
 
     def reducer_override(self, obj: Any) -> Any:
         reducer = reducers.lookup(type(obj))
         if reducer is not None:
-            return reducer(self, obj)
+            return reducer(self.out, obj)
         if type(obj) is types.FunctionType:
             return NotImplemented if functions.goes_by_name(obj) else self._reduce_function(obj)
         return super().reducer_override(obj)
@@ -165,13 +169,14 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
     except Exception:  # noqa: BLE001 - cloudpickle may know how, and raises the same again if not
         cloud = _CloudEncoder(upvalues)
         cloud.dump(obj)
-        return cloud.payload(limit)
-    chunks = encoder.chunks
-    if len(chunks) == 1 and not encoder.fds and not encoder.buffers and len(chunks[0]) <= limit:
+        return cloud.out.payload(limit)
+    out = encoder.out
+    chunks = out.chunks
+    if len(chunks) == 1 and not out.fds and not out.buffers and len(chunks[0]) <= limit:
         encoder.clear_memo()
         _idle.append(encoder)
         return chunks.pop()
-    return encoder.payload(limit)
+    return out.payload(limit)
 
 
 def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args") -> list[bytes | Parcel]:
