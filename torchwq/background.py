@@ -258,7 +258,7 @@ shutdown.at_finish(_finish_all)
 
 def run_worker(context: child.Context) -> int:
     """Entry of a task's worker: sends (value, packed error) at its end, and "iterator" when it turns out to be one."""
-    limit = context.max_message - 16
+    limit = context.max_payload
     value: Any = None
     items: WorkQueue | None = None
     packed: exceptions.PackedException | None = None

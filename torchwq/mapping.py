@@ -214,14 +214,14 @@ def run_worker(context: child.Context) -> int:
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
-        payload = codec.encode_all([(value, None)], context.max_message - 16, root="the worker's result")[0]
+        payload = codec.encode_all([(value, None)], context.max_payload, root="the worker's result")[0]
     except QueueClosed:
-        payload = codec.encode((None, None), context.max_message - 16)
+        payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
         return exit_status(stop)
     except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
         packed = exceptions.pack(error)
-        payload = codec.encode((None, packed), context.max_message - 16)
+        payload = codec.encode((None, packed), context.max_payload)
     context.send(payload)
     return 0 if packed is None else 1
 

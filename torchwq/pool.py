@@ -282,7 +282,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
 def run_worker(context: child.Context) -> int:
     """Entry of a pool's worker: the initializer, then tasks until None; for each (value, packed error)."""
-    limit = context.max_message - 16
+    limit = context.max_payload
     while True:
         try:
             received = context.receive()

@@ -55,8 +55,11 @@ class _Attachments:
         self.buffers: list[memoryview] = []
         self.fds: list[int] = []
         self.keep: list[Any] = []
+        #: Whether there is anything beside the pickle.
+        self.more = False
 
     def attach(self, fd: int, owner: Any) -> int:
+        self.more = True
         self.fds.append(fd)
         self.keep.append(owner)
         return len(self.fds) - 1
@@ -66,6 +69,7 @@ class _Attachments:
         raw = buffer.raw()
         if raw.nbytes < OUT_OF_BAND:
             return True
+        self.more = True
         self.buffers.append(raw)
         return False
 
@@ -172,11 +176,11 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
         return cloud.out.payload(limit)
     out = encoder.out
     chunks = out.chunks
-    if len(chunks) == 1 and not out.fds and not out.buffers and len(chunks[0]) <= limit:
-        encoder.clear_memo()
-        _idle.append(encoder)
-        return chunks.pop()
-    return out.payload(limit)
+    if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
+        return out.payload(limit)
+    encoder.clear_memo()
+    _idle.append(encoder)
+    return chunks.pop()
 
 
 def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args") -> list[bytes | Parcel]:

@@ -1,11 +1,12 @@
-"""The few numbers that a queue's processes share: who has taken how many questions, and which one is in hand.
+"""The few numbers that a queue's processes share: which question each worker has taken last, and whether it is at it.
 
 Messages alone cannot tell an owner what a killed worker had in hand, nor when a worker that never answers is done. A
-worker therefore notes each question it takes in a slot of its own. Invariants:
+worker therefore notes each question it takes in a slot of its own: one word, ``number + busy``, where ``number`` is the
+question's (a multiple of ``STEP``) and ``busy`` says how many threads of the handle are at a question. Invariants:
 
-* A slot is written by one handle only, under that handle's lock; the owner only reads it. Words are 8 bytes and
-  aligned, so that a reader sees an old or a new value, never a mixture.
-* The order of writes in a slot is ``seq`` before ``busy`` before ``taken``: whoever sees the count sees the rest.
+* A slot is written by one handle only, under that handle's lock; the owner only reads it. It is one aligned word, so a
+  reader sees an old or a new state, never a mixture.
+* Questions are taken in the order of their numbers. So the highest number in any slot tells how many were taken.
 * A worker killed between taking a question and noting it has taken one question more than its slot says. So the owner
   counts each death as one possible such loss, and believes it only when the socket is empty.
 * ``asked`` in the head is set by an owner that waits for questions to be taken; workers then ping it.
@@ -20,8 +21,11 @@ from typing import Final
 from . import blocks
 
 SLOTS: Final = 4096
-_WORDS: Final = 8  # per slot: one cache line
-_TAKEN, _BUSY, _SEQ = range(3)
+#: Numbers of questions are multiples of this; what is below it counts busy threads.
+STEP: Final = 1 << 12
+#: Index of the word that says whether the owner waits for questions to be taken.
+ASKED: Final = 0
+_WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
 _NBYTES: Final = (SLOTS + 1) * _WORDS * 8
 
 
@@ -31,59 +35,43 @@ class Board:
     def __init__(self, fd: int | None = None) -> None:
         self.fd = blocks.create(_NBYTES) if fd is None else fd
         self._mapping = mmap.mmap(self.fd, _NBYTES)
-        self._words = memoryview(self._mapping).cast("Q")
+        self.words = memoryview(self._mapping).cast("Q")
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            self._words.release()
+            self.words.release()
             self._mapping.close()
             os.close(fd)
 
     __del__ = close
 
     def slot(self, number: int) -> Slot:
-        return Slot(self._words, (number + 1) * _WORDS)
+        return Slot(self.words, (number + 1) * _WORDS)
 
     def set_asked(self, asked: bool) -> None:
-        self._words[0] = int(asked)
-
-    def asked(self) -> bool:
-        return bool(self._words[0])
+        self.words[ASKED] = int(asked)
 
 
 class Slot:
     """One handle's part of the board."""
 
-    __slots__ = ("_base", "_words")
+    __slots__ = ("_words", "index")
 
-    def __init__(self, words: memoryview, base: int) -> None:
+    def __init__(self, words: memoryview, index: int) -> None:
         self._words = words
-        self._base = base
+        #: Where its word is in the board's ``words``.
+        self.index = index
 
     def clear(self) -> None:
-        for word in range(_WORDS):
-            self._words[self._base + word] = 0
-
-    def note_taken(self, seq: int, busy: int) -> None:
-        words, base = self._words, self._base
-        words[base + _SEQ] = seq
-        words[base + _BUSY] = busy
-        words[base + _TAKEN] += 1
-
-    def set_busy(self, busy: int) -> None:
-        self._words[self._base + _BUSY] = busy
+        self._words[self.index] = 0
 
     @property
-    def taken(self) -> int:
-        return int(self._words[self._base + _TAKEN])
+    def number(self) -> int:
+        """Number of the question taken last."""
+        return int(self._words[self.index]) // STEP * STEP
 
     @property
     def busy(self) -> int:
-        """Number of this handle's threads that have taken a question and not answered it."""
-        return int(self._words[self._base + _BUSY])
-
-    @property
-    def seq(self) -> int:
-        """Number of the question taken last; questions count from 1."""
-        return int(self._words[self._base + _SEQ])
+        """How many of the handle's threads have taken a question and not answered it."""
+        return int(self._words[self.index]) % STEP

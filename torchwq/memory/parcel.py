@@ -1,7 +1,7 @@
 """What travels: the bytes of one message, its descriptors, and what must stay alive until it is sent.
 
 A plain small object is just ``bytes``, its pickle; everything else is a :class:`Parcel`. Either becomes a message by a
-trailer of ``TRAILER`` bytes: the number of the question (0 for everything else), and the kind of the payload. It stands
+trailer of ``TRAILER`` bytes: a number (a question's; 0 for everything else), and the kind of the payload. It stands
 at the end because pickle stops reading there by itself: the fast path needs no slice.
 """
 
@@ -24,14 +24,9 @@ class Parcel(NamedTuple):
     kind: int = PICKLE
 
 
-def message(payload: bytes | Parcel, seq: int = 0) -> bytes:
-    """The bytes that go over the wire for a payload."""
-    if type(payload) is bytes:
-        return payload + (seq.to_bytes(8, "little") + b"\0" if seq else PLAIN_TRAILER)
-    assert isinstance(payload, Parcel)
-    return payload.data + seq.to_bytes(8, "little") + bytes((payload.kind,))
+Payload = bytes | Parcel
 
 
-def seq_of(data: bytes) -> int:
-    """The question's number in a message."""
+def trailer_number(data: bytes) -> int:
+    """The number in a message's trailer."""
     return int.from_bytes(data[-9:-1], "little")

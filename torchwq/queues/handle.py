@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from pickle import loads
 from typing import Any, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
+from ..marshalling.codec import encode
 from ..transport import reactor
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
@@ -25,7 +27,7 @@ class QueueStatistics:
 
     Attributes:
         written: objects written through an owner's handle, or through this worker's handle.
-        taken: questions of them that workers have taken; for a worker's handle, questions that it has taken.
+        taken: how many of the owner's questions workers have taken; at a worker's handle, as far as it knows.
         unsent: objects that wait in this process because the socket is full.
         handles: workers' handles on the queue that are open now; 0 for a worker's handle.
     """
@@ -97,7 +99,16 @@ class WorkQueue:
         Source: torch-ipc's ``q:write``.
         """
         role = self._role
-        role.write(codec.encode_all(objs, role.max_payload))
+        if len(objs) == 1:
+            try:
+                payload = encode(objs[0], role.max_payload)
+            except Exception:  # noqa: BLE001 - encoded again below, for an error that tells the place
+                pass
+            else:
+                role.send(payload)
+                return
+        for payload in codec.encode_all(objs, role.max_payload):
+            role.send(payload)
 
     def writeup(self, *objs: Any) -> None:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them, by value.
@@ -108,7 +119,8 @@ class WorkQueue:
         Source: torch-ipc's ``q:writeup``.
         """
         role = self._role
-        role.write(codec.encode_all(objs, role.max_payload, upvalues=True))
+        for payload in codec.encode_all(objs, role.max_payload, upvalues=True):
+            role.send(payload)
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> Any:
         """Read the next object: an answer, if this is the owner's handle, else a question. First in, first out.
@@ -129,10 +141,16 @@ class WorkQueue:
 
         Source: torch-ipc's ``q:read``; ``queue.Queue.get`` for ``queue.Empty``.
         """
-        received = self._role.read(nonblocking, timeout)
+        role = self._role
+        received = role.take()
         if received is None:
-            return None
-        return codec.decode(*received)
+            received = role.wait(nonblocking, timeout)
+            if received is None:
+                return None
+        data, fds = received
+        if fds or data[-1]:
+            return codec.decode(data, fds)
+        return loads(data)
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every question written so far has its answer waiting here.
@@ -169,8 +187,7 @@ class WorkQueue:
         if isinstance(role, Owner):
             written, untaken, handles = role.counts()
             return QueueStatistics(written, written - untaken, len(role.outbox), handles)
-        taken, written = role.counts()
-        return QueueStatistics(written, taken, len(role.outbox), 0)
+        return QueueStatistics(role.written, role.last_taken, len(role.outbox), 0)
 
     def __iter__(self) -> Iterator[Any]:
         """Read until None or until the queue is closed.

@@ -8,11 +8,11 @@ Invariants:
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
-* Questions are numbered from 1 in the order in which they enter the socket.
+* Questions are numbered in the order in which they enter the socket, in multiples of ``STEP``.
 * ``_sent`` holds the questions that some worker may have in hand, and no others, but for the slack between prunings.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
-* Lock order: ``_order``, then the outbox's lock, then ``_lock``. ``_lock`` is never held while sending on the queue.
+* Lock order: the outbox's lock, then ``_lock``. ``_lock`` is never held while sending on the queue.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Final
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling.describe import describe
 from ..memory.blocks import Descriptor
-from ..memory.board import SLOTS, Board, Slot
+from ..memory.board import SLOTS, STEP, Board, Slot
 from ..memory.parcel import Parcel
 from ..transport import endpoint, reactor
 from ..transport import link as links
@@ -68,15 +68,14 @@ class Owner(Role, worker.EndListener):
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         ours, self._theirs = endpoint.pair()
-        super().__init__(ours, self._note_sent)
+        super().__init__(ours, STEP, self._note_sent)
+        self._receive = ours.try_receive
         self.capacity = capacity
         self.board = Board()
         self._on_close = on_close
-        self._order = threading.Lock()
         self._receiving = threading.Lock()
         self._lock = threading.RLock()
         self._taken = threading.Condition(self._lock)
-        self._seq = 0
         self._last_sent = 0
         self._sent: dict[int, bytes] = {}
         self._prune_at = _PRUNE_AT
@@ -93,25 +92,23 @@ class Owner(Role, worker.EndListener):
 
     # Writing
 
-    def write(self, payloads: Sequence[bytes | Parcel]) -> None:
-        for payload in payloads:
-            if self.capacity is not None:
-                self._wait_for_room()
-            if self.closed:
-                raise QueueClosed(self.closed)
-            with self._order:
-                self._seq += 1
-                self.post(payload, self._seq, self._seq)
+    def send(self, payload: bytes | Parcel) -> None:
+        if self.capacity is not None:
+            self._wait_for_room()
+        try:
+            self.outbox.send(payload)
+        except BrokenPipeError:
+            raise self.closed_error() from None
 
-    def _note_sent(self, seq: int, data: bytes) -> None:
-        self._last_sent = seq
+    def _note_sent(self, number: int, data: bytes) -> None:
+        self._last_sent = number
         sent = self._sent
-        sent[seq] = data if len(data) <= _DESCRIBED else b""
+        sent[number] = data if len(data) <= _DESCRIBED else b""
         if len(sent) > self._prune_at:
             with self._lock:
-                in_hand = {member.slot.seq for member in self._members.values()}
-                taken = self._count_taken()
-            self._sent = {seq: data for seq, data in sent.items() if seq > taken or seq in in_hand}
+                in_hand = {member.slot.number for member in self._members.values()}
+                taken = self._highest_taken()
+            self._sent = {number: data for number, data in sent.items() if number > taken or number in in_hand}
             self._prune_at = max(_PRUNE_AT, 2 * len(self._sent))
 
     def _wait_for_room(self) -> None:
@@ -130,15 +127,15 @@ class Owner(Role, worker.EndListener):
                     self.board.set_asked(False)
 
     def _untaken(self) -> int:
-        waiting = self._seq - self._last_sent
+        waiting = self.outbox.number - self._last_sent
         with self._lock:
-            in_socket = self._last_sent - self._count_taken() if not self.closed else 0
+            in_socket = self._last_sent - self._highest_taken() if not self.closed else 0
         if in_socket and self.end.unread() == 0:
             in_socket = 0  # a worker died with a question that it had not noted
-        return waiting + in_socket
+        return (waiting + in_socket) // STEP
 
-    def _count_taken(self) -> int:
-        return self._taken_by_gone + sum(member.slot.taken for member in self._members.values())
+    def _highest_taken(self) -> int:
+        return max([self._taken_by_gone, *(member.slot.number for member in self._members.values())])
 
     # Reading
 
@@ -146,13 +143,16 @@ class Owner(Role, worker.EndListener):
         with self._receiving:
             if self._inbox:
                 return self._inbox.popleft()
-            return self._take_from_socket()
+            try:
+                return self._receive()
+            except EOFError:
+                return None  # closed by another thread; the caller looks at that
 
     def _take_from_socket(self) -> Received | None:
         try:
-            return self.end.try_receive()
+            return self._receive()
         except EOFError:
-            return None  # closed by another thread; the caller looks at that
+            return None
 
     def _absorb(self) -> bool | None:
         """Move what is in the socket to the inbox; True if there was anything."""
@@ -185,7 +185,7 @@ class Owner(Role, worker.EndListener):
 
     def drain(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        mark = self._seq
+        mark = self.outbox.number
         quiet_since = time.monotonic()
         while True:
             if self.closed:
@@ -207,13 +207,13 @@ class Owner(Role, worker.EndListener):
             return False
         unread = self.end.unread()
         with self._lock:
-            missing = mark - self._count_taken()
+            missing = (mark - self._highest_taken()) // STEP
             if missing > 0 and (unread or missing > self._possibly_lost or quiet < _LOST_AFTER):
                 return False
             if self._ending:
                 return False
             return not any(
-                member.slot.busy and (member.slot.busy > 1 or member.slot.seq <= mark)
+                member.slot.busy and (member.slot.busy > 1 or member.slot.number <= mark)
                 for member in self._members.values()
             )
 
@@ -292,9 +292,9 @@ class Owner(Role, worker.EndListener):
                 return ""
             in_hand = ""
             if not self.closed:
-                self._taken_by_gone += member.slot.taken
+                self._taken_by_gone = max(self._taken_by_gone, member.slot.number)
                 if member.slot.busy:
-                    in_hand = self._describe(member.slot.seq)
+                    in_hand = self._describe(member.slot.number)
                 self._free.append(member.number)
             self._update_alarm()
             self._watch_for_leavers()
@@ -307,9 +307,9 @@ class Owner(Role, worker.EndListener):
             leaving = any(member.leaving for member in self._members.values())
             reactor.get().set_reader(self.end.fileno(), self._absorb_for_leavers if leaving else None)
 
-    def _describe(self, seq: int) -> str:
-        data = self._sent.get(seq)
-        return f"question {seq}" + (f" ({describe(data)})" if data else "")
+    def _describe(self, number: int) -> str:
+        data = self._sent.get(number)
+        return f"question {number // STEP}" + (f" ({describe(data)})" if data else "")
 
     def _lose(self, member: _Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
@@ -395,4 +395,4 @@ class Owner(Role, worker.EndListener):
 
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""
-        return self._seq, 0 if self.closed else self._untaken(), len(self._members)
+        return self.outbox.number // STEP, 0 if self.closed else self._untaken(), len(self._members)

@@ -1,20 +1,21 @@
-"""What the two roles of a queue share: the loop of a blocking read, and how payloads become messages."""
+"""What the two roles of a queue share: the loop of a blocking read, and what a fork does."""
 
 from __future__ import annotations
 
 import abc
 import queue
 import time
-from collections.abc import Sequence
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
-from ..memory.parcel import Parcel, message
+from ..memory.parcel import TRAILER, Parcel
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.waiting import Waiter
 
+
+ENDED = "the queue is closed: its owner has closed it, or has ended"
 
 #: Every role that is not closed yet, or has something left to send. What exit has to take care of.
 open_roles: set[Role] = set()
@@ -31,13 +32,13 @@ class Role(abc.ABC):
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
     """
 
-    def __init__(self, end: Endpoint, sent: Sent) -> None:
+    def __init__(self, end: Endpoint, step: int, sent: Sent) -> None:
         self.end = end
         self.closed = ""
-        self.max_payload = end.max_message - 16
+        self.max_payload = end.max_message - TRAILER
         self.alarm = Alarm()
         self.waiter = Waiter(end, self.alarm)
-        self.outbox = Outbox(end, sent)
+        self.outbox = Outbox(end, step=step, sent=sent)
         closed_in_child(self)
         open_roles.add(self)
 
@@ -50,7 +51,8 @@ class Role(abc.ABC):
         """Called when the alarm is set and no message is there: raise what it stands for, or return to go on."""
 
     @abc.abstractmethod
-    def write(self, payloads: Sequence[bytes | Parcel]) -> None: ...
+    def send(self, payload: bytes | Parcel) -> None:
+        """Send one payload, now or as soon as there is room. Raises QueueClosed."""
 
     @abc.abstractmethod
     def ticket(self) -> list[Descriptor]:
@@ -59,11 +61,8 @@ class Role(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None: ...
 
-    def read(self, nonblocking: bool, timeout: float | None) -> Received | None:
-        """The next message; None only if ``nonblocking`` and there is none. Raises queue.Empty after ``timeout``."""
-        received = self.take()
-        if received is not None:
-            return received
+    def wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
+        """The next message, after ``take`` has found none; None if ``nonblocking``. Raises queue.Empty."""
         if self.closed:
             raise QueueClosed(self.closed)
         if nonblocking:
@@ -83,16 +82,8 @@ class Role(abc.ABC):
             if deadline is not None and time.monotonic() >= deadline and not self.alarm.is_set():
                 raise queue.Empty
 
-    def post(self, payload: bytes | Parcel, seq: int, tag: int) -> None:
-        """Send one payload, now or as soon as there is room."""
-        try:
-            if type(payload) is bytes:
-                self.outbox.send(message(payload, seq), (), None, tag)
-            else:
-                assert isinstance(payload, Parcel)
-                self.outbox.send(message(payload, seq), payload.fds, payload.keep, tag)
-        except BrokenPipeError:
-            raise QueueClosed(self.closed or "the queue is closed: its owner has closed it, or has ended") from None
+    def closed_error(self) -> QueueClosed:
+        return QueueClosed(self.closed or ENDED)
 
     def abandon(self) -> None:
         self.closed = (

@@ -13,21 +13,21 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from _thread import get_ident
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
-from ..memory.board import Board
-from ..memory.parcel import Parcel, seq_of
+from ..memory.board import ASKED, STEP, Board
+from ..memory.parcel import Parcel, trailer_number
 from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
 from .owner import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
-from .role import Role, open_roles
+from .role import ENDED, Role, open_roles
 
 _REPLY_SECONDS = 30.0
-_ENDED = "the queue is closed: its owner has closed it, or has ended"
 
 
 class _Presence:
@@ -40,70 +40,84 @@ class _Presence:
     def __del__(self) -> None:
         side = self._side()
         if side is not None:
-            side.not_busy(self._ident, b"")
+            side.thread_ended(self._ident)
 
 
 class WorkerSide(Role):
     """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
-        super().__init__(endpoint.adopt(fds[:-1]), self.not_busy)
+        super().__init__(endpoint.adopt(fds[:-1]), 0, self.not_busy)
+        self._receive = self.end.try_receive
         self.capacity = capacity
         self._board = Board(fds[-1])
-        self._slot = self._board.slot(slot)
+        self._words = self._board.words
+        self._index = self._board.slot(slot).index
         self._link = link
         self._lock = threading.Lock()
         self._busy: set[int] = set()
         self._threads = threading.local()
-        self._taken = 0
-        self._written = 0
+        self._known: set[int] = set()
+        self._number = 0
+        self.written = 0
 
     def take(self) -> Received | None:
         try:
-            received = self.end.try_receive()
+            received = self._receive()
         except EOFError:
             self._owner_gone()
             return None
         if received is None:
             return None
-        ident = threading.get_ident()
+        ident = get_ident()
+        busy, words = self._busy, self._words
         with self._lock:
-            if self.closed:
-                return received
-            busy = self._busy
             if ident not in busy:
                 busy.add(ident)
-                if not hasattr(self._threads, "presence"):
-                    self._threads.presence = _Presence(self, ident)
-            self._taken += 1
-            self._slot.note_taken(seq_of(received[0]), len(busy))
-            if self._board.asked():
+                if ident not in self._known:
+                    self._meet(ident)
+            self._number = number = trailer_number(received[0])
+            if self.closed:
+                return received
+            words[self._index] = number + len(busy)
+            if words[ASKED]:
                 self._link.ping(TOOK)
         return received
 
+    def _meet(self, ident: int) -> None:
+        """See to it that a thread which ends is not busy any more."""
+        self._known.add(ident)
+        self._threads.presence = _Presence(self, ident)
+
     def not_busy(self, ident: int, data: bytes) -> None:
-        """The thread ``ident`` has answered, or ended."""
+        """The thread ``ident`` has answered."""
+        busy = self._busy
         with self._lock:
-            if ident in self._busy:
-                self._busy.discard(ident)
+            if ident in busy:
+                busy.remove(ident)
                 if not self.closed:
-                    self._slot.set_busy(len(self._busy))
+                    self._words[self._index] = self._number + len(busy)
+
+    def thread_ended(self, ident: int) -> None:
+        self.not_busy(ident, b"")
+        self._known.discard(ident)
 
     def raise_trouble(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
 
-    def write(self, payloads: Sequence[bytes | Parcel]) -> None:
+    def send(self, payload: bytes | Parcel) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
-        ident = threading.get_ident()
-        for payload in payloads:
-            self._written += 1
-            self.post(payload, 0, ident)
+        self.written += 1
+        try:
+            self.outbox.send(payload, get_ident())
+        except BrokenPipeError:
+            raise self.closed_error() from None
 
     def _owner_gone(self) -> None:
         if not self.closed:
-            self.closed = _ENDED
+            self.closed = ENDED
             self.alarm.set()
 
     def ticket(self) -> list[Descriptor]:
@@ -150,9 +164,10 @@ class WorkerSide(Role):
         os.close(self._board.fd)
         self._board.fd = -1
 
-    def counts(self) -> tuple[int, int]:
-        """Questions taken and answers written."""
-        return self._taken, self._written
+    @property
+    def last_taken(self) -> int:
+        """Which of the owner's questions this handle has taken last; they count from 1."""
+        return self._number // STEP
 
 
 def accept(fds: Sequence[int], link: Link) -> WorkerSide:
@@ -168,7 +183,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
         link.close()
         for fd in fds:
             os.close(fd)
-        raise QueueClosed(_ENDED)
+        raise QueueClosed(ENDED)
     side = seated(fds, link, reply[0])
     try:
         link.send(HELLO.pack(b"H", os.getpid()))

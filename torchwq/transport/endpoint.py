@@ -21,6 +21,9 @@ from typing import Final, Protocol
 #: A message: its bytes, and the descriptors that came with it, owned by the receiver.
 Received = tuple[bytes, list[int]]
 
+#: The descriptors of a message that came without any. Never changed: one list serves them all.
+NO_FDS: Final[list[int]] = []
+
 #: Descriptors that one message can carry (the kernel's SCM_MAX_FD).
 MAX_FDS: Final = 253
 

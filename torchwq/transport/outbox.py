@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final, Protocol
 
 from . import reactor
 from .endpoint import Endpoint
@@ -23,50 +23,86 @@ from .process import closed_in_child
 
 Sent = Callable[[int, bytes], None]
 
+#: What :mod:`torchwq.memory.parcel` lays down for a pickle without a number.
+_PLAIN_TRAILER: Final = bytes(9)
+
+
+class Payload(Protocol):
+    """A payload that is more than bytes: see :class:`torchwq.memory.parcel.Parcel`."""
+
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def fds(self) -> list[int]: ...
+    @property
+    def kind(self) -> int: ...
+
 
 class Outbox:
-    """Sends over one endpoint without ever blocking. Safe to use from several threads."""
+    """Sends over one endpoint without ever blocking. Safe to use from several threads.
 
-    def __init__(self, endpoint: Endpoint, sent: Sent | None = None) -> None:
+    Args:
+        endpoint: where to.
+        step: messages are numbered in the order in which they leave, in steps of this; 0 numbers none.
+        sent: called for each message that the socket took, with its tag and its bytes.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, step: int = 0, sent: Sent | None = None) -> None:
         self._endpoint = endpoint
+        self._try_send = endpoint.try_send
+        self._step = step
         self._sent = sent
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._pending: deque[tuple[bytes, Sequence[int], Any, int]] = deque()
-        self._broken = False
+        self._stopped = False
         self._closing = False
         self._then: Callable[[], None]
+        #: Number of the message sent last.
+        self.number = 0
         closed_in_child(self)
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def send(self, data: bytes, fds: Sequence[int] = (), keep: Any = None, tag: int = 0) -> None:
-        """Send, or keep for later, one message. ``keep`` stays alive until the message is sent.
+    def send(self, payload: bytes | Payload, tag: int = 0) -> None:
+        """Send, or keep for later, one payload. It stays alive until it is sent.
 
-        Raises BrokenPipeError if nobody can receive it any more.
+        ``tag`` is for ``sent``; numbered messages are tagged with their number. Raises BrokenPipeError if nobody can
+        receive it any more.
         """
-        with self._changed:
-            if self._broken or self._closing:
+        with self._lock:
+            if self._stopped:
                 raise BrokenPipeError("the queue is closed")
-            if not self._pending and self._try(data, fds, tag):
-                return
-            self._pending.append((data, fds, keep, tag))
-            if len(self._pending) == 1:
+            fds: Sequence[int] = ()
+            if type(payload) is bytes:
+                if self._step:
+                    self.number = tag = self.number + self._step
+                    data = payload + tag.to_bytes(8, "little") + b"\0"
+                else:
+                    data = payload + _PLAIN_TRAILER
+            else:
+                data, fds, tag = self._message(payload, tag)
+            if not self._pending:
+                try:
+                    if self._try_send(data, fds):
+                        if self._sent is not None:
+                            self._sent(tag, data)
+                        return
+                except BrokenPipeError:
+                    self._drop()
+                    raise
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
+            self._pending.append((data, fds, payload if fds else None, tag))
 
-    def _try(self, data: bytes, fds: Sequence[int], tag: int) -> bool:
-        try:
-            if not self._endpoint.try_send(data, fds):
-                return False
-        except BrokenPipeError:
-            self._drop()
-            raise
-        if self._sent is not None:
-            self._sent(tag, data)
-        return True
+    def _message(self, payload: Any, tag: int) -> tuple[bytes, Sequence[int], int]:
+        number = 0
+        if self._step:
+            self.number = tag = number = self.number + self._step
+        return payload.data + number.to_bytes(8, "little") + bytes((payload.kind,)), payload.fds, tag
 
     def _drop(self) -> None:
-        self._broken = True
+        self._stopped = True
         self._pending.clear()
         self._stop_watching()
 
@@ -79,16 +115,19 @@ class Outbox:
 
     def flush(self) -> None:
         """Send what the socket takes of what waits. Never blocks, never raises for a closed queue."""
-        with self._changed:
+        with self._lock:
             if not self._pending:
                 return
             try:
                 while self._pending:
                     data, fds, _, tag = self._pending[0]
-                    if not self._try(data, fds, tag):
+                    if not self._try_send(data, fds):
                         return
                     self._pending.popleft()
+                    if self._sent is not None:
+                        self._sent(tag, data)
             except BrokenPipeError:
+                self._drop()
                 return
             self._stop_watching()
 
@@ -99,13 +138,14 @@ class Outbox:
 
     def close_when_sent(self, then: Callable[[], None]) -> None:
         """Take nothing more, and call ``then`` as soon as nothing waits. Returns at once."""
-        with self._changed:
+        with self._lock:
             if self._closing:
                 return
-            self._closing, self._then = True, then
+            self._closing = self._stopped = True
+            self._then = then
             if not self._pending:
                 then()
 
     def abandon(self) -> None:
         self._pending.clear()
-        self._broken = True
+        self._stopped = True

@@ -15,9 +15,9 @@ import termios
 from collections.abc import Sequence
 from typing import Final
 
-from .endpoint import Received
+from .endpoint import NO_FDS, Received
 from .process import closed_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, TRUNCATED, received_fds, rights, send_buffer
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
 MAX_MESSAGE: Final = 32 * 1024
@@ -66,11 +66,11 @@ class SeqpacketEndpoint:
                 if error.errno == errno.EBADF:  # closed by another thread of this process
                     raise EOFError from None
                 raise
-            if ancillary or flags & socket.MSG_CTRUNC:
+            if ancillary or flags & TRUNCATED:
                 return data, received_fds(ancillary, flags)
-            if not data:
-                raise EOFError
-            return data, []
+            if data:
+                return data, NO_FDS
+            raise EOFError
 
     def unread(self) -> int | None:
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))

@@ -15,8 +15,10 @@ from typing import Any, Final
 from ..errors import ResourceError
 from .endpoint import MAX_FDS
 
-NO_WAIT: Final = socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0)
-CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+# Plain integers: the socket module's flags are enums, whose arithmetic costs as much as a system call.
+NO_WAIT: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
+CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+TRUNCATED: Final = int(socket.MSG_CTRUNC)
 ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 #: The other side is gone for good, or this side was closed by another thread.
@@ -45,7 +47,7 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & socket.MSG_CTRUNC:
+    if flags & TRUNCATED:
         close_fds(fds)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise ResourceError(

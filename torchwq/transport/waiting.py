@@ -31,6 +31,7 @@ T = TypeVar("T")
 SLICE: Final = 0.5
 _MAX_SPIN: Final = 100_000  # nanoseconds
 _MIN_SPIN: Final = 10_000
+_LOOKS_PER_YIELD: Final = 4
 #: A sleep shorter than this would have been better spent spinning.
 _SHORT_SLEEP: Final = 400_000
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
@@ -101,20 +102,29 @@ class Waiter:
 
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
-        while time.monotonic_ns() < until:
+        look = self._look
+        while True:
+            for _ in range(_LOOKS_PER_YIELD):
+                if look():
+                    found = attempt()
+                    if found is not None:
+                        return found
+                    if self._alarm.is_set():
+                        return None
+            if time.monotonic_ns() > until:
+                break
             os.sched_yield()
-            found = attempt()
-            if found is not None:
-                return found
-            if self._alarm.is_set():
-                return None
         self._spin = self._spin // 2 if self._spin > _MIN_SPIN else 0
         return None
+
+    def _look(self) -> bool:
+        """Whether there may be a message. Cheaper than trying: a failed ``recv`` makes an exception."""
+        return bool(self._epoll.poll(0)) if self._epoll is not None else True
 
     def _sleep(self, seconds: float) -> bool:
         """Sleep until there may be a message; True if the alarm is set."""
         if self._epoll is not None:
-            self._epoll.poll(seconds, 2)
+            self._epoll.poll(seconds)
         else:
             poll = select.poll()
             poll.register(self._source.fileno(), select.POLLIN)

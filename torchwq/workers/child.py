@@ -29,7 +29,7 @@ import torch
 import torchwq  # noqa: F401 - the fork server imports this module so that workers find everything imported
 
 from ..memory import blocks
-from ..memory.parcel import Parcel, message
+from ..memory.parcel import TRAILER, Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
 from . import client, info, shutdown
@@ -43,7 +43,7 @@ class Context:
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._endpoint = end
         self._outbox = Outbox(end)
-        self.max_message = end.max_message
+        self.max_payload = end.max_message - TRAILER
 
     def receive(self) -> endpoint.Received:
         """Wait for the next message. Raises EOFError if the owner sends no more."""
@@ -57,8 +57,7 @@ class Context:
 
     def send(self, payload: bytes | Parcel) -> None:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
-        fds, keep = (payload.fds, payload.keep) if isinstance(payload, Parcel) else ((), None)
-        self._outbox.send(message(payload), fds, keep)
+        self._outbox.send(payload)
 
     def finish(self) -> None:
         """Wait until everything is sent."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..memory import blocks
-from ..memory.parcel import Parcel, message
+from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint, namespace, reactor
 from ..transport.outbox import Outbox
 from ..transport.process import reset_in_child
@@ -53,7 +53,6 @@ class Worker:
         self._after: list[Callable[[Worker], None]] = []
         self._lock = threading.Lock()
         self._endpoint, theirs = endpoint.pair()
-        self.max_message = self._endpoint.max_message
         self._outbox = Outbox(self._endpoint)
         reactor.get().set_reader(self._endpoint.fileno(), self._ready)
         self._order(theirs)
@@ -77,17 +76,16 @@ class Worker:
 
     def _send_setup(self, entry: str) -> None:
         setup = pickle.dumps(_environment(self.info, entry))
-        if len(setup) <= self.max_message:
+        if len(setup) <= self._endpoint.max_message - TRAILER:
             self._outbox.send(setup)
         else:
             fd, _ = blocks.fill([[setup]])
-            self._outbox.send(b"\0", [fd], blocks.Descriptor(fd))
+            self._outbox.send(Parcel(b"", [fd], [blocks.Descriptor(fd)]))
 
     def send(self, payload: bytes | Parcel) -> None:
         """Send a message; never blocks. One that a dead worker does not take is dropped: ``on_end`` tells."""
-        fds, keep = (payload.fds, payload.keep) if isinstance(payload, Parcel) else ((), None)
         with contextlib.suppress(BrokenPipeError):
-            self._outbox.send(message(payload), fds, keep)
+            self._outbox.send(payload)
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send it a signal; as soon as it is started, if it is not yet. Nothing happens if it has ended."""
