@@ -55,7 +55,7 @@ def first_use_of_torchwq() -> dict[str, float]:
 
 
 def memory() -> dict[str, float]:
-    """Bytes a waiting question costs the owner, and the part of them that is left after answer or close."""
+    """What a waiting question costs the owner, in bytes, and what of that is left after answer or close."""
     import torchwq
 
     def echo(q: torchwq.WorkQueue) -> None:
@@ -87,11 +87,10 @@ def memory() -> dict[str, float]:
     fill(q)
     q.close()
     closed = resident_bytes()
-    taken = full - empty
     return {
-        "bytes": taken / QUESTIONS,
-        "left_when_answered": max(0, answered - empty) / taken,
-        "left_when_closed": max(0, closed - empty) / taken,
+        "waiting": (full - empty) / QUESTIONS,
+        "left_when_answered": (answered - empty) / QUESTIONS,
+        "left_when_closed": (closed - empty) / QUESTIONS,
     }
 
 

@@ -15,7 +15,7 @@ from .errors import (
     TorchwqError,
     WorkerDied,
 )
-from .mapping import Map, map  # noqa: A004 - torch-ipc's name
+from .mapping import Map, map
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
 from .workers.client import warm_up

@@ -1,12 +1,13 @@
 """``BackgroundTask``: one function in one worker, as a future, or as an iterator that produces ahead.
 
-The iterator is a workqueue: the consumer writes a *credit* for each item that may be made, the producer reads a credit, makes an
-item, and writes it. At the start there are ``prefetch`` credits; taking an item gives one more. So there are never more
-than ``prefetch`` items that were made and not yet taken, and a producer whose consumer has gone reads "closed".
+The iterator is a workqueue: the consumer writes a *credit* for each item that may be made, the producer reads a
+credit, makes an item, and writes it. At the start there are ``prefetch`` credits; taking an item gives one more. So
+there are never more than ``prefetch`` items that were made and not yet taken, and a producer whose consumer has gone
+reads "closed".
 
-What ends a task, other than its items, comes over the worker's control connection and completes the future. Its thread holds a
-plain task (that runs to its end whoever looks), but only a weak reference to an iterator: when its consumer drops it,
-the producer stops.
+What ends a task, other than its items, comes over the worker's control connection and completes the future. Its
+thread holds a plain task (that runs to its end whoever looks), but only a weak reference to an iterator: when its
+consumer drops it, the producer stops.
 """
 
 from __future__ import annotations
@@ -46,18 +47,20 @@ class BackgroundTask(concurrent.futures.Future[T]):
     ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``. It is running from the start, so
     ``cancel()`` returns False.
 
-    As an iterator, if ``f`` is a generator function or returns an iterator, or if ``f`` is a Dataset or another iterable: the
-    items are made in the worker, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop early, or
+    As an iterator, if ``f`` is a generator function or returns an iterator, or if ``f`` is a Dataset or another
+    iterable: the items are made in the worker, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop
+        early, or
     :meth:`close`, stops the producer. An error surfaces at the item where it happened, after the items before it. An
     exhausted task stays exhausted; its ``result()`` is the generator's return value.
 
     Args:
-        f: a function; or an iterator, an iterable, an iterable Dataset, or a map-style Dataset, which is read from index 0 to
-            its end. It gets no ``mapid``. It travels as code; see ``upvalues``.
+        f: a function; or an iterator, an iterable, an iterable Dataset, or a map-style Dataset, which is read from
+            index 0 to its end. It gets no ``mapid``. It travels as code; see ``upvalues``.
         *args: its arguments.
         prefetch: how many items may be ready and not taken; at least 1.
         backend: ``"process"``.
-        upvalues: whether ``f`` may be a closure and use global data of ``__main__``: these are then copied to the worker.
+        upvalues: whether ``f`` may be a closure and use global data of ``__main__``: these are then copied to the
+            worker.
 
     Raises:
         ClosureError: ``f`` drags data along.
@@ -221,7 +224,7 @@ class _Completion(threading.Thread):
         while (event := self._events.get()) is not None:
             try:
                 value, packed = codec.decode(*event)
-            except Exception as error:  # noqa: BLE001 - what the result's class raises when it is rebuilt
+            except Exception as error:
                 outcome = (None, error)
                 continue
             if packed == "iterator":
@@ -276,7 +279,7 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
         return exit_status(stop)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
+    except BaseException as error:
         packed = exceptions.pack(error)
         payload = codec.encode((None, packed), limit)
         _tell(items, packed)

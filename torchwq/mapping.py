@@ -1,7 +1,7 @@
 """``torchwq.map``: start workers that run a function, and wait for them.
 
-The owner looks at the call before anything starts: whether the function wants its ``mapid``, whether its arguments fit, whether
-it drags data along. What can be wrong is then wrong in the caller's own traceback.
+The owner looks at the call before anything starts: whether the function wants its ``mapid``, whether its arguments
+fit, whether it drags data along. What can be wrong is then wrong in the caller's own traceback.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Map:
             timeout: how long to wait at most, in seconds; None waits for ever.
 
         Returns:
-            What each worker's function returned, in the order of mapid; None for one that ended on QueueClosed. Workers whose
-            error :meth:`check_errors` has already raised are left out.
+            What each worker's function returned, in the order of mapid; None for one that ended on QueueClosed.
+            Workers whose error :meth:`check_errors` has already raised are left out.
 
         Raises:
             TimeoutError: not within ``timeout``; ``join`` can be called again.
-            Exception: the error of the failed worker with the lowest mapid: the exception that its function raised, caused
-                by a RemoteTraceback with the worker's traceback; WorkerDied if the worker died. Notes on it name the
-                others that failed.
+            Exception: the error of the failed worker with the lowest mapid: the exception that its function raised,
+                caused by a RemoteTraceback with the worker's traceback; WorkerDied if the worker died. Notes on it
+                name the others that failed.
 
         Source: torch-ipc's ``m:join``.
         """
@@ -122,7 +122,7 @@ class Map:
                     self._errors[mapid] = process.died()
                 else:
                     self._values[mapid] = value
-            except Exception as error:  # noqa: BLE001 - what the value's class raises when it is rebuilt
+            except Exception as error:
                 _add_note(error, f"raised here while reading what worker {mapid} returned")
                 self._errors[mapid] = error
 
@@ -138,22 +138,22 @@ class Map:
         return f"<torchwq.Map of {self._n} workers, {self._n - self._ended} running>"
 
 
-def map(  # noqa: A001 - torch-ipc's name
-    n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", upvalues: bool = False
-) -> Map:
+def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", upvalues: bool = False) -> Map:
     """Run ``f(*args, mapid)`` in each of ``n`` new workers, ``mapid`` = 0 … n-1.
 
     ``mapid`` is passed if ``f`` requires one more positional argument, takes ``*args``, or has a parameter called
-    ``mapid``; otherwise ``f(*args)`` is run. Workers are processes with a clean environment: the caller's ``__main__`` is
-    not imported, so scripts need no ``if __name__ == "__main__":``, and functions from notebooks work. ``sys.path``, the
-    working directory, environment variables and warning filters are the owner's; ``torch.set_num_threads(1)`` is set.
+    ``mapid``; otherwise ``f(*args)`` is run. Workers are processes with a clean environment: the caller's
+    ``__main__`` is not imported, so scripts need no ``if __name__ == "__main__":``, and functions from notebooks
+    work. ``sys.path``, the working directory, environment variables and warning filters are the owner's;
+    ``torch.set_num_threads(1)`` is set.
 
     Args:
         n: number of workers.
         f: the function. It travels as code; see ``upvalues``.
         *args: its arguments; a :class:`WorkQueue` among them arrives as a worker's handle.
         backend: ``"process"``.
-        upvalues: whether ``f`` may be a closure, and use global data of ``__main__``: these are then copied to the workers.
+        upvalues: whether ``f`` may be a closure, and use global data of ``__main__``: these are then copied to the
+            workers.
 
     Returns:
         A :class:`Map`. The workers go on if it is dropped; they are ended when the owner ends.
@@ -203,7 +203,9 @@ def _wants_mapid(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, bo
     try:
         signature.bind(*args, *([0] if by_position else []), **({"mapid": 0} if by_keyword else {}))
     except TypeError as error:
-        raise TypeError(f"{getattr(f, '__qualname__', f)}{signature} cannot be called with these arguments: {error}") from None
+        raise TypeError(
+            f"{getattr(f, '__qualname__', f)}{signature} cannot be called with these arguments: {error}"
+        ) from None
     return by_position, by_keyword
 
 
@@ -219,7 +221,7 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
         return exit_status(stop)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
+    except BaseException as error:
         packed = exceptions.pack(error)
         payload = codec.encode((None, packed), context.max_payload)
     context.send(payload)
@@ -241,8 +243,7 @@ def _summary(error: BaseException) -> str:
 def _add_note(error: BaseException, note: str) -> None:
     notes = getattr(error, "__notes__", None)
     if notes is None:
-        notes = error.__notes__ = []  # as BaseException.add_note does, which Python 3.10 does not have
+        notes = []
+        setattr(error, "__notes__", notes)  # noqa: B010 - add_note came with Python 3.11
     if note not in notes:
         notes.append(note)
-
-

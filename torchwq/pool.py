@@ -1,9 +1,9 @@
 """``BackgroundTaskPool``: a ``concurrent.futures.Executor`` on torchwq's workers.
 
-One thread per pool does everything that has an order: it gives a task to a worker that has none, completes futures, replaces
-workers that died. A worker gets its next task only when it has finished the one before. So it is always known which
-task a dead worker had in hand, every other task is still in the pool and can be cancelled or given to another
-worker, and no short task waits behind a long one while a worker is idle.
+One thread per pool does everything that has an order: it gives a task to a worker that has none, completes futures,
+replaces workers that died. A worker gets its next task only when it has finished the one before. So it is always
+known which task a dead worker had in hand, every other task is still in the pool and can be cancelled or given to
+another worker, and no short task waits behind a long one while a worker is idle.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class _Pool(threading.Thread):
         try:
             value, packed = codec.decode(data, fds)
             error = None if packed is None else exceptions.unpack(packed)
-        except Exception as raised:  # noqa: BLE001 - what the result's class raises when it is rebuilt
+        except Exception as raised:
             value, error = None, raised
         if mapid in self._starting:
             self._starting.discard(mapid)
@@ -196,14 +196,16 @@ shutdown.at_finish(_finish_all)
 class BackgroundTaskPool(concurrent.futures.Executor):
     """A pool of ``n`` workers that run tasks: ``submit``, ``map``, ``shutdown``, ``with``.
 
-    Its futures work with ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``; what has not started
-    can be cancelled. Functions get no ``mapid``; :func:`torchwq.worker_info` tells them where they run. A worker that
-    died is replaced; only the task that it had in hand fails, with WorkerDied. Workers start when tasks need them.
+    Its futures work with ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``; what has not
+    started can be cancelled. Functions get no ``mapid``; :func:`torchwq.worker_info` tells them where they run. A
+    worker that died is replaced; only the task that it had in hand fails, with WorkerDied. Workers start when tasks
+    need them.
 
     Args:
         n: the largest number of workers.
         backend: ``"process"``.
-        upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each time.
+        upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each
+            time.
         initializer: a function that each worker runs before its first task.
         initargs: its arguments. If it raises, the pool is broken: tasks get ``concurrent.futures.BrokenExecutor``.
 
@@ -239,7 +241,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         """Run ``fn(*args, **kwargs)`` in a worker.
 
         Returns:
-            The future of its result. Its ``result()`` raises what ``fn`` raised, with the worker's traceback, or WorkerDied.
+            The future of its result. Its ``result()`` raises what ``fn`` raised, with the worker's traceback, or
+            WorkerDied.
 
         Raises:
             ClosureError: ``fn`` drags data along; pass it as an argument, or make the pool with ``upvalues=True``.
@@ -297,7 +300,7 @@ def run_worker(context: child.Context) -> int:
             payload = codec.encode_all([(value, None)], limit, root="the task's result")[0]
         except SystemExit as stop:
             return exit_status(stop)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, its owner is told
+        except BaseException as error:
             payload = codec.encode((None, exceptions.pack(error)), limit)
         value = function = args = kwargs = call = None
         context.send(payload)

@@ -1,12 +1,12 @@
 """Encodes objects into messages and decodes them.
 
-Two encoders, because the common case must be fast. The first is C pickle with one hook, which is called only for objects
-that are not plain containers and scalars. It hands over to the second, cloudpickle's, when it meets a function or
-class that has to travel by value, or anything that pickle cannot do.
+Two encoders, because the common case must be fast. The first is C pickle with one hook, which is called only for
+objects that are not plain containers and scalars. It hands over to the second, cloudpickle's, when it meets a
+function or class that has to travel by value, or anything that pickle cannot do.
 
-Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which here is
-a list. numpy arrays leave out of band (protocol 5). What is too large for a message goes into one shared block, from
-which the reader's arrays are mapped copy-on-write.
+Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
+here is a list. numpy arrays leave out of band (protocol 5). What is too large for a message goes into one shared
+block, from which the reader's arrays are mapped copy-on-write.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class _Attachments:
 class _FastEncoder(pickle.Pickler):
     """C pickle. Used again and again: making a pickler costs more than pickling a small object.
 
-    What it collects is an object of its own, which does not refer back: a cycle would keep descriptors and tensors alive
-    until the collector comes by.
+    What it collects is an object of its own, which does not refer back: a cycle would keep descriptors and tensors
+    alive until the collector comes by.
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
         encoder.dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
-    except Exception:  # noqa: BLE001 - cloudpickle may know how, and raises the same again if not
+    except Exception:
         cloud = _CloudEncoder(upvalues)
         cloud.dump(obj)
         return cloud.out.payload(limit)
@@ -194,7 +194,7 @@ def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root:
             payloads.append(encode(obj, limit, upvalues=upvalues))
         except (ResourceError, MemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 - user code raises what it likes from __reduce__
+        except Exception as error:
             raise _located(error, obj, f"{root}[{index}]", limit, upvalues) from error
     return payloads
 
@@ -210,12 +210,12 @@ def encode_call(
         return encode((function, tuple(args), extra), limit, upvalues=upvalues)
     except (ResourceError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - user code raises what it likes from __reduce__
+    except Exception as error:
         name = getattr(function, "__name__", None) or type(function).__name__
         for part, place in ((function, f"function {name}"), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
                 encode(part, limit, upvalues=upvalues)
-            except Exception as found:  # noqa: BLE001 - as above
+            except Exception as found:
                 raise _located(found, part, place, limit, upvalues) from found
         raise _located(error, extra, "the call", limit, upvalues) from error
 
@@ -224,7 +224,7 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) 
     def failure(candidate: Any) -> Exception | None:
         try:
             encode(candidate, limit, upvalues=upvalues)
-        except Exception as raised:  # noqa: BLE001 - which error it is does not matter here
+        except Exception as raised:
             return raised
         return None
 

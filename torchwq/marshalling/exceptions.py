@@ -1,7 +1,7 @@
 """Carries an exception from a worker to its owner, whatever it is.
 
-The exception is pickled by itself inside the message, beside its text. If its class cannot be pickled, cannot be unpickled on
-the other side, or comes out as something else, the text is still there.
+The exception is pickled by itself inside the message, beside its text. If its class cannot be pickled, cannot be
+unpickled on the other side, or comes out as something else, the text is still there.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def pack(error: BaseException) -> PackedException:
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     try:
         summary = str(error)
-    except Exception:  # noqa: BLE001 - a broken __str__ must not hide the error
+    except Exception:
         summary = "(its text cannot be had)"
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         payload = codec.encode(error, 2**62, upvalues=True)
         pickled = payload if not isinstance(payload, Parcel) else None
-    except Exception:  # noqa: BLE001 - then its text has to do
+    except Exception:
         pickled = None
     return PackedException(pickled, kind, summary, text)
 
@@ -44,7 +44,7 @@ def unpack(packed: PackedException) -> BaseException:
     if packed.pickled is not None:
         try:
             error = pickle.loads(packed.pickled + PLAIN_TRAILER)
-        except Exception:  # noqa: BLE001 - whatever its class does when it is rebuilt
+        except Exception:
             error = None
     if not isinstance(error, BaseException):
         error = RemoteError(f"{packed.kind}: {packed.summary}")

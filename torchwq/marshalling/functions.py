@@ -1,10 +1,10 @@
 """Functions travel as code, not as data: what goes by name, what by value, and what is refused.
 
-A function or class that its module gives under its name goes by that name. Any other (of ``__main__``, of a notebook, made
-inside a function) goes by value, with cloudpickle. Such a function may use modules, and functions and classes that go
-by name, and others that go by value, which are looked at in turn when the encoder meets them. Anything else in its
-closure cells, or among the globals of ``__main__`` that it uses, is data the caller may not know it sends: refused,
-unless upvalues were asked for.
+A function or class that its module gives under its name goes by that name. Any other (of ``__main__``, of a
+notebook, made inside a function) goes by value, with cloudpickle. Such a function may use modules, and functions and
+classes that go by name, and others that go by value, which are looked at in turn when the encoder meets them.
+Anything else in its closure cells, or among the globals of ``__main__`` that it uses, is data the caller may not
+know it sends: refused, unless upvalues were asked for.
 
 A nested function or lambda of an importable module gets that module's globals on the other side, so they are no data.
 """
@@ -27,7 +27,16 @@ from ..errors import ClosureError
 
 #: Attributes that every module has; a function that uses them does not capture data.
 _MODULE_ATTRIBUTES: Final = frozenset(
-    {"__name__", "__file__", "__doc__", "__package__", "__spec__", "__loader__", "__builtins__", "__annotations__"}
+    {
+        "__name__",
+        "__file__",
+        "__doc__",
+        "__package__",
+        "__spec__",
+        "__loader__",
+        "__builtins__",
+        "__annotations__",
+    }
 )
 #: Free variables of the methods that ``dataclasses`` writes; they belong to the class.
 _DATACLASS_CELLS: Final = ("__dataclass_", "_type_", "_dflt_", "_HAS_DEFAULT_FACTORY", "MISSING")

@@ -1,7 +1,7 @@
 """Finds the place, inside an object, of what cannot be sent.
 
-Runs only after encoding has failed, so it may be slow: it tries the parts of the object one by one and goes down into the
-first that fails by itself, until none of the parts does.
+Runs only after encoding has failed, so it may be slow: it tries the parts of the object one by one and goes down
+into the first that fails by itself, until none of the parts does.
 """
 
 from __future__ import annotations

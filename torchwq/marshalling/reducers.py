@@ -1,7 +1,7 @@
 """Which type travels how: a table from types to reducers, asked by both encoders for each object they meet.
 
-A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own way. It
-may attach descriptors to the message with ``encoder.attach``; the rebuilding function finds them by their index
+A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own
+way. It may attach descriptors to the message with ``encoder.attach``; the rebuilding function finds them by their index
 with :func:`inbound_fd`.
 """
 

@@ -1,9 +1,9 @@
 """Tensors by reference: what travels is the descriptor of the shared storage and how the tensor lies on it.
 
-Two tensors on one storage in one message stay so, because pickle meets the same storage object twice. Dense CPU tensors are
-taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones. Subclasses and
-quantized tensors take torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their storages, and so
-here. CUDA and meta tensors go through ``torch.multiprocessing.reductions``.
+Two tensors on one storage in one message stay so, because pickle meets the same storage object twice. Dense CPU
+tensors are taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones.
+Subclasses and quantized tensors take torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their
+storages, and so here. CUDA and meta tensors go through ``torch.multiprocessing.reductions``.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def _rebuild_dense(
     stride: tuple[int, ...],
     requires_grad: bool,
 ) -> torch.Tensor:
-    tensor = torch.empty((0,), dtype=dtype).set_(storage, offset, size, stride)  # type: ignore[call-overload]
+    tensor = torch.empty((0,), dtype=dtype).set_(storage, offset, size, stride)
     if cls is torch.nn.Parameter:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
     tensor.requires_grad = requires_grad
-    return tensor  # type: ignore[no-any-return]
+    return tensor
 
 
 def _restore_view(tensor: torch.Tensor, bit: str, requires_grad: bool) -> torch.Tensor:
@@ -86,7 +86,8 @@ def _rebuild_sparse(
     if layout is torch.sparse_coo:
         tensor = torch.sparse_coo_tensor(parts[0], parts[1], shape, is_coalesced=coalesced)
     else:
-        tensor = torch.sparse_compressed_tensor(*parts, shape, layout=layout)
+        compressed: Any = torch.sparse_compressed_tensor  # its annotations lack this signature
+        tensor = compressed(parts[0], parts[1], parts[2], shape, layout=layout)
     return tensor.requires_grad_(requires_grad)
 
 
@@ -112,7 +113,8 @@ def _reduce_typed(encoder: Encoder, storage: Any) -> Any:
 
 def _rebuild_typed(cls: Any, untyped: torch.UntypedStorage, dtype: torch.dtype) -> Any:
     if cls is torch.storage.TypedStorage:
-        return cls(wrap_storage=untyped, dtype=dtype, _internal=True)
+        typed: Any = torch.storage.TypedStorage
+        return typed(wrap_storage=untyped, dtype=dtype, _internal=True)
     return cls(wrap_storage=untyped, _internal=True)
 
 

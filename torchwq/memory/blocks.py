@@ -1,7 +1,7 @@
 """Anonymous shared memory for payloads that are too large for a message.
 
-Why memfd: it has no name that could be left behind, it does not count against the size of /dev/shm, and it can be mapped
-copy-on-write, so that a reader owns what it got without copying it.
+Why memfd: it has no name that could be left behind, it does not count against the size of /dev/shm, and it can be
+mapped copy-on-write, so that a reader owns what it got without copying it.
 
 Invariants:
 

@@ -44,7 +44,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     if not storage.is_shared():
         _check_room(storage.nbytes())
     try:
-        fd, nbytes = storage._share_fd_cpu_()  # type: ignore[attr-defined]
+        fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
         raise ResourceError(
             0, f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {error}"
@@ -69,7 +69,7 @@ def _check_room(nbytes: int) -> None:
 def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
     """The shared storage behind a descriptor from another process. The caller keeps and closes ``fd``."""
     try:
-        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[attr-defined]
+        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)
     except RuntimeError as error:
         raise ResourceError(0, f"a shared tensor of {nbytes} bytes could not be mapped: {error}") from error
     return storage
@@ -97,9 +97,9 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
     shared.copy_(storage)
     if not storage.resizable():
         # An array made by tensor.numpy() points into the old memory and keeps only the tensor alive.
-        tensor._torchwq_array_memory = storage  # type: ignore[attr-defined]
+        tensor._torchwq_array_memory = storage
     with torch.no_grad():
-        tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -115,7 +115,7 @@ def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def nested_from(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """The nested tensor whose ``nested_parts`` these are; a view of the buffer, not a copy."""
-    return torch._nested_view_from_buffer(*parts)  # type: ignore[attr-defined,no-any-return]
+    return torch._nested_view_from_buffer(*parts)
 
 
 def sparse_parts(tensor: torch.Tensor) -> tuple[list[torch.Tensor], bool]:
@@ -130,4 +130,4 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[list[torch.Tensor], bool]:
 
 def negated_view(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory with the neg bit flipped."""
-    return torch._neg_view(tensor)  # type: ignore[no-any-return]
+    return torch._neg_view(tensor)

@@ -1,4 +1,5 @@
-"""The workqueue: ``handle`` is what users hold, ``owner`` and ``worker`` its two roles, ``registry`` opens it by name."""
+"""The workqueue: ``handle`` is what users hold, ``owner`` and ``worker`` its two roles, ``registry`` opens it by
+name."""
 
 from .handle import QueueStatistics, WorkQueue
 from .registry import workqueue

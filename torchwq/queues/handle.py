@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from pickle import loads
+from types import TracebackType
 from typing import Any, final
 
 from ..errors import QueueClosed
@@ -42,9 +42,9 @@ class QueueStatistics:
 class WorkQueue:
     """A queue between one owner and its workers. Made by :func:`torchwq.workqueue`.
 
-    The owner writes questions and reads answers; workers read questions and write answers. Each question is taken by one
-    worker. The role belongs to the handle, which may be used from several threads of its process. An anonymous queue
-    reaches workers as an argument of :func:`torchwq.map` or inside a message; whoever receives it gets a worker's
+    The owner writes questions and reads answers; workers read questions and write answers. Each question is taken by
+    one worker. The role belongs to the handle, which may be used from several threads of its process. An anonymous
+    queue reaches workers as an argument of :func:`torchwq.map` or inside a message; whoever receives it gets a worker's
     handle.
 
     Plain objects travel by value, torch tensors and storages by reference (see :meth:`write`).
@@ -102,7 +102,7 @@ class WorkQueue:
         if len(objs) == 1:
             try:
                 payload = encode(objs[0], role.max_payload)
-            except Exception:  # noqa: BLE001 - encoded again below, for an error that tells the place
+            except Exception:
                 pass
             else:
                 role.send(payload)

@@ -2,8 +2,8 @@
 
 Invariants:
 
-* Both ends of the queue's connection are open here until the queue is closed: ours to use, theirs to hand out. So a write
-  never fails for want of a worker, and questions wait for the first one.
+* Both ends of the queue's connection are open here until the queue is closed: ours to use, theirs to hand out. So a
+  write never fails for want of a worker, and questions wait for the first one.
 * Each worker's handle is a :class:`_Member`: a liveness link and a slot on the board. A link that ends without a
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
@@ -39,9 +39,9 @@ from ..transport.link import Link
 from ..workers import deaths, worker
 from .role import Role, open_roles
 
-#: On a link: the owner tells the slot and the capacity; a worker says hello, that it is leaving and has answers the socket
-#: does not take, goodbye, that it took something while the owner waits for that, or hands in the link of a handle
-#: that it passes on.
+#: On a link: the owner tells the slot and the capacity; a worker says hello, that it is leaving and has answers the
+#: socket does not take, goodbye, that it took something while the owner waits for that, or hands in the link of a
+#: handle that it passes on.
 SLOT: Final = struct.Struct("=cQq")
 HELLO: Final = struct.Struct("=cQ")
 LEAVING, GOODBYE, TOOK, ADOPT = b"L", b"B", b"T", b"A"

@@ -45,8 +45,8 @@ def _forget() -> None:
 def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQueue:
     """Open a workqueue, or create it.
 
-    Whoever creates a queue gets its owner's handle, and gets it again by opening the name again in the same thread. Every
-    other thread, and every process below the owner, that opens the same name gets a worker's handle;
+    Whoever creates a queue gets its owner's handle, and gets it again by opening the name again in the same thread.
+    Every other thread, and every process below the owner, that opens the same name gets a worker's handle;
     ``WorkQueue.creator`` tells which. A name is visible in the process tree of its owner only. A name whose owner has
     closed it or has died can be created again.
 

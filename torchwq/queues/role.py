@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import queue
 import time
+
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
 from ..memory.parcel import TRAILER, Parcel
@@ -13,7 +14,6 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.waiting import Waiter
-
 
 ENDED = "the queue is closed: its owner has closed it, or has ended"
 

@@ -8,12 +8,13 @@ peer's user id the kernel vouches for:
   what was handed out; or ``N``: not here (any more), you may create the name; or ``C``: it was here when you were
   started, and was closed since.
 
-``C`` is what keeps a worker that starts slowly from becoming the owner of an empty queue, on which it would then wait for
-ever, only because its owner had finished and closed the queue before the worker came to open it.
+``C`` is what keeps a worker that starts slowly from becoming the owner of an empty queue, on which it would then
+wait for ever, only because its owner had finished and closed the queue before the worker came to open it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import socket
@@ -97,7 +98,7 @@ class Directory:
                 continue
             link = Link(connection.detach())
             self._asking.add(link)
-            link.watch(lambda data, fds, link=link: self._answer(link, data, fds), lambda link=link: self._gone(link))
+            link.watch(functools.partial(self._answer, link), functools.partial(self._gone, link))
 
     def _gone(self, link: Link) -> None:
         self._asking.discard(link)

@@ -1,8 +1,8 @@
 """A control connection between two processes: small messages, and the news that the other one is gone.
 
-Each handle on a queue holds one to the queue's owner, each worker one to its owner, each owner one to its fork server. The
-kernel closes it when the process at the other end dies, however it dies: that is what makes it a *liveness link*.
-Both ends belong to one process each, so no lock is needed beyond this process's own.
+Each handle on a queue holds one to the queue's owner, each worker one to its owner, each owner one to its fork
+server. The kernel closes it when the process at the other end dies, however it dies: that is what makes it a
+*liveness link*. Both ends belong to one process each, so no lock is needed beyond this process's own.
 """
 
 from __future__ import annotations

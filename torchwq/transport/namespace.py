@@ -1,8 +1,8 @@
 """Where the processes of one tree find each other's queues by name: a private folder.
 
-The first process that needs it makes the folder and owns it; its workers, and every process started below it (through the
-environment variable ``TORCHWQ_NAMESPACE``), use the same one. A name is a symbolic link whose target is the file name
-of its owner's socket: links are created atomically *with* their content.
+The first process that needs it makes the folder and owns it; its workers, and every process started below it
+(through the environment variable ``TORCHWQ_NAMESPACE``), use the same one. A name is a symbolic link whose target is
+the file name of its owner's socket: links are created atomically *with* their content.
 
 Invariants:
 

@@ -128,7 +128,7 @@ def _call(callback: Callback | None) -> None:
         return
     try:
         callback()
-    except Exception:  # noqa: BLE001 - one broken connection must not stop the service of all others
+    except Exception:
         print("torchwq: internal error in the reactor thread", file=sys.stderr)
         traceback.print_exc()
 

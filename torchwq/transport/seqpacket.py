@@ -17,7 +17,17 @@ from typing import Final
 
 from .endpoint import NO_FDS, Received
 from .process import closed_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, TRUNCATED, received_fds, rights, send_buffer
+from .sockets import (
+    ANCILLARY_SIZE,
+    BROKEN,
+    BUSY,
+    CLOEXEC,
+    NO_WAIT,
+    TRUNCATED,
+    received_fds,
+    rights,
+    send_buffer,
+)
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
 MAX_MESSAGE: Final = 32 * 1024

@@ -22,7 +22,9 @@ TRUNCATED: Final = int(socket.MSG_CTRUNC)
 ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 #: The other side is gone for good, or this side was closed by another thread.
-BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF})
+BROKEN: Final = frozenset(
+    {errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF}
+)
 #: The kernel is short of something that comes back: buffers, or descriptors in flight.
 BUSY: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 

@@ -1,8 +1,8 @@
 """An AF_UNIX SOCK_STREAM socket with a lock as an endpoint, for systems whose AF_UNIX has no SOCK_SEQPACKET (macOS).
 
-A stream has no message boundaries, so reader and writer each hold a lock while they touch it. The lock is a POSIX record
-lock (``fcntl.lockf``) on a file that travels with the socket: the kernel frees it when its holder dies. Invariants,
-all of which keep a killed process from leaving half a message behind:
+A stream has no message boundaries, so reader and writer each hold a lock while they touch it. The lock is a POSIX
+record lock (``fcntl.lockf``) on a file that travels with the socket: the kernel frees it when its holder dies.
+Invariants, all of which keep a killed process from leaving half a message behind:
 
 * A frame is ``length (4 bytes) + data``, at most ``FRAME`` bytes, so that one ``send`` puts it into the socket as one
   piece. It is sent only while the socket is *writable*, which for AF_UNIX means room for far more than a frame.

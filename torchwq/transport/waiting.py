@@ -1,8 +1,8 @@
 """The one place where a thread sleeps until a message comes.
 
-Waking a process that sleeps costs many times what passing a message costs, so a wait first tries again for a short while.
-How long adapts: a wait that ended soon after falling asleep lengthens the next spin, a spin in vain halves it, so
-that a queue which is fed rarely costs no processor time.
+Waking a process that sleeps costs many times what passing a message costs, so a wait first tries again for a short
+while. How long adapts: a wait that ended soon after falling asleep lengthens the next spin, a spin in vain halves
+it, so that a queue which is fed rarely costs no processor time.
 
 Invariants:
 
@@ -75,17 +75,25 @@ class Waiter:
             found = self._spin_for(attempt)
             if found is not None:
                 return found
-        with self._guard:
-            if self._closed:
-                return attempt()
-            self._sleepers += 1
+        if not self._enter():
+            return attempt()
         try:
             return self._sleep_for(attempt, deadline)
         finally:
-            with self._guard:
-                self._sleepers -= 1
-                if self._closed and not self._sleepers:
-                    self._release()
+            self._leave()
+
+    def _enter(self) -> bool:
+        with self._guard:
+            if self._closed:
+                return False
+            self._sleepers += 1
+            return True
+
+    def _leave(self) -> None:
+        with self._guard:
+            self._sleepers -= 1
+            if self._closed and not self._sleepers:
+                self._release()
 
     def _sleep_for(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
         asleep_since = time.monotonic_ns()

@@ -1,7 +1,8 @@
 """What runs in a worker process, from the fork to its end.
 
-A clean environment: the module ``__main__`` is empty, no thread runs, no queue is open. What the owner is *now* comes along:
-environment variables, working directory, ``sys.path``, ``sys.argv``, warning filters, where stdout and stderr go.
+A clean environment: the module ``__main__`` is empty, no thread runs, no queue is open. What the owner is *now*
+comes along: environment variables, working directory, ``sys.path``, ``sys.argv``, warning filters, where stdout and
+stderr go.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 import torch
-
-import torchwq  # noqa: F401 - the fork server imports this module so that workers find everything imported
 
 from ..memory import blocks
 from ..memory.parcel import TRAILER, Parcel
@@ -79,8 +78,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     context = Context(endpoint.adopt(control))
     code = 1
     try:
-        entry = _set_up(context)
-        code = entry(context)
+        code = _set_up(context)(context)
         context.finish()
     finally:
         _end(context)
@@ -106,7 +104,8 @@ def _standard_streams(stdout: int, stderr: int) -> None:
         setattr(sys, name, open(fd, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
 
 
-def _set_up(context: Context) -> Any:
+def _set_up(context: Context) -> Callable[[Context], int]:
+    """Take over what the owner sends, and return the entry function."""
     data, fds = context.receive()
     if fds:
         with contextlib.closing(blocks.Descriptor(fds[0])) as block:
@@ -128,7 +127,8 @@ def _set_up(context: Context) -> Any:
     _seed(setup["info"].seed)
     torch.set_num_threads(1)
     module_name, _, function = setup["entry"].partition(":")
-    return getattr(importlib.import_module(module_name), function)
+    entry: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
+    return entry
 
 
 def _seed(seed: int) -> None:

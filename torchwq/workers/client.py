@@ -157,8 +157,8 @@ def connect() -> Connection:
 def warm_up(wait: bool = True) -> None:
     """Start the fork server now, so that the first workers start as fast as later ones.
 
-    Without it, the server starts when it is first needed, which takes as long as importing torch does. Workers share the
-    server of the process that started them, so this does nothing in a worker.
+    Without it, the server starts when it is first needed, which takes as long as importing torch does. Workers share
+    the server of the process that started them, so this does nothing in a worker.
 
     Args:
         wait: return when the server is ready; False returns at once and lets it get ready in the background.

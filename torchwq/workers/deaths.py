@@ -22,7 +22,12 @@ def signal_of(exitcode: int | None) -> signal.Signals | None:
 
 
 def died(
-    *, mapid: int | None = None, pid: int | None = None, exitcode: int | None = None, reason: str = "", in_hand: str = ""
+    *,
+    mapid: int | None = None,
+    pid: int | None = None,
+    exitcode: int | None = None,
+    reason: str = "",
+    in_hand: str = "",
 ) -> WorkerDied:
     """The error for a worker that ended without having finished."""
     who = f"worker {mapid}" if mapid is not None else "a worker"

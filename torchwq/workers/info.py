@@ -12,8 +12,8 @@ class WorkerInfo:
     Attributes:
         mapid: its number, from 0.
         num_workers: how many were started together.
-        seed: what ``random``, ``numpy.random`` and ``torch`` were seeded with in this worker; different in each, and the
-            same again in a run in which the owner has called ``torch.manual_seed`` with the same value.
+        seed: what ``random``, ``numpy.random`` and ``torch`` were seeded with in this worker; different in each, and
+            the same again in a run in which the owner has called ``torch.manual_seed`` with the same value.
     """
 
     mapid: int

@@ -1,25 +1,27 @@
 """The fork server: a program of its own that imports torch once and then forks a clean worker in milliseconds.
 
-It is run as a script, by its path, and imports nothing but the standard library until the first worker is ordered: so it can
-stand guard over the namespace folder from the moment there is one, at the price of a bare interpreter.
+It is run as a script, by its path, and imports nothing but the standard library until the first worker is ordered:
+so it can stand guard over the namespace folder from the moment there is one, at the price of a bare interpreter.
 
 Invariants:
 
 * It has one thread and no torch thread pool, so forking it is safe.
-* Each client (the process that started it, and every worker it has forked) holds one connection. A client whose connection
-  ends has died: its workers are killed at once. When the first client is gone, everything is killed, the
+* Each client (the process that started it, and every worker it has forked) holds one connection. A client whose
+  connection ends has died: its workers are killed at once. When the first client is gone, everything is killed, the
   namespace folder is removed and the server ends. Nothing depends on a dying process doing anything.
 * It runs in a session of its own: Ctrl-C and hang-ups of the terminal reach the owner, not the workers.
 * If the server itself is killed, the kernel kills its workers (PR_SET_PDEATHSIG).
 
-Frames are 16 bytes, ``op, number, token``. To the server: ``F`` fork a worker (with its control socket's descriptors, and
-the owner's stdout and stderr), ``P`` import what workers need and say ``P``, ``K`` send signal ``token`` to process ``number``. From it: ``S`` worker ``token`` has
-pid ``number``, ``E`` it could not be forked (errno), ``X`` process ``number`` has ended with wait status ``token``.
+Frames are 16 bytes, ``op, number, token``. To the server: ``F`` fork a worker (with its control socket's
+descriptors, and the owner's stdout and stderr), ``P`` import what workers need and say ``P``, ``K`` send signal
+``token`` to process ``number``. From it: ``S`` worker ``token`` has pid ``number``, ``E`` it could not be forked
+(errno), ``X`` process ``number`` has ended with wait status ``token``.
 """
 
 import array
 import contextlib
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -120,8 +122,8 @@ class Server:
     def preload(self) -> None:
         """Import once what every worker needs; freeze it, so that workers do not copy it for the collector's sake."""
         if not self.preloaded:
-            import torchwq.workers.child  # noqa: F401 - torch comes along
-
+            importlib.import_module("torchwq")  # torch comes along
+            importlib.import_module("torchwq.workers.child")
             os.chdir("/")
             gc.collect()
             gc.freeze()
@@ -156,7 +158,7 @@ class Server:
             from torchwq.workers import child
 
             code = child.main(fds[:-2], server.detach(), fds[-2], fds[-1])
-        except BaseException:  # noqa: BLE001 - nothing of a worker may run on into the server's loop
+        except BaseException:
             import traceback
 
             traceback.print_exc()

@@ -1,7 +1,7 @@
 """What happens when a process of ours ends by itself.
 
-In this order, because each step needs the ones after it still to be there: finish what was promised (plain tasks and pools,
-as ``concurrent.futures`` does; not after Ctrl-C), close queues, so that workers that read from them end by
+In this order, because each step needs the ones after it still to be there: finish what was promised (plain tasks and
+pools, as ``concurrent.futures`` does; not after Ctrl-C), close queues, so that workers that read from them end by
 themselves, end the workers that are left, give up the fork server and the namespace.
 
 A process that is killed does none of this; then the fork server does what is needed.

@@ -30,7 +30,6 @@ from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint, namespace, reactor
 from ..transport.outbox import Outbox
 from ..transport.process import reset_in_child
-from ..transport.sockets import close_fds
 from . import client, deaths
 from .info import WorkerInfo
 

@@ -1,0 +1,124 @@
+"""Fixtures for all tests; above all the one that fails a test which leaves anything behind.
+
+The fork server, the reactor's thread and the namespace folder belong to the process, not to a test: they are started
+once, before the first test, so that what a test adds can be told from them.
+"""
+
+from __future__ import annotations
+
+import gc
+import glob
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+import torchwq
+from torchwq.transport import directory, namespace
+from torchwq.workers import client
+
+#: How long, in seconds, a test's leftovers may take to go away: processes end, garbage is closed by the reactor.
+SETTLE = 5.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _services() -> None:
+    torchwq.warm_up()
+    with torchwq.workqueue("warm-up"):
+        pass
+    directory.here()
+
+
+class Footprint:
+    """What a process holds that a test could leave behind."""
+
+    def __init__(self) -> None:
+        server = client.connect().process
+        assert server is not None
+        me = psutil.Process()
+        self.processes = {
+            (child.pid, child.create_time()) for child in me.children(recursive=True) if child.pid != server.pid
+        }
+        self.threads = {thread for thread in threading.enumerate() if thread.name != "torchwq-reactor"}
+        self.descriptors = _descriptors()
+        folder = namespace.current().path
+        self.files = {*glob.glob("/dev/shm/*"), *glob.glob(f"{tempfile.gettempdir()}/torchwq*")}
+        self.files |= set(glob.glob(f"{folder}/n-*"))
+
+    def new_in(self, later: Footprint) -> dict[str, set[Any]]:
+        added = {
+            "processes": later.processes - self.processes,
+            "threads": later.threads - self.threads,
+            "descriptors": later.descriptors - self.descriptors,
+            "files": later.files - self.files,
+        }
+        return {kind: items for kind, items in added.items() if items}
+
+
+def _descriptors() -> set[tuple[str, str]]:
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+        except OSError:
+            continue  # the one that listed the directory
+    return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
+    """Wait for what no event tells of; returns what ``condition`` gave."""
+    until = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < until, f"{what} did not come about within {seconds} s"
+        time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(_services: None) -> Iterator[None]:
+    gc.collect()
+    before = Footprint()
+    yield
+    until = time.monotonic() + SETTLE
+    while True:
+        gc.collect()
+        left = before.new_in(Footprint())
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture
+def run_script(tmp_path: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python source as a script in a process of its own, in a namespace of its own."""
+
+    def run(source: str, *args: str, timeout: float = 60, check: bool = True, **kwargs: Any) -> Any:
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(source))
+        environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+        environment.update(kwargs.pop("env", {}))
+        done = subprocess.run(
+            [sys.executable, str(script), *args],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=tmp_path,
+            **kwargs,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
