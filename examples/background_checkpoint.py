@@ -16,7 +16,7 @@ from torch import nn
 
 import torchwq
 
-STEPS, SAVE_EVERY = 600, 150
+STEPS, SAVE_EVERY = 400, 100
 
 
 def save(snapshot: dict[str, torch.Tensor], step: int, path: Path) -> int:
@@ -46,12 +46,12 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 inputs = torch.randn(4096, 32)
 targets = inputs.sin().sum(dim=1, keepdim=True)
-model = nn.Sequential(nn.Linear(32, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1))
+model = nn.Sequential(nn.Linear(32, 768), nn.ReLU(), nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "model.pt"
-    saving: torchwq.BackgroundTask | None = None
+    saving: torchwq.BackgroundTask[int] | None = None
     snapshot, saved_step = snapshot_of(model), 0
 
     for step in range(1, STEPS + 1):

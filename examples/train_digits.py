@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,6 +130,15 @@ class Waiting:
             yield item
 
 
+def one_ahead(tasks: Iterator[torchwq.BackgroundTask[Any]]) -> Iterator[torchwq.BackgroundTask[Any]]:
+    """Yields the tasks. Each has been started, and has its first batches ready, before its turn comes."""
+    task = next(tasks)
+    for following in tasks:
+        yield task
+        task = following
+    yield task
+
+
 def show(line: str, *, final: bool) -> None:
     """On a terminal a line that changes in place; in a log only its last state."""
     if sys.stdout.isatty():
@@ -142,10 +152,10 @@ def train(model: nn.Module, files: list[Path], epochs: int) -> None:
     steps = -(-len(files) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, epochs=epochs, steps_per_epoch=steps)
     model.train()
-    for epoch in range(1, epochs + 1):
+    tasks = (torchwq.BackgroundTask(batches, files, BATCH_SIZE, seed, prefetch=4) for seed in range(epochs))
+    for epoch, task in enumerate(one_ahead(tasks), start=1):
         started, seen, total = time.perf_counter(), 0, 0.0
-        # The worker of this epoch starts here and ends when it has no more batches
-        waiting = Waiting(torchwq.BackgroundTask(batches, files, BATCH_SIZE, epoch, prefetch=4))
+        waiting = Waiting(task)
         for images, labels in waiting:
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
@@ -184,6 +194,7 @@ def main() -> int:
     training, held_out = split(arguments.data)
     print(f"{len(training)} images to train on, {len(held_out)} held out")
 
+    torchwq.warm_up()  # workers are forked from a server that imports torch once, now
     torch.manual_seed(0)
     torch.set_num_threads(1)  # one core trains, another prepares the images
     model = build_model()

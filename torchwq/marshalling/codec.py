@@ -153,7 +153,17 @@ class _ModuleGlobals:
         return functions.module_globals, (self._name,)
 
 
-_idle: list[_FastEncoder] = []
+class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], _Attachments]):
+    """What ``encode`` needs of an encoder, looked up once."""
+
+    __slots__ = ()
+
+    def __new__(cls, encoder: _FastEncoder) -> _Tools:
+        return super().__new__(cls, (encoder.dump, encoder.clear_memo, encoder.out.chunks, encoder.out))
+
+
+#: Encoders for the next calls. One that has failed, or holds something, does not come back.
+_idle: list[_Tools] = []
 
 
 def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
@@ -163,23 +173,22 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
     into a MarshalError that names the place.
     """
     try:
-        encoder = _idle.pop()
+        tools = _idle.pop()
     except IndexError:
-        encoder = _FastEncoder()
+        tools = _Tools(_FastEncoder())
+    dump, clear_memo, chunks, out = tools
     try:
-        encoder.dump(obj)
+        dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
-    except Exception:
+    except Exception:  # cloudpickle may know how, and raises the same again if not
         cloud = _CloudEncoder(upvalues)
         cloud.dump(obj)
         return cloud.out.payload(limit)
-    out = encoder.out
-    chunks = out.chunks
     if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
         return out.payload(limit)
-    encoder.clear_memo()
-    _idle.append(encoder)
+    clear_memo()
+    _idle.append(tools)
     return chunks.pop()
 
 

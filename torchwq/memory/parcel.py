@@ -25,8 +25,3 @@ class Parcel(NamedTuple):
 
 
 Payload = bytes | Parcel
-
-
-def trailer_number(data: bytes) -> int:
-    """The number in a message's trailer."""
-    return int.from_bytes(data[-9:-1], "little")

@@ -25,6 +25,8 @@ import torch
 from ..errors import ResourceError
 from . import blocks
 
+_private: Any = torch.UntypedStorage
+
 CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasattr(
     torch.UntypedStorage, "_new_shared_fd_cpu"
 )
@@ -69,7 +71,7 @@ def _check_room(nbytes: int) -> None:
 def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
     """The shared storage behind a descriptor from another process. The caller keeps and closes ``fd``."""
     try:
-        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)
+        storage: torch.UntypedStorage = _private._new_shared_fd_cpu(fd, nbytes)
     except RuntimeError as error:
         raise ResourceError(0, f"a shared tensor of {nbytes} bytes could not be mapped: {error}") from error
     return storage
@@ -97,7 +99,7 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
     shared.copy_(storage)
     if not storage.resizable():
         # An array made by tensor.numpy() points into the old memory and keeps only the tensor alive.
-        tensor._torchwq_array_memory = storage
+        tensor.__dict__["_torchwq_array_memory"] = storage
     with torch.no_grad():
         tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
 

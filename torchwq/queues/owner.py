@@ -9,7 +9,7 @@ Invariants:
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
 * Questions are numbered in the order in which they enter the socket, in multiples of ``STEP``.
-* ``_sent`` holds the questions that some worker may have in hand, and no others, but for the slack between prunings.
+* ``_recent`` holds the questions sent last, in order; ``_kept`` older ones that workers are still at.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
 * Lock order: the outbox's lock, then ``_lock``. ``_lock`` is never held while sending on the queue.
@@ -50,8 +50,11 @@ LEAVING, GOODBYE, TOOK, ADOPT = b"L", b"B", b"T", b"A"
 _GLANCE: Final = 0.02
 #: A question that nobody seems to have taken although the socket is empty is given up as lost after this, in seconds.
 _LOST_AFTER: Final = 0.2
-_PRUNE_AT: Final = 2048
-_DESCRIBED: Final = 4096
+#: How many questions are remembered for describing what a worker had in hand, each up to so many bytes: more than fit
+#: into a socket. Those that workers are at are kept longer.
+_RECENT: Final = 4096
+_DESCRIBED: Final = 1024
+_KEEP_EVERY: Final = _RECENT // 4 * STEP
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +80,8 @@ class Owner(Role, worker.EndListener):
         self._lock = threading.RLock()
         self._taken = threading.Condition(self._lock)
         self._last_sent = 0
-        self._sent: dict[int, bytes] = {}
-        self._prune_at = _PRUNE_AT
+        self._recent: deque[bytes] = deque(maxlen=_RECENT)
+        self._kept: dict[int, bytes] = {}
         self._inbox: deque[Received] = deque()
         self._members: dict[int, _Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
@@ -102,14 +105,22 @@ class Owner(Role, worker.EndListener):
 
     def _note_sent(self, number: int, data: bytes) -> None:
         self._last_sent = number
-        sent = self._sent
-        sent[number] = data if len(data) <= _DESCRIBED else b""
-        if len(sent) > self._prune_at:
-            with self._lock:
-                in_hand = {member.slot.number for member in self._members.values()}
-                taken = self._highest_taken()
-            self._sent = {number: data for number, data in sent.items() if number > taken or number in in_hand}
-            self._prune_at = max(_PRUNE_AT, 2 * len(self._sent))
+        self._recent.append(data if len(data) <= _DESCRIBED else b"")
+        if not number % _KEEP_EVERY:
+            self._keep_in_hand()
+
+    def _keep_in_hand(self) -> None:
+        """Keep the questions that workers are at from being forgotten with the others."""
+        with self._lock:
+            numbers = {member.slot.number for member in self._members.values() if member.slot.busy}
+            self._kept = {number: self._question(number) for number in numbers}
+
+    def _question(self, number: int) -> bytes:
+        """The message of a question that some worker may have in hand; empty if it was too large to remember."""
+        if number in self._kept:
+            return self._kept[number]
+        age = (self._last_sent - number) // STEP
+        return self._recent[-1 - age] if 0 <= age < len(self._recent) else b""
 
     def _wait_for_room(self) -> None:
         assert self.capacity is not None
@@ -308,7 +319,7 @@ class Owner(Role, worker.EndListener):
             reactor.get().set_reader(self.end.fileno(), self._absorb_for_leavers if leaving else None)
 
     def _describe(self, number: int) -> str:
-        data = self._sent.get(number)
+        data = self._question(number)
         return f"question {number // STEP}" + (f" ({describe(data)})" if data else "")
 
     def _lose(self, member: _Member) -> None:
@@ -366,7 +377,8 @@ class Owner(Role, worker.EndListener):
                 return
             self.closed = "the queue is closed"
             members, self._members = list(self._members.values()), {}
-            self._sent.clear()
+            self._recent.clear()
+            self._kept.clear()
             self._taken.notify_all()
         self._on_close(self)
         self.waiter.close()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
 from ..memory.board import ASKED, STEP, Board
-from ..memory.parcel import Parcel, trailer_number
+from ..memory.parcel import Parcel
 from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
@@ -51,14 +51,14 @@ class WorkerSide(Role):
         self._receive = self.end.try_receive
         self.capacity = capacity
         self._board = Board(fds[-1])
-        self._words = self._board.words
-        self._index = self._board.slot(slot).index
+        self._bytes = self._board.bytes
+        self._at = self._board.offset(slot)
+        self._slot = self._board.slot(slot)
         self._link = link
         self._lock = threading.Lock()
         self._busy: set[int] = set()
         self._threads = threading.local()
         self._known: set[int] = set()
-        self._number = 0
         self.written = 0
 
     def take(self) -> Received | None:
@@ -70,17 +70,19 @@ class WorkerSide(Role):
         if received is None:
             return None
         ident = get_ident()
-        busy, words = self._busy, self._words
+        busy = self._busy
         with self._lock:
             if ident not in busy:
                 busy.add(ident)
                 if ident not in self._known:
                     self._meet(ident)
-            self._number = number = trailer_number(received[0])
             if self.closed:
                 return received
-            words[self._index] = number + len(busy)
-            if words[ASKED]:
+            board, at = self._bytes, self._at
+            board[at : at + 8] = received[0][-9:-1]
+            if len(busy) != 1:
+                board[at] = len(busy)
+            if board[ASKED]:
                 self._link.ping(TOOK)
         return received
 
@@ -96,7 +98,7 @@ class WorkerSide(Role):
             if ident in busy:
                 busy.remove(ident)
                 if not self.closed:
-                    self._words[self._index] = self._number + len(busy)
+                    self._bytes[self._at] = len(busy)
 
     def thread_ended(self, ident: int) -> None:
         self.not_busy(ident, b"")
@@ -167,7 +169,7 @@ class WorkerSide(Role):
     @property
     def last_taken(self) -> int:
         """Which of the owner's questions this handle has taken last; they count from 1."""
-        return self._number // STEP
+        return 0 if self.closed else self._slot.number // STEP
 
 
 def accept(fds: Sequence[int], link: Link) -> WorkerSide:

@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ Sent = Callable[[int, bytes], None]
 
 #: What :mod:`torchwq.memory.parcel` lays down for a pickle without a number.
 _PLAIN_TRAILER: Final = bytes(9)
+_TRAILER: Final = struct.Struct("<QB").pack
 
 
 class Payload(Protocol):
@@ -43,7 +45,8 @@ class Outbox:
 
     Args:
         endpoint: where to.
-        step: messages are numbered in the order in which they leave, in steps of this; 0 numbers none.
+        step: messages are numbered in the order in which they leave, in steps of this, and carry their number + 1;
+            0 numbers none.
         sent: called for each message that the socket took, with its tag and its bytes.
     """
 
@@ -78,7 +81,7 @@ class Outbox:
             if type(payload) is bytes:
                 if self._step:
                     self.number = tag = self.number + self._step
-                    data = payload + tag.to_bytes(8, "little") + b"\0"
+                    data = payload + _TRAILER(tag + 1, 0)
                 else:
                     data = payload + _PLAIN_TRAILER
             else:
@@ -98,8 +101,9 @@ class Outbox:
     def _message(self, payload: Any, tag: int) -> tuple[bytes, Sequence[int], int]:
         number = 0
         if self._step:
-            self.number = tag = number = self.number + self._step
-        return payload.data + number.to_bytes(8, "little") + bytes((payload.kind,)), payload.fds, tag
+            self.number = tag = self.number + self._step
+            number = tag + 1
+        return payload.data + _TRAILER(number, payload.kind), payload.fds, tag
 
     def _drop(self) -> None:
         self._stopped = True
