@@ -232,6 +232,12 @@ def read_all(queue: torchwq.WorkQueue, started: torch.Tensor, mapid: int) -> Non
         queue.read()
 
 
+def answer_one(queue: torchwq.WorkQueue, started: torch.Tensor, mapid: int) -> int:
+    started[mapid] = 1
+    queue.write(queue.read())
+    return mapid
+
+
 def double_questions(queue: torchwq.WorkQueue) -> int:
     count = 0
     for question in queue:
@@ -328,15 +334,15 @@ def interrupted(gate: torch.Tensor, pids: torch.Tensor) -> str:
 # --- workers of workers ---
 
 
-def answer_by_name(name: str, outer: int, mapid: int) -> tuple[int, int, bool]:
+def answer_by_name(name: str, gate: torch.Tensor, outer: int, mapid: int) -> tuple[int, int, bool]:
     with torchwq.workqueue(name) as queue:
-        question = queue.read()
-        queue.write((question, outer, mapid))
+        queue.write((queue.read(), outer, mapid))
+        wait_for(gate)  # a queue whose workers have all gone tells its owner so
         return outer, mapid, queue.creator
 
 
-def nested(name: str, mapid: int) -> list[tuple[int, int, bool]]:
-    return torchwq.map(2, answer_by_name, name, mapid).join()
+def nested(name: str, gate: torch.Tensor, mapid: int) -> list[tuple[int, int, bool]]:
+    return torchwq.map(2, answer_by_name, name, gate, mapid).join()
 
 
 def own_queue(mapid: int) -> list[int]:

@@ -21,7 +21,7 @@ import cloudpickle
 
 from ..errors import MarshalError, ResourceError
 from ..memory import blocks
-from ..memory.parcel import BLOCK, PICKLE, TRAILER, Parcel
+from ..memory.parcel import BLOCK, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
 from . import functions, locate, reducers, tensors  # noqa: F401 - tensors registers its reducers
@@ -244,14 +244,14 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) 
 
 
 def decode(data: bytes, fds: list[int]) -> Any:
-    """The object in a message, trailer included. Takes over ``fds``.
+    """The object in a message, with its trailer if it has one. Takes over ``fds``.
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
-    if not fds and data[-1] == PICKLE:
+    if not fds and data[-1] != BLOCK:
         return pickle.loads(data)
     try:
-        if data[-1] == PICKLE:
+        if data[-1] != BLOCK:
             with reducers.Unpacking(fds):
                 return pickle.loads(data)
         return _decode_block(data[:-TRAILER], fds)

@@ -10,7 +10,7 @@ import pickle
 import reprlib
 from typing import Any, Final
 
-from ..memory.parcel import PICKLE, TRAILER
+from ..memory.parcel import BLOCK, TRAILER
 
 _LONGEST: Final = 200
 
@@ -46,10 +46,10 @@ _short.maxstring = _short.maxother = 80
 
 
 def describe(data: bytes) -> str:
-    """A short description of a message, trailer included."""
-    if data[-1] == PICKLE:
+    """A short description of a message, with its trailer if it has one."""
+    if data[-1] != BLOCK:
         try:
-            return _short.repr(_Describer(io.BytesIO(data[:-TRAILER])).load())[:_LONGEST]
+            return _short.repr(_Describer(io.BytesIO(data)).load())[:_LONGEST]
         except Exception:
             return f"an object of {len(data) - TRAILER} bytes"
     return "a large object"

@@ -11,7 +11,7 @@ import traceback
 from typing import NamedTuple
 
 from ..errors import RemoteError, RemoteTraceback
-from ..memory.parcel import PLAIN_TRAILER, Parcel
+from ..memory.parcel import Parcel
 from . import codec
 
 
@@ -43,7 +43,7 @@ def unpack(packed: PackedException) -> BaseException:
     error: object = None
     if packed.pickled is not None:
         try:
-            error = pickle.loads(packed.pickled + PLAIN_TRAILER)
+            error = pickle.loads(packed.pickled)
         except Exception:
             error = None
     if not isinstance(error, BaseException):

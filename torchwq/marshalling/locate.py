@@ -11,6 +11,8 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+from . import reducers
+
 #: Deep enough for real objects; an end for endless ones.
 _MAX_DEPTH: Final = 50
 _MAX_PARTS: Final = 10_000
@@ -48,6 +50,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 def _all_parts(obj: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, (str, bytes, bytearray, type, types.FunctionType, types.ModuleType)):
         return
+    if reducers.lookup(type(obj)) is not None:
+        return  # what it is made of is this library's business
     if isinstance(obj, Mapping):
         for key, value in obj.items():
             yield f"[{key!r:.60}]", value

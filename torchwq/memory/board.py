@@ -2,8 +2,8 @@
 
 Messages alone cannot tell an owner what a killed worker had in hand, nor when a worker that never answers is done. A
 worker therefore notes each question it takes in a slot of its own: one word, ``number + busy``, where ``number`` is the
-question's (a multiple of ``STEP``) and ``busy``, the lowest byte, says how many threads of the handle are at a question.
-A question's message carries its word with ``busy`` = 1, so that noting it is a copy of 8 bytes. Invariants:
+question's (a multiple of ``STEP``) and ``busy``, the lowest byte, says how many threads of the handle are at a
+question. A question's message carries its word with ``busy`` = 1, so that noting it is a copy of 8 bytes. Invariants:
 
 * A slot is written by one handle only, under that handle's lock; the owner only reads it. It is one aligned word, so a
   reader sees an old or a new state, never a mixture.

@@ -1,19 +1,21 @@
 """What travels: the bytes of one message, its descriptors, and what must stay alive until it is sent.
 
-A plain small object is just ``bytes``, its pickle; everything else is a :class:`Parcel`. Either becomes a message by a
-trailer of ``TRAILER`` bytes: a number (a question's; 0 for everything else), and the kind of the payload. It stands
-at the end because pickle stops reading there by itself: the fast path needs no slice.
+A plain small object is just ``bytes``, its pickle, and is sent as it is: a pickle ends with a full stop. Everything
+else is a :class:`Parcel`, and everything that is numbered has a trailer: the number (8 bytes) and the kind of the
+payload (1 byte, never a full stop). It stands at the end because pickle stops reading there by itself: nothing has
+to be cut off.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-#: Payload kinds: a pickle, or a table that says where in a shared block the pickle and its buffers are.
+#: Last byte of a message: a pickle with a trailer; a trailer after a table that says where in a shared block the pickle
+#: and its buffers are; a bare pickle.
 PICKLE: Final = 0
 BLOCK: Final = 1
+BARE: Final = ord(".")
 TRAILER: Final = 9
-PLAIN_TRAILER: Final = bytes(TRAILER)
 
 
 class Parcel(NamedTuple):

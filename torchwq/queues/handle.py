@@ -12,6 +12,7 @@ from typing import Any, final
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
+from ..memory.parcel import BLOCK
 from ..transport import reactor
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
@@ -148,7 +149,7 @@ class WorkQueue:
             if received is None:
                 return None
         data, fds = received
-        if fds or data[-1]:
+        if fds or data[-1] == BLOCK:
             return codec.decode(data, fds)
         return loads(data)
 
@@ -217,7 +218,7 @@ class WorkQueue:
     def __del__(self) -> None:
         # Garbage is collected at any moment, in any thread, with any lock held: close later, in the reactor's thread.
         role = getattr(self, "_role", None)
-        if role is not None and not role.closed and not sys.is_finalizing():
+        if role is not None and role in open_roles and not sys.is_finalizing():
             reactor.get().call_later(0, role.close)
 
     def __repr__(self) -> str:

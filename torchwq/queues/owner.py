@@ -6,6 +6,8 @@ Invariants:
   write never fails for want of a worker, and questions wait for the first one.
 * Each worker's handle is a :class:`_Member`: a liveness link and a slot on the board. A link that ends without a
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
+* "No worker is left" means: some had come, all have gone, no ticket for a handle is under way, and none that was
+  started together with one of them may still come.
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
 * Questions are numbered in the order in which they enter the socket, in multiples of ``STEP``.
@@ -53,6 +55,8 @@ _LOST_AFTER: Final = 0.2
 #: How many questions are remembered for describing what a worker had in hand, each up to so many bytes: more than fit
 #: into a socket. Those that workers are at are kept longer.
 _RECENT: Final = 4096
+#: How long, in seconds, the others of a map may take to open a queue that one of them has opened, and left, before.
+_ON_ITS_WAY: Final = 30.0
 _DESCRIBED: Final = 1024
 _KEEP_EVERY: Final = _RECENT // 4 * STEP
 
@@ -71,9 +75,11 @@ class Owner(Role, worker.EndListener):
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         ours, self._theirs = endpoint.pair()
-        super().__init__(ours, STEP, self._note_sent)
+        super().__init__(ours, STEP, self._note_sent, threading.Lock())
         self._receive = ours.try_receive
         self.capacity = capacity
+        if capacity is not None:
+            self.send = self._send_if_room
         self.board = Board()
         self._on_close = on_close
         self._receiving = threading.Lock()
@@ -89,19 +95,17 @@ class Owner(Role, worker.EndListener):
         self._free = deque(range(64))
         self._taken_by_gone = 0
         self._possibly_lost = 0
+        self._pids: set[int] = set()
+        self._groups: set[int] = set()
         self._deaths: deque[WorkerDied] = deque()
         self._last_end = ""
         worker.listen(self)
 
     # Writing
 
-    def send(self, payload: bytes | Parcel) -> None:
-        if self.capacity is not None:
-            self._wait_for_room()
-        try:
-            self.outbox.send(payload)
-        except BrokenPipeError:
-            raise self.closed_error() from None
+    def _send_if_room(self, payload: bytes | Parcel) -> None:
+        self._wait_for_room()
+        self.outbox.send(payload)
 
     def _note_sent(self, number: int, data: bytes) -> None:
         self._last_sent = number
@@ -151,13 +155,16 @@ class Owner(Role, worker.EndListener):
     # Reading
 
     def take(self) -> Received | None:
-        with self._receiving:
+        receiving = self._receiving
+        receiving.acquire()
+        try:
             if self._inbox:
                 return self._inbox.popleft()
-            try:
-                return self._receive()
-            except EOFError:
-                return None  # closed by another thread; the caller looks at that
+            return self._receive()
+        except EOFError:
+            return None  # closed by another thread; the caller looks at that
+        finally:
+            receiving.release()
 
     def _take_from_socket(self) -> Received | None:
         try:
@@ -203,6 +210,8 @@ class Owner(Role, worker.EndListener):
                 raise QueueClosed(self.closed)
             if self._absorb():
                 quiet_since = time.monotonic()
+            if self._deaths:
+                self.raise_trouble()
             if self._is_drained(mark, time.monotonic() - quiet_since):
                 return
             if self.alarm.is_set():
@@ -272,6 +281,10 @@ class Owner(Role, worker.EndListener):
     def _arrive(self, member: _Member, pid: int) -> None:
         member.pid = pid
         self._came += 1
+        self._pids.add(pid)
+        process = worker.find(pid)
+        if process is not None:
+            self._groups.add(process.group)
         self._update_alarm()
 
     def _hear(self, member: _Member, data: bytes, fds: list[int]) -> None:
@@ -350,7 +363,10 @@ class Owner(Role, worker.EndListener):
     def worker_ended(self, process: worker.Worker) -> None:
         """A worker that failed before it opened this queue, while no other has come or is there, will not answer."""
         with self._lock:
-            if self._came or self.closed or process.exitcode == 0 or worker.living():
+            if self.closed:
+                return
+            self._update_alarm()
+            if self._came or process.exitcode == 0 or worker.living():
                 return
             death = process.died()
             assert isinstance(death, WorkerDied)
@@ -361,7 +377,24 @@ class Owner(Role, worker.EndListener):
             self._update_alarm()
 
     def _nobody_left(self) -> bool:
-        return self._came > 0 and not self._ending and not any(m.pid is not None for m in self._members.values())
+        return self._came > 0 and not self._ending and not self._members and not self._expected()
+
+    def _expected(self) -> bool:
+        """Whether a worker is still on its way: it was started together with one that has come, and not long ago."""
+        ages = [
+            time.monotonic() - process.ordered_at
+            for process in worker.living()
+            if process.group in self._groups and process.pid not in self._pids
+        ]
+        expected = [age for age in ages if age < _ON_ITS_WAY]
+        if expected:
+            reactor.get().call_later(_ON_ITS_WAY - min(expected), self._look_again)
+        return bool(expected)
+
+    def _look_again(self) -> None:
+        with self._lock:
+            if not self.closed:
+                self._update_alarm()
 
     def _update_alarm(self) -> None:
         if self.closed or self._deaths or self._nobody_left():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import queue
+import threading
 import time
+from collections.abc import Callable
 
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
@@ -32,13 +34,15 @@ class Role(abc.ABC):
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
     """
 
-    def __init__(self, end: Endpoint, step: int, sent: Sent) -> None:
+    def __init__(self, end: Endpoint, step: int, sent: Sent, lock: threading.Lock) -> None:
         self.end = end
         self.closed = ""
         self.max_payload = end.max_message - TRAILER
         self.alarm = Alarm()
         self.waiter = Waiter(end, self.alarm)
-        self.outbox = Outbox(end, step=step, sent=sent)
+        self.outbox = Outbox(end, step=step, sent=sent, lock=lock, refusal=self.closed_error)
+        #: Send one payload, now or as soon as there is room. Raises QueueClosed.
+        self.send: Callable[[bytes | Parcel], None] = self.outbox.send
         closed_in_child(self)
         open_roles.add(self)
 
@@ -49,10 +53,6 @@ class Role(abc.ABC):
     @abc.abstractmethod
     def raise_trouble(self) -> None:
         """Called when the alarm is set and no message is there: raise what it stands for, or return to go on."""
-
-    @abc.abstractmethod
-    def send(self, payload: bytes | Parcel) -> None:
-        """Send one payload, now or as soon as there is room. Raises QueueClosed."""
 
     @abc.abstractmethod
     def ticket(self) -> list[Descriptor]:

@@ -2,7 +2,8 @@
 
 Invariants:
 
-* Each question taken is noted in this handle's slot of the board before it is handed to the caller.
+* Each question taken is noted in this handle's slot of the board before it is handed to the caller; the notes are made
+  in the order of the questions.
 * A thread of this handle is *busy* from taking a question until an answer of its has left for the socket, or it takes
   another question, or it ends. The slot says how many are.
 * A goodbye is sent on the link after the last answer has left, never before.
@@ -47,75 +48,74 @@ class WorkerSide(Role):
     """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
-        super().__init__(endpoint.adopt(fds[:-1]), 0, self.not_busy)
+        self._lock = threading.Lock()
+        self._busy: set[int] = set()
+        super().__init__(endpoint.adopt(fds[:-1]), 0, self._answered, self._lock)
         self._receive = self.end.try_receive
         self.capacity = capacity
         self._board = Board(fds[-1])
         self._bytes = self._board.bytes
         self._at = self._board.offset(slot)
+        self._word = slice(self._at, self._at + 8)
         self._slot = self._board.slot(slot)
         self._link = link
-        self._lock = threading.Lock()
-        self._busy: set[int] = set()
         self._threads = threading.local()
         self._known: set[int] = set()
         self.written = 0
 
     def take(self) -> Received | None:
+        ident = get_ident()
+        busy, lock = self._busy, self._lock
+        # Held over taking and noting: the threads of this handle note in the order in which they take.
+        lock.acquire()
         try:
             received = self._receive()
-        except EOFError:
-            self._owner_gone()
-            return None
-        if received is None:
-            return None
-        ident = get_ident()
-        busy = self._busy
-        with self._lock:
+            if received is None:
+                return None
             if ident not in busy:
                 busy.add(ident)
                 if ident not in self._known:
                     self._meet(ident)
             if self.closed:
                 return received
-            board, at = self._bytes, self._at
-            board[at : at + 8] = received[0][-9:-1]
+            board = self._bytes
+            board[self._word] = received[0][-9:-1]
             if len(busy) != 1:
-                board[at] = len(busy)
+                board[self._at] = len(busy)
             if board[ASKED]:
                 self._link.ping(TOOK)
-        return received
+            return received
+        except EOFError:
+            self._owner_gone()
+            return None
+        finally:
+            lock.release()
 
     def _meet(self, ident: int) -> None:
         """See to it that a thread which ends is not busy any more."""
         self._known.add(ident)
         self._threads.presence = _Presence(self, ident)
 
-    def not_busy(self, ident: int, data: bytes) -> None:
-        """The thread ``ident`` has answered."""
+    def _answered(self, ident: int, data: bytes) -> None:
+        """An answer of the thread ``ident`` has left. Called with the lock held."""
+        self.written += 1
+        self._idle(ident)
+
+    def _idle(self, ident: int) -> None:
         busy = self._busy
-        with self._lock:
-            if ident in busy:
-                busy.remove(ident)
-                if not self.closed:
-                    self._bytes[self._at] = len(busy)
+        if ident in busy:
+            busy.remove(ident)
+            if not self.closed:
+                self._bytes[self._at] = len(busy)
 
     def thread_ended(self, ident: int) -> None:
-        self.not_busy(ident, b"")
-        self._known.discard(ident)
+        with self._lock:
+            self._known.discard(ident)
+            self._idle(ident)
 
     def raise_trouble(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
-
-    def send(self, payload: bytes | Parcel) -> None:
-        if self.closed:
-            raise QueueClosed(self.closed)
-        self.written += 1
-        try:
-            self.outbox.send(payload, get_ident())
-        except BrokenPipeError:
-            raise self.closed_error() from None
 
     def _owner_gone(self) -> None:
         if not self.closed:
@@ -153,13 +153,13 @@ class WorkerSide(Role):
             pass  # the owner is gone
 
     def _leave(self) -> None:
+        """Called with the lock held, as soon as the last answer has left."""
         self._tell(GOODBYE)
         self._link.close()
         self.waiter.close()
         open_roles.discard(self)
         self.end.close()
-        with self._lock:
-            self._board.close()
+        self._board.close()
 
     def abandon(self) -> None:
         super().abandon()

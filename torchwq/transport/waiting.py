@@ -44,6 +44,10 @@ def _cores() -> int:
         return os.cpu_count() or 1
 
 
+def _always(seconds: float) -> bool:
+    return True
+
+
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -71,13 +75,13 @@ class Waiter:
 
         ``attempt`` is called at least once after the alarm was set, so nothing that had come before is overlooked.
         """
-        if self._spin:
-            found = self._spin_for(attempt)
-            if found is not None:
-                return found
         if not self._enter():
             return attempt()
         try:
+            if self._spin:
+                found = self._spin_for(attempt)
+                if found is not None:
+                    return found
             return self._sleep_for(attempt, deadline)
         finally:
             self._leave()
@@ -110,10 +114,11 @@ class Waiter:
 
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
-        look = self._look
+        # Asking epoll is cheaper than trying: a failed ``recv`` makes an exception.
+        look = self._epoll.poll if self._epoll is not None else _always
         while True:
             for _ in range(_LOOKS_PER_YIELD):
-                if look():
+                if look(0):
                     found = attempt()
                     if found is not None:
                         return found
@@ -124,10 +129,6 @@ class Waiter:
             os.sched_yield()
         self._spin = self._spin // 2 if self._spin > _MIN_SPIN else 0
         return None
-
-    def _look(self) -> bool:
-        """Whether there may be a message. Cheaper than trying: a failed ``recv`` makes an exception."""
-        return bool(self._epoll.poll(0)) if self._epoll is not None else True
 
     def _sleep(self, seconds: float) -> bool:
         """Sleep until there may be a message; True if the alarm is set."""

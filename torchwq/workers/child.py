@@ -121,8 +121,10 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     sys.argv[:] = setup["argv"]
     importlib.invalidate_caches()
     warnings.resetwarnings()
-    for action, text, category, module, line in setup["filters"]:
-        warnings.filterwarnings(action, text, category, module, line, append=True)
+    for action, text, category_module, category_name, module, line in setup["filters"]:
+        category = getattr(sys.modules.get(category_module), category_name, None)
+        if isinstance(category, type):
+            warnings.filterwarnings(action, text, category, module, line, append=True)
     info.set_info(setup["info"])
     _seed(setup["info"].seed)
     torch.set_num_threads(1)

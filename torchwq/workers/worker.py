@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..memory import blocks
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import Parcel
 from ..transport import endpoint, namespace, reactor
 from ..transport.outbox import Outbox
 from ..transport.process import reset_in_child
@@ -40,8 +40,11 @@ OnEnd = Callable[["Worker"], None]
 class Worker:
     """One worker process. Made by :func:`start`."""
 
-    def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd) -> None:
+    def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         self.info = info
+        #: Workers that were started together have the same.
+        self.group = group
+        self.ordered_at = time.monotonic()
         self.pid: int | None = None
         self.exitcode: int | None = None
         self.reason = ""
@@ -75,7 +78,7 @@ class Worker:
 
     def _send_setup(self, entry: str) -> None:
         setup = pickle.dumps(_environment(self.info, entry))
-        if len(setup) <= self._endpoint.max_message - TRAILER:
+        if len(setup) <= self._endpoint.max_message:
             self._outbox.send(setup)
         else:
             fd, _ = blocks.fill([[setup]])
@@ -180,11 +183,12 @@ def start(
 
     Raises ResourceError if descriptors have run out.
     """
-    seed = _base_seed()
+    group = next(_started)
+    seed = _base_seed(group)
     workers = []
     try:
         for mapid in range(first_mapid, first_mapid + n):
-            workers.append(Worker(WorkerInfo(mapid, of or n, (seed + mapid) % 2**63), entry, on_message, on_end))
+            workers.append(Worker(WorkerInfo(mapid, of or n, (seed + mapid) % 2**63), entry, on_message, on_end, group))
     except OSError as error:
         for worker in workers:
             worker.kill(signal.SIGKILL)
@@ -207,9 +211,9 @@ def listen(listener: EndListener) -> None:
         _listeners.add(listener)
 
 
-def _base_seed() -> int:
+def _base_seed(group: int) -> int:
     """Different for each start, and reproducible if the owner has seeded torch. Leaves torch's generator alone."""
-    return (torch.initial_seed() * 6364136223846793005 + (next(_started) + 1) * 1442695040888963407) % 2**62
+    return (torch.initial_seed() * 6364136223846793005 + (group + 1) * 1442695040888963407) % 2**62
 
 
 def _is_open(fd: int) -> bool:
@@ -240,18 +244,11 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
 
 
 def _warning_filters() -> list[tuple[Any, ...]]:
-    """The warning filters, as arguments of ``warnings.filterwarnings``; those that cannot travel are left out."""
+    """The warning filters, their categories by name: no worker has to import a module only to ignore its warnings."""
     filters = []
     for action, message_, category, module, line in warnings.filters:
-        entry = (
-            action,
-            getattr(message_, "pattern", message_) or "",
-            category,
-            getattr(module, "pattern", module) or "",
-            line,
-        )
-        if category.__module__ != "__main__":
-            with contextlib.suppress(Exception):
-                pickle.dumps(entry)
-                filters.append(entry)
+        if not isinstance(category, type):
+            continue
+        texts = [getattr(text, "pattern", text) or "" for text in (message_, module)]
+        filters.append((str(action), str(texts[0]), category.__module__, category.__qualname__, str(texts[1]), line))
     return filters

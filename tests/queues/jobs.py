@@ -1,0 +1,85 @@
+"""What workers run in the tests of queues. Importable, so it travels by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import torchwq
+
+
+def echo(name_or_queue: Any) -> int:
+    """Answer every question with itself until None; returns how many there were."""
+    queue = torchwq.workqueue(name_or_queue) if isinstance(name_or_queue, str) else name_or_queue
+    count = 0
+    for question in queue:
+        queue.write(question)
+        count += 1
+    return count
+
+
+def consume(queue: torchwq.WorkQueue) -> int:
+    """Read until None or close, never answer."""
+    return sum(1 for _ in queue)
+
+
+def read_one_and_die(queue: torchwq.WorkQueue, number: int) -> None:
+    queue.read()
+    os.kill(os.getpid(), number)
+
+
+def die_while_reading(queue: torchwq.WorkQueue) -> None:
+    queue.write(os.getpid())
+    queue.read()
+
+
+def die_while_writing(queue: torchwq.WorkQueue) -> None:
+    queue.write(os.getpid())
+    while True:
+        queue.write(b"x" * 1000)
+
+
+def answer_many(queue: torchwq.WorkQueue, count: int) -> str:
+    for number in range(count):
+        queue.write(number)
+    return "written"
+
+
+def take_and_wait(queue: torchwq.WorkQueue, gate: torchwq.WorkQueue) -> None:
+    question = queue.read()
+    gate.read()
+    queue.write(question)
+
+
+def take_two_answer_one(queue: torchwq.WorkQueue) -> None:
+    queue.read()
+    queue.write(queue.read())
+    queue.read()
+
+
+def stop_self(queue: torchwq.WorkQueue) -> None:
+    queue.write(os.getpid())
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def open_by_name_late(name: str, seconds: float) -> Any:
+    time.sleep(seconds)  # the point of the test is to come late
+    queue = torchwq.workqueue(name)
+    return queue.creator, list(queue)
+
+
+def create_and_die(name: str) -> None:
+    queue = torchwq.workqueue(name)
+    assert queue.creator
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def pass_on(queue: torchwq.WorkQueue, inner: torchwq.WorkQueue) -> list[Any]:
+    """Give a worker's handle on ``inner`` to a worker of this worker."""
+    return torchwq.map(1, echo, inner).join(30)

@@ -1,0 +1,207 @@
+"""Deaths, forks, late comers: what the contract says under "when things go wrong"."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import torchwq
+from tests.conftest import wait_until
+from tests.queues import jobs
+
+
+def test_a_killed_worker_is_reported_within_a_second_with_what_it_had_in_hand() -> None:
+    with torchwq.workqueue() as owner:
+        workers = torchwq.map(2, jobs.read_one_and_die, owner, signal.SIGKILL)
+        wait_until(lambda: owner.statistics().handles == 2)
+        owner.write({"path": "image 17.png"})
+        started = time.monotonic()
+        with pytest.raises(torchwq.WorkerDied) as caught:
+            owner.read(timeout=20)
+        assert time.monotonic() - started < 1.5
+        death = caught.value
+        assert death.signal is signal.SIGKILL
+        assert death.exitcode == -signal.SIGKILL
+        assert death.mapid in (0, 1)
+        assert death.pid == workers.pids[death.mapid]
+        for part in ("SIGKILL", "image 17.png", "question 1", "memory", str(death.pid)):
+            assert part in str(death)
+        owner.write("for the other one")
+        with pytest.raises(torchwq.WorkerDied, match="for the other one"):
+            owner.read(timeout=20)
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read(timeout=20)
+        assert owner.read(True) is None
+        with pytest.raises(torchwq.WorkerDied):
+            workers.join(20)
+
+
+def test_the_others_go_on_after_a_death() -> None:
+    with torchwq.workqueue() as owner, torchwq.workqueue() as victim:
+        torchwq.map(1, jobs.die_while_reading, victim)
+        torchwq.map(1, jobs.echo, owner)
+        os.kill(victim.read(), signal.SIGKILL)
+        with pytest.raises(torchwq.WorkerDied):
+            victim.read()
+        owner.write(1)
+        assert owner.read() == 1
+
+
+def test_answers_that_are_there_come_before_the_death() -> None:
+    with torchwq.workqueue() as owner:
+        workers = torchwq.map(1, jobs.answer_many, owner, 100)
+        assert workers.join(20) == ["written"]
+        assert [owner.read() for _ in range(100)] == list(range(100))
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read()
+
+
+@pytest.mark.parametrize("job", [jobs.die_while_reading, jobs.die_while_writing])
+def test_a_worker_killed_inside_read_or_write_leaves_the_queue_usable(job: object) -> None:
+    with torchwq.workqueue() as owner:
+        for _ in range(5):
+            torchwq.map(1, job, owner)  # type: ignore[arg-type]
+            while not isinstance(pid := owner.read(timeout=20), int):
+                pass
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(torchwq.WorkerDied):
+                while True:
+                    owner.read(timeout=20)
+        torchwq.map(1, jobs.echo, owner)
+        owner.write("still here")
+        while (answer := owner.read(timeout=20)) != "still here":
+            assert answer == b"x" * 1000
+
+
+def test_drain_reports_a_death_and_then_waits_for_the_rest() -> None:
+    with torchwq.workqueue() as owner:
+        torchwq.map(1, jobs.read_one_and_die, owner, signal.SIGSEGV)
+        owner.write("deadly")
+        with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
+            owner.drain(20)
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read(timeout=20)
+        torchwq.map(1, jobs.echo, owner)
+        owner.write("harmless")
+        owner.drain(20)
+        assert owner.read(True) == "harmless"
+
+
+def test_a_writer_with_capacity_is_told_when_nobody_is_left() -> None:
+    with torchwq.workqueue(capacity=1) as owner:
+        torchwq.map(1, jobs.read_one_and_die, owner, signal.SIGKILL)
+        with pytest.raises(torchwq.WorkerDied):
+            for number in range(10):
+                owner.write(number)
+
+
+def test_workers_that_fail_before_they_open_the_queue_do_not_leave_the_owner_waiting() -> None:
+    with torchwq.workqueue("never opened") as owner:
+        workers = torchwq.map(2, jobs.fail, "no such file")
+        with pytest.raises(torchwq.WorkerDied, match="had not opened this queue"):
+            owner.read(timeout=20)
+        with pytest.raises(ValueError, match="no such file"):
+            workers.join(20)
+
+
+def test_before_the_first_worker_the_owner_waits() -> None:
+    with torchwq.workqueue("early") as owner:
+        timer = threading.Timer(0.2, lambda: torchwq.map(1, jobs.echo, "early"))
+        timer.start()
+        owner.write(1)
+        assert owner.read(timeout=20) == 1
+        timer.join()
+
+
+def test_a_late_worker_still_reads_what_a_closed_queue_holds() -> None:
+    owner = torchwq.workqueue("late, with questions")
+    workers = torchwq.map(1, jobs.open_by_name_late, "late, with questions", 0.5)
+    owner.write("a", "b")
+    owner.close()
+    assert workers.join(20) == [(False, ["a", "b"])]
+
+
+def test_a_late_worker_does_not_become_the_owner_of_a_closed_queue() -> None:
+    owner = torchwq.workqueue("late, empty")
+    workers = torchwq.map(1, jobs.open_by_name_late, "late, empty", 0.5)
+    owner.close()
+    assert workers.join(20) == [None], "QueueClosed ends the worker, not as an error"
+    assert torchwq.workqueue("late, empty").creator
+
+
+def test_a_late_anonymous_handle_still_reads_what_a_closed_queue_holds() -> None:
+    owner = torchwq.workqueue()
+    workers = torchwq.map(1, jobs.consume, owner)
+    owner.write(*range(5_000))
+    owner.close()
+    assert workers.join(20) == [5_000]
+
+
+def test_a_name_whose_owner_was_killed_can_be_created_again() -> None:
+    with pytest.raises(torchwq.WorkerDied):
+        torchwq.map(1, jobs.create_and_die, "inherited").join(20)
+    with torchwq.workqueue("inherited") as queue:
+        assert queue.creator
+
+
+def test_a_stopped_worker_does_not_stop_the_others() -> None:
+    with torchwq.workqueue() as owner, torchwq.workqueue() as stopped:
+        torchwq.map(1, jobs.stop_self, stopped)
+        pid = stopped.read(timeout=20)
+        torchwq.map(1, jobs.echo, owner)
+        owner.write(1)
+        assert owner.read(timeout=20) == 1
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_forked_child_cannot_use_its_parents_handles() -> None:
+    with torchwq.workqueue("forked") as owner:
+        torchwq.map(1, jobs.echo, "forked")
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            results = []
+            for use in (lambda: owner.write(0), lambda: owner.read(timeout=5), lambda: next(iter(owner)), owner.drain):
+                try:
+                    use()
+                    results.append("nothing raised")
+                except torchwq.QueueClosed as error:
+                    results.append("ok" if "fork" in str(error) else str(error))
+            owner.close()
+            worker = torchwq.workqueue("forked")
+            results.append("ok" if not worker.creator else "owner")
+            os.write(write_end, ";".join(results).encode())
+            os._exit(0)
+        os.close(write_end)
+        os.waitpid(pid, 0)
+        with os.fdopen(read_end) as pipe:
+            assert pipe.read() == "ok;ok;ok;ok;ok"
+        owner.write("parent")
+        try:
+            assert owner.read(timeout=20) == "parent"
+        except torchwq.WorkerDied as death:  # the forked child had opened the queue, and has gone
+            assert death.pid == pid
+            assert owner.read(timeout=20) == "parent"
+
+
+def test_a_process_started_by_multiprocessing_opens_the_queue_by_name() -> None:
+    import multiprocessing
+
+    with torchwq.workqueue("from multiprocessing") as owner:
+        process = multiprocessing.get_context("fork").Process(target=jobs.echo, args=("from multiprocessing",))
+        process.start()
+        owner.write("hello", None)
+        assert owner.read(timeout=20) == "hello"
+        process.join(20)
+        assert process.exitcode == 0
+        process.close()
+
+
+def test_unrelated_processes_do_not_see_the_name(run_script: object) -> None:
+    with torchwq.workqueue("mine"):
+        done = run_script("import torchwq; print(torchwq.workqueue('mine').creator)")  # type: ignore[operator]
+    assert done.stdout == "True\n"

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import wait_until
+from torchwq.transport import endpoint
+from torchwq.transport.endpoint import Endpoint
+from torchwq.transport.outbox import Outbox
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Endpoint, Endpoint]]:
+    a, b = endpoint.pair()
+    yield a, b
+    a.close()
+    b.close()
+
+
+def receive(end: Endpoint) -> bytes:
+    received = wait_until(end.try_receive, what="a message")
+    return bytes(received[0])
+
+
+def test_what_a_full_socket_does_not_take_is_flushed_in_order(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    outbox = Outbox(a)
+    for number in range(20_000):
+        outbox.send(b"%d." % number)
+    assert len(outbox) > 0
+    assert [receive(b) for _ in range(20_000)] == [b"%d." % number for number in range(20_000)]
+    assert outbox.wait_empty(5)
+    assert len(outbox) == 0
+
+
+def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    outbox = Outbox(a, step=256)
+
+    def send(name: int) -> None:
+        for count in range(2_000):
+            outbox.send(b"%d %d." % (name, count))
+
+    threads = [threading.Thread(target=send, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    messages = [receive(b) for _ in range(8_000)]
+    for thread in threads:
+        thread.join()
+    for name in range(4):
+        counts = [int(m.split(b".")[0].split()[1]) for m in messages if m.startswith(b"%d " % name)]
+        assert counts == list(range(2_000))
+    numbers = [int.from_bytes(m[-9:-1], "little") for m in messages]
+    assert numbers == [256 * i + 1 for i in range(1, 8_001)]
+
+
+def test_sent_is_called_once_for_each_message_the_socket_took(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    taken: list[bytes] = []
+    outbox = Outbox(a, sent=lambda tag, data: taken.append(data))
+    for number in range(5_000):
+        outbox.send(b"%d." % number)
+    assert len(taken) < 5_000
+    for _ in range(5_000):
+        receive(b)
+    assert outbox.wait_empty(5)
+    assert taken == [b"%d." % number for number in range(5_000)]
+
+
+def test_a_closed_other_side_drops_what_waits_and_refuses_more(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    outbox = Outbox(a)
+    for _ in range(20_000):
+        outbox.send(b"x.")
+    b.close()
+    assert outbox.wait_empty(5)
+    with pytest.raises(BrokenPipeError):
+        outbox.send(b"y.")
+
+
+def test_close_when_sent_waits_for_the_last_message(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    closed = threading.Event()
+    outbox = Outbox(a)
+    for _ in range(20_000):
+        outbox.send(b"x.")
+    outbox.close_when_sent(closed.set)
+    assert not closed.is_set()
+    with pytest.raises(BrokenPipeError):
+        outbox.send(b"late.")
+    for _ in range(20_000):
+        assert receive(b) == b"x."
+    assert closed.wait(5)

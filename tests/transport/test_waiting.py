@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import threading
+import time
+
+from torchwq.transport import endpoint
+from torchwq.transport.alarm import Alarm
+from torchwq.transport.waiting import Waiter
+
+
+def test_a_message_ends_the_wait() -> None:
+    a, b = endpoint.pair()
+    waiter = Waiter(b, Alarm())
+    timer = threading.Timer(0.05, a.try_send, [b"x"])
+    timer.start()
+    assert waiter.wait(b.try_receive, None) == (b"x", [])
+    timer.join()
+    waiter.close()
+    a.close()
+    b.close()
+
+
+def test_an_alarm_wakes_every_waiter_until_it_is_cleared() -> None:
+    a, b = endpoint.pair()
+    alarm = Alarm()
+    waiter = Waiter(b, alarm)
+    results: list[object] = []
+    threads = [threading.Thread(target=lambda: results.append(waiter.wait(b.try_receive, None))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    alarm.set()
+    for thread in threads:
+        thread.join(5)
+    assert results == [None, None, None]
+    alarm.clear()
+    started = time.monotonic()
+    assert waiter.wait(b.try_receive, started + 0.05) is None
+    assert time.monotonic() >= started + 0.05
+    waiter.close()
+    a.close()
+    b.close()
+
+
+def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:
+    a, b = endpoint.pair()
+    waiter = Waiter(b, Alarm())
+    a.try_send(b"x")
+    assert waiter.wait(b.try_receive, time.monotonic() - 1) == (b"x", [])
+    waiter.close()
+    a.close()
+    b.close()
+
+
+def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
+    a, b = endpoint.pair()
+    waiter = Waiter(b, Alarm())
+    thread = threading.Thread(target=waiter.wait, args=(b.try_receive, None))
+    thread.start()
+    waiter.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    a.close()
+    b.close()
