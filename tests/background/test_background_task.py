@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -223,6 +224,21 @@ def test_worker_info_in_a_task() -> None:
 def test_it_runs_in_a_process_of_its_own() -> None:
     tasks = [torchwq.BackgroundTask(os.getpid) for _ in range(2)]
     assert len({os.getpid(), *(task.result() for task in tasks)}) == 3
+
+
+def test_a_forked_process_ends_while_a_task_runs() -> None:
+    """As the workers of torch's own DataLoader are."""
+    gate = flags()
+    task = torchwq.BackgroundTask(jobs.gated, gate)
+    child = multiprocessing.get_context("fork").Process(target=abs, args=(1,))
+    child.start()
+    child.join(10)
+    exitcode = child.exitcode
+    child.kill()
+    child.join()
+    assert exitcode == 0
+    gate[0] = 1
+    assert task.result(timeout=30) == "done"
 
 
 def test_at_exit_plain_tasks_and_pools_finish_and_iterators_are_ended() -> None:

@@ -1,15 +1,15 @@
-"""The few numbers that a queue's processes share: which question each worker has taken last, and whether it is at it.
+"""The few numbers that a queue's processes share: how many questions each worker has taken, and whether it is at one.
 
 Messages alone cannot tell an owner what a killed worker had in hand, nor when a worker that never answers is done. A
-worker therefore notes each question it takes in a slot of its own: one word, ``number + busy``, where ``number`` is the
-question's (a multiple of ``STEP``) and ``busy``, the lowest byte, says how many threads of the handle are at a
-question. A question's message carries its word with ``busy`` = 1, so that noting it is a copy of 8 bytes. Invariants:
+worker therefore notes each question it takes in a slot of its own, of two words: the number of the question taken last,
+and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the threads that are at one. Invariants:
 
-* A slot is written by one handle only, under that handle's lock; the owner only reads it. It is one aligned word, so a
-  reader sees an old or a new state, never a mixture.
-* Questions are taken in the order of their numbers. So the highest number in any slot tells how many were taken.
-* A worker killed between taking a question and noting it has taken one question more than its slot says. So the owner
-  counts each death as one possible such loss, and believes it only when the socket is empty.
+* A slot is written by one handle only, under that handle's lock; the owner only reads it. Words are 8 bytes and
+  aligned, so a reader sees an old or a new one, never a mixture. The number is written first.
+* A question that was taken and not noted is in no slot. So the owner knows that something is under way as long as the
+  counts do not add up to what it has sent.
+* A worker killed between taking a question and noting it leaves the counts short for ever. So the owner counts each
+  death as one possible such loss, and believes it only when the socket is empty and nothing moves.
 * ``asked`` in the head is set by an owner that waits for questions to be taken; workers then ping it.
 """
 
@@ -22,8 +22,8 @@ from typing import Final
 from . import blocks
 
 SLOTS: Final = 4096
-#: Numbers of questions are multiples of this; what is below it counts busy threads.
-STEP: Final = 1 << 8
+#: The state word counts questions in multiples of this; what is below it counts busy threads.
+BUSY: Final = 1 << 8
 #: Index of the word that says whether the owner waits for questions to be taken.
 ASKED: Final = 0
 _WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
@@ -53,10 +53,6 @@ class Board:
     def slot(self, number: int) -> Slot:
         return Slot(self.words, (number + 1) * _WORDS)
 
-    def offset(self, number: int) -> int:
-        """Where the word of slot ``number`` is in ``bytes``."""
-        return (number + 1) * _WORDS * 8
-
     def set_asked(self, asked: bool) -> None:
         self.words[ASKED] = int(asked)
 
@@ -64,21 +60,29 @@ class Board:
 class Slot:
     """One handle's part of the board."""
 
-    __slots__ = ("_index", "_words")
+    __slots__ = ("_words", "number_index", "state_index")
 
     def __init__(self, words: memoryview, index: int) -> None:
         self._words = words
-        self._index = index
+        #: Where its two words are in the board's ``words``.
+        self.number_index = index
+        self.state_index = index + 1
 
     def clear(self) -> None:
-        self._words[self._index] = 0
+        self._words[self.state_index] = 0
+        self._words[self.number_index] = 0
 
     @property
     def number(self) -> int:
         """Number of the question taken last."""
-        return int(self._words[self._index]) // STEP * STEP
+        return int(self._words[self.number_index])
+
+    @property
+    def taken(self) -> int:
+        """How many questions the handle has taken."""
+        return int(self._words[self.state_index]) // BUSY
 
     @property
     def busy(self) -> int:
         """How many of the handle's threads have taken a question and not answered it."""
-        return int(self._words[self._index]) % STEP
+        return int(self._words[self.state_index]) % BUSY

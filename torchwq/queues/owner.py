@@ -6,11 +6,11 @@ Invariants:
   write never fails for want of a worker, and questions wait for the first one.
 * Each worker's handle is a :class:`_Member`: a liveness link and a slot on the board. A link that ends without a
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
-* "No worker is left" means: some had come, all have gone, no ticket for a handle is under way, and none that was
-  started together with one of them may still come.
+* "No worker is left" means: some had come, all have gone, no ticket for a handle is under way, and no worker
+  of this process was started so recently that it may still come.
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
-* Questions are numbered in the order in which they enter the socket, in multiples of ``STEP``.
+* Questions are numbered in the order in which they enter the socket, from 1.
 * ``_recent`` holds the questions sent last, in order; ``_kept`` older ones that workers are still at.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
@@ -32,7 +32,7 @@ from typing import Final
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling.describe import describe
 from ..memory.blocks import Descriptor
-from ..memory.board import SLOTS, STEP, Board, Slot
+from ..memory.board import SLOTS, Board, Slot
 from ..memory.parcel import Parcel
 from ..transport import endpoint, reactor
 from ..transport import link as links
@@ -55,10 +55,12 @@ _LOST_AFTER: Final = 0.2
 #: How many questions are remembered for describing what a worker had in hand, each up to so many bytes: more than fit
 #: into a socket. Those that workers are at are kept longer.
 _RECENT: Final = 4096
-#: How long, in seconds, the others of a map may take to open a queue that one of them has opened, and left, before.
-_ON_ITS_WAY: Final = 30.0
+#: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
+#: were started together with one that came, and any others.
+_WITH_ANOTHER: Final = 30.0
+_JUST_STARTED: Final = 3.0
 _DESCRIBED: Final = 1024
-_KEEP_EVERY: Final = _RECENT // 4 * STEP
+_KEEP_EVERY: Final = _RECENT // 4
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +77,7 @@ class Owner(Role, worker.EndListener):
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         ours, self._theirs = endpoint.pair()
-        super().__init__(ours, STEP, self._note_sent, threading.Lock())
+        super().__init__(ours, True, self._note_sent, threading.Lock())
         self._receive = ours.try_receive
         self.capacity = capacity
         if capacity is not None:
@@ -97,6 +99,7 @@ class Owner(Role, worker.EndListener):
         self._possibly_lost = 0
         self._pids: set[int] = set()
         self._groups: set[int] = set()
+        self._will_look = False
         self._deaths: deque[WorkerDied] = deque()
         self._last_end = ""
         worker.listen(self)
@@ -123,7 +126,7 @@ class Owner(Role, worker.EndListener):
         """The message of a question that some worker may have in hand; empty if it was too large to remember."""
         if number in self._kept:
             return self._kept[number]
-        age = (self._last_sent - number) // STEP
+        age = self._last_sent - number
         return self._recent[-1 - age] if 0 <= age < len(self._recent) else b""
 
     def _wait_for_room(self) -> None:
@@ -144,13 +147,13 @@ class Owner(Role, worker.EndListener):
     def _untaken(self) -> int:
         waiting = self.outbox.number - self._last_sent
         with self._lock:
-            in_socket = self._last_sent - self._highest_taken() if not self.closed else 0
+            in_socket = self._last_sent - self._count_taken() if not self.closed else 0
         if in_socket and self.end.unread() == 0:
             in_socket = 0  # a worker died with a question that it had not noted
-        return (waiting + in_socket) // STEP
+        return waiting + in_socket
 
-    def _highest_taken(self) -> int:
-        return max([self._taken_by_gone, *(member.slot.number for member in self._members.values())])
+    def _count_taken(self) -> int:
+        return self._taken_by_gone + sum(member.slot.taken for member in self._members.values())
 
     # Reading
 
@@ -227,7 +230,7 @@ class Owner(Role, worker.EndListener):
             return False
         unread = self.end.unread()
         with self._lock:
-            missing = (mark - self._highest_taken()) // STEP
+            missing = mark - self._count_taken()
             if missing > 0 and (unread or missing > self._possibly_lost or quiet < _LOST_AFTER):
                 return False
             if self._ending:
@@ -316,7 +319,7 @@ class Owner(Role, worker.EndListener):
                 return ""
             in_hand = ""
             if not self.closed:
-                self._taken_by_gone = max(self._taken_by_gone, member.slot.number)
+                self._taken_by_gone += member.slot.taken
                 if member.slot.busy:
                     in_hand = self._describe(member.slot.number)
                 self._free.append(member.number)
@@ -333,7 +336,7 @@ class Owner(Role, worker.EndListener):
 
     def _describe(self, number: int) -> str:
         data = self._question(number)
-        return f"question {number // STEP}" + (f" ({describe(data)})" if data else "")
+        return f"question {number}" + (f" ({describe(data)})" if data else "")
 
     def _lose(self, member: _Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
@@ -380,19 +383,22 @@ class Owner(Role, worker.EndListener):
         return self._came > 0 and not self._ending and not self._members and not self._expected()
 
     def _expected(self) -> bool:
-        """Whether a worker is still on its way: it was started together with one that has come, and not long ago."""
-        ages = [
-            time.monotonic() - process.ordered_at
+        """Whether a worker may still be on its way: it has not been here, and was started not long ago."""
+        now = time.monotonic()
+        patience = [
+            (_WITH_ANOTHER if process.group in self._groups else _JUST_STARTED) - (now - process.ordered_at)
             for process in worker.living()
-            if process.group in self._groups and process.pid not in self._pids
+            if process.pid not in self._pids
         ]
-        expected = [age for age in ages if age < _ON_ITS_WAY]
-        if expected:
-            reactor.get().call_later(_ON_ITS_WAY - min(expected), self._look_again)
-        return bool(expected)
+        longest = max(patience, default=0.0)
+        if longest > 0 and not self._will_look:
+            self._will_look = True
+            reactor.get().call_later(longest, self._look_again)
+        return longest > 0
 
     def _look_again(self) -> None:
         with self._lock:
+            self._will_look = False
             if not self.closed:
                 self._update_alarm()
 
@@ -440,4 +446,4 @@ class Owner(Role, worker.EndListener):
 
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""
-        return self.outbox.number // STEP, 0 if self.closed else self._untaken(), len(self._members)
+        return self.outbox.number, 0 if self.closed else self._untaken(), len(self._members)

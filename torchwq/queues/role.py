@@ -34,13 +34,13 @@ class Role(abc.ABC):
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
     """
 
-    def __init__(self, end: Endpoint, step: int, sent: Sent, lock: threading.Lock) -> None:
+    def __init__(self, end: Endpoint, numbered: bool, sent: Sent, lock: threading.Lock) -> None:
         self.end = end
         self.closed = ""
         self.max_payload = end.max_message - TRAILER
         self.alarm = Alarm()
         self.waiter = Waiter(end, self.alarm)
-        self.outbox = Outbox(end, step=step, sent=sent, lock=lock, refusal=self.closed_error)
+        self.outbox = Outbox(end, numbered=numbered, sent=sent, lock=lock, refusal=self.closed_error)
         #: Send one payload, now or as soon as there is room. Raises QueueClosed.
         self.send: Callable[[bytes | Parcel], None] = self.outbox.send
         closed_in_child(self)

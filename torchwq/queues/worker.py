@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
-from ..memory.board import ASKED, STEP, Board
+from ..memory.board import ASKED, BUSY, Board
 from ..memory.parcel import Parcel
 from ..transport import endpoint
 from ..transport import link as links
@@ -50,14 +50,16 @@ class WorkerSide(Role):
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
         self._lock = threading.Lock()
         self._busy: set[int] = set()
-        super().__init__(endpoint.adopt(fds[:-1]), 0, self._answered, self._lock)
+        super().__init__(endpoint.adopt(fds[:-1]), False, self._answered, self._lock)
         self._receive = self.end.try_receive
         self.capacity = capacity
         self._board = Board(fds[-1])
-        self._bytes = self._board.bytes
-        self._at = self._board.offset(slot)
-        self._word = slice(self._at, self._at + 8)
         self._slot = self._board.slot(slot)
+        self._words = self._board.words
+        self._bytes = self._board.bytes
+        self._state = 0
+        self._state_at = self._slot.state_index
+        self._number_at = slice(self._slot.number_index * 8, self._slot.number_index * 8 + 8)
         self._link = link
         self._threads = threading.local()
         self._known: set[int] = set()
@@ -72,17 +74,18 @@ class WorkerSide(Role):
             received = self._receive()
             if received is None:
                 return None
-            if ident not in busy:
-                busy.add(ident)
-                if ident not in self._known:
-                    self._meet(ident)
             if self.closed:
                 return received
-            board = self._bytes
-            board[self._word] = received[0][-9:-1]
-            if len(busy) != 1:
-                board[self._at] = len(busy)
-            if board[ASKED]:
+            state = self._state + BUSY
+            if ident not in busy:
+                busy.add(ident)
+                state += 1
+                if ident not in self._known:
+                    self._meet(ident)
+            self._bytes[self._number_at] = received[0][-9:-1]
+            words = self._words
+            words[self._state_at] = self._state = state
+            if words[ASKED]:
                 self._link.ping(TOOK)
             return received
         except EOFError:
@@ -105,8 +108,9 @@ class WorkerSide(Role):
         busy = self._busy
         if ident in busy:
             busy.remove(ident)
+            self._state -= 1
             if not self.closed:
-                self._bytes[self._at] = len(busy)
+                self._words[self._state_at] = self._state
 
     def thread_ended(self, ident: int) -> None:
         with self._lock:
@@ -169,7 +173,7 @@ class WorkerSide(Role):
     @property
     def last_taken(self) -> int:
         """Which of the owner's questions this handle has taken last; they count from 1."""
-        return 0 if self.closed else self._slot.number // STEP
+        return 0 if self.closed else self._slot.number
 
 
 def accept(fds: Sequence[int], link: Link) -> WorkerSide:

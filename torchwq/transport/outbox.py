@@ -46,8 +46,7 @@ class Outbox:
 
     Args:
         endpoint: where to.
-        step: messages are numbered in the order in which they leave, in steps of this, and carry their number + 1;
-            0 numbers none.
+        numbered: whether messages carry their number, from 1, in the order in which they leave.
         sent: called under ``lock``, in order, for each message that the socket took, with its tag and its bytes. The
             tag of a numbered message is its number, that of any other the thread that sent it.
         lock: the outbox's lock, where its user needs it for more.
@@ -58,14 +57,14 @@ class Outbox:
         self,
         endpoint: Endpoint,
         *,
-        step: int = 0,
+        numbered: bool = False,
         sent: Sent | None = None,
         lock: threading.Lock | None = None,
         refusal: Callable[[], Exception] = BrokenPipeError,
     ) -> None:
         self._endpoint = endpoint
         self._try_send = endpoint.try_send
-        self._step = step
+        self._numbered = numbered
         self._sent = sent
         self._refusal = refusal
         self._lock = lock or threading.Lock()
@@ -94,9 +93,9 @@ class Outbox:
                 raise self._refusal()
             fds: Sequence[int] = ()
             if type(payload) is bytes:
-                if self._step:
-                    self.number = tag = self.number + self._step
-                    data = payload + _TRAILER(tag + 1, _PLAIN)
+                if self._numbered:
+                    self.number = tag = self.number + 1
+                    data = payload + _TRAILER(tag, _PLAIN)
                 else:
                     data = payload
                     tag = get_ident()
@@ -118,9 +117,8 @@ class Outbox:
 
     def _message(self, payload: Any) -> tuple[bytes, Sequence[int], int]:
         number, tag = 0, get_ident()
-        if self._step:
-            self.number = tag = self.number + self._step
-            number = tag + 1
+        if self._numbered:
+            self.number = tag = number = self.number + 1
         return payload.data + _TRAILER(number, payload.kind), payload.fds, tag
 
     def _drop(self) -> None:

@@ -1,0 +1,80 @@
+"""The examples run, and print what they say they do."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchwq.transport import namespace
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run_example(name: str, folder: Path, *args: str, statuses: tuple[int, ...] = (0,)) -> tuple[int, str]:
+    """Run an example as its reader would, from another folder; returns its status and what it printed."""
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *args],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=folder,
+        env=environment,
+    )
+    assert done.stderr == ""
+    assert done.returncode in statuses
+    return done.returncode, done.stdout
+
+
+def test_workqueue(tmp_path: Path) -> None:
+    _, printed = run_example("workqueue.py", tmp_path)
+    assert sorted(printed.splitlines()) == [  # two workers: in whatever order
+        "{'file': 'f1.pt', 'values': tensor([0, 1, 2])}",
+        "{'file': 'f2.pt', 'values': tensor([0, 2, 4])}",
+        "{'file': 'f3.pt', 'values': tensor([0, 3, 6])}",
+    ]
+
+
+def test_map(tmp_path: Path) -> None:
+    _, printed = run_example("map.py", tmp_path)
+    sums = [sum(range(mapid, 1001, 4)) for mapid in range(4)]
+    assert f"sums of four workers: {sums} together: 500500\n" in printed
+    assert "two processes beside this one: True\n" in printed
+    assert "ZeroDivisionError: division by zero" in printed
+    assert "in reciprocal" in printed  # the worker's traceback
+    assert "check_errors raised ZeroDivisionError('division by zero') while the others worked" in printed
+    assert "join then returned [1.0, 0.5]" in printed
+
+
+@pytest.mark.timeout(120)
+def test_background_checkpoint(tmp_path: Path) -> None:
+    _, printed = run_example("background_checkpoint.py", tmp_path)
+    landed = [int(step) for step in re.findall(r"checkpoint of step (\d+) landed", printed)]
+    assert landed, printed  # at least one while training went on
+    assert landed == sorted(set(landed))
+    assert re.search(r"the checkpoint of step \d+ holds what the model was then\n$", printed)
+
+
+@pytest.mark.timeout(120)
+def test_train_digits(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    data = tmp_path / "digits"
+    arguments = ("--epochs", "2", "--data", str(data))
+    status, printed = run_example("train_digits.py", tmp_path, *arguments, statuses=(0, 1))
+    assert f"writing the images to {data}\n" in printed
+    assert len(list(data.glob("*/*.png"))) == 1797
+    assert "1433 images to train on, 364 held out" in printed
+    epochs = re.findall(r"epoch +(\d)/2  loss ([\d.]+) +([\d,]+) images/s  waited for data ([\d.]+) s", printed)
+    assert [epoch for epoch, *_ in epochs] == ["1", "2"]
+    losses = [float(loss) for _, loss, *_ in epochs]
+    assert losses == sorted(losses, reverse=True)
+    accuracy = re.search(r"accuracy on the held-out images ([\d.]+)%", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 80
+    assert status == (0 if float(accuracy[1]) >= 97 else 1)
+    assert not list(tmp_path.glob("*.partial"))

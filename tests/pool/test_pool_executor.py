@@ -1,0 +1,216 @@
+"""BackgroundTaskPool is a concurrent.futures.Executor: what holds for those holds for it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+import traceback
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import torchwq
+from tests.conftest import wait_until
+from tests.pool import jobs
+
+
+def flags(n: int = 1) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.int64).share_memory_()
+
+
+@pytest.fixture
+def pool() -> Iterator[torchwq.BackgroundTaskPool]:
+    with torchwq.BackgroundTaskPool(2) as made:
+        yield made
+
+
+def test_it_is_an_executor(pool: torchwq.BackgroundTaskPool) -> None:
+    assert isinstance(pool, concurrent.futures.Executor)
+    future = pool.submit(jobs.take_all, 1, "b", fn=2, self=3)  # no mapid; all names are free for keywords
+    assert isinstance(future, concurrent.futures.Future)
+    assert future.result(timeout=30) == ((1, "b"), {"fn": 2, "self": 3})
+
+
+def test_two_hundred_small_tasks(pool: torchwq.BackgroundTaskPool) -> None:
+    futures = [pool.submit(jobs.square, number) for number in range(200)]
+    assert [future.result(timeout=30) for future in futures] == [number**2 for number in range(200)]
+
+
+def test_map_is_in_order(pool: torchwq.BackgroundTaskPool) -> None:
+    assert list(pool.map(jobs.square, range(50))) == [number**2 for number in range(50)]
+    assert list(pool.map(pow, [2, 3], [3, 2])) == [8, 9]
+
+
+def test_map_raises_at_its_place_and_times_out(pool: torchwq.BackgroundTaskPool) -> None:
+    results = pool.map(divmod, [6, 1, 8], [2, 0, 4])
+    assert next(results) == (3, 0)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    gate = flags()
+    slow = pool.map(jobs.gated, [gate], timeout=0.05)
+    with pytest.raises(TimeoutError):
+        next(slow)
+    gate[0] = 1
+
+
+def test_the_workers_work_at_the_same_time(pool: torchwq.BackgroundTaskPool) -> None:
+    here = flags(2)
+    pids = [pool.submit(jobs.meet, here, place) for place in range(2)]
+    assert len({os.getpid(), *(future.result(timeout=30) for future in pids)}) == 3
+
+
+def test_wait_and_as_completed(pool: torchwq.BackgroundTaskPool) -> None:
+    gates = flags(), flags()
+    futures = [pool.submit(jobs.gated, gate, number) for number, gate in enumerate(gates)]
+    assert concurrent.futures.wait(futures, timeout=0.02) == (set(), set(futures))
+    gates[1][0] = 1
+    done, _ = concurrent.futures.wait(futures, 30, concurrent.futures.FIRST_COMPLETED)
+    assert done == {futures[1]}
+    ended = concurrent.futures.as_completed(futures, timeout=30)
+    assert next(ended) is futures[1]
+    gates[0][0] = 1
+    assert next(ended).result() == 0
+
+
+def test_result_times_out_and_can_be_called_again(pool: torchwq.BackgroundTaskPool) -> None:
+    gate = flags()
+    future = pool.submit(jobs.gated, gate)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            future.result(timeout=0.02)
+    gate[0] = 1
+    assert future.result(timeout=30) == "done"
+
+
+def test_an_exception_keeps_its_type_and_brings_the_traceback(pool: torchwq.BackgroundTaskPool) -> None:
+    with pytest.raises(ZeroDivisionError, match="by zero") as caught:
+        pool.submit(jobs.fail, "by zero").result()
+    assert isinstance(caught.value.__cause__, torchwq.RemoteTraceback)
+    assert "in fail" in "".join(traceback.format_exception(caught.value))
+
+
+def test_callbacks(pool: torchwq.BackgroundTaskPool) -> None:
+    called, all_called = [], threading.Event()
+    future = pool.submit(jobs.square, 3)
+    future.add_done_callback(called.append)
+    future.add_done_callback(lambda _: all_called.set())
+    assert all_called.wait(30)
+    assert called == [future]
+
+
+def test_a_callback_may_submit(pool: torchwq.BackgroundTaskPool) -> None:
+    chained: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+    def go_on(first: concurrent.futures.Future[int]) -> None:
+        second = pool.submit(jobs.square, first.result())
+        second.add_done_callback(lambda done: chained.set_result(done.result()))
+
+    pool.submit(jobs.square, 3).add_done_callback(go_on)
+    assert chained.result(timeout=30) == 81
+
+
+def test_asyncio_runs_in_it(pool: torchwq.BackgroundTaskPool) -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        tasks = [loop.run_in_executor(pool, jobs.square, number) for number in range(5)]
+        return await asyncio.wait_for(asyncio.gather(*tasks), 30)
+
+    assert asyncio.run(main()) == [0, 1, 4, 9, 16]
+
+
+def test_submit_from_several_threads(pool: torchwq.BackgroundTaskPool) -> None:
+    results: dict[int, list[int]] = {}
+
+    def work(start: int) -> None:
+        results[start] = list(pool.map(jobs.square, range(start, start + 20)))
+
+    threads = [threading.Thread(target=work, args=(20 * number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {s: [n * n for n in range(s, s + 20)] for s in range(0, 100, 20)}
+
+
+# --- cancel and shutdown ---
+
+
+def test_what_has_not_started_can_be_cancelled() -> None:
+    gate = flags()
+    with torchwq.BackgroundTaskPool(1) as pool:
+        running = pool.submit(jobs.gated, gate)
+        wait_until(running.running)
+        waiting, last = pool.submit(jobs.square, 2), pool.submit(jobs.square, 3)
+        assert running.cancel() is False
+        assert waiting.cancel() is True
+        assert waiting.cancelled()
+        with pytest.raises(concurrent.futures.CancelledError):
+            waiting.result(timeout=0)
+        gate[0] = 1
+        assert running.result(timeout=30) == "done"
+        assert last.result(timeout=30) == 9
+        done, _ = concurrent.futures.wait([waiting], timeout=30)
+        assert done == {waiting}
+
+
+def test_shutdown_waits_for_what_was_submitted() -> None:
+    pool = torchwq.BackgroundTaskPool(2)
+    futures = [pool.submit(jobs.square, number) for number in range(20)]
+    pool.shutdown()
+    assert all(future.done() for future in futures)
+    assert [future.result() for future in futures] == [number**2 for number in range(20)]
+    pool.shutdown()  # once more is fine
+    with pytest.raises(RuntimeError, match="shutdown"):
+        pool.submit(jobs.square, 1)
+    with pytest.raises(RuntimeError):
+        pool.map(jobs.square, [1])
+
+
+def test_shutdown_without_waiting() -> None:
+    gate = flags()
+    pool = torchwq.BackgroundTaskPool(1)
+    futures = [pool.submit(jobs.gated, gate, number) for number in range(3)]
+    pool.shutdown(wait=False)
+    with pytest.raises(RuntimeError):
+        pool.submit(jobs.square, 1)
+    assert not any(future.done() for future in futures)
+    gate[0] = 1
+    assert [future.result(timeout=30) for future in futures] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_shutdown_cancels_what_has_not_started(wait: bool) -> None:
+    gate = flags()
+    pool = torchwq.BackgroundTaskPool(1)
+    running = pool.submit(jobs.gated, gate)
+    wait_until(running.running)
+    waiting = [pool.submit(jobs.square, number) for number in range(5)]
+    cancelled = threading.Event()
+    waiting[-1].add_done_callback(lambda _: cancelled.set())
+    thread = threading.Thread(target=pool.shutdown, kwargs={"wait": wait, "cancel_futures": True})
+    thread.start()
+    assert cancelled.wait(30)
+    assert all(future.cancelled() for future in waiting)
+    assert not running.done()
+    assert concurrent.futures.wait(waiting, timeout=30).done == set(waiting)
+    gate[0] = 1
+    assert running.result(timeout=30) == "done"
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_leaving_with_waits() -> None:
+    with torchwq.BackgroundTaskPool(1) as pool:
+        futures = [pool.submit(jobs.square, number) for number in range(5)]
+    assert all(future.done() for future in futures)
+
+
+def test_an_error_in_with_waits_for_what_was_submitted() -> None:
+    pool = torchwq.BackgroundTaskPool(1)
+    future = pool.submit(jobs.square, 5)
+    with pytest.raises(KeyError), pool:
+        raise KeyError
+    assert future.done()

@@ -1,0 +1,114 @@
+"""The fork server: shared by a tree, replaced when it dies, gone when its owner is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+import torchwq
+from tests.conftest import wait_until
+from tests.workers import jobs
+from torchwq.transport import namespace
+from torchwq.workers import client
+
+
+def server_pid() -> int:
+    process = client.connect().process
+    assert process is not None
+    return process.pid
+
+
+def test_workers_of_workers_come_from_the_same_server() -> None:
+    with torchwq.workqueue() as queue:
+        workers = torchwq.map(1, jobs.map_and_wait, queue)
+        (pid, parent), (inner_pid, inner_parent) = queue.read(timeout=30), queue.read(timeout=30)
+        assert pid != inner_pid
+        assert parent == inner_parent == server_pid()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(inner_pid), 2, "the end of a dead owner's worker")
+        with pytest.raises(torchwq.WorkerDied):
+            workers.join(20)
+
+
+def test_a_dead_server_takes_its_workers_along_and_is_replaced(run_script: Callable[..., object]) -> None:
+    done = run_script(
+        """
+        import os, psutil, signal, time, torchwq
+        from torchwq.workers import client
+
+        def work(queue):
+            import os
+            queue.write(os.getpid())
+            queue.read()
+
+        torchwq.warm_up()
+        q = torchwq.workqueue()
+        m = torchwq.map(1, work, q)
+        pid = q.read()
+        os.kill(client.connect().process.pid, signal.SIGKILL)
+        try:
+            m.join(10)
+        except torchwq.WorkerDied as error:
+            print("died", error.mapid, "fork server" in str(error))
+        end = time.monotonic() + 5
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie":
+            assert time.monotonic() < end, "the worker has outlived its server"
+            time.sleep(0.01)
+        m = torchwq.map(1, work, q)
+        q.write("end")
+        print(m.join(30))
+        """
+    )
+    assert done.stdout.splitlines() == ["died 0 True", "[None]"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_outlives_an_owner_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script = tmp_path / "owner.py"
+    script.write_text(
+        "import os, torchwq\n"
+        "from torchwq.transport import namespace\n"
+        "def work(q):\n"
+        "    import os\n"
+        "    q.write(os.getpid())\n"
+        "    while True: pass\n"
+        "q = torchwq.workqueue('killed')\n"
+        "torchwq.map(2, work, q)\n"
+        "print(q.read(), q.read(), namespace.current().path, flush=True)\n"
+        "q.read()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        *pids, folder = owner.stdout.readline().split()
+        children = psutil.Process(owner.pid).children(recursive=True)
+        assert {int(pid) for pid in pids} <= {child.pid for child in children}
+        assert os.path.isdir(folder)
+        owner.send_signal(number)
+        owner.wait(10)
+        wait_until(lambda: not any(child.is_running() for child in children), 2, "the end of the workers")
+        wait_until(lambda: not os.path.exists(folder), 2, "the removal of the namespace")
+
+
+def test_warm_up_can_be_called_again_and_without_waiting() -> None:
+    torchwq.warm_up()
+    torchwq.warm_up(wait=False)
+    assert torchwq.map(1, os.getpid).join(20)[0] != os.getpid()
+
+
+def test_two_hundred_workers() -> None:
+    with torchwq.workqueue() as queue:
+        workers = torchwq.map(200, jobs.pid_and_wait, queue)
+        pids = {queue.read(timeout=60)[0] for _ in range(200)}
+        assert len(pids) == 200
+        assert set(workers.pids) == pids
+        queue.close()
+        assert workers.join(60) == [None] * 200
