@@ -6,9 +6,11 @@ once, before the first test, so that what a test adds can be told from them.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import glob
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,13 @@ import pytest
 import torchwq
 from torchwq.transport import directory, namespace
 from torchwq.workers import client
+
+# A temp folder of this run's own: what other processes of the machine leave there is not ours to judge.
+_TEMP = tempfile.mkdtemp(prefix="twq-")
+atexit.register(shutil.rmtree, _TEMP, ignore_errors=True)
+os.environ["TMPDIR"] = tempfile.tempdir = _TEMP
+os.environ.pop("XDG_RUNTIME_DIR", None)
+os.environ.pop(namespace.VARIABLE, None)
 
 #: How long, in seconds, a test's leftovers may take to go away: processes end, garbage is closed by the reactor.
 SETTLE = 5.0
@@ -50,7 +59,7 @@ class Footprint:
         self.threads = {thread for thread in threading.enumerate() if thread.name != "torchwq-reactor"}
         self.descriptors = _descriptors()
         folder = namespace.current().path
-        self.files = {*glob.glob("/dev/shm/*"), *glob.glob(f"{tempfile.gettempdir()}/torchwq*")}
+        self.files = {*glob.glob("/dev/shm/*"), *glob.glob(f"{_TEMP}/torchwq*")}
         self.files |= set(glob.glob(f"{folder}/n-*"))
 
     def new_in(self, later: Footprint) -> dict[str, set[Any]]:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from ..errors import QueueClosed
 from ..memory.blocks import Descriptor
 from ..memory.board import ASKED, BUSY, Board
-from ..memory.parcel import Parcel
 from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
