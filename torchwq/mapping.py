@@ -126,6 +126,10 @@ class Map:
                 _add_note(error, f"raised here while reading what worker {mapid} returned")
                 self._errors[mapid] = error
 
+    def __del__(self) -> None:
+        for _, fds in self._answers.values():
+            codec.discard(fds)
+
     @property
     def pids(self) -> list[int | None]:
         """Process ids of the workers, in the order of mapid; None for one that has not started yet."""

@@ -18,7 +18,9 @@ WORKERS = """
         import time, torch, torchwq
         if mapid == 0:
             queue = torchwq.workqueue("of a worker")
-            torchwq.map(1, time.sleep, 1000)
+            own = torchwq.map(1, time.sleep, 1000)
+            while own.pids == [None]:
+                time.sleep(0.001)
         ready[mapid] = 1
         while True:
             time.sleep(1000)
@@ -34,7 +36,6 @@ WORKERS = """
 BLOCKED = {
     "in join": "workers.join()",
     "in read": "queue.read()",
-    "in a background task's result": "torchwq.BackgroundTask(time.sleep, 1000).result()",
     "in a pool": """
     with torchwq.BackgroundTaskPool(2) as pool:
         pool.submit(time.sleep, 1000).result()

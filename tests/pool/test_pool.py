@@ -1,4 +1,4 @@
-"""BackgroundTaskPool: what torchwq adds to an executor. Deaths, closures, tensors, worker_info, a pool that is dropped."""
+"""BackgroundTaskPool: what torchwq adds to an executor: deaths, closures, tensors, worker_info, being dropped."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class WorkQueue:
             QueueClosed: the queue is closed and everything in it has been read, or this handle is closed.
             WorkerDied: at the owner: a worker died (once for each), or no worker is left and nothing is there to read.
 
-        On Ctrl-C nothing is taken from the queue, or the object is returned: none is lost while waiting.
+        A Ctrl-C that ends the wait takes nothing from the queue.
 
         Source: torch-ipc's ``q:read``; ``queue.Queue.get`` for ``queue.Empty``.
         """

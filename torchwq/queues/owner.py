@@ -38,6 +38,7 @@ from ..transport import endpoint, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
+from ..transport.sockets import close_fds
 from ..workers import deaths, worker
 from .role import Role, open_roles
 
@@ -158,22 +159,16 @@ class Owner(Role, worker.EndListener):
     # Reading
 
     def take(self) -> Received | None:
-        receiving = self._receiving
-        receiving.acquire()
-        try:
+        with self._receiving:
             if self._inbox:
                 return self._inbox.popleft()
-            return self._receive()
-        except EOFError:
-            return None  # closed by another thread; the caller looks at that
-        finally:
-            receiving.release()
+            return self._take_from_socket()
 
     def _take_from_socket(self) -> Received | None:
         try:
             return self._receive()
         except EOFError:
-            return None
+            return None  # closed by another thread; the caller looks at that
 
     def _absorb(self) -> bool | None:
         """Move what is in the socket to the inbox; True if there was anything."""
@@ -418,6 +413,9 @@ class Owner(Role, worker.EndListener):
             members, self._members = list(self._members.values()), {}
             self._recent.clear()
             self._kept.clear()
+            for _, fds in self._inbox:
+                close_fds(fds)
+            self._inbox.clear()
             self._taken.notify_all()
         self._on_close(self)
         self.waiter.close()

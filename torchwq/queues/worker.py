@@ -66,18 +66,18 @@ class WorkerSide(Role):
 
     def take(self) -> Received | None:
         ident = get_ident()
-        busy, lock = self._busy, self._lock
-        # Held over taking and noting: the threads of this handle note in the order in which they take.
-        lock.acquire()
-        try:
-            received = self._receive()
-            if received is None:
+        # The lock is held over taking and noting: the threads of this handle note in the order in which they take.
+        with self._lock:
+            try:
+                received = self._receive()
+            except EOFError:
+                self._owner_gone()
                 return None
-            if self.closed:
+            if received is None or self.closed:
                 return received
             state = self._state + BUSY
-            if ident not in busy:
-                busy.add(ident)
+            if ident not in self._busy:
+                self._busy.add(ident)
                 state += 1
                 if ident not in self._known:
                     self._meet(ident)
@@ -87,11 +87,6 @@ class WorkerSide(Role):
             if words[ASKED]:
                 self._link.ping(TOOK)
             return received
-        except EOFError:
-            self._owner_gone()
-            return None
-        finally:
-            lock.release()
 
     def _meet(self, ident: int) -> None:
         """See to it that a thread which ends is not busy any more."""

@@ -85,10 +85,7 @@ class Outbox:
 
         Raises the ``refusal`` (BrokenPipeError, if none was given) if nobody can receive it any more.
         """
-        # On the hot path a lock costs half as much this way as with a ``with``.
-        lock = self._lock
-        lock.acquire()
-        try:
+        with self._lock:
             if self._stopped:
                 raise self._refusal()
             fds: Sequence[int] = ()
@@ -112,8 +109,6 @@ class Outbox:
                     raise self._refusal() from None
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
             self._pending.append((data, fds, payload if fds else None, tag))
-        finally:
-            lock.release()
 
     def _message(self, payload: Any) -> tuple[bytes, Sequence[int], int]:
         number, tag = 0, get_ident()

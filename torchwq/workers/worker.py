@@ -132,6 +132,8 @@ class Worker:
             self.ended_event.set()
             after, self._after = self._after, []
         self._on_end(self)
+        # This object may be kept for a while; what it reported to must not be.
+        self._on_end = self._on_message = _nothing
         for callback in after:
             callback(self)
         with _listeners_lock:
@@ -150,6 +152,10 @@ class Worker:
             if received is None:
                 return
             self._on_message(self, *received)
+
+
+def _nothing(*args: object) -> None:
+    pass
 
 
 class EndListener:
