@@ -11,7 +11,6 @@ Invariants:
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
 * Questions are numbered in the order in which they enter the socket, from 1.
-* ``_recent`` holds the questions sent last, in order; ``_kept`` older ones that workers are still at.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
 * Lock order: the outbox's lock, then ``_lock``. ``_lock`` is never held while sending on the queue.
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import os
-import struct
 import threading
 import time
 from collections import deque
@@ -30,7 +28,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
-from ..marshalling.describe import describe
 from ..memory.blocks import Descriptor
 from ..memory.board import SLOTS, Board, Slot
 from ..memory.parcel import Parcel
@@ -40,22 +37,14 @@ from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.sockets import close_fds
 from ..workers import deaths, worker
+from .history import History
+from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import Role, open_roles
-
-#: On a link: the owner tells the slot and the capacity; a worker says hello, that it is leaving and has answers the
-#: socket does not take, goodbye, that it took something while the owner waits for that, or hands in the link of a
-#: handle that it passes on.
-SLOT: Final = struct.Struct("=cQq")
-HELLO: Final = struct.Struct("=cQ")
-LEAVING, GOODBYE, TOOK, ADOPT = b"L", b"B", b"T", b"A"
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
 _GLANCE: Final = 0.02
 #: A question that nobody seems to have taken although the socket is empty is given up as lost after this, in seconds.
 _LOST_AFTER: Final = 0.2
-#: How many questions are remembered for describing what a worker had in hand, each up to so many bytes: more than fit
-#: into a socket. Those that workers are at are kept longer.
-_RECENT: Final = 4096
 #: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
 #: were started together with one that came, and any others.
 _WITH_ANOTHER: Final = 30.0
@@ -89,8 +78,7 @@ class Owner(Role, worker.EndListener):
         self._lock = threading.RLock()
         self._taken = threading.Condition(self._lock)
         self._last_sent = 0
-        self._recent: deque[bytes] = deque(maxlen=_RECENT)
-        self._kept: dict[int, bytes] = {}
+        self._history = History()
         self._inbox: deque[Received] = deque()
         self._members: dict[int, _Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
@@ -113,22 +101,9 @@ class Owner(Role, worker.EndListener):
 
     def _note_sent(self, number: int, data: bytes) -> None:
         self._last_sent = number
-        self._recent.append(data if len(data) <= _DESCRIBED else b"")
-        if not number % _KEEP_EVERY:
-            self._keep_in_hand()
-
-    def _keep_in_hand(self) -> None:
-        """Keep the questions that workers are at from being forgotten with the others."""
-        with self._lock:
-            numbers = {member.slot.number for member in self._members.values() if member.slot.busy}
-            self._kept = {number: self._question(number) for number in numbers}
-
-    def _question(self, number: int) -> bytes:
-        """The message of a question that some worker may have in hand; empty if it was too large to remember."""
-        if number in self._kept:
-            return self._kept[number]
-        age = self._last_sent - number
-        return self._recent[-1 - age] if 0 <= age < len(self._recent) else b""
+        if self._history.add(number, data):
+            with self._lock:
+                self._history.keep(m.slot.number for m in self._members.values() if m.slot.busy)
 
     def _wait_for_room(self) -> None:
         assert self.capacity is not None
@@ -316,7 +291,7 @@ class Owner(Role, worker.EndListener):
             if not self.closed:
                 self._taken_by_gone += member.slot.taken
                 if member.slot.busy:
-                    in_hand = self._describe(member.slot.number)
+                    in_hand = self._history.describe(member.slot.number)
                 self._free.append(member.number)
             self._update_alarm()
             self._watch_for_leavers()
@@ -328,10 +303,6 @@ class Owner(Role, worker.EndListener):
         if self.end.fileno() >= 0:
             leaving = any(member.leaving for member in self._members.values())
             reactor.get().set_reader(self.end.fileno(), self._absorb_for_leavers if leaving else None)
-
-    def _describe(self, number: int) -> str:
-        data = self._question(number)
-        return f"question {number}" + (f" ({describe(data)})" if data else "")
 
     def _lose(self, member: _Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
@@ -411,8 +382,7 @@ class Owner(Role, worker.EndListener):
                 return
             self.closed = "the queue is closed"
             members, self._members = list(self._members.values()), {}
-            self._recent.clear()
-            self._kept.clear()
+            self._history.clear()
             for _, fds in self._inbox:
                 close_fds(fds)
             self._inbox.clear()

@@ -24,7 +24,7 @@ from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
-from .owner import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
+from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import ENDED, Role, open_roles
 
 _REPLY_SECONDS = 30.0

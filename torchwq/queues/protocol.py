@@ -1,0 +1,25 @@
+"""What the owner of a queue and its workers' handles say to each other over their links.
+
+A link carries no questions and no answers: those go over the queue's own connection, which all workers share. It
+carries what concerns one handle, and it is what tells that the process at its other end is gone.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+#: On a link: the owner tells the slot and the capacity; a worker says hello, that it is leaving and has answers the
+#: socket does not take, goodbye, that it took something while the owner waits for that, or hands in the link of a
+#: handle that it passes on.
+SLOT: Final = struct.Struct("=cQq")
+#: From a handle that came as a ticket: ``H`` and its process id.
+HELLO: Final = struct.Struct("=cQ")
+#: It is leaving, and has answers that the socket does not take: the owner makes room.
+LEAVING: Final = b"L"
+#: It has left; its last answer is in the socket.
+GOODBYE: Final = b"B"
+#: It has taken a question while the owner waits for that.
+TOOK: Final = b"T"
+#: With a descriptor: the link of another handle, which it passes on.
+ADOPT: Final = b"A"
