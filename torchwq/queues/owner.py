@@ -4,7 +4,7 @@ Invariants:
 
 * Both ends of the queue's connection are open here until the queue is closed: ours to use, theirs to hand out. So a
   write never fails for want of a worker, and questions wait for the first one.
-* Each worker's handle is a :class:`_Member`: a liveness link and a slot on the board. A link that ends without a
+* Each worker's handle is a :class:`Member`: a liveness link and a slot on the board. A link that ends without a
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
 * "No worker is left" means: some had come, all have gone, no ticket for a handle is under way, and no worker
   of this process was started so recently that it may still come.
@@ -24,12 +24,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..memory.blocks import Descriptor
-from ..memory.board import SLOTS, Board, Slot
+from ..memory.board import SLOTS, Board
 from ..memory.parcel import Parcel
 from ..transport import endpoint, reactor
 from ..transport import link as links
@@ -38,6 +37,7 @@ from ..transport.link import Link
 from ..transport.sockets import close_fds
 from ..workers import deaths, worker
 from .history import History
+from .members import Member, patience
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import Role, open_roles
 
@@ -45,21 +45,6 @@ from .role import Role, open_roles
 _GLANCE: Final = 0.02
 #: A question that nobody seems to have taken although the socket is empty is given up as lost after this, in seconds.
 _LOST_AFTER: Final = 0.2
-#: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
-#: were started together with one that came, and any others.
-_WITH_ANOTHER: Final = 30.0
-_JUST_STARTED: Final = 3.0
-_DESCRIBED: Final = 1024
-_KEEP_EVERY: Final = _RECENT // 4
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    number: int
-    slot: Slot
-    link: Link
-    pid: int | None = None
-    leaving: bool = False
 
 
 class Owner(Role, worker.EndListener):
@@ -80,7 +65,7 @@ class Owner(Role, worker.EndListener):
         self._last_sent = 0
         self._history = History()
         self._inbox: deque[Received] = deque()
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
         self._came = 0
         self._free = deque(range(64))
@@ -243,7 +228,7 @@ class Owner(Role, worker.EndListener):
                     raise ResourceError(0, f"a queue cannot have more than {SLOTS} handles at a time: close some")
                 self._free.extend(range(next_free, min(2 * next_free, SLOTS)))
             number = self._free.popleft()
-            member = _Member(number, self.board.slot(number), link)
+            member = Member(number, self.board.slot(number), link)
             member.slot.clear()
             self._members[number] = member
             if pid is not None:
@@ -251,7 +236,7 @@ class Owner(Role, worker.EndListener):
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
         link.send(SLOT.pack(b"Q", number, -1 if self.capacity is None else self.capacity), fds)
 
-    def _arrive(self, member: _Member, pid: int) -> None:
+    def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid
         self._came += 1
         self._pids.add(pid)
@@ -260,7 +245,7 @@ class Owner(Role, worker.EndListener):
             self._groups.add(process.group)
         self._update_alarm()
 
-    def _hear(self, member: _Member, data: bytes, fds: list[int]) -> None:
+    def _hear(self, member: Member, data: bytes, fds: list[int]) -> None:
         what = data[:1]
         if what == TOOK:
             with self._taken:
@@ -282,7 +267,7 @@ class Owner(Role, worker.EndListener):
         for fd in fds:
             os.close(fd)
 
-    def _remove(self, member: _Member) -> str:
+    def _remove(self, member: Member) -> str:
         """Forget a member; returns what it had in hand."""
         with self._lock:
             if self._members.pop(member.number, None) is None:
@@ -304,7 +289,7 @@ class Owner(Role, worker.EndListener):
             leaving = any(member.leaving for member in self._members.values())
             reactor.get().set_reader(self.end.fileno(), self._absorb_for_leavers if leaving else None)
 
-    def _lose(self, member: _Member) -> None:
+    def _lose(self, member: Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
         with self._lock:
             known = member.number in self._members
@@ -349,18 +334,12 @@ class Owner(Role, worker.EndListener):
         return self._came > 0 and not self._ending and not self._members and not self._expected()
 
     def _expected(self) -> bool:
-        """Whether a worker may still be on its way: it has not been here, and was started not long ago."""
-        now = time.monotonic()
-        patience = [
-            (_WITH_ANOTHER if process.group in self._groups else _JUST_STARTED) - (now - process.ordered_at)
-            for process in worker.living()
-            if process.pid not in self._pids
-        ]
-        longest = max(patience, default=0.0)
-        if longest > 0 and not self._will_look:
+        """Whether a worker may still be on its way; if so, the alarm is looked at again when it should have come."""
+        seconds = patience(self._pids, self._groups)
+        if seconds > 0 and not self._will_look:
             self._will_look = True
-            reactor.get().call_later(longest, self._look_again)
-        return longest > 0
+            reactor.get().call_later(seconds, self._look_again)
+        return seconds > 0
 
     def _look_again(self) -> None:
         with self._lock:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-#: On a link: the owner tells the slot and the capacity; a worker says hello, that it is leaving and has answers the
-#: socket does not take, goodbye, that it took something while the owner waits for that, or hands in the link of a
-#: handle that it passes on.
+#: From the owner, first of all: ``Q``, the handle's slot on the board, the queue's capacity (-1 for none).
 SLOT: Final = struct.Struct("=cQq")
 #: From a handle that came as a ticket: ``H`` and its process id.
 HELLO: Final = struct.Struct("=cQ")

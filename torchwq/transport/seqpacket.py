@@ -83,6 +83,8 @@ class SeqpacketEndpoint:
             raise EOFError
 
     def unread(self) -> int | None:
+        if self._socket.fileno() < 0:
+            return 0
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         return int(queued)
 

@@ -138,6 +138,8 @@ class StreamEndpoint:
                 raise
 
     def unread(self) -> int | None:
+        if self._socket.fileno() < 0:
+            return 0
         try:
             (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         except OSError:

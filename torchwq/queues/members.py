@@ -1,0 +1,46 @@
+"""A queue's workers as its owner knows them, and those that may still become some."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Final
+
+from ..memory.board import Slot
+from ..transport.link import Link
+from ..workers import worker
+
+#: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
+#: were started together with one that came, and any others.
+_WITH_ANOTHER: Final = 30.0
+_JUST_STARTED: Final = 3.0
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One open handle. ``pid`` is None as long as the handle is a ticket that nobody has used yet."""
+
+    number: int
+    slot: Slot
+    link: Link
+    pid: int | None = None
+    leaving: bool = False
+
+
+def patience(came: Container[int | None], groups: Container[int]) -> float:
+    """For how many more seconds a worker of this process may be on its way to a queue; at most 0 if none is.
+
+    Args:
+        came: the processes that have opened the queue already.
+        groups: the groups of workers they were started in.
+    """
+    now = time.monotonic()
+    return max(
+        (
+            (_WITH_ANOTHER if process.group in groups else _JUST_STARTED) - (now - process.ordered_at)
+            for process in worker.living()
+            if process.pid not in came
+        ),
+        default=0.0,
+    )
