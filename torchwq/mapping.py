@@ -14,6 +14,7 @@ from typing import Any, final
 
 from .errors import QueueClosed
 from .marshalling import codec, exceptions
+from .transport.sockets import close_fds
 from .workers import child, worker
 
 _ENTRY = "torchwq.mapping:run_worker"
@@ -128,7 +129,7 @@ class Map:
 
     def __del__(self) -> None:
         for _, fds in self._answers.values():
-            codec.discard(fds)
+            close_fds(fds)  # of answers that nobody has read
 
     @property
     def pids(self) -> list[int | None]:

@@ -236,8 +236,8 @@ def test_a_forked_process_ends_while_a_task_runs() -> None:
     exitcode = child.exitcode
     child.kill()
     child.join()
-    assert exitcode == 0
     gate[0] = 1
+    assert exitcode == 0
     assert task.result(timeout=30) == "done"
 
 

@@ -238,8 +238,8 @@ def test_a_forked_process_ends_while_the_pool_works() -> None:
         exitcode = child.exitcode
         child.kill()
         child.join()
-        assert exitcode == 0
         gate[0] = 1
+        assert exitcode == 0
         assert future.result(timeout=30) == "done"
 
 

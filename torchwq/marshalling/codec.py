@@ -24,6 +24,7 @@ from ..memory import blocks
 from ..memory.parcel import BLOCK, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
+from ..transport.sockets import close_fds
 from . import functions, locate, reducers, tensors  # noqa: F401 - tensors registers its reducers
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
@@ -273,7 +274,5 @@ def _decode_block(head: bytes, fds: list[int]) -> Any:
 
 def discard(fds: list[int]) -> None:
     """Close the descriptors of a message that nobody will decode."""
-    from ..transport.sockets import close_fds
-
     close_fds([fd for fd in fds if fd >= 0])
     fds.clear()

@@ -96,20 +96,20 @@ class WorkerSide(Role):
     def _answered(self, ident: int, data: bytes) -> None:
         """An answer of the thread ``ident`` has left. Called with the lock held."""
         self.written += 1
-        self._idle(ident)
+        if ident in self._busy:
+            self._idle(ident)
 
     def _idle(self, ident: int) -> None:
-        busy = self._busy
-        if ident in busy:
-            busy.remove(ident)
-            self._state -= 1
-            if not self.closed:
-                self._words[self._state_at] = self._state
+        self._busy.remove(ident)
+        self._state -= 1
+        if not self.closed:
+            self._words[self._state_at] = self._state
 
     def thread_ended(self, ident: int) -> None:
         with self._lock:
             self._known.discard(ident)
-            self._idle(ident)
+            if ident in self._busy:
+                self._idle(ident)
 
     def raise_trouble(self) -> None:
         if self.closed:
