@@ -264,7 +264,7 @@ def run_worker(context: child.Context) -> int:
     limit = context.max_payload
     value: Any = None
     items: WorkQueue | None = None
-    packed: exceptions.PackedException | None = None
+    failed = False
     try:
         source, args, (items, iterable) = codec.decode(*context.receive())
         produced = _iterator_over(source) if iterable else source(*args)
@@ -280,11 +280,11 @@ def run_worker(context: child.Context) -> int:
     except SystemExit as stop:
         return exit_status(stop)
     except BaseException as error:
-        packed = exceptions.pack(error)
-        payload = codec.encode((None, packed), limit)
-        _tell(items, packed)
+        failed = True
+        payload = exceptions.encode(error, limit)
+        _tell(items, error)
     context.send(payload)
-    return 0 if packed is None else 1
+    return int(failed)
 
 
 def _iterator_over(source: Any) -> Iterator[Any]:
@@ -316,10 +316,10 @@ def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
     return None
 
 
-def _tell(items: WorkQueue | None, packed: exceptions.PackedException) -> None:
+def _tell(items: WorkQueue | None, error: BaseException) -> None:
     """Let the consumer meet the error after the items before it."""
     if items is not None:
         try:
-            items.write((_ERROR, packed))
+            items.writeup((_ERROR, exceptions.pack(error)))
         except (QueueClosed, MarshalError):
             pass  # the consumer has left

@@ -216,8 +216,7 @@ def _wants_mapid(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, bo
 
 def run_worker(context: child.Context) -> int:
     """Entry of a map's worker: runs the function, sends (value, packed error)."""
-    value: Any = None
-    packed: exceptions.PackedException | None = None
+    failed = False
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
@@ -227,10 +226,10 @@ def run_worker(context: child.Context) -> int:
     except SystemExit as stop:
         return exit_status(stop)
     except BaseException as error:
-        packed = exceptions.pack(error)
-        payload = codec.encode((None, packed), context.max_payload)
+        failed = True
+        payload = exceptions.encode(error, context.max_payload)
     context.send(payload)
-    return 0 if packed is None else 1
+    return int(failed)
 
 
 def exit_status(stop: SystemExit) -> int:

@@ -301,6 +301,6 @@ def run_worker(context: child.Context) -> int:
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:
-            payload = codec.encode((None, exceptions.pack(error)), limit)
+            payload = exceptions.encode(error, limit)
         value = function = args = kwargs = call = None
         context.send(payload)

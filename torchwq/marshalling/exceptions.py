@@ -1,7 +1,8 @@
 """Carries an exception from a worker to its owner, whatever it is.
 
 The exception is pickled by itself inside the message, beside its text. If its class cannot be pickled, cannot be
-unpickled on the other side, or comes out as something else, the text is still there.
+unpickled on the other side, or comes out as something else, the text is still there. One that holds tensors or large
+arrays is part of the message itself, as those are; that it can be rebuilt is tried out before.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from ..errors import RemoteError, RemoteTraceback
 from ..memory.parcel import Parcel
 from . import codec
 
+#: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
+_NO_LIMIT = 2**62
+
 
 class PackedException(NamedTuple):
     pickled: bytes | None
+    whole: BaseException | None
     kind: str
     summary: str
     text: str
@@ -30,17 +35,26 @@ def pack(error: BaseException) -> PackedException:
     except Exception:
         summary = "(its text cannot be had)"
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    pickled = whole = None
     try:
-        payload = codec.encode(error, 2**62, upvalues=True)
-        pickled = payload if not isinstance(payload, Parcel) else None
+        payload = codec.encode(error, _NO_LIMIT, upvalues=True)
+        if not isinstance(payload, Parcel):
+            pickled = payload
+        elif isinstance(codec.decode(*payload.copy()), BaseException):
+            whole = error
     except Exception:
-        pickled = None
-    return PackedException(pickled, kind, summary, text)
+        pass  # then its text has to do
+    return PackedException(pickled, whole, kind, summary, text)
+
+
+def encode(error: BaseException, limit: int) -> bytes | Parcel:
+    """The payload with which a worker tells its owner that it has failed: no value, and the packed exception."""
+    return codec.encode((None, pack(error)), limit, upvalues=True)
 
 
 def unpack(packed: PackedException) -> BaseException:
     """The exception, with the worker's traceback as its cause."""
-    error: object = None
+    error: object = packed.whole
     if packed.pickled is not None:
         try:
             error = pickle.loads(packed.pickled)

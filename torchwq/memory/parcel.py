@@ -8,6 +8,7 @@ to be cut off.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final, NamedTuple
 
 #: Last byte of a message: a pickle with a trailer; a trailer after a table that says where in a shared block the pickle
@@ -24,6 +25,10 @@ class Parcel(NamedTuple):
     #: Owners of ``fds``: storages, blocks, sockets.
     keep: list[Any]
     kind: int = PICKLE
+
+    def copy(self) -> tuple[bytes, list[int]]:
+        """The message as its reader would get it, with descriptors of its own."""
+        return self.data + bytes(TRAILER - 1) + bytes((self.kind,)), [os.dup(fd) for fd in self.fds]
 
 
 Payload = bytes | Parcel
