@@ -13,6 +13,7 @@ consumer drops it, the producer stops.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 import signal
 import threading
@@ -27,6 +28,7 @@ from .mapping import check_backend, exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
 from .transport import reactor
+from .transport.process import reset_in_child
 from .workers import child, shutdown, worker
 
 T = TypeVar("T")
@@ -87,6 +89,7 @@ class BackgroundTask(concurrent.futures.Future[T]):
         self._name = getattr(f, "__qualname__", None) or type(f).__qualname__
         self._length: int | None = None
         self._exhausted = False
+        self._returned: str | None = None
         iterable = isinstance(f, Dataset) or not callable(f)
         if iterable:
             if not isinstance(f, Dataset) and not hasattr(f, "__iter__") and not hasattr(f, "__getitem__"):
@@ -107,7 +110,8 @@ class BackgroundTask(concurrent.futures.Future[T]):
             self._queue.close()
             raise
         self._worker.send(payload)
-        _Completion(self, self._worker, events).start()
+        self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
+        completion.start()
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Yield what is left of the items. The producer is stopped when the loop is left early."""
@@ -130,6 +134,8 @@ class BackgroundTask(concurrent.futures.Future[T]):
             TypeError: the task is not an iterator.
             Exception: what the producer raised at this item.
         """
+        if self._returned is not None:
+            raise TypeError(f"{self!r} is not an iterator: its function returned {self._returned}")
         if self._exhausted:
             raise StopIteration
         try:
@@ -145,8 +151,9 @@ class BackgroundTask(concurrent.futures.Future[T]):
             self._raise_what_ended_it()
             raise
         if kind == _NO_ITERATOR:
+            self._returned = value
             self._queue.close()
-            raise TypeError(f"{self!r} is not an iterator: its function returned {value}")
+            return next(self)
         self._exhausted = True
         self.close()
         if kind == _ERROR:
@@ -177,9 +184,9 @@ class BackgroundTask(concurrent.futures.Future[T]):
         self._exhausted = True
         if not self._queue.closed:
             self._queue.close()
-            if not self.done():
-                process = self._worker
-                reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL))
+            completion = self._completion()
+            if completion is not None:
+                reactor.get().call_later(_GRACE, completion.end_producer)
 
     def __del__(self) -> None:
         if hasattr(self, "_worker") and not self._worker.ended_event.is_set():
@@ -219,6 +226,10 @@ class _Completion(threading.Thread):
     def is_iterator(self) -> bool:
         return isinstance(self._task, weakref.ref)
 
+    def end_producer(self) -> None:
+        if self.is_iterator:
+            self._process.kill(signal.SIGKILL)
+
     def run(self) -> None:
         outcome: tuple[Any, Any] | None = None
         while (event := self._events.get()) is not None:
@@ -240,7 +251,9 @@ class _Completion(threading.Thread):
         task = self._task() if isinstance(self._task, weakref.ref) else self._task
         if task is None:
             return
-        if outcome[1] is not None and not (task._queue.closed and isinstance(outcome[1], WorkerDied)):
+        if outcome[1] is not None and not (
+            self.is_iterator and task._queue.closed and isinstance(outcome[1], WorkerDied)
+        ):
             task.set_exception(outcome[1])
         else:
             task.set_result(outcome[0])
@@ -248,6 +261,11 @@ class _Completion(threading.Thread):
 
 #: Plain tasks that exit waits for. Everything in it may yet turn out to be an iterator.
 _unfinished: set[_Completion] = set()
+
+
+@reset_in_child
+def _forget() -> None:
+    _unfinished.clear()  # their threads are the parent's
 
 
 def _finish_all() -> None:
@@ -272,9 +290,10 @@ def run_worker(context: child.Context) -> int:
             context.send(codec.encode((None, "iterator"), limit))
             value = _produce(produced, items)
         else:
-            items.write((_NO_ITERATOR, type(produced).__name__))
+            with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
+                items.write((_NO_ITERATOR, type(produced).__name__))
             value = produced
-        payload = codec.encode_all([(value, None)], limit, root="the task's result")[0]
+        payload = codec.encode_result(value, limit, "the task's result")
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:

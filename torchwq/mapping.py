@@ -220,7 +220,7 @@ def run_worker(context: child.Context) -> int:
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
-        payload = codec.encode_all([(value, None)], context.max_payload, root="the worker's result")[0]
+        payload = codec.encode_result(value, context.max_payload, "the worker's result")
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar, final
 from .mapping import check_backend, exit_status
 from .marshalling import codec, exceptions
 from .memory.parcel import Parcel
+from .transport.process import reset_in_child
 from .workers import child, shutdown, worker
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ class _Task:
     future: concurrent.futures.Future[Any]
     payload: bytes | Parcel
     name: str
+    #: Whether its future is running already: a worker that was dead could not take it.
+    started: bool = False
 
 
 class _Pool(threading.Thread):
@@ -42,7 +45,8 @@ class _Pool(threading.Thread):
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
-        self.lock = threading.Lock()  # over ``waiting``, ``closing`` and ``broken``, which submit looks at
+        # Reentrant, because a pool that is garbage may be collected by any thread, at any time.
+        self.lock = threading.RLock()  # over ``waiting``, ``closing`` and ``broken``, which submit looks at
         self.waiting: deque[_Task] = deque()
         self.closing = False
         self.broken: BaseException | None = None
@@ -53,7 +57,6 @@ class _Pool(threading.Thread):
         self._starting: set[int] = set()
 
     def run(self) -> None:
-        _pools.add(self)
         try:
             while True:
                 kind, process, message = self.events.get()
@@ -74,13 +77,18 @@ class _Pool(threading.Thread):
                 if not self.waiting:
                     return
                 if not self._idle:
-                    wanted = min(len(self.waiting), self.n - len(self._workers)) - len(self._starting)
+                    wanted = min(len(self.waiting) - len(self._starting), self.n - len(self._workers))
                     break
                 task = self.waiting.popleft()
-            if task.future.set_running_or_notify_cancel():
-                process = self._idle.popleft()
+            if not task.started and not task.future.set_running_or_notify_cancel():
+                continue
+            task.started = True
+            process = self._idle.popleft()
+            if process.send(task.payload):
                 self._in_hand[process.info.mapid] = task
-                process.send(task.payload)
+            else:  # it died idle: another one gets the task as soon as the end of this one is told
+                with self.lock:
+                    self.waiting.appendleft(task)
         else:
             return
         for _ in range(wanted):
@@ -139,7 +147,7 @@ class _Pool(threading.Thread):
             self.broken = cause
             waiting, self.waiting = list(self.waiting), deque()
         for task in waiting:
-            if task.future.set_running_or_notify_cancel():
+            if task.started or task.future.set_running_or_notify_cancel():
                 _complete(task, None, self.error())
 
     def error(self) -> concurrent.futures.BrokenExecutor:
@@ -157,9 +165,9 @@ class _Pool(threading.Thread):
     def shut_down(self, cancel: bool) -> None:
         with self.lock:
             self.closing = True
-            cancelled = list(self.waiting) if cancel else []
+            cancelled = [task for task in self.waiting if not task.started] if cancel else []
             if cancel:
-                self.waiting.clear()
+                self.waiting = deque(task for task in self.waiting if task.started)
         for task in cancelled:
             task.future.cancel()
             task.future.set_running_or_notify_cancel()
@@ -190,6 +198,11 @@ def _finish_all() -> None:
 
 
 shutdown.at_finish(_finish_all)
+
+
+@reset_in_child
+def _forget() -> None:
+    _pools.clear()  # their threads are the parent's
 
 
 @final
@@ -233,6 +246,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         self._upvalues = upvalues
         setup = codec.encode_call(initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues)
         self._pool = _Pool(n, setup)
+        _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
         self._finalizer.atexit = False
@@ -277,6 +291,13 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         if wait:
             self._pool.join()
 
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        """Wait for what was submitted; not after Ctrl-C, which ends all."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._pool.shut_down(cancel=True)
+            self._pool.kill()
+        self.shutdown()
+
     def __repr__(self) -> str:
         pool = self._pool
         state = "broken" if pool.broken is not None else "shut down" if pool.closing else "open"
@@ -297,7 +318,7 @@ def run_worker(context: child.Context) -> int:
                 return 0
             function, args, kwargs = call
             value = None if function is None else function(*args, **(kwargs or {}))
-            payload = codec.encode_all([(value, None)], limit, root="the task's result")[0]
+            payload = codec.encode_result(value, limit, "the task's result")
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:

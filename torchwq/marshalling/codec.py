@@ -209,6 +209,19 @@ def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root:
     return payloads
 
 
+def encode_result(value: Any, limit: int, root: str) -> bytes | Parcel:
+    """Encode ``(value, None)``, what a worker sends when its function has returned ``value``.
+
+    Raises MarshalError, which names the place in ``value`` of what cannot travel, or ResourceError.
+    """
+    try:
+        return encode((value, None), limit)
+    except (ResourceError, MemoryError):
+        raise
+    except Exception as error:
+        raise _located(error, value, root, limit, False) from error
+
+
 def encode_call(
     function: Any, args: Sequence[Any], extra: Any, limit: int, *, upvalues: bool = False
 ) -> bytes | Parcel:

@@ -58,8 +58,8 @@ def run() -> None:
         return
     _done = True
     if not interrupted():
-        for callback in _finish:
-            with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends all that exit was waiting for
+            for callback in _finish:
                 callback()
     for callback in _close:
         callback()

@@ -9,7 +9,6 @@ Two sources tell about a worker: its control connection brings its messages, the
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import pickle
@@ -84,10 +83,13 @@ class Worker:
             fd, _ = blocks.fill([[setup]])
             self._outbox.send(Parcel(b"", [fd], [blocks.Descriptor(fd)]))
 
-    def send(self, payload: bytes | Parcel) -> None:
-        """Send a message; never blocks. One that a dead worker does not take is dropped: ``on_end`` tells."""
-        with contextlib.suppress(BrokenPipeError):
+    def send(self, payload: bytes | Parcel) -> bool:
+        """Send a message; never blocks. Returns False if the worker is dead and has not got it: ``on_end`` tells."""
+        try:
             self._outbox.send(payload)
+        except BrokenPipeError:
+            return False
+        return True
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send it a signal; as soon as it is started, if it is not yet. Nothing happens if it has ended."""
