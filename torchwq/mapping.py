@@ -199,10 +199,11 @@ def _wants_mapid(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, bo
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
     named = signature.parameters.get("mapid")
-    by_keyword = named is not None and named.kind is named.KEYWORD_ONLY
-    by_position = required > len(args) or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    if named in positional:
-        place = positional.index(named)
+    if named is not None and named.kind is named.KEYWORD_ONLY:
+        by_position, by_keyword = False, True
+    else:
+        by_position = required > len(args) or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        place = positional.index(named) if named in positional else -1
         by_position = by_position or place == len(args)
         by_keyword = not by_position and place > len(args)
     try:

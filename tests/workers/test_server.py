@@ -112,3 +112,27 @@ def test_two_hundred_workers() -> None:
         assert set(workers.pids) == pids
         queue.close()
         assert workers.join(60) == [None] * 200
+
+
+def test_an_owner_killed_while_the_server_imports_leaves_nothing(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    script = tmp_path / "owner.py"
+    script.write_text(
+        "import torchwq\n"
+        "from torchwq.transport import namespace\n"
+        "torchwq.warm_up(wait=False)\n"
+        "print(namespace.current().path, flush=True)\n"
+        "torchwq.workqueue().read()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        folder = owner.stdout.readline().strip()
+        children = psutil.Process(owner.pid).children(recursive=True)
+        assert children
+        owner.kill()
+        owner.wait(10)
+        wait_until(lambda: not any(child.is_running() for child in children), 2, "the end of the server")
+        wait_until(lambda: not os.path.exists(folder), 2, "the removal of the namespace")

@@ -5,7 +5,7 @@ so it can stand guard over the namespace folder from the moment there is one, at
 
 Invariants:
 
-* It has one thread and no torch thread pool, so forking it is safe.
+* It has one thread whenever it forks, and no torch thread pool, so forking it is safe.
 * Each client (the process that started it, and every worker it has forked) holds one connection. A client whose
   connection ends has died: its workers are killed at once. When the first client is gone, everything is killed, the
   namespace folder is removed and the server ends. Nothing depends on a dying process doing anything.
@@ -24,12 +24,15 @@ import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
 import socket
 import struct
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 FRAME = struct.Struct("=cxxxiQ")
@@ -122,12 +125,34 @@ class Server:
     def preload(self) -> None:
         """Import once what every worker needs; freeze it, so that workers do not copy it for the collector's sake."""
         if not self.preloaded:
-            importlib.import_module("torchwq")  # torch comes along
-            importlib.import_module("torchwq.workers.child")
+            with self.guarded():
+                importlib.import_module("torchwq")  # torch comes along
+                importlib.import_module("torchwq.workers.child")
             os.chdir("/")
             gc.collect()
             gc.freeze()
             self.preloaded = True
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Notice the end of the first client from another thread, while this one is busy. No fork may happen within."""
+        stop, stop_write = socket.socketpair()
+
+        def watch() -> None:
+            poll = select.poll()
+            poll.register(self.first.connection, getattr(select, "POLLRDHUP", 0))
+            poll.register(stop, select.POLLIN)
+            if stop.fileno() not in [fd for fd, _ in poll.poll()]:
+                self.lose(self.first)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop_write.close()
+            thread.join()
+            stop.close()
 
     def fork(self, client: Client, token: int, fds: list[int]) -> None:
         ours, theirs = socket.socketpair()

@@ -47,8 +47,8 @@ def at_close(callback: Callable[[], None]) -> None:
 
 
 def interrupted() -> bool:
-    """Whether this process is ending because of Ctrl-C."""
-    return getattr(sys, "last_type", None) is KeyboardInterrupt
+    """Whether this process is ending because of Ctrl-C: an interactive one goes on after it, and ends otherwise."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
 
 
 def run() -> None:
