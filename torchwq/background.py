@@ -162,7 +162,10 @@ class BackgroundTask(concurrent.futures.Future[T]):
 
     def _raise_what_ended_it(self) -> None:
         """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
-        error = self.exception(timeout=_GRACE)
+        try:
+            error = self.exception(timeout=_GRACE)
+        except concurrent.futures.TimeoutError:
+            return
         if error is not None:
             raise error
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import cloudpickle
 
-from ..errors import MarshalError, ResourceError
+from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory import blocks
 from ..memory.parcel import BLOCK, TRAILER, Parcel
 from ..transport import bag
@@ -177,12 +177,15 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
         tools = _idle.pop()
     except IndexError:
         tools = _Tools(_FastEncoder())
+    out: _Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
         dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
     except Exception:  # cloudpickle may know how, and raises the same again if not
+        out = None
+    if out is None:
         cloud = _CloudEncoder(upvalues)
         cloud.dump(obj)
         return cloud.out.payload(limit)
@@ -205,7 +208,7 @@ def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root:
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues) from error
+            raise _located(error, obj, f"{root}[{index}]", limit, upvalues)  # noqa: B904 - it has its cause already
     return payloads
 
 
@@ -219,7 +222,7 @@ def encode_result(value: Any, limit: int, root: str) -> bytes | Parcel:
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, value, root, limit, False) from error
+        raise _located(error, value, root, limit, False)  # noqa: B904 - it has its cause already
 
 
 def encode_call(
@@ -235,12 +238,13 @@ def encode_call(
         raise
     except Exception as error:
         name = getattr(function, "__name__", None) or type(function).__name__
-        for part, place in ((function, f"function {name}"), *((a, f"args[{i}]") for i, a in enumerate(args))):
+        what = f"function {name}" if callable(function) else f"the {name}"
+        for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
                 encode(part, limit, upvalues=upvalues)
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues) from found
-        raise _located(error, extra, "the call", limit, upvalues) from error
+                raise _located(found, part, place, limit, upvalues)  # noqa: B904 - it has its cause already
+        raise _located(error, extra, "the call", limit, upvalues)  # noqa: B904 - it has its cause already
 
 
 def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) -> MarshalError:
@@ -251,10 +255,17 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) 
             return raised
         return None
 
-    place, error = locate.place_of_failure(obj, name, error, failure)
-    if isinstance(error, MarshalError):
-        return type(error)(f"{place}: {error}")
-    return MarshalError(f"{place} cannot be sent: {type(error).__name__}: {error}")
+    place, cause = locate.place_of_failure(obj, name, error, failure)
+    located: MarshalError
+    if isinstance(cause, ClosureError) and place == name and place.startswith("function "):
+        located = ClosureError(str(cause))  # it names the function already
+    elif isinstance(cause, MarshalError):
+        located = type(cause)(f"{place}: {cause}")
+    else:
+        located = MarshalError(f"{place} cannot be sent: {type(cause).__name__}: {cause}")
+        located.__cause__ = cause
+    located.__suppress_context__ = True  # the encoders' own attempts tell a reader nothing
+    return located
 
 
 def decode(data: bytes, fds: list[int]) -> Any:

@@ -18,6 +18,7 @@ tensor on it is; the memory itself when no process maps it and no message holds 
 from __future__ import annotations
 
 import os
+import resource
 from typing import Any, Final
 
 import torch
@@ -49,9 +50,20 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
         fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
         raise ResourceError(
-            0, f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {error}"
+            f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {_limit(error)}"
         ) from error
     return int(fd), int(nbytes)
+
+
+def _limit(error: RuntimeError) -> str:
+    """Which limit torch has run into. It tells only by the text of its error."""
+    if "file descriptor" in str(error) or "open files" in str(error):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"each one takes a file descriptor, and this process may have {soft} open (RLIMIT_NOFILE). "
+            f"Raise it with `ulimit -n`, or keep fewer shared tensors at a time"
+        )
+    return str(error)
 
 
 def _check_room(nbytes: int) -> None:
@@ -73,7 +85,7 @@ def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
     try:
         storage: torch.UntypedStorage = _private._new_shared_fd_cpu(fd, nbytes)
     except RuntimeError as error:
-        raise ResourceError(0, f"a shared tensor of {nbytes} bytes could not be mapped: {error}") from error
+        raise ResourceError(f"a shared tensor of {nbytes} bytes could not be mapped: {_limit(error)}") from error
     return storage
 
 
@@ -97,9 +109,6 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
         raise blocks.exhausted(error) from error
     shared = open_shared(block.fd, nbytes)
     shared.copy_(storage)
-    if not storage.resizable():
-        # An array made by tensor.numpy() points into the old memory and keeps only the tensor alive.
-        tensor.__dict__["_torchwq_array_memory"] = storage
     with torch.no_grad():
         tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
 

@@ -112,7 +112,9 @@ class WorkQueue:
             role.send(payload)
 
     def writeup(self, *objs: Any) -> None:
-        """Like :meth:`write`, but functions may be closures: what they capture travels with them, by value.
+        """Like :meth:`write`, but functions may be closures: what they capture travels with them.
+
+        Tensors among it travel by reference, everything else by value, as always.
 
         Raises:
             MarshalError, QueueClosed, WorkerDied, ResourceError: as for :meth:`write`.

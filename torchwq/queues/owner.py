@@ -155,7 +155,8 @@ class Owner(Role, worker.EndListener):
             if self._nobody_left():
                 raise WorkerDied(
                     "no worker is left to answer: every worker that had opened this queue has ended or closed it"
-                    + (f"; the last was {self._last_end}" if self._last_end else "")
+                    + (f"; the last to die: {self._last_end}" if self._last_end else "")
+                    + ". If one of them failed, join() of its map raises its error"
                 )
             self._update_alarm()
 
@@ -225,7 +226,7 @@ class Owner(Role, worker.EndListener):
                 next_free = len(self._members)
                 if next_free >= SLOTS:
                     link.close()
-                    raise ResourceError(0, f"a queue cannot have more than {SLOTS} handles at a time: close some")
+                    raise ResourceError(f"a queue cannot have more than {SLOTS} handles at a time: close some")
                 self._free.extend(range(next_free, min(2 * next_free, SLOTS)))
             number = self._free.popleft()
             member = Member(number, self.board.slot(number), link)

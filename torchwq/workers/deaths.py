@@ -41,7 +41,7 @@ def died(
     elif exitcode is not None and exitcode < 0:
         how = f"was killed by signal {-exitcode}"
     elif exitcode is not None:
-        how = f"ended with exit status {exitcode} before it had finished"
+        how = f"ended with exit status {exitcode}, by sys.exit or os._exit, before it had finished"
     else:
         how = "died"
     text = f"{who} {how}" + (f", with {in_hand} in hand" if in_hand else "")

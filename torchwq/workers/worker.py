@@ -130,6 +130,8 @@ class Worker:
         reactor.get().remove(self._endpoint.fileno())
         self._outbox.close_when_sent(lambda: None)
         self._endpoint.close()
+        with _listeners_lock:
+            listeners = list(_listeners)  # those that were there while it lived: what comes later is not concerned
         with self._lock:
             self.ended_event.set()
             after, self._after = self._after, []
@@ -138,8 +140,6 @@ class Worker:
         self._on_end = self._on_message = _nothing
         for callback in after:
             callback(self)
-        with _listeners_lock:
-            listeners = list(_listeners)
         for listener in listeners:
             listener.worker_ended(self)
 
