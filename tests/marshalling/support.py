@@ -119,8 +119,14 @@ def identical(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
         return list(left) == list(right) and all(identical(left[key], right[key]) for key in left)
     if isinstance(left, np.ndarray):
+        left, right = _native(left), _native(right)
         return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
     return bool(left == right)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """In the machine's byte order: numpy itself unpickles an array that is not contiguous so."""
+    return array if array.dtype.hasobject else array.astype(array.dtype.newbyteorder("="))
 
 
 def descriptors() -> set[str]:

@@ -292,8 +292,7 @@ def test_array_subclasses_keep_their_class_and_arrive_writable(size: int, tmp_pa
     mapped = np.memmap(tmp_path / "file", float, "r")
     masked = np.ma.masked_array(np.arange(size), np.arange(size) % 2 == 0)
     record = np.rec.fromarrays([np.arange(size), np.ones(size)], names="a,b")
-    matrix = np.asmatrix(np.arange(size))
-    for source in (mapped, masked, record, matrix):
+    for source in (mapped, masked, record):
         out = roundtrip(source)
         assert type(out) is type(source)
         assert out.flags.writeable
@@ -514,7 +513,7 @@ def test_too_deep_an_object_is_a_marshal_error() -> None:
     for _ in range(100_000):
         deep = [deep]
     try:
-        with pytest.raises(MarshalError, match="Recursion"):
+        with pytest.raises(MarshalError, match="(?i)recursion"):
             marshal(deep)
     finally:
         while deep:

@@ -31,7 +31,8 @@ from . import functions, locate, reducers, tensors  # noqa: F401 - tensors regis
 CALL_LIMIT: Final = 16 * 1024 - 64
 #: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
 OUT_OF_BAND: Final = 32 * 1024
-_HEAD: Final = struct.Struct("=I?")  # groups in the block, whether the descriptors are in a bag
+#: Where in the block the table of its groups is, how many there are, whether the descriptors are in a bag.
+_HEAD: Final = struct.Struct("=QI?")
 _SPAN: Final = struct.Struct("=QQ")
 
 
@@ -86,10 +87,11 @@ class _Attachments:
             self.fds, self.keep = [sack.fileno()], [sack]
         if small and not in_bag:
             return Parcel(b"".join(self.chunks), self.fds, self.keep)
-        fd, table = blocks.fill([self.chunks, *([buffer] for buffer in self.buffers)])
+        spans = blocks.layout([size, *(buffer.nbytes for buffer in self.buffers), 0])
+        table = b"".join(_SPAN.pack(*span) for span in spans[:-1])
+        fd = blocks.fill([self.chunks, *([buffer] for buffer in self.buffers), [table]])
         self.attach(fd, blocks.Descriptor(fd))
-        head = _HEAD.pack(len(table), in_bag) + b"".join(_SPAN.pack(*span) for span in table)
-        return Parcel(head, self.fds, self.keep, BLOCK)
+        return Parcel(_HEAD.pack(spans[-1][0], len(spans) - 1, in_bag), self.fds, self.keep, BLOCK)
 
 
 class _FastEncoder(pickle.Pickler):
@@ -285,9 +287,9 @@ def decode(data: bytes, fds: list[int]) -> Any:
 
 
 def _decode_block(head: bytes, fds: list[int]) -> Any:
-    count, in_bag = _HEAD.unpack_from(head)
-    spans = [_SPAN.unpack_from(head, _HEAD.size + index * _SPAN.size) for index in range(count)]
+    table, count, in_bag = _HEAD.unpack(head)
     block = blocks.map_private(fds[-1])
+    spans = [_SPAN.unpack_from(block, table + index * _SPAN.size) for index in range(count)]
     groups = [block[offset : offset + nbytes] for offset, nbytes in spans]
     if in_bag:
         sack, fds[0] = fds[0], -1

@@ -56,29 +56,36 @@ def exhausted(error: OSError) -> ResourceError:
     return ResourceError(error.errno or 0, remedy)
 
 
-def fill(groups: Sequence[Sequence[bytes | memoryview]]) -> tuple[int, list[tuple[int, int]]]:
-    """Copy ``groups`` of buffers into a new block, each group in one piece.
-
-    Returns the block's descriptor and each group's (offset, nbytes).
-    """
-    fd = create()
-    table = []
+def layout(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Where ``fill`` puts groups of these sizes in bytes: (offset, nbytes) of each."""
+    spans = []
     offset = 0
+    for nbytes in sizes:
+        spans.append((offset, nbytes))
+        offset = -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT
+    return spans
+
+
+def fill(groups: Sequence[Sequence[bytes | memoryview]]) -> int:
+    """Copy ``groups`` of buffers into a new block, each group in one piece, where ``layout`` says.
+
+    Returns the block's descriptor.
+    """
+    views = [[memoryview(buffer).cast("B") for buffer in group] for group in groups]
+    spans = layout([sum(view.nbytes for view in group) for group in views])
+    fd = create()
     try:
-        for group in groups:
-            start = offset
-            for buffer in group:
-                offset = _write(fd, memoryview(buffer).cast("B"), offset)
-            table.append((start, offset - start))
-            offset = -(-offset // ALIGNMENT) * ALIGNMENT
-        os.ftruncate(fd, max(offset, 1))
+        for group, (offset, _) in zip(views, spans, strict=True):
+            for view in group:
+                offset = _write(fd, view, offset)
+        os.ftruncate(fd, max(sum(spans[-1]), 1))
     except OSError as error:
         os.close(fd)
         raise exhausted(error) from error
     except BaseException:
         os.close(fd)
         raise
-    return fd, table
+    return fd
 
 
 def _write(fd: int, view: memoryview, offset: int) -> int:

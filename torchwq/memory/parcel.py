@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from typing import Any, Final, NamedTuple
 
-#: Last byte of a message: a pickle with a trailer; a trailer after a table that says where in a shared block the pickle
-#: and its buffers are; a bare pickle.
+#: Last byte of a message: a pickle with a trailer; a trailer after what says where in a shared block the pickle and its
+#: buffers are; a bare pickle.
 PICKLE: Final = 0
 BLOCK: Final = 1
 BARE: Final = ord(".")
