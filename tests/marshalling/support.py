@@ -154,7 +154,7 @@ def mapping_at(address: int) -> str | None:
 def run_in_main(source: str) -> dict[str, Any]:
     """Run source as if it were a script; returns its globals."""
     namespace: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
-    exec(compile(source, "script.py", "exec"), namespace)
+    exec(compile(source, "script.py", "exec", dont_inherit=True), namespace)
     return namespace
 
 

@@ -93,11 +93,8 @@ def test_any_limit_is_kept_and_changes_nothing(obj: Any, limit: int) -> None:
 def test_any_size_comes_out_whole(kind: type) -> None:
     for size in EDGES:
         content = np.random.default_rng(size).integers(32, 127, size, dtype=np.uint8)
-        obj: Any
-        if kind is str:
-            obj = content.tobytes().decode()
-        else:
-            obj = content if kind is np.ndarray else kind(content.tobytes())
+        make: Any = {str: lambda raw: raw.decode(), np.ndarray: lambda raw: content}.get(kind, kind)
+        obj = make(content.tobytes())
         for limit in (LIMIT, 32759):
             assert identical(roundtrip({"before": 1, "it": obj, "after": [obj]}, limit)["after"][0], obj), size
 
@@ -513,7 +510,7 @@ def test_too_deep_an_object_is_a_marshal_error() -> None:
     for _ in range(100_000):
         deep = [deep]
     try:
-        with pytest.raises(MarshalError, match="(?i)recursion"):
+        with pytest.raises(MarshalError, match=r"(?i)recursion"):
             marshal(deep)
     finally:
         while deep:

@@ -20,6 +20,8 @@ from torchwq import ClosureError, MarshalError
 from . import library
 from .support import Peer, marshal, roundtrip, run_in_main
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about prototypes
+
 
 def refusal(obj: Any) -> str:
     with pytest.raises(ClosureError) as caught:
@@ -51,7 +53,6 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
         torch.relu,
         torch.nn.functional.gelu,
         torch.nn.Linear,
-        torch.ops.aten.relu,
         json.dumps,
         str.join,
         dict.fromkeys,
@@ -93,14 +94,14 @@ def f(): return even(10), odd(10)
     "helper of a helper": "def a(): return 3\ndef b(): return a() + 1\ndef f(): return [b() for _ in range(2)]",
     "recursion in a nested function": """
 def make():
-    def inner(n): return 0 if n == 0 else 1 + inner(n - 1)
+    def inner(n=3): return 0 if n == 0 else 1 + inner(n - 1)
     return inner
 f = make()
 """,
     "generator": "def gen():\n    yield from range(3)\ndef f(): return list(gen())",
     "coroutine": "import asyncio\nasync def g(): return 4\ndef f(): return asyncio.run(g())",
     "module": "import math\ndef f(): return math.pi",
-    "module under another name": "import numpy as np, torch\ndef f(): return np.sum([1, 2]), torch.ones(2).sum().item()",
+    "module under another name": "import numpy as np, torch\ndef f(): return np.sum([1]), torch.ones(2).sum().item()",
     "module in a cell": """
 def make():
     import math
@@ -133,7 +134,7 @@ from datetime import datetime
 make, stamp, keys, join = Fraction.from_float, datetime.fromtimestamp, dict.fromkeys, str.join
 def f(): return make(0.5), stamp(0).year > 0, keys('ab'), join('-', 'ab')
 """,
-    "function of the random module": "from random import randint, random, seed\ndef f(): return randint(3, 3), random() < 1",
+    "function of random": "from random import randint, random\ndef f(): return randint(3, 3), random() < 1",
     "function of numpy.random": "from numpy.random import rand\ndef f(): return rand(2).shape",
     "typing": "from typing import Any, Optional\ndef f() -> Optional[int]:\n    x: Any = 3\n    return x",
     "own global": "def f():\n    global counter\n    counter = 4\n    return counter",
@@ -238,13 +239,13 @@ import dataclasses
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class P:
     x: int = 4
-    k: dataclasses.InitVar[int] = 3
+    k: dataclasses.InitVar[int]
     def __post_init__(self, k): object.__setattr__(self, 'x', self.x + k)
 def f():
     try:
-        P().x = 1
+        P(k=3).x = 1
     except dataclasses.FrozenInstanceError:
-        return P(x=1).x, hash(P()) == hash(P())
+        return P(x=1, k=3).x, hash(P(k=3)) == hash(P(k=3))
 """,
     "NamedTuple": """
 from typing import NamedTuple
@@ -625,21 +626,23 @@ def work(x): return weights, table, words, thing, math_missing
 
 
 @pytest.mark.parametrize(
-    "value",
+    "make",
     [
-        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-        torch.eye(3).to_sparse(),
-        torch.empty(3, device="meta"),
-        torch.nn.UninitializedParameter(),
-        library.BrokenSize(),
-        library.WithoutText(),
-        library.BrokenMapping(),
-        np.zeros(()),
-        range(3),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.empty(3, device="meta"),
+        torch.nn.UninitializedParameter,
+        library.BrokenSize,
+        library.WithoutText,
+        library.BrokenMapping,
+        lambda: np.zeros(()),
+        lambda: range(3),
     ],
-    ids=lambda value: type(value).__name__,
+    ids=["nested", "sparse", "meta", "uninitialized", "no size", "no text", "no items", "0-d array", "range"],
 )
-def test_any_captured_value_can_be_described(value: Any) -> None:
+def test_any_captured_value_can_be_described(make: Callable[[], Any]) -> None:
+    value = make()
+
     def function() -> Any:
         return value
 

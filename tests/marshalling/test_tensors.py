@@ -28,6 +28,8 @@ from .support import (
     roundtrip,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about prototypes and deprecations
+
 Make = Callable[[], torch.Tensor]
 
 ALL_DTYPES = [

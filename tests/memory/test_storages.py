@@ -165,14 +165,13 @@ def test_a_system_without_fallocate_is_served_too(monkeypatch: pytest.MonkeyPatc
     assert tensor.tolist() == [7, *range(1, 100)]
 
 
-def test_opening_what_is_no_shared_memory_is_a_resource_error() -> None:
-    read, write = os.pipe()
-    try:
-        with pytest.raises(ResourceError, match="1000 bytes could not be mapped"):
-            storages.open_shared(read, 1000)
-    finally:
-        os.close(read)
-        os.close(write)
+def test_shared_memory_that_cannot_be_mapped_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, nbytes: int) -> None:
+        raise RuntimeError("unable to mmap 1000 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(storages, "_private", SimpleNamespace(_new_shared_fd_cpu=fail))
+    with pytest.raises(ResourceError, match=r"1000 bytes could not be mapped.*Cannot allocate memory"):
+        storages.open_shared(0, 1000)
 
 
 def test_an_opened_storage_does_not_need_the_descriptor_it_came_by() -> None:

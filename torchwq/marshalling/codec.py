@@ -140,9 +140,8 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if module is not None:
             args = (args[0], _ModuleGlobals(module), *args[2:])
             slots["__globals__"] = {}
-        elif not self._upvalues:
-            for name in functions.set_globals(function):
-                slots["__globals__"].pop(name, None)
+        else:
+            slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues)
         return make, args, state, *rest
 
 

@@ -15,7 +15,16 @@ from ..memory.parcel import BLOCK, TRAILER
 _LONGEST: Final = 200
 
 
-class _Placeholder:
+class _Named(type):
+    """A class that is shown as what it stands for."""
+
+    _name: str
+
+    def __repr__(cls) -> str:
+        return f"<{cls._name}>"
+
+
+class _Placeholder(metaclass=_Named):
     """Stands for any object of any class."""
 
     _name = "object"
@@ -35,7 +44,7 @@ class _Placeholder:
 class _Describer(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         shown = {"_rebuild_dense": "tensor", "_reconstruct": "array", "_frombuffer": "array"}.get(name, name)
-        return type(name.rpartition(".")[2] or "object", (_Placeholder,), {"_name": shown})
+        return _Named(name.rpartition(".")[2] or "object", (_Placeholder,), {"_name": shown})
 
     def persistent_load(self, pid: Any) -> Any:
         return _Placeholder()

@@ -11,10 +11,12 @@ A nested function or lambda of an importable module gets that module's globals o
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import dis
+import enum
 import functools
-import pickle
+import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 
 from ..errors import ClosureError
+from . import reducers
 
 #: Attributes that every module has; a function that uses them does not capture data.
 _MODULE_ATTRIBUTES: Final = frozenset(
@@ -38,25 +41,52 @@ _MODULE_ATTRIBUTES: Final = frozenset(
         "__annotations__",
     }
 )
+_BOUND: Final = (types.BuiltinFunctionType, types.MethodType)
+_LruCache: Final = type(functools.lru_cache(len))
+#: Modules of the standard library whose functions write methods of classes: what those close over belongs to the class.
+_WRITERS: Final = frozenset({dataclasses.__file__, collections.__file__, enum.__file__, functools.__file__})
 #: Free variables of the methods that ``dataclasses`` writes; they belong to the class.
 _DATACLASS_CELLS: Final = ("__dataclass_", "_type_", "_dflt_", "_HAS_DEFAULT_FACTORY", "MISSING")
 
 
 def goes_by_name(obj: Any) -> bool:
     """Whether ``obj`` is what its importable module has under its name."""
+    module = sys.modules.get(getattr(obj, "__module__", None) or "")
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    if not isinstance(name, str):
+    if module is None or module.__name__ == "__main__" or not isinstance(name, str):
         return False
-    module_name = getattr(obj, "__module__", None)
-    if not isinstance(module_name, str):
-        module_name = pickle.whichmodule(obj, name)  # type: ignore[attr-defined]
-    module = sys.modules.get(module_name)
-    if module is None or module_name == "__main__":
-        return False
-    found: Any = module
-    for part in name.split("."):
+    return _find(module, name) is obj
+
+
+def home(obj: Any) -> tuple[str, str] | None:
+    """Module and name under which an importable module has ``obj``, whatever ``obj`` itself says.
+
+    ``torch.ones`` and ``random.random`` are such: built-in functions and bound methods that do not know where they can
+    be imported from.
+    """
+    names = {name for name in (getattr(obj, "__qualname__", None), getattr(obj, "__name__", None)) if name}
+    own = getattr(obj, "__module__", None)
+    for module_name in [own] if own in sys.modules else list(sys.modules):
+        module = sys.modules.get(module_name)
+        if isinstance(module, types.ModuleType) and module_name != "__main__":
+            for name in names:
+                if _find(module, name) is obj:
+                    return module_name, name
+    return None
+
+
+def _find(module: types.ModuleType, name: str) -> Any:
+    """What a module has under a dotted name; None if nothing. Runs no ``__getattr__`` of a module."""
+    first, *rest = name.split(".")
+    found = vars(module).get(first)
+    for part in rest:
         found = getattr(found, part, None)
-    return found is obj
+    return found
+
+
+def imported(module_name: str, name: str) -> Any:
+    """What ``home`` has found, on the other side."""
+    return _find(importlib.import_module(module_name), name)
 
 
 def own_module(function: types.FunctionType) -> str | None:
@@ -78,8 +108,13 @@ def module_globals(name: str) -> dict[str, Any]:
 def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """The global names that a code object reads, and those that it sets; inner functions included."""
     read, set_ = set(), set()
+    own: set[str] = set()  # a class body looks up names in itself first
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname == "STORE_NAME":
+            own.add(instruction.argval)
+        elif instruction.opname == "LOAD_GLOBAL" or (
+            instruction.opname == "LOAD_NAME" and instruction.argval not in own
+        ):
             read.add(instruction.argval)
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             set_.add(instruction.argval)
@@ -91,9 +126,11 @@ def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]
     return frozenset(read), frozenset(set_)
 
 
-def set_globals(function: types.FunctionType) -> frozenset[str]:
-    """The globals that the function itself sets, and so brings no value for."""
-    return _global_names(function.__code__)[1]
+def used_globals(function: types.FunctionType, *, upvalues: bool) -> dict[str, Any]:
+    """The globals that travel with a function of ``__main__``: without upvalues, none that it sets itself."""
+    read, set_ = _global_names(function.__code__)
+    names = read | set_ if upvalues else read - set_
+    return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
 
 def check(function: types.FunctionType) -> None:
@@ -109,7 +146,7 @@ def check(function: types.FunctionType) -> None:
 
 
 def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
-    if function.__code__.co_filename == dataclasses.__file__:
+    if function.__code__.co_filename in _WRITERS:
         return
     written_by_dataclasses = function.__code__.co_filename == "<string>"
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -135,17 +172,22 @@ def _captured_globals(function: types.FunctionType) -> Iterator[tuple[str, str, 
 def _is_data(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return value.__name__ not in sys.modules
-    if isinstance(value, (types.FunctionType, type)):
+    if isinstance(value, (types.FunctionType, type, _LruCache)):
         return False  # by name, or by value and then looked at when the encoder meets it
-    if isinstance(value, types.MethodType) and isinstance(value.__self__, type):
+    if isinstance(getattr(value, "__self__", None), (type, types.ModuleType)) and isinstance(value, _BOUND):
         return False
-    if isinstance(value, type(functools.lru_cache(len))):
-        return False
-    return not (callable(value) and goes_by_name(value))
+    return not (callable(value) and (goes_by_name(value) or home(value) is not None))
 
 
 def _describe(value: Any) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    try:
+        return _describe_as(kind, value)
+    except Exception:  # what cannot even tell its size is described by its type
+        return kind
+
+
+def _describe_as(kind: str, value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{kind} of shape {tuple(value.shape)}, {_size(value.numel() * value.element_size())}"
     if isinstance(value, np.ndarray):
@@ -162,3 +204,42 @@ def _size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError
+
+
+def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(function)
+
+
+def _reduce_lru_cache(encoder: reducers.Encoder, cached: Any) -> Any:
+    """A cached function travels as its function, with an empty cache; pickle would only send its name."""
+    if goes_by_name(cached):
+        return NotImplemented
+    parameters = cached.cache_parameters()
+    return _rebuild_lru_cache, (cached.__wrapped__, parameters["maxsize"], parameters["typed"])
+
+
+reducers.register(_LruCache, _reduce_lru_cache)
+
+
+def _reduce_bound(encoder: reducers.Encoder, function: Any) -> Any:
+    """``random.random`` is a bound method of an instance, which must not travel in its place."""
+    if isinstance(function.__self__, (type, types.ModuleType, type(None))):
+        return NotImplemented
+    found = home(function)
+    return NotImplemented if found is None else (imported, found)
+
+
+def _rebuild_cached_property(function: Any, name: str | None) -> Any:
+    rebuilt: Any = functools.cached_property(function)
+    rebuilt.attrname = name
+    return rebuilt
+
+
+def _reduce_cached_property(encoder: reducers.Encoder, cached: Any) -> Any:
+    """Without the lock that it holds before Python 3.12."""
+    return _rebuild_cached_property, (cached.func, cached.attrname)
+
+
+for _cls in _BOUND:
+    reducers.register(_cls, _reduce_bound)
+reducers.register(functools.cached_property, _reduce_cached_property)

@@ -6,6 +6,7 @@ into the first that fails by itself, until none of the parts does.
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -41,28 +42,39 @@ def place_of_failure(
 
 
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
-    for count, part in enumerate(_all_parts(obj)):
-        if count == _MAX_PARTS:
-            return
-        yield part
+    """The parts of ``obj``, as far as it lets itself be looked at."""
+    for source in (_items, _dictionary, _slots):
+        try:
+            for count, part in enumerate(source(obj)):
+                if count == _MAX_PARTS:
+                    break
+                yield part
+        except Exception:  # user code raises what it likes when it is looked at; the search goes on elsewhere
+            continue
 
 
-def _all_parts(obj: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(obj, (str, bytes, bytearray, type, types.FunctionType, types.ModuleType)):
+def _shown(obj: Any) -> str:
+    try:
+        text = repr(obj)
+    except Exception:  # as above
+        text = f"<{type(obj).__name__}>"
+    return text[:60]
+
+
+def _items(obj: Any) -> Iterator[tuple[str, Any]]:
+    if _is_opaque(obj):
         return
-    if reducers.lookup(type(obj)) is not None:
-        return  # what it is made of is this library's business
     if isinstance(obj, Mapping):
         for key, value in obj.items():
-            yield f"[{key!r:.60}]", value
-            yield f".keys()[{key!r:.60}]", key
-    elif isinstance(obj, (list, tuple)):
+            yield f"[{_shown(key)}]", value
+            yield f".keys()[{_shown(key)}]", key
+    elif isinstance(obj, (list, tuple, collections.deque)):
         fields = getattr(obj, "_fields", None)
         for index, value in enumerate(obj):
             yield (f".{fields[index]}" if fields else f"[{index}]"), value
     elif isinstance(obj, (set, frozenset)):
         for value in obj:
-            yield f"{{{value!r:.60}}}", value
+            yield f"{{{_shown(value)}}}", value
     elif isinstance(obj, functools.partial):
         yield ".func", obj.func
         for index, value in enumerate(obj.args):
@@ -71,21 +83,37 @@ def _all_parts(obj: Any) -> Iterator[tuple[str, Any]]:
             yield f".keywords[{key!r}]", value
     elif isinstance(obj, types.MethodType):
         yield ".__self__", obj.__self__
-    yield from _attributes(obj)
 
 
-def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
+def _is_opaque(obj: Any) -> bool:
+    """Whether there is nothing in it to name: a scalar, code, or what this library takes apart in its own way."""
+    if isinstance(obj, (str, bytes, bytearray, type, types.FunctionType, types.ModuleType)):
+        return True
+    return not isinstance(obj, types.MethodType) and reducers.lookup(type(obj)) is not None
+
+
+def _dictionary(obj: Any) -> Iterator[tuple[str, Any]]:
     attributes = getattr(obj, "__dict__", None)
-    if isinstance(attributes, dict):
-        for key, value in list(attributes.items()):
-            # A module's own containers are shown as they are written: model.layer, not model._modules['layer'].
-            if key in ("_modules", "_parameters", "_buffers") and isinstance(value, dict):
-                for inner, part in value.items():
-                    yield f".{inner}", part
-            else:
-                yield f".{key}", value
+    if _is_opaque(obj) or not isinstance(attributes, dict):
+        return
+    for key, value in list(attributes.items()):
+        # A module's own containers are shown as they are written: model.layer, not model._modules['layer'].
+        if key in ("_modules", "_parameters", "_buffers") and isinstance(value, dict):
+            for inner, part in value.items():
+                yield f".{inner}", part
+        else:
+            yield f".{key}", value
+
+
+def _slots(obj: Any) -> Iterator[tuple[str, Any]]:
+    if _is_opaque(obj):
+        return
     for cls in type(obj).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(obj, slot):
-                yield f".{slot}", getattr(obj, slot)
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{cls.__name__.lstrip('_')}{slot}" if private else slot
+            try:
+                yield f".{name}", getattr(obj, name)
+            except Exception:  # not set, or not to be looked at
+                continue

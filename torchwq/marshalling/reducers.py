@@ -7,7 +7,6 @@ with :func:`inbound_fd`.
 
 from __future__ import annotations
 
-import functools
 import io
 import threading
 import types
@@ -73,16 +72,6 @@ def _reduce_array(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any:
     return array.copy(order="K").__reduce_ex__(5)
 
 
-def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
-    return functools.lru_cache(maxsize, typed)(function)
-
-
-def _reduce_lru_cache(encoder: Encoder, cached: Any) -> Any:
-    """A cached function travels as its function, with an empty cache; pickle would only send its name."""
-    parameters = cached.cache_parameters()
-    return _rebuild_lru_cache, (cached.__wrapped__, parameters["maxsize"], parameters["typed"])
-
-
 def _refuse_file(encoder: Encoder, file: Any) -> Any:
     raise TypeError(f"an open file ({getattr(file, 'name', file)!r}) cannot be sent: send its path")
 
@@ -92,7 +81,6 @@ def _refuse_generator(encoder: Encoder, generator: Any) -> Any:
 
 
 register(np.ndarray, _reduce_array)
-register(type(functools.lru_cache(len)), _reduce_lru_cache)
 register(types.GeneratorType, _refuse_generator)
 for _file in (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO):
     register(_file, _refuse_file)
