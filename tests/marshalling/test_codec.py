@@ -93,8 +93,7 @@ def test_any_limit_is_kept_and_changes_nothing(obj: Any, limit: int) -> None:
 def test_any_size_comes_out_whole(kind: type) -> None:
     for size in EDGES:
         content = np.random.default_rng(size).integers(32, 127, size, dtype=np.uint8)
-        make: Any = {str: lambda raw: raw.decode(), np.ndarray: lambda raw: content}.get(kind, kind)
-        obj = make(content.tobytes())
+        obj: Any = content if kind is np.ndarray else bytes.decode(content) if kind is str else kind(content)
         for limit in (LIMIT, 32759):
             assert identical(roundtrip({"before": 1, "it": obj, "after": [obj]}, limit)["after"][0], obj), size
 

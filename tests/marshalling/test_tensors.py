@@ -408,24 +408,6 @@ def _alias_by_dlpack(tensor: torch.Tensor) -> np.ndarray:
     return np.from_dlpack(tensor)
 
 
-@pytest.mark.parametrize("alias", [_alias_by_numpy, _alias_by_dlpack])
-@pytest.mark.parametrize("with_view", [False, True], ids=["alone", "with a view"])
-def test_an_array_that_aliases_a_tensor_stays_memory_safe_when_the_tensor_moves(
-    alias: Callable[[torch.Tensor], np.ndarray], with_view: bool
-) -> None:
-    tensor = torch.zeros(LARGE)
-    view = tensor[1:] if with_view else None
-    array = alias(tensor)
-    address = array.ctypes.data
-    assert mapping_at(address)
-    marshal(tensor)
-    assert mapping_at(address), "the array points into memory that has been given back"
-    assert mapping_at(address + array.nbytes - 1)
-    del tensor, view
-    assert mapping_at(address), "the array points into memory that has been given back"
-    assert array[LARGE // 2] == 0
-
-
 @pytest.mark.parametrize("with_view", [False, True], ids=["alone", "with a view"])
 def test_the_array_behind_a_from_numpy_tensor_stays_memory_safe(with_view: bool) -> None:
     array = np.zeros(LARGE, np.float32)

@@ -25,6 +25,7 @@ class Encoder(Protocol):
 Reducer = Callable[[Encoder, Any], Any]
 
 _exact: dict[type, Reducer] = {}
+_families: list[tuple[type, Reducer]] = []
 
 
 def register(cls: type, reducer: Reducer) -> None:
@@ -32,8 +33,18 @@ def register(cls: type, reducer: Reducer) -> None:
     _exact[cls] = reducer
 
 
+def register_family(base: type, reducer: Reducer) -> None:
+    """Let instances of subclasses of ``base`` that have no reducer of their own be reduced by ``reducer``."""
+    _families.append((base, reducer))
+
+
 def lookup(cls: type) -> Reducer | None:
-    return _exact.get(cls)
+    reducer = _exact.get(cls)
+    if reducer is None:
+        for base, of_family in _families:
+            if base in cls.__mro__:
+                return of_family
+    return reducer
 
 
 _inbound = threading.local()

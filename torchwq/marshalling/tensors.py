@@ -16,25 +16,25 @@ from torch.multiprocessing import reductions
 from torch.utils.hooks import warn_if_has_hooks
 
 from ..memory import storages
-from .reducers import Encoder, inbound_fd, register
+from .reducers import Encoder, inbound_fd, register, register_family
 
 
 def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    if tensor.requires_grad and not tensor.is_leaf:
-        raise RuntimeError(
-            "a tensor that requires grad and is not a leaf cannot be sent, because autograd does not cross processes: "
-            "send tensor.detach()"
-        )
+    _refuse_non_leaf(tensor)
     warn_if_has_hooks(tensor)
+    parameter = isinstance(tensor, torch.nn.Parameter)
     if tensor.is_conj():
-        return _restore_view, (_without_grad(tensor).conj(), "conj", tensor.requires_grad)
+        return _restore, (_restore_conj, (_without_grad(tensor).conj(),), parameter, tensor.requires_grad)
     if tensor.is_neg():
-        return _restore_view, (storages.negated_view(_without_grad(tensor)), "neg", tensor.requires_grad)
+        bare = storages.negated_view(_without_grad(tensor))
+        return _restore, (storages.negated_view, (bare,), parameter, tensor.requires_grad)
     if tensor.is_nested:
-        return _rebuild_nested, (storages.nested_parts(_without_grad(tensor)), tensor.requires_grad)
+        parts = storages.nested_parts(_without_grad(tensor))
+        return _restore, (storages.nested_from, (parts,), parameter, tensor.requires_grad)
     if tensor.layout is not torch.strided:
-        parts, coalesced = storages.sparse_parts(_without_grad(tensor))
-        return _rebuild_sparse, (tensor.layout, parts, tensor.shape, coalesced, tensor.requires_grad)
+        dense, coalesced = storages.sparse_parts(_without_grad(tensor))
+        args = (tensor.layout, dense, tensor.shape, coalesced)
+        return _restore, (_rebuild_sparse, args, parameter, tensor.requires_grad)
     if tensor.is_quantized:
         return NotImplemented
     if tensor.device.type != "cpu":
@@ -51,6 +51,36 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     )
 
 
+def _reduce_subclass(encoder: Encoder, tensor: torch.Tensor) -> Any:
+    """A subclass that leaves pickling and dispatch to torch is its memory, its class and its attributes."""
+    cls = type(tensor)
+    _refuse_non_leaf(tensor)
+    plain = cls.__reduce_ex__ in (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
+    if not plain or "__torch_dispatch__" in {name for base in _own_bases(cls) for name in vars(base)}:
+        return NotImplemented
+    bare = torch.Tensor.as_subclass(torch.Tensor.detach(tensor), torch.Tensor)
+    return _rebuild_subclass, (cls, bare, tensor.requires_grad, tensor.__dict__)
+
+
+def _own_bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if base not in torch.nn.Parameter.__mro__]
+
+
+def _rebuild_subclass(cls: Any, bare: torch.Tensor, requires_grad: bool, attributes: dict[str, Any]) -> torch.Tensor:
+    tensor: torch.Tensor = bare.as_subclass(cls)
+    tensor.requires_grad_(requires_grad)
+    tensor.__dict__.update(attributes)
+    return tensor
+
+
+def _refuse_non_leaf(tensor: torch.Tensor) -> None:
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise RuntimeError(
+            "a tensor that requires grad and is not a leaf cannot be sent, because autograd does not cross processes: "
+            "send tensor.detach()"
+        )
+
+
 def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
@@ -64,31 +94,30 @@ def _rebuild_dense(
     stride: tuple[int, ...],
     requires_grad: bool,
 ) -> torch.Tensor:
-    tensor = torch.empty((0,), dtype=dtype).set_(storage, offset, size, stride)
+    tensor = torch.empty((0,), dtype=dtype, device="cpu").set_(storage, offset, size, stride)
     if cls is torch.nn.Parameter:
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
     tensor.requires_grad = requires_grad
     return tensor
 
 
-def _restore_view(tensor: torch.Tensor, bit: str, requires_grad: bool) -> torch.Tensor:
-    tensor = tensor.conj() if bit == "conj" else storages.negated_view(tensor)
-    return tensor.requires_grad_(requires_grad)
+def _restore(rebuild: Any, args: tuple[Any, ...], parameter: bool, requires_grad: bool) -> torch.Tensor:
+    tensor: torch.Tensor = rebuild(*args)
+    return torch.nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)
 
 
-def _rebuild_nested(parts: Any, requires_grad: bool) -> torch.Tensor:
-    return storages.nested_from(parts).requires_grad_(requires_grad)
+def _restore_conj(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.conj()
 
 
 def _rebuild_sparse(
-    layout: torch.layout, parts: list[torch.Tensor], shape: torch.Size, coalesced: bool, requires_grad: bool
+    layout: torch.layout, parts: list[torch.Tensor], shape: torch.Size, coalesced: bool
 ) -> torch.Tensor:
     if layout is torch.sparse_coo:
-        tensor = torch.sparse_coo_tensor(parts[0], parts[1], shape, is_coalesced=coalesced)
-    else:
-        compressed: Any = torch.sparse_compressed_tensor  # its annotations lack this signature
-        tensor = compressed(parts[0], parts[1], parts[2], shape, layout=layout)
-    return tensor.requires_grad_(requires_grad)
+        return torch.sparse_coo_tensor(parts[0], parts[1], shape, is_coalesced=coalesced, device=parts[1].device)
+    compressed: Any = torch.sparse_compressed_tensor  # its annotations lack this signature
+    return compressed(parts[0], parts[1], parts[2], shape, layout=layout, device=parts[1].device)  # type:
+    ignore[no-any-return]
 
 
 def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
@@ -120,6 +149,7 @@ def _rebuild_typed(cls: Any, untyped: torch.UntypedStorage, dtype: torch.dtype) 
 
 register(torch.Tensor, _reduce_tensor)
 register(torch.nn.Parameter, _reduce_tensor)
+register_family(torch.Tensor, _reduce_subclass)
 register(torch.UntypedStorage, _reduce_untyped)
 register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like

@@ -40,8 +40,11 @@ def create(nbytes: int = 0) -> int:
             os.unlink(path)
     except OSError as error:
         raise exhausted(error) from error
-    if nbytes:
+    try:
         os.ftruncate(fd, nbytes)
+    except OSError as error:
+        os.close(fd)
+        raise exhausted(error) from error
     return fd
 
 

@@ -8,6 +8,8 @@ Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
   ``file_descriptor`` strategy; without them tensors go through those reductions.
 * ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
   owned, and torch moves each one into /dev/shm itself.
+* ``torch.autograd._unsafe_preserve_version_counter``: moving a tensor changes no value, so a backward pass that
+  needs it must not be refused. Without it no tensor is moved here either.
 * ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
   ``_values``, ``Tensor._coalesced_``: what torch's own reductions use to take apart and put together such tensors.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from typing import Any, Final
 
 import torch
@@ -31,7 +34,10 @@ _private: Any = torch.UntypedStorage
 CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasattr(
     torch.UntypedStorage, "_new_shared_fd_cpu"
 )
-_use_count = getattr(torch._C, "_storage_Use_Count", None)
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+_same_version: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
+#: Two threads may write one tensor at once; it is moved once.
+_moving = threading.Lock()
 #: One owner is the tensor, one the Python object of the storage.
 _SOLE_OWNER: Final = 2
 _SHM: Final = "/dev/shm"
@@ -44,10 +50,11 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     Raises ResourceError if torch would put it into a /dev/shm that is too small for it (touching that would end
     the process with a bus error), or if descriptors have run out.
     """
-    if not storage.is_shared():
-        _check_room(storage.nbytes())
     try:
-        fd, nbytes = storage._share_fd_cpu_()
+        with _moving:
+            if not storage.is_shared():
+                _check_room(storage.nbytes())
+            fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
         raise ResourceError(
             f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {_limit(error)}"
@@ -93,24 +100,29 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
     """Give a private tensor that alone owns its storage a storage in anonymous shared memory, in place.
 
     Does nothing for any other tensor: ``share`` then moves its storage as torch does, with all views of it.
+    Raises ResourceError if memory or descriptors have run out.
     """
-    storage = tensor.untyped_storage()
-    if _use_count is None or not CAN_SHARE_FD or storage.is_shared() or storage.nbytes() == 0:
+    if _use_count is None or _same_version is None or not CAN_SHARE_FD:
         return
-    if _use_count(storage._cdata) > _SOLE_OWNER or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return
-    nbytes = storage.nbytes()
-    block = blocks.Descriptor(blocks.create())
-    try:
-        os.posix_fallocate(block.fd, 0, nbytes)
-    except AttributeError:
-        os.ftruncate(block.fd, nbytes)
-    except OSError as error:
-        raise blocks.exhausted(error) from error
-    shared = open_shared(block.fd, nbytes)
-    shared.copy_(storage)
-    with torch.no_grad():
-        tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
+    with _moving:
+        storage = tensor.untyped_storage()
+        nbytes = storage.nbytes()
+        if nbytes == 0 or storage.is_shared() or _use_count(storage._cdata) > _SOLE_OWNER:
+            return
+        block = blocks.Descriptor(blocks.create())
+        try:
+            os.posix_fallocate(block.fd, 0, nbytes)
+        except AttributeError:
+            os.ftruncate(block.fd, nbytes)
+        except OSError as error:
+            raise blocks.exhausted(error) from error
+        shared = open_shared(block.fd, nbytes)
+        shared.copy_(storage)
+        # The values stay what they were: autograd need not take this for a change.
+        with torch.no_grad(), _same_version(tensor):
+            tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
