@@ -400,14 +400,6 @@ def test_the_file_system_strategy_works_too(run_script: Any) -> None:
 LARGE = 12_000_000  # elements: an allocation of its own, so that freeing it would unmap it
 
 
-def _alias_by_numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.numpy()
-
-
-def _alias_by_dlpack(tensor: torch.Tensor) -> np.ndarray:
-    return np.from_dlpack(tensor)
-
-
 @pytest.mark.parametrize("with_view", [False, True], ids=["alone", "with a view"])
 def test_the_array_behind_a_from_numpy_tensor_stays_memory_safe(with_view: bool) -> None:
     array = np.zeros(LARGE, np.float32)

@@ -116,8 +116,8 @@ def _rebuild_sparse(
     if layout is torch.sparse_coo:
         return torch.sparse_coo_tensor(parts[0], parts[1], shape, is_coalesced=coalesced, device=parts[1].device)
     compressed: Any = torch.sparse_compressed_tensor  # its annotations lack this signature
-    return compressed(parts[0], parts[1], parts[2], shape, layout=layout, device=parts[1].device)  # type:
-    ignore[no-any-return]
+    tensor: torch.Tensor = compressed(*parts, shape, layout=layout, device=parts[1].device)
+    return tensor
 
 
 def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
