@@ -104,7 +104,7 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
     """
     if _use_count is None or _same_version is None or not CAN_SHARE_FD:
         return
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference():
         return
     with _moving:
         storage = tensor.untyped_storage()
