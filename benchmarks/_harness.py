@@ -74,9 +74,7 @@ class Target:
         return f"{self.verdict:8}{self.text:66}{measured:>10}   {asked}"
 
 
-def interleave(
-    unit: str, cases: Mapping[str, Mapping[str, Measure]], rounds: int, limit_s: int = 120
-) -> Results:
+def interleave(unit: str, cases: Mapping[str, Mapping[str, Measure]], rounds: int, limit_s: int = 120) -> Results:
     """Measures every contender of every case once per round, each round beginning with the next contender.
 
     Raises TimeoutError if one measurement takes longer than `limit_s` seconds.
@@ -166,9 +164,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--rounds", type=int, default=None, help="rounds to measure (5; with --quick 3)")
     arguments.add_argument("--quick", action="store_true", help="a short run: rougher figures")
-    arguments.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all figures of all rounds to FILE"
-    )
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write all figures of all rounds to FILE")
     arguments.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     return arguments
 

@@ -78,9 +78,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return moved + 0.03 * torch.randn(images.shape, generator=generator)
 
 
-def batches(
-    files: list[Path], batch_size: int, seed: int | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(files: list[Path], batch_size: int, seed: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields images (n x 1 x 8 x 8) and labels (n): with a seed shuffled and augmented, else as they are.
 
     A worker gets the code of a function, not the data around it: whatever this one needs is an argument. The

@@ -10,9 +10,9 @@ import pytest
 from .support import Peer, started_peer
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collections(_services: None) -> None:
-    """Each test collects garbage twice: spare it torch's own objects, which are none."""
+    """Each test collects garbage twice: spare it what torch and the modules before have left, which is none."""
     gc.collect()
     gc.freeze()
 

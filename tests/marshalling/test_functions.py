@@ -98,6 +98,12 @@ def make():
     return inner
 f = make()
 """,
+    "no_grad": """
+import torch
+@torch.no_grad()
+def g(): return torch.is_grad_enabled()
+def f(): return g()
+""",
     "generator": "def gen():\n    yield from range(3)\ndef f(): return list(gen())",
     "coroutine": "import asyncio\nasync def g(): return 4\ndef f(): return asyncio.run(g())",
     "module": "import math\ndef f(): return math.pi",

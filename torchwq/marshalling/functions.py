@@ -148,6 +148,7 @@ def check(function: types.FunctionType) -> None:
 def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
     if function.__code__.co_filename in _WRITERS:
         return
+    library = own_module(function) is not None
     written_by_dataclasses = function.__code__.co_filename == "<string>"
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if name == "__class__" or (written_by_dataclasses and name.startswith(_DATACLASS_CELLS)):
@@ -156,8 +157,14 @@ def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, An
             value = cell.cell_contents
         except ValueError:
             continue
-        if _is_data(value):
+        if _is_data(value) and not (library and _is_method_of_library(value)):
             yield "closure variable", name, value
+
+
+def _is_method_of_library(value: Any) -> bool:
+    """What a library's decorator closes over beside the function, as that of ``torch.no_grad()`` does: no user's
+    data."""
+    return isinstance(value, types.MethodType) and goes_by_name(type(value.__self__))
 
 
 def _captured_globals(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:

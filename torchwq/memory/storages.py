@@ -10,6 +10,8 @@ Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
   owned, and torch moves each one into /dev/shm itself.
 * ``torch.autograd._unsafe_preserve_version_counter``: moving a tensor changes no value, so a backward pass that
   needs it must not be refused. Without it no tensor is moved here either.
+* ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
+  into it. Without them such an array must not be used after the move, as after ``share_memory_()``.
 * ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
   ``_values``, ``Tensor._coalesced_``: what torch's own reductions use to take apart and put together such tensors.
 
@@ -27,6 +29,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import ResourceError
+from ..transport.process import reset_in_child
 from . import blocks
 
 _private: Any = torch.UntypedStorage
@@ -36,8 +39,18 @@ CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasatt
 )
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _same_version: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
-#: Two threads may write one tensor at once; it is moved once.
-_moving = threading.Lock()
+_lazy_clone: Any = getattr(torch, "_lazy_clone", None)
+_tensor_use_count: Any = getattr(torch.Tensor, "_use_count", lambda tensor: 1)
+#: Two threads may write one tensor at once; it is moved once. Reentrant for the sake of finalizers.
+_moving = threading.RLock()
+
+
+@reset_in_child
+def _unlock() -> None:
+    global _moving
+    _moving = threading.RLock()
+
+
 #: One owner is the tensor, one the Python object of the storage.
 _SOLE_OWNER: Final = 2
 _SHM: Final = "/dev/shm"
@@ -54,12 +67,33 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
         with _moving:
             if not storage.is_shared():
                 _check_room(storage.nbytes())
+                _keep_for_arrays(storage)
             fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
+        _hold(storage, None)  # it has left nothing
         raise ResourceError(
             f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {_limit(error)}"
         ) from error
     return int(fd), int(nbytes)
+
+
+def _keep_for_arrays(storage: torch.UntypedStorage) -> None:
+    """Let the memory that ``storage`` is about to leave live as long as the storage, if arrays may point into it.
+
+    An array made by ``tensor.numpy()`` keeps only the storage alive, and torch would free the memory under it. A lazy
+    clone owns that memory too. The memory of ``torch.from_numpy`` cannot be cloned so; it has its owner elsewhere.
+    """
+    if storage.resizable() or _lazy_clone is None:
+        return  # no array was ever made of it
+    try:
+        _hold(storage, _lazy_clone(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)))
+    except RuntimeError:
+        pass
+
+
+def _hold(storage: Any, memory: Any) -> None:
+    """Keep ``memory`` as long as ``storage``: torch keeps a storage's Python object for as long as the storage."""
+    storage._torchwq_left_memory = memory
 
 
 def _limit(error: RuntimeError) -> str:
@@ -120,6 +154,8 @@ def move_if_sole_owner(tensor: torch.Tensor) -> None:
             raise blocks.exhausted(error) from error
         shared = open_shared(block.fd, nbytes)
         shared.copy_(storage)
+        if _tensor_use_count(tensor) > 1:
+            _hold(shared, storage)  # someone in C++ has the tensor, DLPack for one, and may point into its memory
         # The values stay what they were: autograd need not take this for a change.
         with torch.no_grad(), _same_version(tensor):
             tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
