@@ -14,7 +14,6 @@ from typing import Any, final
 
 from .errors import QueueClosed
 from .marshalling import codec, exceptions
-from .transport.sockets import close_fds
 from .workers import child, worker
 
 _ENTRY = "torchwq.mapping:run_worker"
@@ -128,8 +127,8 @@ class Map:
                 self._errors[mapid] = error
 
     def __del__(self) -> None:
-        for _, fds in self._answers.values():
-            close_fds(fds)  # of answers that nobody has read
+        for unread in self._answers.values():
+            codec.discard(*unread)
 
     @property
     def pids(self) -> list[int | None]:

@@ -21,10 +21,9 @@ LIMIT = codec.CALL_LIMIT
 
 def received(payload: Payload) -> tuple[bytes, list[int]]:
     """What a reader would get: the bytes with a trailer, and descriptors of its own."""
-    number = struct.pack("=Q", 7)
     if isinstance(payload, Parcel):
-        return payload.data + number + bytes([payload.kind]), [os.dup(fd) for fd in payload.fds]
-    return payload + number + bytes([PICKLE]), []
+        return payload.copy()
+    return payload + struct.pack("=Q", 7) + bytes([PICKLE]), []
 
 
 def marshal(obj: Any, limit: int = LIMIT, *, upvalues: bool = False) -> Payload:

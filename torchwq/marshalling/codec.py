@@ -7,21 +7,30 @@ function or class that has to travel by value, or anything that pickle cannot do
 Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
 here is a list. numpy arrays leave out of band (protocol 5). What is too large for a message goes into one shared
 block, from which the reader's arrays are mapped copy-on-write.
+
+A message that refers to blocks ends with a list of them, before its trailer: number and size of each, and how many
+there are. Their descriptors are the message's last ones, in the same order. A large payload's message refers to the
+block that the payload is in, and all that has just been said of the message is said in there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import struct
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import cloudpickle
 
 from ..errors import ClosureError, MarshalError, ResourceError
-from ..memory import blocks
-from ..memory.parcel import BLOCK, TRAILER, Parcel
+from ..memory import anonymous, pool, recycling
+from ..memory.arrivals import Arrivals
+from ..memory.block import Block
+from ..memory.ledger import UNTRACKED
+from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
 from ..transport.sockets import close_fds
@@ -34,6 +43,9 @@ OUT_OF_BAND: Final = 32 * 1024
 #: Where in the block the table of its groups is, how many there are, whether the descriptors are in a bag.
 _HEAD: Final = struct.Struct("=QI?")
 _SPAN: Final = struct.Struct("=QQ")
+#: Number and bytes of a block that a message refers to, and how many of these there are.
+_REFERENCE: Final = struct.Struct("=QQ")
+_COUNT: Final = struct.Struct("=I")
 
 
 class _NeedsCloud(Exception):
@@ -57,6 +69,7 @@ class _Attachments:
         self.buffers: list[memoryview] = []
         self.fds: list[int] = []
         self.keep: list[Any] = []
+        self.blocks: dict[Block, int] = {}
         #: Whether there is anything beside the pickle.
         self.more = False
 
@@ -65,6 +78,16 @@ class _Attachments:
         self.fds.append(fd)
         self.keep.append(owner)
         return len(self.fds) - 1
+
+    def refer(self, block: Block, storage: Any) -> int:
+        index = self.blocks.get(block)
+        if index is None:
+            self.more = True
+            if block.number == UNTRACKED:
+                recycling.prepare_to_send(block)
+            self.blocks[block] = index = len(self.blocks)
+            self.keep.append(storage)
+        return index
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """pickle's ``buffer_callback``: True leaves the buffer in the pickle."""
@@ -77,21 +100,53 @@ class _Attachments:
 
     def payload(self, limit: int) -> bytes | Parcel:
         """What was collected, as one payload of at most ``limit`` bytes."""
+        blocks = self.blocks
         size = sum(map(len, self.chunks))
-        small = size <= limit and not self.buffers
-        if small and not self.fds:
-            return b"".join(self.chunks)
-        in_bag = len(self.fds) > MAX_FDS - 4
+        fds = self.fds + [block.fd for block in blocks]
+        in_bag = len(fds) > MAX_FDS - 4
+        with_references = size + len(blocks) * _REFERENCE.size + _COUNT.size if blocks else size
+        if with_references <= limit and not self.buffers and not in_bag:
+            if not fds:
+                return b"".join(self.chunks)
+            if not blocks:
+                return Parcel(b"".join(self.chunks), fds, self.keep)
+            data = b"".join((*self.chunks, *_references(blocks)))
+            return Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
+        return self._large_payload(fds, in_bag)
+
+    def _large_payload(self, fds: list[int], in_bag: bool) -> Parcel:
+        numbers = [block.number for block in self.blocks]
+        groups: list[Sequence[bytes | memoryview]] = [self.chunks, _references(self.blocks)]
+        groups += ([buffer] for buffer in self.buffers)
+        spans = anonymous.layout([sum(memoryview(each).nbytes for each in group) for group in groups])
+        table = sum(spans[-1])
+        groups.append([b"".join(_SPAN.pack(*span) for span in spans)])
         if in_bag:
-            sack = bag.pack(self.fds)
-            self.fds, self.keep = [sack.fileno()], [sack]
-        if small and not in_bag:
-            return Parcel(b"".join(self.chunks), self.fds, self.keep)
-        spans = blocks.layout([size, *(buffer.nbytes for buffer in self.buffers), 0])
-        table = b"".join(_SPAN.pack(*span) for span in spans[:-1])
-        fd = blocks.fill([self.chunks, *([buffer] for buffer in self.buffers), [table]])
-        self.attach(fd, blocks.Descriptor(fd))
-        return Parcel(_HEAD.pack(spans[-1][0], len(spans) - 1, in_bag), self.fds, self.keep, BLOCK)
+            sack = bag.pack(fds)
+            fds, self.keep = [sack.fileno()], [*self.keep, sack]
+        number, nbytes, fd = self._fill(groups, table + len(spans) * _SPAN.size)
+        head = _HEAD.pack(table, len(spans), in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
+        return Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number])
+
+    def _fill(self, groups: Sequence[Sequence[bytes | memoryview]], nbytes: int) -> tuple[int, int, int]:
+        """Put ``groups`` one behind the other into a block: its number, size and descriptor."""
+        block = pool.take(pool.capacity_for(nbytes))
+        if block is None:  # one descriptor, which is closed again as soon as the message has left, must be had
+            fd = anonymous.fill(groups)
+            self.keep.append(anonymous.Descriptor(fd))
+            return UNTRACKED, nbytes, fd
+        try:
+            self.keep.append(block.storage)
+            anonymous.copy(groups, block.bytes())
+        finally:
+            pool.lend(block)
+        recycling.prepare_to_send(block)
+        return block.number, block.nbytes, block.fd
+
+
+def _references(blocks: Iterable[Block]) -> list[bytes]:
+    parts = [_REFERENCE.pack(block.number, block.nbytes) for block in blocks]
+    return [*parts, _COUNT.pack(len(parts))]
 
 
 class _FastEncoder(pickle.Pickler):
@@ -274,30 +329,89 @@ def decode(data: bytes, fds: list[int]) -> Any:
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
-    if not fds and data[-1] != BLOCK:
+    if not fds:
         return pickle.loads(data)
     try:
-        if data[-1] != BLOCK:
-            with reducers.Unpacking(fds):
-                return pickle.loads(data)
-        return _decode_block(data[:-TRAILER], fds)
+        if data[-1] == REFERENCES:
+            arrivals = _arrivals(data, len(data) - TRAILER, fds)
+            return _loads(data, (), arrivals, fds)
+        if data[-1] == BLOCK:
+            return _decode_block(data, fds)
+        return _loads(data, (), None, fds)
     finally:
-        discard(fds)
+        close_fds([fd for fd in fds if fd >= 0])
 
 
-def _decode_block(head: bytes, fds: list[int]) -> Any:
-    table, count, in_bag = _HEAD.unpack(head)
-    block = blocks.map_private(fds[-1])
-    spans = [_SPAN.unpack_from(block, table + index * _SPAN.size) for index in range(count)]
-    groups = [block[offset : offset + nbytes] for offset, nbytes in spans]
+def _arrivals(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
+    """Take out the blocks that are listed in what ends at ``end``."""
+    references = _listed(data, end)
+    return Arrivals(references, fds[len(fds) - len(references) :])
+
+
+def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
+    (count,) = _COUNT.unpack_from(data, end - _COUNT.size)
+    start = end - _COUNT.size - count * _REFERENCE.size
+    if count == 1:
+        return [_REFERENCE.unpack_from(data, start)]  # type: ignore[list-item]
+    return list(_REFERENCE.iter_unpack(data[start : start + count * _REFERENCE.size]))  # type: ignore[arg-type]
+
+
+def _loads(data: bytes | memoryview, buffers: Iterable[Any], arrivals: Arrivals | None, fds: list[int]) -> Any:
+    try:
+        with reducers.Unpacking(fds, arrivals):
+            return pickle.loads(data, buffers=buffers)
+    finally:
+        if arrivals is not None:
+            arrivals.done()
+
+
+def _decode_block(data: bytes, fds: list[int]) -> Any:
+    block = _arrivals(data, len(data) - TRAILER, fds)
+    try:
+        groups, buffers = _open_block(data, block, fds)
+        arrivals = _arrivals(groups[1], groups[1].nbytes, fds[:-1])
+        try:
+            return _loads(groups[0], buffers, arrivals, fds)
+        finally:
+            groups.clear()
+    finally:
+        block.done()
+
+
+def _open_block(data: bytes, block: Arrivals, fds: list[int]) -> tuple[list[memoryview], list[memoryview]]:
+    """The pickle and the references in a payload's block, to look at, and its buffers, to keep."""
+    table, count, in_bag = _HEAD.unpack_from(data)
+    memory = block.memory(0)
+    spans = [_SPAN.unpack_from(memory, table + index * _SPAN.size) for index in range(count)]
+    buffers = []
+    if count > 2:
+        private = block.private_memory(0)
+        buffers = [private[offset : offset + nbytes] for offset, nbytes in spans[2:]]
     if in_bag:
         sack, fds[0] = fds[0], -1
         fds[:1] = bag.unpack(sack)
-    with reducers.Unpacking(fds):
-        return pickle.loads(groups[0], buffers=groups[1:])
+    return [memory[offset : offset + nbytes] for offset, nbytes in spans[:2]], buffers
 
 
-def discard(fds: list[int]) -> None:
-    """Close the descriptors of a message that nobody will decode."""
+def discard(data: bytes, fds: list[int]) -> None:
+    """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
+    if not fds:
+        return
+    if data[-1] in (REFERENCES, BLOCK):
+        try:
+            references = _listed(data, len(data) - TRAILER)
+            if data[-1] == BLOCK:
+                _discard_references_in(data, fds)
+            recycling.note_lost([number for number, _ in references])
+        except Exception:
+            pass  # then they are believed to be lost after a while
     close_fds([fd for fd in fds if fd >= 0])
-    fds.clear()
+
+
+def _discard_references_in(data: bytes, fds: list[int]) -> None:
+    table, _, _ = _HEAD.unpack_from(data)
+    with contextlib.closing(anonymous.Descriptor(os.dup(fds[-1]))) as block:
+        memory = anonymous.map_private(block.fd)
+    offset, nbytes = _SPAN.unpack_from(memory, table + _SPAN.size)
+    listed = _listed(memory[offset : offset + nbytes], nbytes)
+    recycling.note_lost([number for number, _ in listed])

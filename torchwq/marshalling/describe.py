@@ -13,6 +13,15 @@ from typing import Any, Final
 from ..memory.parcel import BLOCK, TRAILER
 
 _LONGEST: Final = 200
+#: The functions that rebuild what users know by other names.
+_SHOWN: Final = {
+    "_rebuild": "tensor",
+    "_rebuild_leaf": "tensor",
+    "_rebuild_copy": "tensor",
+    "_rebuild_dense": "tensor",
+    "_reconstruct": "array",
+    "_frombuffer": "array",
+}
 
 
 class _Named(type):
@@ -43,7 +52,7 @@ class _Placeholder(metaclass=_Named):
 
 class _Describer(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        shown = {"_rebuild_dense": "tensor", "_reconstruct": "array", "_frombuffer": "array"}.get(name, name)
+        shown = _SHOWN.get(name, name)
         return _Named(name.rpartition(".")[2] or "object", (_Placeholder,), {"_name": shown})
 
     def persistent_load(self, pid: Any) -> Any:

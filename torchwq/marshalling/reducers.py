@@ -2,7 +2,7 @@
 
 A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own
 way. It may attach descriptors to the message with ``encoder.attach``; the rebuilding function finds them by their index
-with :func:`inbound_fd`.
+with :func:`take_inbound_fd`. Or let it refer to blocks; the rebuilding function finds them in :func:`inbound`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..memory.arrivals import Arrivals
+from ..memory.block import Block
+
 
 class Encoder(Protocol):
     def attach(self, fd: int, owner: Any) -> int:
         """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
+        ...
+
+    def refer(self, block: Block, storage: Any) -> int:
+        """Let a reference to ``block`` travel with the message; ``storage`` is its. Returns its index."""
         ...
 
 
@@ -51,28 +58,33 @@ _inbound = threading.local()
 
 
 class Unpacking:
-    """The descriptors of the message that this thread is unpickling; closes those nobody has taken."""
+    """The descriptors and the blocks of the message that this thread is unpickling."""
 
-    def __init__(self, fds: list[int]) -> None:
+    __slots__ = ("_outer", "arrivals", "fds")
+
+    def __init__(self, fds: list[int], arrivals: Arrivals | None) -> None:
         self.fds = fds
+        self.arrivals = arrivals
 
     def __enter__(self) -> Unpacking:
-        self._outer = getattr(_inbound, "fds", None)
-        _inbound.fds = self.fds
+        self._outer = getattr(_inbound, "message", None)
+        _inbound.message = self
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _inbound.fds = self._outer
+        _inbound.message = self._outer
 
 
-def inbound_fd(index: int) -> int:
-    """A descriptor of the message being unpickled; it stays the message's, which closes it."""
-    return int(_inbound.fds[index])
+def inbound() -> Arrivals:
+    """The blocks of the message being unpickled."""
+    arrivals: Arrivals = _inbound.message.arrivals
+    return arrivals
 
 
 def take_inbound_fd(index: int) -> int:
-    """The same, but now it is the caller's."""
-    fd, _inbound.fds[index] = _inbound.fds[index], -1
+    """A descriptor of the message being unpickled; now it is the caller's."""
+    fds = _inbound.message.fds
+    fd, fds[index] = fds[index], -1
     return int(fd)
 
 

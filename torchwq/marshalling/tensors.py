@@ -1,13 +1,13 @@
-"""Tensors by reference: what travels is the descriptor of the shared storage and how the tensor lies on it.
+"""Tensors by reference: what travels is the number of the block that they are on, and how they lie on it.
 
-Two tensors on one storage in one message stay so, because pickle meets the same storage object twice. Dense CPU
-tensors are taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones.
+Two tensors on one storage stay so, because they refer to one block. Dense CPU tensors are taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones.
 Subclasses and quantized tensors take torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their
 storages, and so here. CUDA and meta tensors go through ``torch.multiprocessing.reductions``.
 """
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
@@ -15,13 +15,69 @@ import torch.multiprocessing
 from torch.multiprocessing import reductions
 from torch.utils.hooks import warn_if_has_hooks
 
-from ..memory import storages
-from .reducers import Encoder, inbound_fd, register, register_family
+from ..memory import sharing, storages
+from ..memory.recycling import block_of
+from ..memory.storages import geometry
+from .reducers import Encoder, inbound, register, register_family
 
 
 def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    _refuse_non_leaf(tensor)
-    warn_if_has_hooks(tensor)
+    if tensor.requires_grad:
+        _refuse_non_leaf(tensor)
+        warn_if_has_hooks(tensor)
+    if (
+        tensor.layout is not torch.strided
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or tensor.is_nested
+        or tensor.is_quantized
+        or not tensor.is_cpu
+    ):
+        return _reduce_unusual(tensor)
+    storage = tensor.untyped_storage()
+    block = block_of(storage)
+    if block is None or not sharing.is_current(block):
+        if storage.nbytes() == 0 or sharing.is_for_torch(storage):
+            return _rebuild_dense, (type(tensor), storage, *geometry(tensor), tensor.requires_grad)
+        block = sharing.share(tensor)
+        if block is None:
+            return _reduce_to_copy(tensor)
+        storage = tensor.untyped_storage()
+    index = encoder.refer(block, storage)
+    code, offset, size, stride = geometry(tensor)
+    if type(tensor) is torch.Tensor and not tensor.requires_grad:
+        return _rebuild, (index, code, offset, size, stride)
+    return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, size, stride)
+
+
+def _rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    return inbound().tensor(index, (code, offset, size, stride))
+
+
+def _rebuild_leaf(cls: type[torch.Tensor], requires_grad: bool, *where: Any) -> torch.Tensor:
+    return _as_leaf(_rebuild(*where), cls, requires_grad)
+
+
+def _as_leaf(tensor: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    if cls is torch.nn.Parameter:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+def _reduce_to_copy(tensor: torch.Tensor) -> Any:
+    """For want of descriptors, the tensor's values travel instead of a reference."""
+    copy = tensor.detach().clone()
+    data = pickle.PickleBuffer(storages.lasting_memory(copy.untyped_storage()))
+    return _rebuild_copy, (type(tensor), tensor.requires_grad, data, *geometry(copy))
+
+
+def _rebuild_copy(cls: type[torch.Tensor], requires_grad: bool, data: Any, *geometry: Any) -> torch.Tensor:
+    storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+    return _as_leaf(storages.place(storage, *geometry), cls, requires_grad)
+
+
+def _reduce_unusual(tensor: torch.Tensor) -> Any:
+    """Other tensors than dense ones on the CPU: taken apart into such, or left to torch."""
     parameter = isinstance(tensor, torch.nn.Parameter)
     if tensor.is_conj():
         return _restore, (_restore_conj, (_without_grad(tensor).conj(),), parameter, tensor.requires_grad)
@@ -37,18 +93,7 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         return _restore, (_rebuild_sparse, args, parameter, tensor.requires_grad)
     if tensor.is_quantized:
         return NotImplemented
-    if tensor.device.type != "cpu":
-        return reductions.reduce_tensor(tensor)
-    storages.move_if_sole_owner(tensor)
-    return _rebuild_dense, (
-        type(tensor),
-        tensor.untyped_storage(),
-        tensor.dtype,
-        tensor.storage_offset(),
-        tuple(tensor.size()),
-        tensor.stride(),
-        tensor.requires_grad,
-    )
+    return reductions.reduce_tensor(tensor)
 
 
 def _reduce_subclass(encoder: Encoder, tensor: torch.Tensor) -> Any:
@@ -88,17 +133,13 @@ def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
 def _rebuild_dense(
     cls: type[torch.Tensor],
     storage: torch.UntypedStorage,
-    dtype: torch.dtype,
+    code: int,
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
     requires_grad: bool,
 ) -> torch.Tensor:
-    tensor = torch.empty((0,), dtype=dtype, device="cpu").set_(storage, offset, size, stride)
-    if cls is torch.nn.Parameter:
-        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    tensor.requires_grad = requires_grad
-    return tensor
+    return _as_leaf(storages.place(storage, code, offset, size, stride), cls, requires_grad)
 
 
 def _restore(rebuild: Any, args: tuple[Any, ...], parameter: bool, requires_grad: bool) -> torch.Tensor:
@@ -125,15 +166,22 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
         return reductions.reduce_storage(storage)
     if storage.nbytes() == 0:
         return torch.UntypedStorage, (0,)
-    shared_by_name = storage.is_shared() and torch.multiprocessing.get_sharing_strategy() == "file_system"
-    if shared_by_name or not storages.CAN_SHARE_FD:
-        return reductions.reduce_storage(storage)
-    fd, nbytes = storages.share(storage)
-    return _open_storage, (encoder.attach(fd, storage), nbytes)
+    block = block_of(storage)
+    if block is None or not sharing.is_current(block):
+        if sharing.is_for_torch(storage):
+            return reductions.reduce_storage(storage)
+        block = sharing.share_storage(storage)
+        if block is None:
+            return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
+    return _open_storage, (encoder.refer(block, storage),)
 
 
-def _open_storage(index: int, nbytes: int) -> torch.UntypedStorage:
-    return storages.open_shared(inbound_fd(index), nbytes)
+def _rebuild_storage(data: Any) -> torch.UntypedStorage:
+    return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+
+
+def _open_storage(index: int) -> torch.UntypedStorage:
+    return inbound().storage(index)
 
 
 def _reduce_typed(encoder: Encoder, storage: Any) -> Any:

@@ -19,7 +19,7 @@ import mmap
 import os
 from typing import Final
 
-from . import blocks
+from . import anonymous
 
 SLOTS: Final = 4096
 #: The state word counts questions in multiples of this; what is below it counts busy threads.
@@ -34,7 +34,7 @@ class Board:
     """A mapping of one queue's counters. ``fd`` is owned by this object."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = blocks.create(_NBYTES) if fd is None else fd
+        self.fd = anonymous.create(_NBYTES) if fd is None else fd
         self._mapping = mmap.mmap(self.fd, _NBYTES)
         #: The same memory as words and as bytes.
         self.words = memoryview(self._mapping).cast("Q")

@@ -1,4 +1,5 @@
-"""What travels: the bytes of one message, its descriptors, and what must stay alive until it is sent.
+"""What travels: the bytes of one message, its descriptors, the blocks it refers to, and what must stay alive until it
+is sent.
 
 A plain small object is just ``bytes``, its pickle, and is sent as it is: a pickle ends with a full stop. Everything
 else is a :class:`Parcel`, and everything that is numbered has a trailer: the number (8 bytes) and the kind of the
@@ -9,25 +10,47 @@ to be cut off.
 from __future__ import annotations
 
 import os
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final
 
-#: Last byte of a message: a pickle with a trailer; a trailer after what says where in a shared block the pickle and its
-#: buffers are; a bare pickle.
+from . import recycling
+
+#: Last byte of a message: a pickle with a trailer; a trailer after references to blocks, after a pickle; a trailer
+#: after what says where in the last block the pickle is, with its buffers; a bare pickle.
 PICKLE: Final = 0
-BLOCK: Final = 1
+REFERENCES: Final = 1
+BLOCK: Final = 2
 BARE: Final = ord(".")
 TRAILER: Final = 9
 
 
-class Parcel(NamedTuple):
-    data: bytes
-    fds: list[int]
-    #: Owners of ``fds``: storages, blocks, sockets.
-    keep: list[Any]
-    kind: int = PICKLE
+class Parcel:
+    """A payload that is more than bytes. It may be sent any number of times."""
+
+    __slots__ = ("_numbers", "data", "fds", "keep", "kind")
+
+    def __init__(
+        self, data: bytes, fds: list[int], keep: list[Any], kind: int = PICKLE, numbers: Sequence[int] = ()
+    ) -> None:
+        self.data = data
+        self.fds = fds
+        #: Owners of ``fds``: storages, sockets.
+        self.keep = keep
+        self.kind = kind
+        self._numbers = numbers
+
+    def depart(self) -> None:
+        """Call this before it can be received: the ledger counts its references."""
+        if self._numbers:
+            recycling.count_sent(self._numbers)
+
+    def come_back(self) -> None:
+        """It was not sent after ``depart``."""
+        recycling.note_lost(self._numbers)
 
     def copy(self) -> tuple[bytes, list[int]]:
         """The message as its reader would get it, with descriptors of its own."""
+        self.depart()
         return self.data + bytes(TRAILER - 1) + bytes((self.kind,)), [os.dup(fd) for fd in self.fds]
 
 

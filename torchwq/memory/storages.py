@@ -7,9 +7,7 @@ Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
   another process; it duplicates the descriptor. Both are what ``torch.multiprocessing.reductions`` uses for its
   ``file_descriptor`` strategy; without them tensors go through those reductions.
 * ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
-  owned, and torch moves each one into /dev/shm itself.
-* ``torch.autograd._unsafe_preserve_version_counter``: moving a tensor changes no value, so a backward pass that
-  needs it must not be refused. Without it no tensor is moved here either.
+  owned, torch moves each one into /dev/shm itself, and no memory is used again.
 * ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
   into it. Without them such an array must not be used after the move, as after ``share_memory_()``.
 * ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
@@ -21,16 +19,17 @@ tensor on it is; the memory itself when no process maps it and no message holds 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import resource
-import threading
+import sys
 from typing import Any, Final
 
 import torch
 
 from ..errors import ResourceError
-from ..transport.process import reset_in_child
-from . import blocks
+from . import anonymous
 
 _private: Any = torch.UntypedStorage
 
@@ -38,19 +37,8 @@ CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasatt
     torch.UntypedStorage, "_new_shared_fd_cpu"
 )
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
-_same_version: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)
 _lazy_clone: Any = getattr(torch, "_lazy_clone", None)
 _tensor_use_count: Any = getattr(torch.Tensor, "_use_count", lambda tensor: 1)
-#: Two threads may write one tensor at once; it is moved once. Reentrant for the sake of finalizers.
-_moving = threading.RLock()
-
-
-@reset_in_child
-def _unlock() -> None:
-    global _moving
-    _moving = threading.RLock()
-
-
 #: One owner is the tensor, one the Python object of the storage.
 _SOLE_OWNER: Final = 2
 _SHM: Final = "/dev/shm"
@@ -64,15 +52,14 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     the process with a bus error), or if descriptors have run out.
     """
     try:
-        with _moving:
-            if not storage.is_shared():
-                _check_room(storage.nbytes())
-                _keep_for_arrays(storage)
-            fd, nbytes = storage._share_fd_cpu_()
+        if not storage.is_shared():
+            _check_room(storage.nbytes())
+            _keep_for_arrays(storage)
+        fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
         _hold(storage, None)  # it has left nothing
-        raise ResourceError(
-            f"torch could not move a storage of {storage.nbytes()} bytes into shared memory: {_limit(error)}"
+        raise _failed(
+            f"torch could not move a storage of {storage.nbytes()} bytes into shared memory", error
         ) from error
     return int(fd), int(nbytes)
 
@@ -96,15 +83,23 @@ def _hold(storage: Any, memory: Any) -> None:
     storage._torchwq_left_memory = memory
 
 
-def _limit(error: RuntimeError) -> str:
+def _failed(what: str, error: RuntimeError) -> ResourceError:
     """Which limit torch has run into. It tells only by the text of its error."""
-    if "file descriptor" in str(error) or "open files" in str(error):
+    text = str(error)
+    if "Too many open files" in text or "file descriptor" in text:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return (
-            f"each one takes a file descriptor, and this process may have {soft} open (RLIMIT_NOFILE). "
-            f"Raise it with `ulimit -n`, or keep fewer shared tensors at a time"
+        return ResourceError(
+            errno.EMFILE,
+            f"{what}: each one takes a file descriptor, and this process may have {soft} open (RLIMIT_NOFILE). "
+            f"Raise it with `ulimit -n`, or keep fewer shared tensors at a time",
         )
-    return str(error)
+    if "Cannot allocate memory" in text:
+        return ResourceError(
+            errno.ENOMEM,
+            f"{what}: {text}. The limit is that of the address space (RLIMIT_AS, `ulimit -v`), of the number of memory "
+            f"mappings (vm.max_map_count), or memory itself",
+        )
+    return ResourceError(0, f"{what}: {text}")
 
 
 def _check_room(nbytes: int) -> None:
@@ -126,39 +121,101 @@ def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
     try:
         storage: torch.UntypedStorage = _private._new_shared_fd_cpu(fd, nbytes)
     except RuntimeError as error:
-        raise ResourceError(f"a shared tensor of {nbytes} bytes could not be mapped: {_limit(error)}") from error
+        raise _failed(f"a shared tensor of {nbytes} bytes could not be mapped", error) from error
     return storage
 
 
-def move_if_sole_owner(tensor: torch.Tensor) -> None:
-    """Give a private tensor that alone owns its storage a storage in anonymous shared memory, in place.
+def is_sole_owner(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether nothing but ``tensor`` owns the private ``storage``, so that moving the tensor moves everything."""
+    return (
+        CAN_RECYCLE
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not tensor.is_inference()
+        and _use_count(storage._cdata) <= _SOLE_OWNER
+    )
 
-    Does nothing for any other tensor: ``share`` then moves its storage as torch does, with all views of it.
-    Raises ResourceError if memory or descriptors have run out.
+
+def move(tensor: torch.Tensor, template: torch.Tensor, storage: torch.UntypedStorage, address: int) -> Any:
+    """Copy what is in ``storage`` to ``address`` and let ``tensor`` lie as ``template`` does, which is there.
+
+    The values stay what they were, so to autograd this is no change. Returns what must live as long as the tensor.
     """
-    if _use_count is None or _same_version is None or not CAN_SHARE_FD:
-        return
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference():
-        return
-    with _moving:
-        storage = tensor.untyped_storage()
-        nbytes = storage.nbytes()
-        if nbytes == 0 or storage.is_shared() or _use_count(storage._cdata) > _SOLE_OWNER:
-            return
-        block = blocks.Descriptor(blocks.create())
-        try:
-            os.posix_fallocate(block.fd, 0, nbytes)
-        except AttributeError:
-            os.ftruncate(block.fd, nbytes)
-        except OSError as error:
-            raise blocks.exhausted(error) from error
-        shared = open_shared(block.fd, nbytes)
-        shared.copy_(storage)
-        if _tensor_use_count(tensor) > 1:
-            _hold(shared, storage)  # someone in C++ has the tensor, DLPack for one, and may point into its memory
-        # The values stay what they were: autograd need not take this for a change.
-        with torch.no_grad(), _same_version(tensor):
-            tensor.set_(shared, tensor.storage_offset(), tensor.size(), tensor.stride())
+    ctypes.memmove(address, storage.data_ptr(), storage.nbytes())
+    pointed_into = _tensor_use_count(tensor) > 1  # by someone in C++ who has the tensor, DLPack for one
+    tensor.data = template
+    return storage if pointed_into else None
+
+
+def owners(storage: torch.UntypedStorage) -> tuple[int, int]:
+    """How many owners a storage has, in C++ and in Python. Both numbers have the caller in them."""
+    return _use_count(storage._cdata), sys.getrefcount(storage)
+
+
+class _Probe:
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage = storage
+
+
+def _count_idle() -> tuple[int, int, int]:
+    """What ``owners(some.storage)`` gives if only ``some`` has it: owners, references, and references if there is a
+    tensor besides."""
+    probe = _Probe(torch.UntypedStorage(8))
+    alone = owners(probe.storage)
+    tensor = torch.empty((0,), dtype=torch.uint8, device="cpu").set_(probe.storage)
+    with_tensor = owners(probe.storage)
+    del tensor
+    return alone[0], alone[1], with_tensor[1]
+
+
+#: Whether it can be told that a storage is idle, and so its memory be used again.
+CAN_RECYCLE: Final = CAN_SHARE_FD and _use_count is not None
+IDLE_OWNERS, IDLE_REFERENCES, IDLE_REFERENCES_WITH_TENSOR = _count_idle() if CAN_RECYCLE else (0, 0, 0)
+
+#: The dtypes of this torch, in an order that is the same in every process.
+DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def geometry(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """How a dense tensor lies on its storage, as ``place`` takes it."""
+    return CODES[tensor.dtype], tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
+
+
+def place(
+    storage: torch.UntypedStorage, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor:
+    """A new tensor on ``storage``, whatever modes this thread is in."""
+    with torch.inference_mode(False):
+        tensor = torch.empty((0,), dtype=DTYPES[code], device="cpu")
+        return tensor.set_(storage, offset, size, stride)  # type: ignore[call-overload,no-any-return]
+
+
+def memory(storage: torch.UntypedStorage) -> memoryview:
+    """The memory of ``storage``, which must outlive the view."""
+    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+
+
+def lasting_memory(storage: torch.UntypedStorage) -> memoryview:
+    """The memory of ``storage``, which lives as long as the view does."""
+    return memoryview(place(storage, CODES[torch.uint8], 0, (storage.nbytes(),), (1,)).numpy())
+
+
+def descriptor(storage: torch.UntypedStorage) -> int:
+    """The descriptor of a storage that is shared already. It stays the storage's."""
+    return int(storage._share_fd_cpu_()[0])
+
+
+def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:
+    """Map shared memory copy-on-write: the mapping, which lives as long as anything uses the bytes, and the bytes."""
+    path = f"/proc/self/fd/{fd}"
+    if not os.path.exists(path):
+        view = anonymous.map_private(fd)
+        return view.obj, view
+    try:  # not with mmap, which would hold a descriptor for as long as the array lives
+        storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=nbytes)
+    except RuntimeError as error:
+        raise _failed(f"{nbytes} bytes could not be mapped", error) from error
+    return storage, lasting_memory(storage)
 
 
 def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Any, final
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
-from ..memory.parcel import BLOCK
 from ..transport import reactor
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
@@ -151,7 +150,7 @@ class WorkQueue:
             if received is None:
                 return None
         data, fds = received
-        if fds or data[-1] == BLOCK:
+        if fds:
             return codec.decode(data, fds)
         return loads(data)
 

@@ -27,14 +27,15 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
-from ..memory.blocks import Descriptor
+from ..marshalling import codec
+from ..memory import recycling
+from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
 from ..memory.parcel import Parcel
 from ..transport import endpoint, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
-from ..transport.sockets import close_fds
 from ..workers import deaths, worker
 from .history import History
 from .members import Member, patience
@@ -294,6 +295,7 @@ class Owner(Role, worker.EndListener):
         """The process behind a link is gone and has not said goodbye."""
         with self._lock:
             known = member.number in self._members
+            recycling.suspect_losses()
             if known and member.pid is not None:
                 self._ending += 1
                 self._possibly_lost += 1
@@ -363,11 +365,12 @@ class Owner(Role, worker.EndListener):
             self.closed = "the queue is closed"
             members, self._members = list(self._members.values()), {}
             self._history.clear()
-            for _, fds in self._inbox:
-                close_fds(fds)
+            for unread in self._inbox:
+                codec.discard(*unread)
             self._inbox.clear()
             self._taken.notify_all()
         self._on_close(self)
+        recycling.suspect_losses()
         self.waiter.close()
         for member in members:
             member.link.close()

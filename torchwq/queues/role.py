@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ..errors import QueueClosed
-from ..memory.blocks import Descriptor
+from ..memory.anonymous import Descriptor
 from ..memory.parcel import TRAILER, Parcel
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received

@@ -18,7 +18,7 @@ from _thread import get_ident
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
-from ..memory.blocks import Descriptor
+from ..memory.anonymous import Descriptor
 from ..memory.board import ASKED, BUSY, Board
 from ..transport import endpoint
 from ..transport import link as links

@@ -5,6 +5,7 @@ Invariants:
 * Messages leave in the order of ``send``, whichever threads call it: one lock covers "is anything waiting?" and
   the send itself.
 * While something waits, the reactor watches the socket and sends on; nobody has to call anything for that.
+* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``).
 * A waiting message keeps alive whatever its descriptors belong to, and no longer than until it is sent.
 * ``sent(tag)`` is called exactly once per message that the socket took, under the lock, in order.
 * When the other side is gone, all that waits is dropped, and every later ``send`` is refused.
@@ -39,6 +40,8 @@ class Payload(Protocol):
     def fds(self) -> list[int]: ...
     @property
     def kind(self) -> int: ...
+    def depart(self) -> None: ...
+    def come_back(self) -> None: ...
 
 
 class Outbox:
@@ -100,13 +103,18 @@ class Outbox:
                 data, fds, tag = self._message(payload)
             if not self._pending:
                 try:
-                    if self._try_send(data, fds):
-                        if self._sent is not None:
-                            self._sent(tag, data)
-                        return
-                except BrokenPipeError:
+                    is_sent = self._try_send(data, fds)
+                except OSError as error:
+                    if type(payload) is not bytes:
+                        payload.come_back()
+                    if not isinstance(error, BrokenPipeError):
+                        raise
                     self._drop()
                     raise self._refusal() from None
+                if is_sent:
+                    if self._sent is not None:
+                        self._sent(tag, data)
+                    return
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
             self._pending.append((data, fds, payload if fds else None, tag))
 
@@ -114,10 +122,14 @@ class Outbox:
         number, tag = 0, get_ident()
         if self._numbered:
             self.number = tag = number = self.number + 1
+        payload.depart()
         return payload.data + _TRAILER(number, payload.kind), payload.fds, tag
 
     def _drop(self) -> None:
         self._stopped = True
+        for _, _, payload, _ in self._pending:
+            if payload is not None:
+                payload.come_back()
         self._pending.clear()
         self._stop_watching()
 

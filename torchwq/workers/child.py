@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from ..memory import blocks
+from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
@@ -108,8 +108,8 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     """Take over what the owner sends, and return the entry function."""
     data, fds = context.receive()
     if fds:
-        with contextlib.closing(blocks.Descriptor(fds[0])) as block:
-            data = bytes(blocks.map_private(block.fd))
+        with contextlib.closing(anonymous.Descriptor(fds[0])) as block:
+            data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)
     os.environ.clear()
     os.environ.update(setup["environment"])

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..memory import blocks
+from ..memory import anonymous
 from ..memory.parcel import Parcel
 from ..transport import endpoint, namespace, reactor
 from ..transport.outbox import Outbox
@@ -80,8 +80,8 @@ class Worker:
         if len(setup) <= self._endpoint.max_message:
             self._outbox.send(setup)
         else:
-            fd = blocks.fill([[setup]])
-            self._outbox.send(Parcel(b"", [fd], [blocks.Descriptor(fd)]))
+            fd = anonymous.fill([[setup]])
+            self._outbox.send(Parcel(b"", [fd], [anonymous.Descriptor(fd)]))
 
     def send(self, payload: bytes | Parcel) -> bool:
         """Send a message; never blocks. Returns False if the worker is dead and has not got it: ``on_end`` tells."""
@@ -200,7 +200,7 @@ def start(
     except OSError as error:
         for worker in workers:
             worker.kill(signal.SIGKILL)
-        raise blocks.exhausted(error) from error
+        raise anonymous.exhausted(error) from error
     return workers
 
 

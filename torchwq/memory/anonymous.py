@@ -48,6 +48,17 @@ def create(nbytes: int = 0) -> int:
     return fd
 
 
+def reserve(fd: int, nbytes: int) -> None:
+    """Have the memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, nbytes)
+        else:
+            os.ftruncate(fd, nbytes)
+    except OSError as error:
+        raise exhausted(error) from error
+
+
 def exhausted(error: OSError) -> ResourceError:
     """Say which limit an OSError of a memory or descriptor call stands for."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -89,6 +100,16 @@ def fill(groups: Sequence[Sequence[bytes | memoryview]]) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def copy(groups: Sequence[Sequence[bytes | memoryview]], memory: memoryview) -> None:
+    """Copy ``groups`` into memory that is there, each group in one piece, where ``layout`` says."""
+    views = [[memoryview(buffer).cast("B") for buffer in group] for group in groups]
+    spans = layout([sum(view.nbytes for view in group) for group in views])
+    for group, (offset, _) in zip(views, spans, strict=True):
+        for view in group:
+            memory[offset : offset + view.nbytes] = view
+            offset += view.nbytes
 
 
 def _write(fd: int, view: memoryview, offset: int) -> int:

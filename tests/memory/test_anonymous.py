@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from tests.marshalling.support import descriptors
 from torchwq import ResourceError, TorchwqError
-from torchwq.memory import blocks
+from torchwq.memory import anonymous
 
 
 def read_back(groups: list[list[Any]]) -> list[bytes]:
-    spans = blocks.layout([sum(memoryview(buffer).nbytes for buffer in group) for group in groups])
-    fd = blocks.fill(groups)
+    spans = anonymous.layout([sum(memoryview(buffer).nbytes for buffer in group) for group in groups])
+    fd = anonymous.fill(groups)
     try:
-        block = blocks.map_private(fd)
-        assert all(offset % blocks.ALIGNMENT == 0 for offset, _ in spans)
+        block = anonymous.map_private(fd)
+        assert all(offset % anonymous.ALIGNMENT == 0 for offset, _ in spans)
         return [bytes(block[offset : offset + nbytes]) for offset, nbytes in spans]
     finally:
         os.close(fd)
@@ -42,7 +42,7 @@ def test_buffers_of_any_kind_are_copied() -> None:
 
 
 def test_a_buffer_larger_than_one_call_takes_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_CALL", 7)
+    monkeypatch.setattr(anonymous, "_CALL", 7)
     assert read_back([[b"x" * 100, b"y" * 3], [b"z" * 50]]) == [b"x" * 100 + b"y" * 3, b"z" * 50]
 
 
@@ -53,12 +53,12 @@ def test_a_short_write_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mapping_is_writable_and_private() -> None:
-    fd = blocks.fill([[b"original"]])
-    first, second = blocks.map_private(fd), blocks.map_private(fd)
+    fd = anonymous.fill([[b"original"]])
+    first, second = anonymous.map_private(fd), anonymous.map_private(fd)
     assert not first.readonly
     first[:8] = b"changed!"
     assert bytes(second[:8]) == b"original"
-    assert bytes(blocks.map_private(fd)[:8]) == b"original"
+    assert bytes(anonymous.map_private(fd)[:8]) == b"original"
     assert os.pread(fd, 8, 0) == b"original"
     os.close(fd)
     assert bytes(first[:8]) == b"changed!"
@@ -70,7 +70,7 @@ def test_an_empty_block_can_be_mapped() -> None:
 
 
 def test_a_block_has_no_name_and_starts_as_zeros() -> None:
-    fd = blocks.create(10_000)
+    fd = anonymous.create(10_000)
     try:
         assert os.fstat(fd).st_size == 10_000
         assert os.fstat(fd).st_nlink == 0
@@ -84,7 +84,7 @@ def test_a_block_has_no_name_and_starts_as_zeros() -> None:
 def test_without_memfd_an_unlinked_file_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     assert read_back([[b"x" * 5000]]) == [b"x" * 5000]
-    fd = blocks.create()
+    fd = anonymous.create()
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
 
@@ -97,7 +97,7 @@ def test_a_failing_write_closes_the_block_and_says_why(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pwrite", fail)
     before = descriptors()
     with pytest.raises(ResourceError) as caught:
-        blocks.fill([[b"x"]])
+        anonymous.fill([[b"x"]])
     assert caught.value.errno == number
     assert ("no memory left" if number == errno.ENOSPC else os.strerror(number)) in str(caught.value)
     assert descriptors() == before
@@ -106,7 +106,7 @@ def test_a_failing_write_closes_the_block_and_says_why(monkeypatch: pytest.Monke
 def test_anything_else_that_goes_wrong_while_filling_closes_the_block() -> None:
     before = descriptors()
     with pytest.raises(TypeError):
-        blocks.fill([[b"x", "not a buffer"]])  # type: ignore[list-item]
+        anonymous.fill([[b"x", "not a buffer"]])  # type: ignore[list-item]
     assert descriptors() == before
 
 
@@ -122,7 +122,7 @@ def test_anything_else_that_goes_wrong_while_filling_closes_the_block() -> None:
     ],
 )
 def test_the_error_names_the_limit(number: int, words: str) -> None:
-    error = blocks.exhausted(OSError(number, "text"))
+    error = anonymous.exhausted(OSError(number, "text"))
     assert isinstance(error, OSError)
     assert isinstance(error, TorchwqError)
     assert error.errno == number
@@ -137,7 +137,7 @@ def test_a_size_that_no_block_can_have_is_a_resource_error_and_closes_it(monkeyp
     monkeypatch.setattr(os, "ftruncate", fail)
     before = descriptors()
     with pytest.raises(ResourceError):
-        blocks.create(1 << 20)
+        anonymous.create(1 << 20)
     assert descriptors() == before
 
 
@@ -216,19 +216,19 @@ def test_memory_that_runs_out_gives_a_clear_error_and_no_bus_error(run_script: A
 
 def test_a_descriptor_closes_when_it_is_garbage_and_only_once() -> None:
     before = descriptors()
-    held = blocks.Descriptor(blocks.create())
+    held = anonymous.Descriptor(anonymous.create())
     assert len(descriptors() - before) == 1
     held.close()
     assert descriptors() == before
-    other = blocks.create()  # takes the same number
+    other = anonymous.create()  # takes the same number
     held.close()
     del held
     assert os.fstat(other)
-    given = blocks.Descriptor(other)
+    given = anonymous.Descriptor(other)
     assert given.detach() == other
     del given
     gc.collect()
     assert os.fstat(other)
-    last = blocks.Descriptor(other)
+    last = anonymous.Descriptor(other)
     del last
     assert descriptors() == before

@@ -1,0 +1,186 @@
+"""What messages bring: blocks of other processes, mapped once and kept, and this process's own ones coming home.
+
+A block that was here before costs nothing but a look into the table: its storage is still mapped, its pages are in the
+page table, and the descriptor that came with the message is closed unused. (It comes all the same, because nobody who
+sends can know who will read; and so that the memory outlives its maker. It costs 3 µs.)
+
+If this process may not have one more descriptor, the data are copied out of the block instead, with one warning.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ResourceError
+from . import ledger, limits, recycling, storages
+from .block import MADE, MAPPED, PLAIN, Block, Geometry
+from .ledger import UNTRACKED
+
+#: How often a message's block was here already, how often it was not, and how often it was copied out.
+hits = misses = copies = 0
+
+
+class Arrivals:
+    """The blocks of one message, which uses them until ``done``."""
+
+    __slots__ = ("_blocks", "_fds", "_storages")
+
+    def __init__(self, references: Sequence[tuple[int, int]], fds: Sequence[int]) -> None:
+        """Take the blocks out of the message: (number, bytes) of each, and its descriptor, which stays the caller's.
+
+        Raises ResourceError if there is no memory for one; none is taken then.
+        """
+        self._blocks: list[Block] = []
+        self._storages: list[torch.UntypedStorage] = []
+        self._fds = fds
+        with recycling.lock:
+            recycling.settle()
+            recycling.look_at_unwatched(2)
+            try:
+                for (number, nbytes), fd in zip(references, fds, strict=True):
+                    self._take(number, nbytes, fd)
+            except BaseException as error:
+                # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
+                if isinstance(error, Exception):
+                    recycling.note_lost(number for number, _ in references[len(self._blocks) :])
+                self._release()
+                raise
+
+    def _take(self, number: int, nbytes: int, fd: int) -> None:
+        global hits
+        block = recycling.table.get(number)
+        storage = None if block is None else block.storage
+        book = ledger.current()
+        tracked = number != UNTRACKED and book is not None and book.is_current(number)
+        if block is not None and storage is not None and block.nbytes == nbytes:
+            hits += 1
+        else:
+            block, storage = None, _map(fd, nbytes)
+            if storage is None:
+                storage = _copy_out(fd, nbytes)
+            elif tracked and number not in recycling.table:
+                block = Block(MAPPED, storage, storages.descriptor(storage))
+                block.number = number
+                recycling.add(block)
+        if block is None:
+            block = Block(PLAIN, storage, -1)
+        if tracked:
+            assert book is not None
+            book.count_got(number, block.kind == MAPPED)
+        block.users += 1
+        self._blocks.append(block)
+        self._storages.append(storage)
+
+    def tensor(self, index: int, geometry: Geometry) -> torch.Tensor:
+        """A new tensor on the message's block ``index``."""
+        block = self._blocks[index]
+        if block.kind == MAPPED:
+            tensor = recycling.template(block, geometry).detach()
+            recycling.watch(tensor, block)
+            return tensor
+        if block.kind == MADE:
+            return recycling.template(block, geometry).detach()
+        return storages.place(self._storages[index], *geometry)
+
+    def storage(self, index: int) -> torch.UntypedStorage:
+        """The storage of the message's block ``index``."""
+        return self._storages[index]
+
+    def memory(self, index: int) -> memoryview:
+        """The bytes of a block that is read and not changed. Valid until ``done``."""
+        return storages.memory(self._storages[index])
+
+    def private_memory(self, index: int) -> memoryview:
+        """The bytes of a block, to keep and to change: copied when they are changed."""
+        block = self._blocks[index]
+        if block.kind == PLAIN and not self._storages[index].is_shared():
+            return storages.lasting_memory(self._storages[index])  # was copied out already
+        mapping, view = storages.map_private(self._fds[index], block.nbytes)
+        if block.kind in (MADE, MAPPED):
+            with recycling.lock:
+                block.users += 1
+                recycling.watch(mapping, block, mapping=True)
+        return view
+
+    def done(self) -> None:
+        """What the message's objects use of the blocks, they use by themselves from now on."""
+        with recycling.lock:
+            self._release()
+
+    def _release(self) -> None:
+        self._storages.clear()
+        now = time.monotonic()
+        for block in self._blocks:
+            block.users -= 1
+            block.used_at = now
+            if block.kind == MAPPED and not block.watches:
+                recycling.release(block)
+        self._blocks.clear()
+
+
+def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
+    """Map a block; None if this process may not have one more descriptor. Under the lock."""
+    global misses
+    if recycling.open_blocks >= limits.descriptors():
+        _give_up_idle()
+        if recycling.open_blocks >= limits.descriptors():
+            return None
+    misses += 1
+    try:
+        return storages.open_shared(fd, nbytes)
+    except ResourceError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return None
+        raise
+
+
+def _give_up_idle() -> None:
+    for block in list(recycling.table.values()):
+        if block.kind == MAPPED and not block.in_use():
+            recycling.give_up(block)
+
+
+def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
+    global copies
+    copies += 1
+    storage = torch.UntypedStorage(nbytes)
+    view = storages.memory(storage)
+    done = 0
+    while done < nbytes:
+        done += os.preadv(fd, [view[done:]], done)
+    limits.warn_of_copies()
+    return storage
+
+
+def _tick(now: float) -> None:
+    book = ledger.current()
+    mapped = [block for block in recycling.table.values() if block.kind == MAPPED]
+    for block in mapped:
+        stale = book is None or not book.is_current(block.number)
+        if (stale or now - block.used_at > recycling.IDLE) and not block.in_use():
+            recycling.give_up(block)
+
+
+recycling.at_tick(_tick)
+
+
+@recycling.before_fork
+def _before_fork() -> None:
+    for block in list(recycling.table.values()):
+        if block.kind == MAPPED and block.in_use():
+            recycling.give_away(block)
+
+
+def trim() -> None:
+    """Give up the mapped blocks that are not in use."""
+    with recycling.lock:
+        recycling.settle()
+        recycling.look_at_unwatched(len(recycling.table))
+        _give_up_idle()
+
+

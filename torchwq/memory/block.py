@@ -1,0 +1,124 @@
+"""One block of shared memory as one process sees it, and whether that process uses it.
+
+A block is a ``memfd`` with a torch storage on it, which is kept when the last tensor on it is gone, so that the next one
+costs no descriptor, no mapping and no page fault. Whether it *is* gone shows in the storage: it has more owners, in C++
+or in Python, than an idle one. Whatever points into the memory by means that torch or Python know of (views, ``numpy()``,
+DLPack, graphs of autograd, a storage in a variable) is such an owner.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Final
+
+import torch
+
+from . import storages
+from .ledger import UNTRACKED
+
+#: What a block is to this process. MADE: its memory is used again here. MAPPED: a message brought it; its storage is
+#: kept for the next message. ADOPTED: shared by torch; the storage is the user's and is not kept. PLAIN: in no ledger
+#: and no table, only what a message needs to know of a storage.
+MADE, MAPPED, ADOPTED, PLAIN = range(4)
+
+#: How many ways to lie on a block are remembered.
+_TEMPLATES: Final = 4
+
+#: How a tensor lies on a storage: the code of its dtype, offset, size, stride.
+Geometry = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+class Block:
+    """One block. Changed under ``recycling.lock`` only, but for a made one that is not lent yet."""
+
+    __slots__ = (
+        "__weakref__",
+        "_kept",
+        "_storage",
+                "_view",
+        "address",
+        "capacity",
+        "fd",
+        "kind",
+        "lost_at",
+        "nbytes",
+        "number",
+        "polled",
+        "templates",
+        "used_at",
+        "users",
+        "watches",
+    )
+
+    def __init__(self, kind: int, storage: torch.UntypedStorage, fd: int, capacity: int = 0) -> None:
+        self.kind = kind
+        #: Its name in the ledger; UNTRACKED if it has none.
+        self.number = UNTRACKED
+        self.nbytes = storage.nbytes()
+        #: Bytes of memory, of which the storage shows the first ``nbytes``.
+        self.capacity = capacity or self.nbytes
+        #: A descriptor of the memory; the storage's.
+        self.fd = fd
+        self.address = storage.data_ptr()
+        self._storage: Any = storage if kind in (MADE, MAPPED) else weakref.ref(storage)
+        #: Making a tensor that lies as another one does takes a fraction of what placing one on a storage takes.
+        self.templates: dict[Geometry, torch.Tensor] = {}
+        self._view: memoryview | None = None
+        self._kept: Any = None
+        #: How many private mappings of it there are here, and messages with it that are being decoded.
+        self.users = 0
+        #: Weak references to the tensors of messages on it.
+        self.watches: set[Any] = set()
+        #: Whether it is looked at now and then because something uses it that is not watched.
+        self.polled = False
+        #: When it was last given to someone (time.monotonic).
+        self.used_at = 0.0
+        #: When references to it that are under way will be believed to be lost; 0 if none are.
+        self.lost_at = 0.0
+
+    @property
+    def storage(self) -> Any:
+        """The storage; None if it is adopted or plain, and its last tensor in this process is gone."""
+        return self._storage if self.kind in (MADE, MAPPED) else self._storage()
+
+    def new_template(self, geometry: Geometry) -> torch.Tensor:
+        """A tensor that lies so on the block, from now on among the ``templates``. Only of a MADE or MAPPED one."""
+        if len(self.templates) >= _TEMPLATES:
+            del self.templates[next(iter(self.templates))]
+        self.templates[geometry] = template = storages.place(self._storage, *geometry)
+        return template
+
+    def keep(self, what: Any) -> None:
+        """Let ``what`` live until the block is used again."""
+        self._kept = what
+
+    def bytes(self) -> memoryview:
+        """The memory. Must not outlive the block's storage."""
+        if self._view is None:
+            self._view = storages.memory(self._storage)
+        return self._view
+
+    def in_use(self) -> bool:
+        """Whether anything in this process uses it. Only for a MADE or MAPPED one."""
+        if self.users:
+            return True
+        owners, references = storages.owners(self._storage)
+        if self.templates:
+            return (
+                owners > storages.IDLE_OWNERS + len(self.templates)
+                or references > storages.IDLE_REFERENCES_WITH_TENSOR
+            )
+        return owners > storages.IDLE_OWNERS or references > storages.IDLE_REFERENCES
+
+    def drop(self) -> None:
+        """Keep the storage no more."""
+        if self.kind in (MADE, MAPPED):
+            self.templates.clear()
+            self._view = self._kept = None
+            self._storage = weakref.ref(self._storage)
+        self.kind = PLAIN
+
+    def __repr__(self) -> str:
+        kind = ("made here", "mapped", "adopted", "plain")[self.kind]
+        number = "untracked" if self.number == UNTRACKED else f"{self.number:#x}"
+        return f"<block of {self.nbytes} bytes, {kind}, {number}>"

@@ -1,0 +1,330 @@
+"""The counters by which the processes of one tree know when a block of shared memory may be used again.
+
+Why counters in shared memory and not messages: a reference to a block may be passed on by any process to any other,
+sits in sockets meanwhile, and its holder may be killed at any instruction. A message "I am done" needs someone who
+reads it and says nothing about what is still under way; a counter is there when it is looked at, whoever has died.
+
+One ledger per tree, mapped by each of its processes. A *slot* is a process, a *row* is a block. For each of both the
+ledger has two words, which only the process of that slot writes:
+
+* ``sent``: how many references to the block the process has put into messages;
+* ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now) and
+  ``PINNED`` (someone outside of this accounting may use the block, for as long as it likes).
+
+Both begin with the *generation* of the row that they speak of. The maker of a block sets the row's generation. A word of
+another generation counts as zero, so that a row is given to another block by raising its generation, without asking
+anybody. What happens to the old block's memory afterwards is between those who have mapped it: it is never used again.
+
+Invariants:
+
+* ``sent`` is raised *before* the message can be received, ``got`` after; ``HELD`` is set in the same store that raises
+  ``got``. So between a reference's leaving and the drop of its tensor, ``sent`` is ahead of ``got`` or ``HELD`` is set.
+* Both only grow, for as long as the generation lasts. A reference whose message was not sent after all is counted as
+  got by its sender.
+* A block may be used again if no process holds it, none has pinned it, and all that was sent was got
+  (:meth:`Ledger.state`). ``got`` is read before ``sent``: if the sums are equal, nothing was under way in between, so
+  nobody can have begun to hold it after being looked at. A process that came meanwhile makes the answer "no".
+* A process that is killed leaves its counters, which are history and stay true, and its ``HELD`` flags, which are
+  not believed any more: its *lock* on its slot's byte is gone, which the kernel releases after its memory.
+* A process killed between receiving a message and counting it leaves ``sent`` ahead for ever, and so do messages
+  that nobody will read. Such a block is not used again; its maker gives it up after a while (``recycling``).
+* Rows belong to processes in chunks, by locks on the chunks' bytes: what a dead maker had can be taken over.
+
+The locks are open file description locks: they belong to this process's own opening of the file, which a forked child
+closes at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+import threading
+from collections import deque
+from typing import Final
+
+import numpy as np
+
+from ..transport import namespace
+from ..transport.process import closed_in_child, reset_in_child
+
+SLOTS: Final = 512
+ROWS: Final = 32768
+_CHUNK: Final = 256
+
+#: What a message says of a block that is in no ledger.
+UNTRACKED: Final = 2**64 - 1
+
+FREE, IN_FLIGHT, IN_USE, GIVEN_AWAY = range(4)
+
+HELD: Final = 1
+PINNED: Final = 2
+_FLAGS: Final = 3
+_ONE: Final = 4
+_LOW: Final = 0xFFFFFFFF
+
+# In words of 8 bytes: the head (how many slots were ever used, and where generations begin), a generation for each row,
+# then for each slot its words, two for each row.
+_USED: Final = 0
+_SALT: Final = 1
+_GENERATIONS: Final = 512
+_COLUMNS: Final = _GENERATIONS + ROWS
+_STRIDE: Final = 2 * ROWS
+_NBYTES: Final = 8 * (_COLUMNS + SLOTS * _STRIDE)
+#: From so many processes on, numpy adds faster than a loop.
+_MANY: Final = 10
+
+# Which byte's lock means what.
+_CHUNK_LOCKS: Final = SLOTS
+_CLAIM_LOCK: Final = SLOTS + ROWS // _CHUNK
+_FLOCK: Final = struct.Struct("@hhqqi4x")
+
+_FILE: Final = "ledger"
+
+
+class Ledger:
+    """This process's mapping of the tree's ledger. Not safe by itself: used under ``recycling``'s lock."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._mapping = mmap.mmap(fd, _NBYTES)
+        self._words = memoryview(self._mapping).cast("Q")
+        self._fence = threading.Lock()
+        self._rows: deque[int] = deque()
+        self._next_chunk = 0
+        closed_in_child(self)
+        self.slot = self._claim_slot()
+        self._column = _COLUMNS + self.slot * _STRIDE
+        # A row of this has the words of all slots for one row of the ledger.
+        self._array = np.frombuffer(self._mapping, np.uint64, SLOTS * _STRIDE, 8 * _COLUMNS).reshape(SLOTS, ROWS, 2)
+
+    # Locks
+
+    def _lock(self, command: int, byte: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, command, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(self, byte: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
+
+    def is_alive(self, slot: int) -> bool:
+        """Whether the process of ``slot`` is still there."""
+        if slot == self.slot:
+            return True
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0)
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def _claim_slot(self) -> int:
+        """A slot of this process's own. What its last process held is held no more; its counters go on."""
+        self._lock(fcntl.F_OFD_SETLKW, _CLAIM_LOCK)
+        try:
+            for slot in range(SLOTS):
+                if self._lock(fcntl.F_OFD_SETLK, slot):
+                    break
+            else:
+                raise OSError(f"more than {SLOTS} processes share memory in one tree")
+            if slot < self._words[_USED]:
+                self._clear_held(slot)
+            else:
+                self._words[_USED] = slot + 1
+            return slot
+        finally:
+            self._unlock(_CLAIM_LOCK)
+
+    def _clear_held(self, slot: int) -> None:
+        words = self._words
+        position = 8 * (_COLUMNS + slot * _STRIDE)
+        end = position + 8 * _STRIDE
+        while position < end:
+            try:  # reading what was never written would take memory for it
+                position = os.lseek(self._fd, position, os.SEEK_DATA)
+            except OSError:
+                return
+            hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), end)
+            for index in range(position // 8 + 1, hole // 8, 2):
+                if words[index] & HELD:
+                    words[index] &= ~HELD
+            position = hole
+
+    # Rows
+
+    def new_row(self) -> int | None:
+        """A row with a fresh generation, as one number: that of a block. None if there is none left."""
+        if not self._rows and not self._claim_chunk():
+            return None
+        row = self._rows.popleft()
+        return self._raise_generation(row) << 32 | row
+
+    def give_back(self, number: int) -> None:
+        """The block is used no more under this number; whoever still has it keeps its memory."""
+        self._raise_generation(number & _LOW)
+        self._rows.append(number & _LOW)
+
+    def _raise_generation(self, row: int) -> int:
+        index = _GENERATIONS + row
+        generation = (self._words[index] or self._words[_SALT]) + 1 & _LOW or 1
+        self._words[index] = generation
+        return int(generation)
+
+    def _claim_chunk(self) -> bool:
+        chunks = ROWS // _CHUNK
+        while self._next_chunk < chunks:
+            # Begin where other processes are not likely to be.
+            chunk = (self._next_chunk + self.slot * 7) % chunks
+            self._next_chunk += 1
+            if self._lock(fcntl.F_OFD_SETLK, _CHUNK_LOCKS + chunk):
+                for row in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
+                    if self._words[_GENERATIONS + row]:
+                        self._raise_generation(row)  # its last owner is dead
+                    self._rows.append(row)
+                return True
+        return False
+
+    def is_current(self, number: int) -> bool:
+        """Whether the number still stands for the block that it was given to."""
+        return bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
+
+    # Counting
+
+    def count_sent(self, number: int) -> None:
+        generation = number >> 32
+        index = self._column + 2 * (number & _LOW)
+        word = self._words[index]
+        count = word & _LOW if word >> 32 == generation else 0
+        self._words[index] = generation << 32 | (count + _ONE & _LOW)
+
+    def count_got(self, number: int, held: bool) -> None:
+        """A reference was taken out of a message. ``held``: this process has tensors on the block now."""
+        generation = number >> 32
+        index = self._column + 2 * (number & _LOW) + 1
+        word = self._words[index]
+        count = word & _LOW if word >> 32 == generation else 0
+        self._words[index] = generation << 32 | (count + _ONE & _LOW) | (HELD if held else 0)
+
+    def set_flag(self, number: int, flag: int) -> None:
+        generation = number >> 32
+        index = self._column + 2 * (number & _LOW) + 1
+        word = self._words[index]
+        self._words[index] = (word if word >> 32 == generation else generation << 32) | flag
+
+    def clear_held(self, number: int) -> None:
+        index = self._column + 2 * (number & _LOW) + 1
+        if self._words[index] >> 32 == number >> 32:
+            self._words[index] &= ~HELD
+
+    def state(self, number: int) -> int:
+        """FREE, IN_FLIGHT, IN_USE (held by a living process) or GIVEN_AWAY (pinned): what others do with the block."""
+        words = self._words
+        used = words[_USED]
+        if used > _MANY:
+            return self._state_of_many(number, used)
+        generation = number >> 32
+        first = _COLUMNS + 2 * (number & _LOW)
+        got = sent = 0
+        for slot in range(used):
+            word = words[first + slot * _STRIDE + 1]
+            if word >> 32 == generation:
+                if word & _FLAGS:
+                    if word & PINNED:
+                        return GIVEN_AWAY
+                    if self.is_alive(slot):
+                        return IN_USE
+                got += word & ~_FLAGS
+        # The order of these loads and those is what the answer rests on.
+        with self._fence:
+            pass
+        for slot in range(used):
+            word = words[first + slot * _STRIDE]
+            if word >> 32 == generation:
+                sent += word
+        if sent - got & _LOW or words[_USED] != used:
+            return IN_FLIGHT
+        return FREE
+
+    def _state_of_many(self, number: int, used: int) -> int:
+        generation, row = number >> 32, number & _LOW
+        got = self._array[:used, row, 1].copy()
+        got = np.where(got >> np.uint64(32) == generation, got & np.uint64(_LOW), 0)
+        for slot in np.flatnonzero(got & np.uint64(_FLAGS)):
+            if int(got[slot]) & PINNED:
+                return GIVEN_AWAY
+            if self.is_alive(int(slot)):
+                return IN_USE
+        with self._fence:
+            pass
+        sent = self._array[:used, row, 0].copy()
+        sent = np.where(sent >> np.uint64(32) == generation, sent & np.uint64(_LOW), 0)
+        if int(sent.sum()) - int((got & ~np.uint64(_FLAGS)).sum()) & _LOW or self._words[_USED] != used:
+            return IN_FLIGHT
+        return FREE
+
+    def abandon(self) -> None:
+        self._array = np.empty(0, np.uint64)
+        self._words.release()
+        self._mapping.close()
+        os.close(self._fd)
+
+
+_lock = threading.Lock()
+_ledger: Ledger | None = None
+_tried = False
+#: In the process that has made the tree's namespace: the ledger's memory, which others open through this descriptor.
+_made_fd = -1
+
+
+@reset_in_child
+def _forget() -> None:
+    global _lock, _ledger, _tried, _made_fd
+    _lock, _ledger, _tried = threading.Lock(), None, False
+    if _made_fd >= 0:
+        os.close(_made_fd)
+        _made_fd = -1
+
+
+def _found(path: str) -> None:
+    """This process has made a namespace: a ledger belongs to it."""
+    global _made_fd
+    try:
+        if _made_fd < 0:
+            fd = os.memfd_create("torchwq-ledger", os.MFD_CLOEXEC)
+            os.ftruncate(fd, _NBYTES)
+            os.pwrite(fd, struct.pack("=Q", secrets.randbits(31)), 8 * _SALT)
+            _made_fd = fd
+        os.symlink(f"/proc/{os.getpid()}/fd/{_made_fd}", f"{path}/{_FILE}")
+    except (AttributeError, OSError):
+        pass  # not on this system: tensors travel by descriptor alone
+
+
+namespace.on_made(_found)
+
+
+def current() -> Ledger | None:
+    """The ledger of this process's tree; None if there is none that this process can use."""
+    global _ledger, _tried
+    if _ledger is None and not _tried:
+        with _lock:
+            if not _tried:
+                _ledger = _open()
+                _tried = True
+    return _ledger
+
+
+def _open() -> Ledger | None:
+    if not hasattr(fcntl, "F_OFD_SETLK") or not hasattr(os, "SEEK_DATA"):
+        return None
+    try:
+        fd = os.open(f"{namespace.current().path}/{_FILE}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return Ledger(fd)
+    except OSError:
+        os.close(fd)
+        return None
+

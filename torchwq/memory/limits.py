@@ -1,0 +1,140 @@
+"""How much shared memory and how many descriptors this process may use, and which limit it has run into.
+
+The kernel's own answers to running out are no answers: a page of shared memory that cannot be had is a bus error, a
+process that outgrows its cgroup is killed. So what will not fit is refused, or done in another way, before the kernel
+is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import warnings
+from pathlib import Path
+from typing import Final
+
+from ..errors import ResourceError
+
+#: Overrides the default limit on pool memory, in bytes. In the environment, so that workers have it too.
+VARIABLE: Final = "TORCHWQ_MEMORY_LIMIT"
+#: Of what is available, the part that the pool takes by default.
+_PART: Final = 4
+#: Asking what is available costs more than making a small block.
+_WORTH_ASKING: Final = 1 << 20
+
+_CGROUPS: Final = "/sys/fs/cgroup"
+_MEMINFO: Final = "/proc/meminfo"
+_MAPS: Final = "/proc/sys/vm/max_map_count"
+
+_default: int | None = None
+_descriptors: int | None = None
+_warned = False
+
+
+def memory_limit() -> int:
+    """Bytes of blocks that this process keeps for use again."""
+    global _default
+    set_by_user = os.environ.get(VARIABLE, "").strip()
+    if set_by_user:
+        try:
+            return max(0, int(set_by_user))
+        except ValueError:
+            raise ValueError(f"{VARIABLE} must be a number of bytes, not {set_by_user!r}") from None
+    if _default is None:
+        _default = available()[0] // _PART
+    return _default
+
+
+def available() -> tuple[int, str]:
+    """Bytes of memory that can still be had, and by which limit."""
+    found = [_of_system(), *_of_cgroups()]
+    return min((each for each in found if each is not None), default=(1 << 62, "no limit is known"))
+
+
+def check_memory(nbytes: int) -> None:
+    """Raise ResourceError, which names the limit, if ``nbytes`` more than there is are wanted."""
+    if nbytes < _WORTH_ASKING:
+        return
+    left, limit = available()
+    if nbytes > left:
+        raise ResourceError(
+            0,
+            f"{nbytes} bytes of shared memory are needed and {left} are left ({limit}): "
+            f"drop tensors that are not needed any more, or raise that limit",
+        )
+
+
+def _of_system() -> tuple[int, str] | None:
+    try:
+        with open(_MEMINFO, encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024, "the memory of the machine, MemAvailable"
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the memory of the machine"
+    except (OSError, ValueError):
+        return None
+
+
+def _of_cgroups() -> list[tuple[int, str]]:
+    """What the control groups of this process leave it, version 2 or 1."""
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            files = (f"{_CGROUPS}{path}", "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            files = (f"{_CGROUPS}/memory{path}", "memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder, limit, usage = files
+        # In a container the path is often that of the host, and its own group is at the root.
+        for place in dict.fromkeys((folder, str(Path(folder).parent), _CGROUPS, f"{_CGROUPS}/memory")):
+            with contextlib.suppress(OSError, ValueError):
+                most = int(Path(place, limit).read_text(encoding="ascii"))
+                used = int(Path(place, usage).read_text(encoding="ascii"))
+                found.append((max(0, most - used), f"the limit of the control group, {place}/{limit}"))
+    return found
+
+
+def descriptors() -> int:
+    """How many blocks this process may have mapped at a time, each of which takes a descriptor.
+
+    Raises the soft limit on descriptors to the hard one, once. Half of it is left to everything else, and the number
+    of mappings is limited too.
+    """
+    global _descriptors
+    if _descriptors is None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+                soft = hard
+        limit = soft if soft != resource.RLIM_INFINITY else 1 << 20
+        with contextlib.suppress(OSError, ValueError):
+            limit = min(limit, int(Path(_MAPS).read_text(encoding="ascii")))
+        _descriptors = max(limit // 2, 8)
+    return _descriptors
+
+
+def warn_of_copies() -> None:
+    """Say, once in this process, that tensors are copied for want of descriptors, and what to do about it."""
+    global _warned
+    if not _warned:
+        _warned = True
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        warnings.warn(
+            f"this process has {descriptors()} shared tensors, as many as its limit of {soft} open files "
+            f"(RLIMIT_NOFILE), or of memory mappings (vm.max_map_count), allows. Further tensors are copied instead of "
+            f"shared: a change on one side is not seen on the other. Raise the limit with `ulimit -n`, or keep fewer "
+            f"tensors at a time, for example by torch.stack",
+            RuntimeWarning,
+            stacklevel=2,
+        )

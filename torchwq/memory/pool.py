@@ -1,0 +1,184 @@
+"""The shared memory that this process makes, and uses again.
+
+Fresh shared memory costs a system call or four, and a page fault for every 4 KiB on both sides: that is twenty times
+what copying into it costs. So a block is not given back when its tensor is gone. It stands in a ring with the others
+of its size, in the order in which they were given out: the one at the head has been out for longest, so it is the
+likeliest to be free, and looking at a few from the head on is enough.
+
+A storage shows exactly as many bytes as its tensor has, because ``torch.save`` writes all of it. Memory comes in
+coarser steps, so a block can be fitted with a storage of another size, which costs a mapping and no page.
+
+Invariants:
+
+* A block that is taken is in no ring until it is lent, so two threads never fill the same one.
+* Pages are reserved when a block is made (``fallocate``): running out is an error then, not a bus error later.
+* More than the limit is never *kept*: blocks beyond it are made if tensors need them, and given up when they are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections import deque
+from typing import Final
+
+from ..errors import ResourceError
+from ..transport.process import reset_in_child
+from . import anonymous, limits, recycling, storages
+from .block import MADE, Block
+
+#: How many blocks at the head of a ring are looked at, and how many rings of other sizes.
+_LOOKS: Final = 4
+_RINGS: Final = 4
+_PAGE: Final = 4096
+#: Above this, memory comes in steps of an eighth of the next smaller power of two.
+_FINE: Final = 64 * 1024
+
+#: Blocks by the memory they have, then by the bytes their storage shows.
+_rings: dict[int, dict[int, deque[Block]]] = {}
+
+
+@reset_in_child
+def _forget() -> None:
+    for block in blocks():
+        recycling.unmark(block)
+    _rings.clear()
+
+
+def blocks() -> list[Block]:
+    """All blocks that are lent or free. Under the lock."""
+    return [block for rings in _rings.values() for ring in rings.values() for block in ring if block.kind == MADE]
+
+
+def capacity_for(nbytes: int) -> int:
+    """How much memory a block for ``nbytes`` gets."""
+    step = _PAGE if nbytes <= _FINE else max(_PAGE, 1 << (nbytes.bit_length() - 4))
+    return -(-nbytes // step) * step
+
+
+def take(nbytes: int) -> Block | None:
+    """A block whose storage has ``nbytes`` bytes, more than 0, for the caller alone; what is in it is arbitrary.
+
+    Returns None if no descriptor can be had. Raises ResourceError if there is no memory.
+    """
+    capacity = capacity_for(nbytes)
+    with recycling.lock:
+        recycling.settle()
+        rings = _rings.setdefault(capacity, {})
+        block = _free_one(rings.get(nbytes))
+        if block is not None:
+            return block
+        block = _free_one_of_another_size(rings, nbytes)
+        if block is None and not _may_make(capacity):
+            return None
+    try:
+        return _make(nbytes, capacity) if block is None else _fit(block, nbytes)
+    except ResourceError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return None
+        raise
+
+
+def _free_one(ring: deque[Block] | None) -> Block | None:
+    if ring:
+        for _ in range(min(_LOOKS, len(ring))):
+            block = ring.popleft()
+            if block.kind == MADE:
+                if recycling.is_free(block):
+                    return block
+                if block.kind == MADE:
+                    ring.append(block)
+    return None
+
+
+def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Block | None:
+    for size in list(rings)[:_RINGS]:
+        if size == nbytes:
+            continue
+        ring = rings.pop(size)
+        block = _free_one(ring)
+        if ring:
+            rings[size] = ring  # at the end: others are looked at first the next time
+        if block is not None:
+            return block
+    return None
+
+
+def _may_make(capacity: int) -> bool:
+    """Make room for one more block, as far as that helps; False if there are no descriptors."""
+    if recycling.made_bytes + capacity > limits.memory_limit() or recycling.open_blocks >= limits.descriptors():
+        _give_up_free(None)
+    return recycling.open_blocks < limits.descriptors()
+
+
+def _fit(old: Block, nbytes: int) -> Block:
+    """Use a free block's memory for a storage of another size."""
+    try:
+        storage = storages.open_shared(old.fd, nbytes)
+        block = Block(MADE, storage, storages.descriptor(storage), old.capacity)
+    finally:
+        with recycling.lock:
+            recycling.give_up(old)
+    with recycling.lock:
+        recycling.add(block)
+    return block
+
+
+def _make(nbytes: int, capacity: int) -> Block:
+    limits.check_memory(capacity)
+    with contextlib.closing(anonymous.Descriptor(anonymous.create())) as memory:
+        anonymous.reserve(memory.fd, capacity)
+        storage = storages.open_shared(memory.fd, nbytes)
+    block = Block(MADE, storage, storages.descriptor(storage), capacity)
+    with recycling.lock:
+        recycling.add(block)
+    return block
+
+
+def lend(block: Block) -> None:
+    """The block is in the ring again: whatever uses it now decides when it is free."""
+    with recycling.lock:
+        block.used_at = time.monotonic()
+        _rings.setdefault(block.capacity, {}).setdefault(block.nbytes, deque()).append(block)
+
+
+def _give_up_free(idle_since: float | None) -> None:
+    """Give up the free blocks: all of them, or those that nobody has used since then."""
+    for rings in _rings.values():
+        for ring in list(rings.values()):
+            for _ in range(min(len(ring), recycling.AT_ONCE)):
+                block = ring.popleft()
+                if block.kind != MADE:
+                    continue
+                if recycling.is_free(block) and (idle_since is None or block.used_at < idle_since):
+                    recycling.give_up(block)
+                elif block.kind == MADE:
+                    ring.append(block)
+        for size in [size for size, ring in rings.items() if not ring]:
+            del rings[size]
+
+
+def _tick(now: float) -> None:
+    over = recycling.made_bytes > limits.memory_limit()
+    _give_up_free(None if over else now - recycling.IDLE)
+
+
+recycling.at_tick(_tick)
+
+
+def trim() -> None:
+    """Give everything back that is free now."""
+    with recycling.lock:
+        recycling.settle()
+        _give_up_free(None)
+
+
+@recycling.before_fork
+def _before_fork() -> None:
+    """What has tensors here will have them in the child too."""
+    for block in blocks():
+        if block.in_use():
+            recycling.give_up(block)
+
+

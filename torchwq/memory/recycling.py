@@ -1,0 +1,340 @@
+"""When a block may be used again: the protocol of lifetimes. Its other half is in ``ledger``.
+
+Invariants. All of this module's state, and every block's, is changed under ``lock`` only. Nothing waits under it, and no
+code of a user's runs.
+
+* A made block is given to a new tensor only if it is used neither here (``Block.in_use``) nor elsewhere
+  (``Ledger.state``), which is looked at under the lock. It cannot become used in between: a new tensor on it comes
+  from another tensor on it, and there is none, or from a message, which the ledger would show to be under way and
+  which is taken under the lock.
+* A block that a message brought is HELD in the ledger from the moment at which it is taken out of the message until
+  it is not in use here. A message that is being decoded is a user of its blocks.
+* A message under way has a descriptor for each of its blocks. So the memory is there for whoever receives it, even if
+  every process that has had the block is dead, and *giving up* a block is always safe: its memory is not used again,
+  and goes when nobody has it any more.
+* Given up is what cannot be accounted for: a block that a forked child or torch's own multiprocessing may see, one
+  whose references do not come home, one whose maker is dead.
+* The table has every block of this process that has a number, under that number.
+
+The tensors of a message are watched by weak references, whose callback does nothing but take a note: garbage is
+collected at any moment, whatever locks are held. The notes are looked at by the next operation, or by a timer.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import torch
+
+from ..transport import reactor
+from ..transport.process import reset_in_child
+from . import ledger
+from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
+from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, PINNED, UNTRACKED
+
+#: Where a storage's Python object has the block that it is the storage of.
+ATTRIBUTE: Final = "_torchwq_block"
+
+#: Seconds between two looks at what is not needed any more.
+TICK: Final = 2.0
+#: Seconds for which a block that nobody uses is kept.
+IDLE: Final = 10.0
+#: Seconds after which references under way are believed to be lost: in general, and after something has happened that
+#: may have lost some. If they were not, a block is not used again that could have been; that is all.
+_LOST: Final = 60.0
+_LOST_AFTER_A_LOSS: Final = 2.0
+#: How many blocks one look takes in: the lock is held meanwhile.
+AT_ONCE: Final = 2000
+
+lock = threading.Lock()
+#: Blocks by their numbers.
+table: dict[int, Block] = {}
+#: How many made and mapped blocks there are, each of which holds a descriptor, and the bytes of the made ones.
+open_blocks = made_bytes = 0
+#: Watches whose tensors are gone, and numbers of references that came in messages which nobody has decoded.
+_notes: deque[Any] = deque()
+#: Mapped blocks that are used by something which is not watched.
+_unwatched: deque[Block] = deque()
+_ticking = False
+_loss_at = 0.0
+#: Called at every tick, under the lock, with the time.
+_on_tick: list[Callable[[float], None]] = []
+
+
+@reset_in_child
+def _forget() -> None:
+    """The child's tensors stay what they are, on memory that the parent does not use again; see :func:`_before_fork`."""
+    global lock, open_blocks, made_bytes, _ticking, _loss_at
+    lock = threading.Lock()
+    for block in table.values():
+        unmark(block)
+    table.clear()
+    _notes.clear()
+    _unwatched.clear()
+    open_blocks, made_bytes, _ticking, _loss_at = 0, 0, False, 0.0
+
+
+class Watch(weakref.ref[Any]):
+    """Tells when a tensor on a mapped block, or a private mapping of a block, is gone."""
+
+    __slots__ = ("block", "mapping")
+
+    block: Block
+    #: Whether it is a private mapping, which is one of the block's ``users``.
+    mapping: bool
+
+
+def template(block: Block, geometry: Geometry) -> torch.Tensor:
+    """A tensor that lies so on a made or mapped block, to make others of by ``detach()``."""
+    found = block.templates.get(geometry)
+    if found is None:
+        with lock:  # of which ``in_use`` must not see a half
+            found = block.new_template(geometry)
+    return found
+
+
+def watch(obj: Any, block: Block, mapping: bool = False) -> None:
+    """Look at ``block`` again when ``obj`` is gone. Under the lock, or before anyone else knows of the block."""
+    reference = Watch(obj, _notes.append)
+    reference.block, reference.mapping = block, mapping
+    block.watches.add(reference)
+
+
+def count_sent(numbers: Sequence[int]) -> None:
+    """A message with references to these blocks is about to leave."""
+    with lock:
+        book = ledger.current()
+        for number in numbers:
+            if number != UNTRACKED and book is not None and book.is_current(number):
+                book.count_sent(number)
+
+
+def note_lost(numbers: Iterable[int]) -> None:
+    """A message with references to these blocks was thrown away. May be called with the lock held."""
+    _notes.append(tuple(numbers))
+
+
+def settle() -> None:
+    """Look at what was noted. Under the lock."""
+    while _notes:
+        note = _notes.popleft()
+        if type(note) is Watch:
+            block = note.block
+            block.watches.discard(note)
+            if note.mapping:
+                block.users -= 1
+            if block.kind == ADOPTED:
+                give_up(block)
+            elif block.kind == MAPPED and not block.watches:
+                release(block)
+        else:
+            book = ledger.current()
+            for number in note:
+                if number != UNTRACKED and book is not None and book.is_current(number):
+                    book.count_got(number, False)
+
+
+def release(block: Block) -> None:
+    """A mapped block is perhaps not in use any more. Under the lock."""
+    if block.in_use():
+        if not block.polled:
+            block.polled = True
+            _unwatched.append(block)
+        return
+    book = ledger.current()
+    if book is not None:
+        book.clear_held(block.number)
+
+
+def look_at_unwatched(most: int) -> None:
+    """Release mapped blocks whose last user was not watched: a view, a storage. Under the lock."""
+    for _ in range(min(most, len(_unwatched))):
+        block = _unwatched.popleft()
+        block.polled = False
+        if block.kind == MAPPED and not block.watches:
+            release(block)
+
+
+# Names
+
+
+def enrol(block: Block) -> bool:
+    """Give a block a number, if it can have one. Under the lock."""
+    if block.number != UNTRACKED:
+        return True
+    book = ledger.current()
+    number = book.new_row() if book is not None else None
+    if number is None:
+        return False
+    block.number = number
+    table[number] = block
+    _start_ticking()
+    return True
+
+
+def prepare_to_send(block: Block) -> None:
+    """Give a block a number, or, if it can have none, use its memory no more: nobody would tell when it is free."""
+    with lock:
+        if block.kind == MADE and not enrol(block):
+            give_up(block)
+
+
+def is_current(block: Block) -> bool:
+    """Whether the block can still be sent under its number. Under the lock."""
+    book = ledger.current()
+    return block.number == UNTRACKED or (book is not None and book.is_current(block.number))
+
+
+def add(block: Block) -> None:
+    """Keep a block that was made, or that a message brought. Under the lock."""
+    global open_blocks, made_bytes
+    if block.kind == MAPPED:
+        table[block.number] = block
+    else:
+        made_bytes += block.capacity
+    open_blocks += 1
+    setattr(block.storage, ATTRIBUTE, block)
+    _start_ticking()
+
+
+def adopt(storage: torch.UntypedStorage, fd: int) -> Block:
+    """A block for a storage that torch shares; PLAIN if it can have no number. Under the lock."""
+    block = Block(ADOPTED, storage, fd)
+    if enrol(block):
+        setattr(storage, ATTRIBUTE, block)
+        watch(storage, block)
+    else:
+        block.kind = PLAIN
+    return block
+
+
+def block_of(storage: torch.UntypedStorage) -> Block | None:
+    """The block that ``storage`` is the storage of, if it is one's."""
+    block: Block | None = getattr(storage, ATTRIBUTE, None)
+    return block
+
+
+def unmark(block: Block) -> None:
+    storage = block.storage
+    if storage is not None and block_of(storage) is block:
+        delattr(storage, ATTRIBUTE)
+
+
+def give_up(block: Block) -> None:
+    """Use the memory of a block no more; what uses it now keeps it. Under the lock."""
+    global open_blocks, made_bytes
+    if table.get(block.number) is block:
+        del table[block.number]
+        book = ledger.current()
+        if block.kind != MAPPED and book is not None:
+            book.give_back(block.number)
+    unmark(block)
+    if block.kind in (MADE, MAPPED):
+        open_blocks -= 1
+        made_bytes -= block.capacity if block.kind == MADE else 0
+    block.drop()
+
+
+def give_away(block: Block) -> None:
+    """Someone may see the block's memory of whom the ledger knows nothing. Under the lock."""
+    book = ledger.current()
+    if block.kind == MAPPED and book is not None:
+        book.set_flag(block.number, PINNED)
+    if block.kind != ADOPTED:
+        give_up(block)
+
+
+def is_free(block: Block) -> bool:
+    """Whether a made block may be used again. Gives it up, and says no, if never. Under the lock."""
+    if block.in_use():
+        return False
+    if block.number == UNTRACKED:
+        return True
+    book = ledger.current()
+    assert book is not None
+    state = book.state(block.number)
+    if state == FREE:
+        block.lost_at = 0.0
+        return True
+    if state == GIVEN_AWAY:
+        give_up(block)
+    elif state == IN_FLIGHT:
+        _suspect(block)
+    return False
+
+
+def _suspect(block: Block) -> None:
+    now = time.monotonic()
+    if not block.lost_at:
+        block.lost_at = now + _LOST
+    elif now > block.lost_at or (_loss_at > block.used_at and now > _loss_at + _LOST_AFTER_A_LOSS):
+        give_up(block)
+
+
+def suspect_losses() -> None:
+    """References under way now may have been lost: a queue was closed, a worker has died."""
+    global _loss_at
+    _loss_at = time.monotonic()
+
+
+# Looking after what is there
+
+
+def at_tick(callback: Callable[[float], None]) -> None:
+    """Call ``callback(time)`` under the lock, every TICK seconds while there are blocks."""
+    _on_tick.append(callback)
+
+
+def _start_ticking() -> None:
+    global _ticking
+    if not _ticking:
+        _ticking = True
+        reactor.get().call_later(TICK, tick)
+
+
+def tick() -> None:
+    """Look after the blocks, and again later, if there are any."""
+    global _ticking
+    with lock:
+        settle()
+        look_at_unwatched(AT_ONCE)
+        now = time.monotonic()
+        for callback in _on_tick:
+            callback(now)
+        _ticking = False
+        if open_blocks or table:
+            _start_ticking()
+
+
+_before_fork: list[Callable[[], None]] = []
+_locked_for_fork = False
+
+
+def before_fork(callback: Callable[[], None]) -> Callable[[], None]:
+    """Call ``callback()`` under the lock before every fork of this process: the child will see what tensors see now."""
+    _before_fork.append(callback)
+    return callback
+
+
+def _prepare_fork() -> None:
+    global _locked_for_fork
+    # Not for ever: the thread that forks may be in a signal handler that has interrupted a holder of the lock.
+    _locked_for_fork = lock.acquire(timeout=1.0)
+    if _locked_for_fork and table or open_blocks:
+        settle()
+        for callback in _before_fork:
+            callback()
+
+
+def _after_fork() -> None:
+    if _locked_for_fork:
+        lock.release()
+
+
+os.register_at_fork(before=_prepare_fork, after_in_parent=_after_fork)
