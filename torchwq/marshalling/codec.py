@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import cloudpickle
+import torch
 
 from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory import anonymous, pool, recycling
@@ -34,7 +35,7 @@ from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
 from ..transport.sockets import close_fds
-from . import functions, locate, reducers, tensors  # noqa: F401 - tensors registers its reducers
+from . import functions, locate, reducers, single
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
 CALL_LIMIT: Final = 16 * 1024 - 64
@@ -71,6 +72,12 @@ class _Attachments:
         self.keep: list[Any] = []
         self.blocks: dict[Block, int] = {}
         #: Whether there is anything beside the pickle.
+        self.more = False
+
+    def clear(self) -> None:
+        """Let go of everything; what has left in a payload is the payload's."""
+        self.chunks.clear()
+        self.buffers, self.fds, self.keep, self.blocks = [], [], [], {}
         self.more = False
 
     def attach(self, fd: int, owner: Any) -> int:
@@ -165,8 +172,9 @@ class _FastEncoder(pickle.Pickler):
         reducer = reducers.lookup(cls)
         if reducer is not None:
             return reducer(self.out, obj)
-        if (cls is types.FunctionType or isinstance(obj, type)) and not functions.goes_by_name(obj):
-            raise _NeedsCloud
+        if cls is types.FunctionType or isinstance(obj, type):
+            if obj not in reducers.rebuilders and not functions.goes_by_name(obj):
+                raise _NeedsCloud
         return NotImplemented
 
 
@@ -183,7 +191,7 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if reducer is not None:
             return reducer(self.out, obj)
         if type(obj) is types.FunctionType:
-            return NotImplemented if functions.goes_by_name(obj) else self._reduce_function(obj)
+            return NotImplemented if obj in reducers.rebuilders or functions.goes_by_name(obj) else self._reduce_function(obj)
         return super().reducer_override(obj)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
@@ -229,6 +237,10 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
     A tensor in it is in shared memory afterwards. Raises whatever pickling it raises; :func:`encode_all` turns that
     into a MarshalError that names the place.
     """
+    if type(obj) is torch.Tensor:
+        parcel = single.encode(obj, limit)
+        if parcel is not None:
+            return parcel
     try:
         tools = _idle.pop()
     except IndexError:
@@ -246,10 +258,13 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
         cloud.dump(obj)
         return cloud.out.payload(limit)
     if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
-        return out.payload(limit)
+        payload: bytes | Parcel = out.payload(limit)
+        out.clear()
+    else:
+        payload = chunks.pop()
     clear_memo()
     _idle.append(tools)
-    return chunks.pop()
+    return payload
 
 
 def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args") -> list[bytes | Parcel]:
@@ -333,13 +348,18 @@ def decode(data: bytes, fds: list[int]) -> Any:
         return pickle.loads(data)
     try:
         if data[-1] == REFERENCES:
-            arrivals = _arrivals(data, len(data) - TRAILER, fds)
-            return _loads(data, (), arrivals, fds)
+            tensor = single.decode(data)
+            if tensor is not None:
+                return tensor
+            obj = _loads(data, (), _arrivals(data, len(data) - TRAILER, fds), fds)
+            if type(obj) is torch.Tensor:
+                single.learn(obj)
+            return obj
         if data[-1] == BLOCK:
             return _decode_block(data, fds)
         return _loads(data, (), None, fds)
     finally:
-        close_fds([fd for fd in fds if fd >= 0])
+        close_fds(fds)
 
 
 def _arrivals(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
@@ -405,7 +425,7 @@ def discard(data: bytes, fds: list[int]) -> None:
             recycling.note_lost([number for number, _ in references])
         except Exception:
             pass  # then they are believed to be lost after a while
-    close_fds([fd for fd in fds if fd >= 0])
+    close_fds(fds)
 
 
 def _discard_references_in(data: bytes, fds: list[int]) -> None:

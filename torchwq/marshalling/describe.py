@@ -15,7 +15,7 @@ from ..memory.parcel import BLOCK, TRAILER
 _LONGEST: Final = 200
 #: The functions that rebuild what users know by other names.
 _SHOWN: Final = {
-    "_rebuild": "tensor",
+    "rebuild": "tensor",
     "_rebuild_leaf": "tensor",
     "_rebuild_copy": "tensor",
     "_rebuild_dense": "tensor",

@@ -33,6 +33,8 @@ Reducer = Callable[[Encoder, Any], Any]
 
 _exact: dict[type, Reducer] = {}
 _families: list[tuple[type, Reducer]] = []
+#: Functions that reducers name and that are known to be found by their names.
+rebuilders: set[Any] = set()
 
 
 def register(cls: type, reducer: Reducer) -> None:

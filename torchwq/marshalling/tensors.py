@@ -18,21 +18,26 @@ from torch.utils.hooks import warn_if_has_hooks
 from ..memory import sharing, storages
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
-from .reducers import Encoder, inbound, register, register_family
+from .reducers import Encoder, inbound, rebuilders, register, register_family
 
 
-def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    if tensor.requires_grad:
-        _refuse_non_leaf(tensor)
-        warn_if_has_hooks(tensor)
-    if (
+def is_unusual(tensor: torch.Tensor) -> bool:
+    """Whether it is not a dense tensor on the CPU, and nothing but that."""
+    return bool(
         tensor.layout is not torch.strided
         or tensor.is_conj()
         or tensor.is_neg()
         or tensor.is_nested
         or tensor.is_quantized
         or not tensor.is_cpu
-    ):
+    )
+
+
+def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
+    if tensor.requires_grad:
+        _refuse_non_leaf(tensor)
+        warn_if_has_hooks(tensor)
+    if is_unusual(tensor):
         return _reduce_unusual(tensor)
     storage = tensor.untyped_storage()
     block = block_of(storage)
@@ -46,16 +51,17 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     index = encoder.refer(block, storage)
     code, offset, size, stride = geometry(tensor)
     if type(tensor) is torch.Tensor and not tensor.requires_grad:
-        return _rebuild, (index, code, offset, size, stride)
+        return rebuild, (index, code, offset, size, stride)
     return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, size, stride)
 
 
-def _rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that lies so on block ``index`` of the message being unpickled."""
     return inbound().tensor(index, (code, offset, size, stride))
 
 
 def _rebuild_leaf(cls: type[torch.Tensor], requires_grad: bool, *where: Any) -> torch.Tensor:
-    return _as_leaf(_rebuild(*where), cls, requires_grad)
+    return _as_leaf(rebuild(*where), cls, requires_grad)
 
 
 def _as_leaf(tensor: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
@@ -203,3 +209,4 @@ register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
+rebuilders.update((rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage))

@@ -19,7 +19,7 @@ import torch
 from ..errors import ResourceError
 from . import ledger, limits, recycling, storages
 from .block import MADE, MAPPED, PLAIN, Block, Geometry
-from .ledger import UNTRACKED
+from .ledger import HELD
 
 #: How often a message's block was here already, how often it was not, and how often it was copied out.
 hits = misses = copies = 0
@@ -56,7 +56,7 @@ class Arrivals:
         block = recycling.table.get(number)
         storage = None if block is None else block.storage
         book = ledger.current()
-        tracked = number != UNTRACKED and book is not None and book.is_current(number)
+        tracked = book is not None and book.is_current(number)
         if block is not None and storage is not None and block.nbytes == nbytes:
             hits += 1
         else:
@@ -71,7 +71,7 @@ class Arrivals:
             block = Block(PLAIN, storage, -1)
         if tracked:
             assert book is not None
-            book.count_got(number, block.kind == MAPPED)
+            book.count_got(number, HELD if block.kind == MAPPED else 0)
         block.users += 1
         self._blocks.append(block)
         self._storages.append(storage)
@@ -121,6 +121,32 @@ class Arrivals:
             if block.kind == MAPPED and not block.watches:
                 recycling.release(block)
         self._blocks.clear()
+
+
+def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | None:
+    """The tensor of a message that is nothing but one, if its block is here and such a tensor was on it before.
+
+    Else None, and nothing is taken.
+    """
+    global hits
+    with recycling.lock:
+        recycling.settle()
+        block = recycling.table.get(number)
+        if block is None or block.nbytes != nbytes:
+            return None
+        template = block.templates.get(geometry)
+        book = ledger.current()
+        if template is None or book is None:
+            return None
+        hits += 1
+        tensor = template.detach()
+        if block.kind == MAPPED:
+            book.count_got(number, HELD)
+            block.used_at = time.monotonic()
+            recycling.watch(tensor, block)
+        else:
+            book.count_got(number, 0)
+        return tensor
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:

@@ -188,24 +188,29 @@ class Ledger:
 
     def is_current(self, number: int) -> bool:
         """Whether the number still stands for the block that it was given to."""
-        return bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
+        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
 
     # Counting
 
     def count_sent(self, number: int) -> None:
-        generation = number >> 32
-        index = self._column + 2 * (number & _LOW)
-        word = self._words[index]
-        count = word & _LOW if word >> 32 == generation else 0
-        self._words[index] = generation << 32 | (count + _ONE & _LOW)
+        """A reference is about to leave in a message. Of a number that is not current nothing is counted."""
+        words = self._words
+        generation, row = number >> 32, number & _LOW
+        if words[_GENERATIONS + row] == generation:
+            index = self._column + 2 * row
+            word = words[index]
+            count = word & _LOW if word >> 32 == generation else 0
+            words[index] = generation << 32 | (count + _ONE & _LOW)
 
-    def count_got(self, number: int, held: bool) -> None:
-        """A reference was taken out of a message. ``held``: this process has tensors on the block now."""
-        generation = number >> 32
-        index = self._column + 2 * (number & _LOW) + 1
-        word = self._words[index]
-        count = word & _LOW if word >> 32 == generation else 0
-        self._words[index] = generation << 32 | (count + _ONE & _LOW) | (HELD if held else 0)
+    def count_got(self, number: int, held: int) -> None:
+        """A reference was taken out of a message. ``held``: HELD if this process has tensors on the block now, or 0."""
+        words = self._words
+        generation, row = number >> 32, number & _LOW
+        if words[_GENERATIONS + row] == generation:
+            index = self._column + 2 * row + 1
+            word = words[index]
+            count = word & _LOW if word >> 32 == generation else 0
+            words[index] = generation << 32 | (count + _ONE & _LOW) | held
 
     def set_flag(self, number: int, flag: int) -> None:
         generation = number >> 32

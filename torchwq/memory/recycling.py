@@ -111,7 +111,7 @@ def count_sent(numbers: Sequence[int]) -> None:
     with lock:
         book = ledger.current()
         for number in numbers:
-            if number != UNTRACKED and book is not None and book.is_current(number):
+            if number != UNTRACKED and book is not None:
                 book.count_sent(number)
 
 
@@ -136,8 +136,8 @@ def settle() -> None:
         else:
             book = ledger.current()
             for number in note:
-                if number != UNTRACKED and book is not None and book.is_current(number):
-                    book.count_got(number, False)
+                if number != UNTRACKED and book is not None:
+                    book.count_got(number, 0)
 
 
 def release(block: Block) -> None:

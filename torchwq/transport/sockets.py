@@ -64,9 +64,13 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
 
 
 def close_fds(fds: Sequence[int]) -> None:
+    """Close descriptors; those below 0 were given away."""
     for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
 
 
 def peer_uid(sock: socket.socket) -> int:
