@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 import torchwq
-from torchwq.memory import arrivals, pool
+from torchwq.memory import arrivals, ledger, pool
 from torchwq.transport import directory, namespace
 from torchwq.workers import client
 
@@ -45,6 +45,7 @@ def _services() -> None:
     with torchwq.workqueue("warm-up"):
         pass
     directory.here()
+    ledger.current()
     # Every test collects garbage twice: torch's own heap need not be looked through each time.
     gc.collect()
     gc.freeze()

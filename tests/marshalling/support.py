@@ -14,6 +14,7 @@ import torch
 
 import torchwq
 from torchwq.marshalling import codec
+from torchwq.memory import arrivals, pool
 from torchwq.memory.parcel import PICKLE, Parcel, Payload
 
 LIMIT = codec.CALL_LIMIT
@@ -129,7 +130,9 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def descriptors() -> set[str]:
-    """Descriptors of this process that are open now."""
+    """Descriptors of this process that are open now, but for memory that is only kept for use again."""
+    pool.trim()
+    arrivals.trim()
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         try:

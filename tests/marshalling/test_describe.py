@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchwq.marshalling import codec
 from torchwq.marshalling.describe import describe
 
 from . import library
@@ -22,8 +23,7 @@ from .support import marshal, received
 
 def described(obj: Any) -> str:
     data, fds = received(marshal(obj))
-    for fd in fds:
-        os.close(fd)
+    codec.discard(data, fds)
     return describe(data)
 
 

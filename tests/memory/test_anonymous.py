@@ -143,11 +143,10 @@ def test_a_size_that_no_block_can_have_is_a_resource_error_and_closes_it(monkeyp
 
 def test_descriptors_that_run_out_give_a_clear_error_and_leave_the_process_usable(run_script: Any) -> None:
     done = run_script("""
-        import os, resource
+        import os, resource, warnings
         import numpy as np, torch
         import torchwq
         from torchwq.marshalling import codec
-        from torchwq.memory.parcel import Parcel
 
         torch.ones(1) + 1
         array, tensor, viewed = np.zeros(100_000), torch.ones(1000), torch.ones(1000)
@@ -170,10 +169,14 @@ def test_descriptors_that_run_out_give_a_clear_error_and_leave_the_process_usabl
             except torchwq.ResourceError as error:
                 print(name, isinstance(error, OSError), "|", error)
         attempt("array", lambda: codec.encode_all([array], 16000))
-        attempt("tensor", lambda: codec.encode_all([{"t": tensor}], 16000))
-        attempt("view", lambda: codec.encode_all([view], 16000))
-        attempt("reader", lambda: codec.decode(payload.data + bytes(8) + bytes([payload.kind]), fds))
-        print("closed", fds == [])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            copies = [codec.decode(codec.encode_all([obj], 16000)[0], []) for obj in ({"t": tensor}, [view])]
+        print("warned", [str(warning.message) for warning in caught])
+        copies[0]["t"][0], copies[1][0][0] = 5, 5
+        print("apart", tensor[0].item(), viewed[1].item(), copies[0]["t"].sum().item(), copies[1][0].shape[0])
+        print("reader", codec.decode(payload.data + bytes(8) + bytes([payload.kind]), fds)[0].tolist())
+        print("closed", all(not os.path.exists(f"/proc/self/fd/{fd}") for fd in fds))
         for filler in fillers:
             os.close(filler)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -185,9 +188,13 @@ def test_descriptors_that_run_out_give_a_clear_error_and_leave_the_process_usabl
     """)
     lines = done.stdout.splitlines()
     named = dict(line.split(" True | ") for line in lines if " | " in line)
-    assert named.keys() == {"array", "tensor", "view", "reader"}
+    assert named.keys() == {"array"}
     assert "ulimit -n" in named["array"]
-    assert "ulimit -n" in named["tensor"]
+    (warned,) = [line for line in lines if line.startswith("warned")]
+    assert warned.count("copied instead of shared") == 1
+    assert "ulimit -n" in warned
+    assert "apart 1.0 1.0 1004.0 999" in lines
+    assert "reader [0.0, 0.0, 0.0]" in lines
     assert "closed True" in lines
     assert lines[-1] == "7.0 8.0 0.0"
 

@@ -11,7 +11,11 @@ import torch
 
 from tests.marshalling.support import descriptors, mapping_at, roundtrip
 from torchwq import ResourceError
-from torchwq.memory import storages
+from torchwq.memory import sharing, storages
+
+
+def share(tensor: torch.Tensor) -> None:
+    assert sharing.share(tensor) is not None
 
 
 def small_shm(monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
@@ -104,12 +108,10 @@ def test_a_tensor_that_alone_owns_its_storage_moves_into_memory_without_a_name(m
     tensor = make()
     before = (tensor.tolist(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes())
     identity = id(tensor)
-    if tensor._base is None:
-        storages.move_if_sole_owner(tensor)
-        assert "memfd:torchwq" in (mapping_at(tensor.data_ptr()) or "")
-        assert tensor.is_shared()
-    else:
-        storages.share(tensor.untyped_storage())
+    alone = tensor._base is None
+    share(tensor)
+    assert tensor.is_shared()
+    assert ("memfd:torchwq" in (mapping_at(tensor.data_ptr()) or "")) == alone
     after = (tensor.tolist(), tensor.stride(), tensor.storage_offset(), tensor.untyped_storage().nbytes())
     assert after == before
     assert id(tensor) == identity
@@ -118,28 +120,27 @@ def test_a_tensor_that_alone_owns_its_storage_moves_into_memory_without_a_name(m
 def test_a_tensor_with_views_is_left_to_torch() -> None:
     tensor = torch.ones(100)
     view = tensor[1:]
-    storages.move_if_sole_owner(tensor)
-    assert not tensor.is_shared()
-    storages.share(tensor.untyped_storage())
+    share(tensor)
+    assert "memfd:torchwq" not in (mapping_at(tensor.data_ptr()) or "")
     assert tensor.is_shared()
     assert view.is_shared()
     assert view.data_ptr() == tensor.data_ptr() + 4
 
 
 def test_without_torchs_use_count_every_storage_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storages, "_use_count", None)
+    monkeypatch.setattr(storages, "CAN_RECYCLE", False)
     tensor = torch.ones(100)
-    storages.move_if_sole_owner(tensor)
-    assert not tensor.is_shared()
+    share(tensor)
+    assert "memfd:torchwq" not in (mapping_at(tensor.data_ptr()) or "")
     roundtrip(tensor)[0] = 2
     assert tensor[0] == 2
 
 
 def test_moving_twice_does_nothing_the_second_time() -> None:
     tensor = torch.ones(100)
-    storages.move_if_sole_owner(tensor)
+    share(tensor)
     place = tensor.data_ptr()
-    storages.move_if_sole_owner(tensor)
+    share(tensor)
     assert storages.share(tensor.untyped_storage())[1] == 400
     assert tensor.data_ptr() == place
 
@@ -176,7 +177,7 @@ def test_shared_memory_that_cannot_be_mapped_is_a_resource_error(monkeypatch: py
 
 def test_an_opened_storage_does_not_need_the_descriptor_it_came_by() -> None:
     tensor = torch.arange(10.0)
-    storages.move_if_sole_owner(tensor)
+    share(tensor)
     fd, nbytes = storages.share(tensor.untyped_storage())
     copy = os.dup(fd)
     storage = storages.open_shared(copy, nbytes)
@@ -194,6 +195,6 @@ def test_shared_memory_goes_back_with_its_last_tensor() -> None:
     del tensor
     assert out.sum() == 1_000_000
     del out
-    assert descriptors() == before
+    assert descriptors() == before  # which gives back what is kept for use again
     line = mapping_at(place)
     assert line is None or "torchwq" not in line

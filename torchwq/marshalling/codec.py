@@ -125,8 +125,7 @@ class _Attachments:
         numbers = [block.number for block in self.blocks]
         groups: list[Sequence[bytes | memoryview]] = [self.chunks, _references(self.blocks)]
         groups += ([buffer] for buffer in self.buffers)
-        spans = anonymous.layout([sum(memoryview(each).nbytes for each in group) for group in groups])
-        table = sum(spans[-1])
+        *spans, (table, _) = anonymous.layout([*(sum(memoryview(each).nbytes for each in group) for group in groups), 0])
         groups.append([b"".join(_SPAN.pack(*span) for span in spans)])
         if in_bag:
             sack = bag.pack(fds)
@@ -192,6 +191,9 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
             return reducer(self.out, obj)
         if type(obj) is types.FunctionType:
             return NotImplemented if obj in reducers.rebuilders or functions.goes_by_name(obj) else self._reduce_function(obj)
+        if type(obj) is types.CodeType:
+            _, args = self.dispatch_table[types.CodeType](obj)
+            return functions.code_of_file, (obj.co_filename, args)
         return super().reducer_override(obj)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:

@@ -98,6 +98,11 @@ def own_module(function: types.FunctionType) -> str | None:
     return name if module is not None and module.__dict__ is function.__globals__ else None
 
 
+def code_of_file(filename: str, args: tuple[Any, ...]) -> types.CodeType:
+    """Code with the name of the file it was written in, which cloudpickle drops: tracebacks and this module need it."""
+    return types.CodeType(*args).replace(co_filename=filename)
+
+
 def module_globals(name: str) -> dict[str, Any]:
     """The globals of an importable module, imported if need be."""
     __import__(name)

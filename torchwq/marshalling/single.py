@@ -39,7 +39,8 @@ class _Tensor:
         self._geometry = geometry
 
     def __reduce__(self) -> Any:
-        return rebuild, (0, *self._geometry)
+        code, offset, size, stride = self._geometry
+        return rebuild, (0, code, offset, tuple(size), stride)
 
 
 def _pickle_of(geometry: Geometry) -> bytes:

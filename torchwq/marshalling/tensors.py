@@ -43,7 +43,8 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     block = block_of(storage)
     if block is None or not sharing.is_current(block):
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
-            return _rebuild_dense, (type(tensor), storage, *geometry(tensor), tensor.requires_grad)
+            code, offset, size, stride = geometry(tensor)
+            return _rebuild_dense, (type(tensor), storage, code, offset, tuple(size), stride, tensor.requires_grad)
         block = sharing.share(tensor)
         if block is None:
             return _reduce_to_copy(tensor)
@@ -51,8 +52,8 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     index = encoder.refer(block, storage)
     code, offset, size, stride = geometry(tensor)
     if type(tensor) is torch.Tensor and not tensor.requires_grad:
-        return rebuild, (index, code, offset, size, stride)
-    return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, size, stride)
+        return rebuild, (index, code, offset, tuple(size), stride)
+    return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, tuple(size), stride)
 
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -74,7 +75,8 @@ def _reduce_to_copy(tensor: torch.Tensor) -> Any:
     """For want of descriptors, the tensor's values travel instead of a reference."""
     copy = tensor.detach().clone()
     data = pickle.PickleBuffer(storages.lasting_memory(copy.untyped_storage()))
-    return _rebuild_copy, (type(tensor), tensor.requires_grad, data, *geometry(copy))
+    code, offset, size, stride = geometry(copy)
+    return _rebuild_copy, (type(tensor), tensor.requires_grad, data, code, offset, tuple(size), stride)
 
 
 def _rebuild_copy(cls: type[torch.Tensor], requires_grad: bool, data: Any, *geometry: Any) -> torch.Tensor:

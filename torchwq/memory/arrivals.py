@@ -96,11 +96,16 @@ class Arrivals:
         return storages.memory(self._storages[index])
 
     def private_memory(self, index: int) -> memoryview:
-        """The bytes of a block, to keep and to change: copied when they are changed."""
-        block = self._blocks[index]
-        if block.kind == PLAIN and not self._storages[index].is_shared():
-            return storages.lasting_memory(self._storages[index])  # was copied out already
-        mapping, view = storages.map_private(self._fds[index], block.nbytes)
+        """The bytes of a block, to keep and to change: a page is copied when it is changed."""
+        block, storage = self._blocks[index], self._storages[index]
+        if block.kind == PLAIN and not storage.is_shared():
+            return storages.lasting_memory(storage)  # was copied out already
+        try:
+            mapping, view = storages.map_private(self._fds[index], block.nbytes)
+        except ResourceError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return storages.lasting_memory(torch.UntypedStorage(block.nbytes).copy_(storage))
         if block.kind in (MADE, MAPPED):
             with recycling.lock:
                 block.users += 1

@@ -178,7 +178,7 @@ CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 def geometry(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """How a dense tensor lies on its storage, as ``place`` takes it."""
-    return CODES[tensor.dtype], tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
+    return CODES[tensor.dtype], tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
 def place(

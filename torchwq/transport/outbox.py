@@ -100,7 +100,14 @@ class Outbox:
                     data = payload
                     tag = get_ident()
             else:
-                data, fds, tag = self._message(payload)
+                if self._numbered:
+                    self.number = tag = self.number + 1
+                    data = payload.data + _TRAILER(tag, payload.kind)
+                else:
+                    data = payload.data + _TRAILER(0, payload.kind)
+                    tag = get_ident()
+                payload.depart()
+                fds = payload.fds
             if not self._pending:
                 try:
                     is_sent = self._try_send(data, fds)
@@ -117,13 +124,6 @@ class Outbox:
                     return
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
             self._pending.append((data, fds, payload if fds else None, tag))
-
-    def _message(self, payload: Any) -> tuple[bytes, Sequence[int], int]:
-        number, tag = 0, get_ident()
-        if self._numbered:
-            self.number = tag = number = self.number + 1
-        payload.depart()
-        return payload.data + _TRAILER(number, payload.kind), payload.fds, tag
 
     def _drop(self) -> None:
         self._stopped = True

@@ -36,8 +36,19 @@ def send_buffer(sock: socket.socket, nbytes: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
 
 
+#: Ancillary data for one descriptor, which most messages that have any have.
+_rights_of_one: dict[int, list[tuple[int, int, Any]]] = {}
+_INT: Final = struct.Struct("@i")
+
+
 def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    """Ancillary data that carries ``fds``."""
+    if len(fds) > 1:
+        return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    found = _rights_of_one.get(fds[0])
+    if found is None:
+        found = _rights_of_one[fds[0]] = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(fds[0]))]
+    return found
 
 
 def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
@@ -45,6 +56,10 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
 
     Raises ResourceError, after closing those that did come, if the kernel had to drop some of them.
     """
+    if len(ancillary) == 1 and not flags & TRUNCATED and CLOEXEC:
+        level, what, data = ancillary[0]
+        if len(data) == _INT.size and what == socket.SCM_RIGHTS and level == socket.SOL_SOCKET:
+            return [*_INT.unpack(data)]
     fds = array.array("i")
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
