@@ -18,6 +18,7 @@ from .errors import (
 from .mapping import Map, map
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
+from .shared import MemoryStats, empty, empty_like, memory_stats, set_memory_limit, share_, zeros
 from .workers.client import warm_up
 from .workers.info import WorkerInfo, worker_info
 
@@ -29,6 +30,7 @@ __all__ = [
     "ClosureError",
     "Map",
     "MarshalError",
+    "MemoryStats",
     "NamespaceError",
     "QueueClosed",
     "QueueStatistics",
@@ -39,8 +41,14 @@ __all__ = [
     "WorkQueue",
     "WorkerDied",
     "WorkerInfo",
+    "empty",
+    "empty_like",
     "map",
+    "memory_stats",
+    "set_memory_limit",
+    "share_",
     "warm_up",
     "worker_info",
     "workqueue",
+    "zeros",
 ]

@@ -21,8 +21,8 @@ from . import ledger, limits, recycling, storages
 from .block import MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import HELD
 
-#: How often a message's block was here already, how often it was not, and how often it was copied out.
-hits = misses = copies = 0
+#: How often a message's block was here already, and how often it had to be mapped.
+hits = misses = 0
 
 
 class Arrivals:
@@ -177,8 +177,6 @@ def _give_up_idle() -> None:
 
 
 def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
-    global copies
-    copies += 1
     storage = torch.UntypedStorage(nbytes)
     view = storages.memory(storage)
     done = 0

@@ -30,6 +30,8 @@ _MAPS: Final = "/proc/sys/vm/max_map_count"
 _default: int | None = None
 _descriptors: int | None = None
 _warned = False
+#: How often a tensor was copied for want of descriptors.
+copies = 0
 
 
 def memory_limit() -> int:
@@ -44,6 +46,16 @@ def memory_limit() -> int:
     if _default is None:
         _default = available()[0] // _PART
     return _default
+
+
+def set_memory_limit(nbytes: int | None) -> None:
+    """Set or unset the limit for this process and the workers it starts."""
+    if nbytes is None:
+        os.environ.pop(VARIABLE, None)
+        return
+    if nbytes < 0:
+        raise ValueError(f"a limit in bytes is needed, not {nbytes}")
+    os.environ[VARIABLE] = str(nbytes)
 
 
 def available() -> tuple[int, str]:
@@ -126,7 +138,8 @@ def descriptors() -> int:
 
 def warn_of_copies() -> None:
     """Say, once in this process, that tensors are copied for want of descriptors, and what to do about it."""
-    global _warned
+    global _warned, copies
+    copies += 1
     if not _warned:
         _warned = True
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

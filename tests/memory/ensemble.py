@@ -1,0 +1,266 @@
+"""Processes that hand shared tensors around, and a model of what each of them must see.
+
+The test's process is the *conductor*. It tells *players*, one queue for each, what to do with their tensors. A player also
+owns a queue of its own, whose handles the conductor has given to all others: so tensors go from player to player
+without passing the conductor. A tensor is filled with one number, which the model knows; whoever can still see the
+tensor must see that number, whatever was sent, dropped, made and killed since.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+import torchwq
+
+WAIT = 30.0
+#: Few, so that blocks are used again; the last is large enough to be mapped privately as an array.
+SIZES = (2, 16, 600, 5000)
+
+
+def play(commands: torchwq.WorkQueue) -> None:
+    """A player."""
+    import queue
+
+    import numpy as np
+    import torch
+
+    import torchwq
+
+    store: dict[int, Any] = {}
+    sources: dict[int, torchwq.WorkQueue] = {}
+    with torchwq.workqueue() as own:
+        commands.write((os.getpid(), own))
+        while True:
+            what, *args = commands.read()
+            answer: Any = None
+            if what == "make":
+                key, size = args
+                store[key] = torch.full((size,), key)
+            elif what == "make in place":
+                key, size = args
+                store[key] = torchwq.empty(size, dtype=torch.int64).fill_(key)
+            elif what == "take":
+                store[args[0]] = args[1]
+            elif what == "give":
+                answer = store[args[0]]
+            elif what == "drop":
+                del store[args[0]]
+            elif what == "view":
+                store[args[0]] = store[args[0]][1:]
+            elif what == "fill":
+                store[args[0]].fill(args[1]) if isinstance(store[args[0]], np.ndarray) else store[args[0]].fill_(args[1])
+            elif what == "publish":
+                own.write((args[0], store[args[0]]))
+            elif what == "source":
+                sources[args[0]] = args[1]
+            elif what == "fetch":
+                try:
+                    key, tensor = sources[args[0]].read(timeout=10)
+                    if args[1]:
+                        store[key] = tensor
+                    answer = key
+                    del tensor
+                except torchwq.QueueClosed:
+                    answer = None
+                except queue.Empty:
+                    answer = "nothing"
+            elif what == "look":
+                scribble(args[0])
+                answer = {key: (int(value.min()), int(value.max())) for key, value in store.items()}
+            elif what == "stop":
+                return
+            args = []
+            commands.write(answer)
+            answer = None
+
+
+def scribble(sizes: tuple[int, ...] = SIZES) -> None:
+    """Write over every block of this process that it believes to be free."""
+    for size in sizes:
+        blocks = [torchwq.empty(size, dtype=torch.int64).fill_(-1) for _ in range(6)]
+        del blocks
+
+
+class Player:
+    def __init__(self) -> None:
+        self.commands = torchwq.workqueue()
+        self.map = torchwq.map(1, play, self.commands)
+        self.pid, self.own = self.commands.read(timeout=WAIT)
+        #: The tensors that it must have, by their keys.
+        self.has: set[int] = set()
+
+    def tell(self, *command: Any) -> Any:
+        self.commands.write(command)
+        return self.commands.read(timeout=WAIT)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        try:
+            self.map.join(WAIT)
+        except torchwq.WorkerDied:
+            pass
+        self.close()
+
+    def stop(self) -> None:
+        self.commands.write(("stop",))
+        self.map.join(WAIT)
+        self.close()
+
+    def close(self) -> None:
+        self.own.close()
+        self.commands.close()
+
+
+class Ensemble:
+    """The conductor, and what it knows to be true."""
+
+    def __init__(self, players: int) -> None:
+        self.done: Counter[str] = Counter()
+        self.next_key = 1000
+        #: What each tensor is filled with. By-value arrays have a key of their own for each copy.
+        self.value: dict[int, int] = {}
+        self.mine: dict[int, Any] = {}
+        #: What is under way from one player's own queue: (publisher, key).
+        self.players: dict[int, Player] = {}
+        self.published: dict[int, list[int]] = {}
+        for name in range(players):
+            self.enter(name)
+
+    def enter(self, name: int) -> None:
+        player = self.players[name] = Player()
+        self.published[name] = []
+        for other, each in self.players.items():
+            if other != name:
+                player.tell("source", other, each.own)
+                each.tell("source", name, player.own)
+
+    def new_key(self) -> int:
+        self.next_key += 1
+        self.value[self.next_key] = self.next_key
+        return self.next_key
+
+    # Each of these is a step.
+
+    def make(self, name: int | None, size: int, in_place: bool) -> None:
+        self.done["make"] += 1
+        key = self.new_key()
+        if name is None:
+            self.mine[key] = (
+                torchwq.empty(size, dtype=torch.int64).fill_(key) if in_place else torch.full((size,), key)
+            )
+        else:
+            self.players[name].tell("make in place" if in_place else "make", key, size)
+            self.players[name].has.add(key)
+
+    def give(self, key: int, name: int) -> None:
+        """From the conductor to a player."""
+        self.done["give"] += 1
+        self.players[name].tell("take", key, self.mine[key])
+        self.players[name].has.add(key)
+
+    def give_array(self, size: int, name: int) -> None:
+        """By value: the player's copy must not change when the conductor's does."""
+        self.done["give array"] += 1
+        key = self.new_key()
+        array = np.full(size, key)
+        self.players[name].tell("take", key, array)
+        array.fill(-1)
+        self.players[name].has.add(key)
+
+    def collect(self, key: int, name: int) -> None:
+        """From a player to the conductor."""
+        self.done["collect"] += 1
+        tensor = self.players[name].tell("give", key)
+        if isinstance(tensor, np.ndarray):
+            copy = self.new_key()
+            self.value[copy] = self.value[key]
+            key = copy
+        self.mine[key] = tensor
+
+    def publish(self, key: int, name: int) -> None:
+        """From a player into its own queue."""
+        self.done["publish"] += 1
+        self.players[name].tell("publish", key)
+        self.published[name].append(key)
+
+    def fetch(self, source: int, name: int, keep: bool) -> None:
+        """From a player's own queue to another player."""
+        key = self.players[name].tell("fetch", source, keep)
+        assert key == self.published[source].pop(0)
+        if keep:
+            self.players[name].has.add(key)
+        self.done["fetch"] += 1
+
+    def drop(self, name: int | None, key: int) -> None:
+        self.done["drop"] += 1
+        if name is None:
+            del self.mine[key]
+        else:
+            self.players[name].tell("drop", key)
+            self.players[name].has.discard(key)
+
+    def view(self, name: int, key: int) -> None:
+        self.done["view"] += 1
+        self.players[name].tell("view", key)
+
+    def fill(self, name: int, key: int) -> None:
+        """Whoever has the tensor sees it."""
+        self.done["fill"] += 1
+        self.value[key] += 1_000_000
+        self.players[name].tell("fill", key, self.value[key])
+
+    def kill(self, name: int) -> None:
+        """With all that it holds, and all that is under way from it and to it."""
+        self.done["kill"] += 1
+        player = self.players.pop(name)
+        orphans = self.published.pop(name)
+        player.kill()
+        if orphans and self.players:
+            heir = next(iter(self.players.values()))
+            for key in orphans:  # what a dead owner had written can still be read, and its memory is there
+                assert heir.tell("fetch", name, True) == key
+                heir.has.add(key)
+        self.enter(name)
+
+    def fork(self, key: int) -> None:
+        """A forked child sees the tensor of its parent, whatever the parent does with its own afterwards."""
+        self.done["fork"] += 1
+        tensor, expected = self.mine[key], self.value[key]
+        ask, answer = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            code = 3
+            try:
+                os.read(ask[0], 1)
+                code = int(not bool((tensor == expected).all()))
+            finally:
+                os._exit(code)
+        del tensor, self.mine[key]
+        scribble()
+        os.write(ask[1], b"x")
+        _, status = os.waitpid(pid, 0)
+        for fd in (*ask, *answer):
+            os.close(fd)
+        # Someone else may have changed what the key is filled with only before the fork.
+        assert os.waitstatus_to_exitcode(status) == 0
+
+    def check(self) -> None:
+        """Everything that anybody holds has its content, although everybody writes over what they believe to be free."""
+        scribble()
+        for key, tensor in self.mine.items():
+            assert (tensor == self.value[key]).all(), f"the conductor's {key}: {tensor}, not {self.value[key]}"
+        for name, player in self.players.items():
+            seen = player.tell("look", SIZES)
+            expected = {key: (self.value[key],) * 2 for key in player.has}
+            assert seen == expected, f"player {name} sees {seen}, not {expected}"
+
+    def close(self) -> None:
+        self.mine.clear()
+        for player in self.players.values():
+            player.stop()

@@ -1,0 +1,110 @@
+"""Nobody ever sees a tensor overwritten: a state machine over several processes, with everything checked at each step."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import torchwq
+
+from . import ensemble
+from .ensemble import Ensemble
+
+PLAYERS = 3
+NAMES = st.integers(0, PLAYERS - 1)
+SIZES = st.sampled_from(ensemble.SIZES)
+
+
+class Lifetimes(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = Ensemble(PLAYERS)
+
+    def _mine(self, data: st.DataObject) -> int | None:
+        return data.draw(st.sampled_from(sorted(self.all.mine))) if self.all.mine else None
+
+    def _has(self, data: st.DataObject, name: int) -> int | None:
+        has = sorted(self.all.players[name].has)
+        return data.draw(st.sampled_from(has)) if has else None
+
+    @rule(name=st.none() | NAMES, size=SIZES, in_place=st.booleans())
+    def make(self, name: int | None, size: int, in_place: bool) -> None:
+        self.all.make(name, size, in_place)
+
+    @precondition(lambda self: self.all.mine)
+    @rule(data=st.data(), name=NAMES)
+    def give(self, data: st.DataObject, name: int) -> None:
+        key = self._mine(data)
+        assert key is not None
+        self.all.give(key, name)
+
+    @rule(size=SIZES, name=NAMES)
+    def give_array(self, size: int, name: int) -> None:
+        self.all.give_array(size, name)
+
+    @rule(data=st.data(), name=NAMES)
+    def collect(self, data: st.DataObject, name: int) -> None:
+        key = self._has(data, name)
+        if key is not None:
+            self.all.collect(key, name)
+
+    @rule(data=st.data(), name=NAMES)
+    def publish(self, data: st.DataObject, name: int) -> None:
+        key = self._has(data, name)
+        if key is not None:
+            self.all.publish(key, name)
+
+    @rule(source=NAMES, name=NAMES, keep=st.booleans())
+    def fetch(self, source: int, name: int, keep: bool) -> None:
+        if source != name and self.all.published[source]:
+            self.all.fetch(source, name, keep)
+
+    @rule(data=st.data(), name=NAMES)
+    def drop(self, data: st.DataObject, name: int) -> None:
+        key = self._has(data, name)
+        if key is not None:
+            self.all.drop(name, key)
+
+    @precondition(lambda self: self.all.mine)
+    @rule(data=st.data())
+    def drop_mine(self, data: st.DataObject) -> None:
+        key = self._mine(data)
+        assert key is not None
+        self.all.drop(None, key)
+
+    @rule(data=st.data(), name=NAMES)
+    def fill(self, data: st.DataObject, name: int) -> None:
+        key = self._has(data, name)
+        if key is not None:
+            self.all.fill(name, key)
+
+    @rule(name=NAMES)
+    def kill(self, name: int) -> None:
+        self.all.kill(name)
+
+    @precondition(lambda self: self.all.mine)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        key = self._mine(data)
+        assert key is not None
+        self.all.fork(key)
+
+    @invariant()
+    def nobody_sees_anything_else(self) -> None:
+        self.all.check()
+
+    def teardown(self) -> None:
+        self.all.close()
+
+
+Lifetimes.TestCase.settings = settings(
+    max_examples=6, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+TestLifetimes = pytest.mark.timeout(240)(Lifetimes.TestCase)
