@@ -140,5 +140,3 @@ def set_memory_limit(nbytes: int | None) -> None:
         ValueError: ``nbytes`` is negative.
     """
     limits.set_memory_limit(nbytes)
-
-

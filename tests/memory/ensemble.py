@@ -1,7 +1,7 @@
 """Processes that hand shared tensors around, and a model of what each of them must see.
 
-The test's process is the *conductor*. It tells *players*, one queue for each, what to do with their tensors. A player also
-owns a queue of its own, whose handles the conductor has given to all others: so tensors go from player to player
+The test's process is the *conductor*. It tells *players*, one queue for each, what to do with their tensors. A player
+also owns a queue of its own, whose handles the conductor has given to all others: so tensors go from player to player
 without passing the conductor. A tensor is filled with one number, which the model knows; whoever can still see the
 tensor must see that number, whatever was sent, dropped, made and killed since.
 """
@@ -54,7 +54,9 @@ def play(commands: torchwq.WorkQueue) -> None:
             elif what == "view":
                 store[args[0]] = store[args[0]][1:]
             elif what == "fill":
-                store[args[0]].fill(args[1]) if isinstance(store[args[0]], np.ndarray) else store[args[0]].fill_(args[1])
+                store[args[0]].fill(args[1]) if isinstance(store[args[0]], np.ndarray) else store[args[0]].fill_(
+                    args[1]
+                )
             elif what == "publish":
                 own.write((args[0], store[args[0]]))
             elif what == "source":
@@ -151,9 +153,7 @@ class Ensemble:
         self.done["make"] += 1
         key = self.new_key()
         if name is None:
-            self.mine[key] = (
-                torchwq.empty(size, dtype=torch.int64).fill_(key) if in_place else torch.full((size,), key)
-            )
+            self.mine[key] = torchwq.empty(size, dtype=torch.int64).fill_(key) if in_place else torch.full((size,), key)
         else:
             self.players[name].tell("make in place" if in_place else "make", key, size)
             self.players[name].has.add(key)
@@ -251,7 +251,7 @@ class Ensemble:
         assert os.waitstatus_to_exitcode(status) == 0
 
     def check(self) -> None:
-        """Everything that anybody holds has its content, although everybody writes over what they believe to be free."""
+        """All that anybody holds has its content, although everybody writes over what they believe to be free."""
         scribble()
         for key, tensor in self.mine.items():
             assert (tensor == self.value[key]).all(), f"the conductor's {key}: {tensor}, not {self.value[key]}"

@@ -1,18 +1,11 @@
-"""Nobody ever sees a tensor overwritten: a state machine over several processes, with everything checked at each step."""
+"""Nobody ever sees a tensor overwritten: a state machine over several processes; all is checked at each step."""
 
 from __future__ import annotations
-
-import os
-import random
-import time
-from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-import torchwq
 
 from . import ensemble
 from .ensemble import Ensemble

@@ -125,7 +125,9 @@ class _Attachments:
         numbers = [block.number for block in self.blocks]
         groups: list[Sequence[bytes | memoryview]] = [self.chunks, _references(self.blocks)]
         groups += ([buffer] for buffer in self.buffers)
-        *spans, (table, _) = anonymous.layout([*(sum(memoryview(each).nbytes for each in group) for group in groups), 0])
+        *spans, (table, _) = anonymous.layout(
+            [*(sum(memoryview(each).nbytes for each in group) for group in groups), 0]
+        )
         groups.append([b"".join(_SPAN.pack(*span) for span in spans)])
         if in_bag:
             sack = bag.pack(fds)
@@ -171,9 +173,9 @@ class _FastEncoder(pickle.Pickler):
         reducer = reducers.lookup(cls)
         if reducer is not None:
             return reducer(self.out, obj)
-        if cls is types.FunctionType or isinstance(obj, type):
-            if obj not in reducers.rebuilders and not functions.goes_by_name(obj):
-                raise _NeedsCloud
+        by_name = obj in reducers.rebuilders if cls is types.FunctionType else not isinstance(obj, type)
+        if not by_name and not functions.goes_by_name(obj):
+            raise _NeedsCloud
         return NotImplemented
 
 
@@ -190,7 +192,11 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if reducer is not None:
             return reducer(self.out, obj)
         if type(obj) is types.FunctionType:
-            return NotImplemented if obj in reducers.rebuilders or functions.goes_by_name(obj) else self._reduce_function(obj)
+            return (
+                NotImplemented
+                if obj in reducers.rebuilders or functions.goes_by_name(obj)
+                else self._reduce_function(obj)
+            )
         if type(obj) is types.CodeType:
             _, args = self.dispatch_table[types.CodeType](obj)
             return functions.code_of_file, (obj.co_filename, args)
@@ -374,8 +380,8 @@ def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
     (count,) = _COUNT.unpack_from(data, end - _COUNT.size)
     start = end - _COUNT.size - count * _REFERENCE.size
     if count == 1:
-        return [_REFERENCE.unpack_from(data, start)]  # type: ignore[list-item]
-    return list(_REFERENCE.iter_unpack(data[start : start + count * _REFERENCE.size]))  # type: ignore[arg-type]
+        return [_REFERENCE.unpack_from(data, start)]
+    return list(_REFERENCE.iter_unpack(data[start : start + count * _REFERENCE.size]))
 
 
 def _loads(data: bytes | memoryview, buffers: Iterable[Any], arrivals: Arrivals | None, fds: list[int]) -> Any:

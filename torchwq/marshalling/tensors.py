@@ -1,8 +1,9 @@
 """Tensors by reference: what travels is the number of the block that they are on, and how they lie on it.
 
-Two tensors on one storage stay so, because they refer to one block. Dense CPU tensors are taken apart here; what they are made of (and only that) differs for sparse, nested, conj and neg ones.
-Subclasses and quantized tensors take torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their
-storages, and so here. CUDA and meta tensors go through ``torch.multiprocessing.reductions``.
+Two tensors on one storage stay so, because they refer to one block. Dense CPU tensors are taken apart here; what they
+are made of (and only that) differs for sparse, nested, conj and neg ones. Subclasses and quantized tensors take
+torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their storages, and so here. CUDA and meta tensors
+go through ``torch.multiprocessing.reductions``.
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ def memory_stats() -> MemoryStats:
             blocks=len(made),
             bytes=sum(block.capacity for block in made),
             limit=limits.memory_limit(),
-            free=sum(
-                not here and state not in (IN_FLIGHT, IN_USE) for here, state in zip(used, states, strict=True)
-            ),
+            free=sum(not here and state not in (IN_FLIGHT, IN_USE) for here, state in zip(used, states, strict=True)),
             in_use=sum(used),
             in_flight=states.count(IN_FLIGHT),
             held_remotely=states.count(IN_USE),

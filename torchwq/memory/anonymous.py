@@ -49,7 +49,7 @@ def create(nbytes: int = 0) -> int:
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Have the memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none."""
+    """Have memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none."""
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, nbytes)

@@ -211,5 +211,3 @@ def trim() -> None:
         recycling.settle()
         recycling.look_at_unwatched(len(recycling.table))
         _give_up_idle()
-
-

@@ -1,9 +1,9 @@
 """One block of shared memory as one process sees it, and whether that process uses it.
 
-A block is a ``memfd`` with a torch storage on it, which is kept when the last tensor on it is gone, so that the next one
-costs no descriptor, no mapping and no page fault. Whether it *is* gone shows in the storage: it has more owners, in C++
-or in Python, than an idle one. Whatever points into the memory by means that torch or Python know of (views, ``numpy()``,
-DLPack, graphs of autograd, a storage in a variable) is such an owner.
+A block is a ``memfd`` with a torch storage on it, which is kept when the last tensor on it is gone, so that the next
+one costs no descriptor, no mapping and no page fault. Whether it *is* gone shows in the storage: it has more owners,
+in C++ or in Python, than an idle one. Whatever points into the memory by means that torch or Python know of (views,
+``numpy()``, DLPack, graphs of autograd, a storage in a variable) is such an owner.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block:
         "__weakref__",
         "_kept",
         "_storage",
-                "_view",
+        "_view",
         "address",
         "capacity",
         "fd",
@@ -105,8 +105,7 @@ class Block:
         owners, references = storages.owners(self._storage)
         if self.templates:
             return (
-                owners > storages.IDLE_OWNERS + len(self.templates)
-                or references > storages.IDLE_REFERENCES_WITH_TENSOR
+                owners > storages.IDLE_OWNERS + len(self.templates) or references > storages.IDLE_REFERENCES_WITH_TENSOR
             )
         return owners > storages.IDLE_OWNERS or references > storages.IDLE_REFERENCES
 

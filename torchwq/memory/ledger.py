@@ -11,8 +11,8 @@ ledger has two words, which only the process of that slot writes:
 * ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now) and
   ``PINNED`` (someone outside of this accounting may use the block, for as long as it likes).
 
-Both begin with the *generation* of the row that they speak of. The maker of a block sets the row's generation. A word of
-another generation counts as zero, so that a row is given to another block by raising its generation, without asking
+Both begin with the *generation* of the row that they speak of. The maker of a block sets the row's generation. A word
+of another generation counts as zero, so that a row is given to another block by raising its generation, without asking
 anybody. What happens to the old block's memory afterwards is between those who have mapped it: it is never used again.
 
 Invariants:
@@ -270,7 +270,7 @@ class Ledger:
         return FREE
 
     def abandon(self) -> None:
-        self._array = np.empty(0, np.uint64)
+        del self._array
         self._words.release()
         self._mapping.close()
         os.close(self._fd)
@@ -332,4 +332,3 @@ def _open() -> Ledger | None:
     except OSError:
         os.close(fd)
         return None
-

@@ -180,5 +180,3 @@ def _before_fork() -> None:
     for block in blocks():
         if block.in_use():
             recycling.give_up(block)
-
-

@@ -1,7 +1,7 @@
 """When a block may be used again: the protocol of lifetimes. Its other half is in ``ledger``.
 
-Invariants. All of this module's state, and every block's, is changed under ``lock`` only. Nothing waits under it, and no
-code of a user's runs.
+Invariants. All of this module's state, and every block's, is changed under ``lock`` only. Nothing waits under it, and
+no code of a user's runs.
 
 * A made block is given to a new tensor only if it is used neither here (``Block.in_use``) nor elsewhere
   (``Ledger.state``), which is looked at under the lock. It cannot become used in between: a new tensor on it comes
@@ -36,7 +36,7 @@ from ..transport import reactor
 from ..transport.process import reset_in_child
 from . import ledger
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
-from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, PINNED, UNTRACKED
+from .ledger import FREE, GIVEN_AWAY, IN_FLIGHT, PINNED, UNTRACKED
 
 #: Where a storage's Python object has the block that it is the storage of.
 ATTRIBUTE: Final = "_torchwq_block"
@@ -69,7 +69,7 @@ _on_tick: list[Callable[[float], None]] = []
 
 @reset_in_child
 def _forget() -> None:
-    """The child's tensors stay what they are, on memory that the parent does not use again; see :func:`_before_fork`."""
+    """The child's tensors stay what they are, on memory that the parent does not use again: see ``before_fork``."""
     global lock, open_blocks, made_bytes, _ticking, _loss_at
     lock = threading.Lock()
     for block in table.values():
@@ -326,7 +326,7 @@ def _prepare_fork() -> None:
     global _locked_for_fork
     # Not for ever: the thread that forks may be in a signal handler that has interrupted a holder of the lock.
     _locked_for_fork = lock.acquire(timeout=1.0)
-    if _locked_for_fork and table or open_blocks:
+    if table or open_blocks:
         settle()
         for callback in _before_fork:
             callback()

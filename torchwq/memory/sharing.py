@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import errno
 import threading
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -106,7 +108,7 @@ def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
         pool.lend(block)
 
 
-def _reduce_for_torch(storage: torch.UntypedStorage) -> object:
+def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:
     """What torch's own multiprocessing passes on, someone sees of whom the ledger knows nothing."""
     block = recycling.block_of(storage)
     if block is not None:
@@ -115,4 +117,4 @@ def _reduce_for_torch(storage: torch.UntypedStorage) -> object:
     return reductions.reduce_storage(storage)
 
 
-reductions.reduction.register(torch.UntypedStorage, _reduce_for_torch)
+ForkingPickler.register(torch.UntypedStorage, _reduce_for_torch)

@@ -178,7 +178,8 @@ CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 def geometry(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """How a dense tensor lies on its storage, as ``place`` takes it."""
-    return CODES[tensor.dtype], tensor.storage_offset(), tensor.size(), tensor.stride()
+    offset: Any = tensor.storage_offset()
+    return CODES[tensor.dtype], offset, tensor.size(), tensor.stride()
 
 
 def place(
@@ -187,7 +188,7 @@ def place(
     """A new tensor on ``storage``, whatever modes this thread is in."""
     with torch.inference_mode(False):
         tensor = torch.empty((0,), dtype=DTYPES[code], device="cpu")
-        return tensor.set_(storage, offset, size, stride)  # type: ignore[call-overload,no-any-return]
+        return tensor.set_(storage, offset, size, stride)
 
 
 def memory(storage: torch.UntypedStorage) -> memoryview:
@@ -197,7 +198,8 @@ def memory(storage: torch.UntypedStorage) -> memoryview:
 
 def lasting_memory(storage: torch.UntypedStorage) -> memoryview:
     """The memory of ``storage``, which lives as long as the view does."""
-    return memoryview(place(storage, CODES[torch.uint8], 0, (storage.nbytes(),), (1,)).numpy())
+    array: Any = place(storage, CODES[torch.uint8], 0, (storage.nbytes(),), (1,)).numpy()
+    return memoryview(array)
 
 
 def descriptor(storage: torch.UntypedStorage) -> int:
@@ -212,7 +214,7 @@ def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:
         view = anonymous.map_private(fd)
         return view.obj, view
     try:  # not with mmap, which would hold a descriptor for as long as the array lives
-        storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=nbytes)
+        storage: Any = torch.UntypedStorage.from_file(path, shared=False, nbytes=nbytes)
     except RuntimeError as error:
         raise _failed(f"{nbytes} bytes could not be mapped", error) from error
     return storage, lasting_memory(storage)

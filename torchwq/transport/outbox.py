@@ -92,7 +92,7 @@ class Outbox:
             if self._stopped:
                 raise self._refusal()
             fds: Sequence[int] = ()
-            if type(payload) is bytes:
+            if isinstance(payload, bytes):
                 if self._numbered:
                     self.number = tag = self.number + 1
                     data = payload + _TRAILER(tag, _PLAIN)
@@ -112,7 +112,7 @@ class Outbox:
                 try:
                     is_sent = self._try_send(data, fds)
                 except OSError as error:
-                    if type(payload) is not bytes:
+                    if not isinstance(payload, bytes):
                         payload.come_back()
                     if not isinstance(error, BrokenPipeError):
                         raise
