@@ -220,9 +220,13 @@ def measure(peer: Peer, case: Case, seconds: float) -> Measure:
     return partial(run, peer, case, make, max(3 * case.in_flight, int(rate * seconds * case.share)))
 
 
-def measure_memcpy(elements: int) -> Measure:
-    """The limit: what copying into warm memory and adding up cost in this process, with one thread."""
-    source, target = torch.ones(elements), torch.ones(elements)
+def measure_memcpy(elements: int, case: Case) -> Measure:
+    """The limit: what making a tensor, copying it into warm memory and adding up cost in this process, with one thread.
+
+    As many pieces of warm memory take turns as there are messages in flight.
+    """
+    make = case.prepare()
+    targets = [torch.ones(elements) for _ in range(case.in_flight)]
 
     def once() -> float:
         threads = torch.get_num_threads()
@@ -230,8 +234,9 @@ def measure_memcpy(elements: int) -> Measure:
         try:
             count = max(10, 400 * MB // elements // 4)
             started = time.perf_counter()
-            for _ in range(count):
-                target.copy_(source)
+            for number in range(count):
+                target = targets[number % len(targets)]
+                target.copy_(make())
                 target.sum().item()
             return count / (time.perf_counter() - started)
         finally:
@@ -249,8 +254,8 @@ def measure_echoes(rounds: int, seconds: float) -> Results:
     }
     born = Case(FRESH_4MB.name, born_shared(MB), adds_up=True)
     measures[FRESH_4MB.name]["torchwq.empty"] = measure(peers[0], born, seconds)
-    measures[FRESH_4MB.name]["memcpy + sum"] = measure_memcpy(MB)
-    measures[FRESH_64MB.name]["memcpy + sum"] = measure_memcpy(16 * MB)
+    measures[FRESH_4MB.name]["memcpy + sum"] = measure_memcpy(MB, FRESH_4MB)
+    measures[FRESH_64MB.name]["memcpy + sum"] = measure_memcpy(16 * MB, FRESH_64MB)
     results = interleave("messages/s", measures, rounds)
     for peer in peers:
         torch.multiprocessing.set_sharing_strategy(peer.strategy)

@@ -18,42 +18,39 @@ from torchwq import ResourceError, TorchwqError
 from torchwq.memory import anonymous
 
 
-def read_back(groups: list[list[Any]]) -> list[bytes]:
-    spans = anonymous.layout([sum(memoryview(buffer).nbytes for buffer in group) for group in groups])
-    fd = anonymous.fill(groups)
+def read_back(buffers: list[Any]) -> bytes:
+    fd = anonymous.fill(buffers)
     try:
-        block = anonymous.map_private(fd)
-        assert all(offset % anonymous.ALIGNMENT == 0 for offset, _ in spans)
-        return [bytes(block[offset : offset + nbytes]) for offset, nbytes in spans]
+        return bytes(anonymous.map_private(fd)[: sum(memoryview(buffer).nbytes for buffer in buffers)])
     finally:
         os.close(fd)
 
 
 @settings(max_examples=60, deadline=None)
-@given(groups=st.lists(st.lists(st.binary(max_size=200), max_size=4), min_size=1, max_size=5))
-def test_each_group_comes_back_in_one_piece(groups: list[list[bytes]]) -> None:
-    assert read_back(list(groups)) == [b"".join(group) for group in groups]
+@given(buffers=st.lists(st.binary(max_size=200), max_size=6))
+def test_buffers_come_back_in_one_piece(buffers: list[bytes]) -> None:
+    assert read_back(list(buffers)) == b"".join(buffers)
 
 
 def test_buffers_of_any_kind_are_copied() -> None:
     array = np.arange(10, dtype=np.int32)
-    groups = [[b"ab", bytearray(b"c")], [memoryview(array)], [b""], [memoryview(array.reshape(2, 5)), b"z"]]
-    assert read_back(groups) == [b"abc", array.tobytes(), b"", array.tobytes() + b"z"]
+    buffers = [b"ab", bytearray(b"c"), memoryview(array), b"", memoryview(array.reshape(2, 5)), b"z"]
+    assert read_back(buffers) == b"abc" + array.tobytes() * 2 + b"z"
 
 
 def test_a_buffer_larger_than_one_call_takes_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anonymous, "_CALL", 7)
-    assert read_back([[b"x" * 100, b"y" * 3], [b"z" * 50]]) == [b"x" * 100 + b"y" * 3, b"z" * 50]
+    assert read_back([b"x" * 100, b"y" * 3, b"z" * 50]) == b"x" * 100 + b"y" * 3 + b"z" * 50
 
 
 def test_a_short_write_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:3], offset))
-    assert read_back([[b"0123456789"], [b"abcdefgh"]]) == [b"0123456789", b"abcdefgh"]
+    assert read_back([b"0123456789", b"abcdefgh"]) == b"0123456789abcdefgh"
 
 
 def test_a_mapping_is_writable_and_private() -> None:
-    fd = anonymous.fill([[b"original"]])
+    fd = anonymous.fill([b"original"])
     first, second = anonymous.map_private(fd), anonymous.map_private(fd)
     assert not first.readonly
     first[:8] = b"changed!"
@@ -65,8 +62,8 @@ def test_a_mapping_is_writable_and_private() -> None:
 
 
 def test_an_empty_block_can_be_mapped() -> None:
-    assert read_back([[]]) == [b""]
-    assert read_back([[b""], []]) == [b"", b""]
+    assert read_back([]) == b""
+    assert read_back([b"", b""]) == b""
 
 
 def test_a_block_has_no_name_and_starts_as_zeros() -> None:
@@ -97,7 +94,7 @@ def test_a_failing_write_closes_the_block_and_says_why(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "pwrite", fail)
     before = descriptors()
     with pytest.raises(ResourceError) as caught:
-        anonymous.fill([[b"x"]])
+        anonymous.fill([b"x"])
     assert caught.value.errno == number
     assert ("no memory left" if number == errno.ENOSPC else os.strerror(number)) in str(caught.value)
     assert descriptors() == before
@@ -106,7 +103,7 @@ def test_a_failing_write_closes_the_block_and_says_why(monkeypatch: pytest.Monke
 def test_anything_else_that_goes_wrong_while_filling_closes_the_block() -> None:
     before = descriptors()
     with pytest.raises(TypeError):
-        anonymous.fill([[b"x", "not a buffer"]])  # type: ignore[list-item]
+        anonymous.fill([b"x", "not a buffer"])  # type: ignore[list-item]
     assert descriptors() == before
 
 

@@ -5,18 +5,16 @@ objects that are not plain containers and scalars. It hands over to the second, 
 function or class that has to travel by value, or anything that pickle cannot do.
 
 Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
-here is a list. numpy arrays leave out of band (protocol 5). What is too large for a message goes into one shared
-block, from which the reader's arrays are mapped copy-on-write.
+here is a list. Large numpy arrays leave out of band (protocol 5): each goes into a shared block, which the reader maps
+copy-on-write. A pickle that is too large for a message goes into a block, too.
 
 A message that refers to blocks ends with a list of them, before its trailer: number and size of each, and how many
-there are. Their descriptors are the message's last ones, in the same order. A large payload's message refers to the
-block that the payload is in, and all that has just been said of the message is said in there.
+there are. Their descriptors are the message's last ones, in the same order. A large pickle's message refers to the
+block that the pickle is in, and all that has just been said of the message is said in there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import struct
 import types
@@ -27,9 +25,10 @@ import cloudpickle
 import torch
 
 from ..errors import ClosureError, MarshalError, ResourceError
-from ..memory import anonymous, pool, recycling
+from ..memory import anonymous, content, pool, recycling
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
+from ..memory.content import Buffer
 from ..memory.ledger import UNTRACKED
 from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
@@ -41,11 +40,12 @@ from . import functions, locate, reducers, single
 CALL_LIMIT: Final = 16 * 1024 - 64
 #: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
 OUT_OF_BAND: Final = 32 * 1024
-#: Where in the block the table of its groups is, how many there are, whether the descriptors are in a bag.
-_HEAD: Final = struct.Struct("=QI?")
-_SPAN: Final = struct.Struct("=QQ")
+#: How long in its block the pickle is with the list of references behind it, and whether the descriptors are in a bag.
+_HEAD: Final = struct.Struct("=Q?")
 #: Number and bytes of a block that a message refers to, and how many of these there are.
 _REFERENCE: Final = struct.Struct("=QQ")
+#: Set in the bytes of a block that is one of the pickle's buffers.
+_BUFFER: Final = 1 << 63
 _COUNT: Final = struct.Struct("=I")
 
 
@@ -67,17 +67,17 @@ class _Attachments:
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
-        self.buffers: list[memoryview] = []
         self.fds: list[int] = []
         self.keep: list[Any] = []
-        self.blocks: dict[Block, int] = {}
+        #: With their places in the message's list.
+        self.blocks: dict[Block | Buffer, int] = {}
         #: Whether there is anything beside the pickle.
         self.more = False
 
     def clear(self) -> None:
         """Let go of everything; what has left in a payload is the payload's."""
         self.chunks.clear()
-        self.buffers, self.fds, self.keep, self.blocks = [], [], [], {}
+        self.fds, self.keep, self.blocks = [], [], {}
         self.more = False
 
     def attach(self, fd: int, owner: Any) -> int:
@@ -101,59 +101,51 @@ class _Attachments:
         raw = buffer.raw()
         if raw.nbytes < OUT_OF_BAND:
             return True
+        found = content.block_with([raw], raw.nbytes)
+        if found is None:
+            return True
+        block, storage = found
         self.more = True
-        self.buffers.append(raw)
+        # A buffer of its own, also if a block has the content of two.
+        self.blocks[Buffer(block)] = len(self.blocks)
+        self.keep.append(storage)
         return False
 
     def payload(self, limit: int) -> bytes | Parcel:
         """What was collected, as one payload of at most ``limit`` bytes."""
         blocks = self.blocks
-        size = sum(map(len, self.chunks))
         fds = self.fds + [block.fd for block in blocks]
         in_bag = len(fds) > MAX_FDS - 4
-        with_references = size + len(blocks) * _REFERENCE.size + _COUNT.size if blocks else size
-        if with_references <= limit and not self.buffers and not in_bag:
-            if not fds:
-                return b"".join(self.chunks)
-            if not blocks:
-                return Parcel(b"".join(self.chunks), fds, self.keep)
-            data = b"".join((*self.chunks, *_references(blocks)))
-            return Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
-        return self._large_payload(fds, in_bag)
+        size = sum(map(len, self.chunks))
+        if size + len(blocks) * _REFERENCE.size + _COUNT.size > limit or in_bag:
+            return self._large_payload(fds, in_bag)
+        if not blocks:
+            pickled = b"".join(self.chunks)
+            return Parcel(pickled, fds, self.keep) if fds else pickled
+        data = b"".join((*self.chunks, *_references(blocks)))
+        return Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
 
     def _large_payload(self, fds: list[int], in_bag: bool) -> Parcel:
         numbers = [block.number for block in self.blocks]
-        groups: list[Sequence[bytes | memoryview]] = [self.chunks, _references(self.blocks)]
-        groups += ([buffer] for buffer in self.buffers)
-        *spans, (table, _) = anonymous.layout(
-            [*(sum(memoryview(each).nbytes for each in group) for group in groups), 0]
-        )
-        groups.append([b"".join(_SPAN.pack(*span) for span in spans)])
+        chunks = [*self.chunks, *_references(self.blocks)]
+        size = sum(map(len, chunks))
         if in_bag:
             sack = bag.pack(fds)
             fds, self.keep = [sack.fileno()], [*self.keep, sack]
-        number, nbytes, fd = self._fill(groups, table + len(spans) * _SPAN.size)
-        head = _HEAD.pack(table, len(spans), in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
+        found = content.block_with(chunks, pool.capacity_for(size))
+        if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
+            fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
+            self.keep.append(anonymous.Descriptor(fd))
+        else:
+            block, storage = found
+            fd, number, nbytes = block.fd, block.number, block.nbytes
+            self.keep.append(storage)
+        head = _HEAD.pack(size, in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
         return Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number])
 
-    def _fill(self, groups: Sequence[Sequence[bytes | memoryview]], nbytes: int) -> tuple[int, int, int]:
-        """Put ``groups`` one behind the other into a block: its number, size and descriptor."""
-        block = pool.take(pool.capacity_for(nbytes))
-        if block is None:  # one descriptor, which is closed again as soon as the message has left, must be had
-            fd = anonymous.fill(groups)
-            self.keep.append(anonymous.Descriptor(fd))
-            return UNTRACKED, nbytes, fd
-        try:
-            self.keep.append(block.storage)
-            anonymous.copy(groups, block.bytes())
-        finally:
-            pool.lend(block)
-        recycling.prepare_to_send(block)
-        return block.number, block.nbytes, block.fd
 
-
-def _references(blocks: Iterable[Block]) -> list[bytes]:
-    parts = [_REFERENCE.pack(block.number, block.nbytes) for block in blocks]
+def _references(blocks: Iterable[Block | Buffer]) -> list[bytes]:
+    parts = [_REFERENCE.pack(each.number, each.nbytes | _BUFFER * isinstance(each, Buffer)) for each in blocks]
     return [*parts, _COUNT.pack(len(parts))]
 
 
@@ -359,13 +351,13 @@ def decode(data: bytes, fds: list[int]) -> Any:
             tensor = single.decode(data)
             if tensor is not None:
                 return tensor
-            obj = _loads(data, (), _arrivals(data, len(data) - TRAILER, fds), fds)
+            obj = _loads(data, _arrivals(data, len(data) - TRAILER, fds), fds)
             if type(obj) is torch.Tensor:
                 single.learn(obj)
             return obj
         if data[-1] == BLOCK:
             return _decode_block(data, fds)
-        return _loads(data, (), None, fds)
+        return _loads(data, None, fds)
     finally:
         close_fds(fds)
 
@@ -373,7 +365,10 @@ def decode(data: bytes, fds: list[int]) -> Any:
 def _arrivals(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
     """Take out the blocks that are listed in what ends at ``end``."""
     references = _listed(data, end)
-    return Arrivals(references, fds[len(fds) - len(references) :])
+    buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & _BUFFER]
+    if buffers:
+        references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
+    return Arrivals(references, fds[len(fds) - len(references) :], buffers)
 
 
 def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
@@ -384,62 +379,39 @@ def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
     return list(_REFERENCE.iter_unpack(data[start : start + count * _REFERENCE.size]))
 
 
-def _loads(data: bytes | memoryview, buffers: Iterable[Any], arrivals: Arrivals | None, fds: list[int]) -> Any:
+def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) -> Any:
+    if arrivals is None:
+        with reducers.Unpacking(fds, None):
+            return pickle.loads(data)
     try:
         with reducers.Unpacking(fds, arrivals):
-            return pickle.loads(data, buffers=buffers)
+            return pickle.loads(data, buffers=map(arrivals.private_memory, arrivals.buffers))
     finally:
-        if arrivals is not None:
-            arrivals.done()
+        arrivals.done()
 
 
 def _decode_block(data: bytes, fds: list[int]) -> Any:
     block = _arrivals(data, len(data) - TRAILER, fds)
     try:
-        groups, buffers = _open_block(data, block, fds)
-        arrivals = _arrivals(groups[1], groups[1].nbytes, fds[:-1])
-        try:
-            return _loads(groups[0], buffers, arrivals, fds)
-        finally:
-            groups.clear()
+        size, in_bag = _HEAD.unpack_from(data)
+        memory = block.memory(0)[:size]
+        if in_bag:
+            sack, fds[0] = fds[0], -1
+            fds[:1] = bag.unpack(sack)
+        return _loads(memory, _arrivals(memory, size, fds[:-1]), fds)
     finally:
         block.done()
 
 
-def _open_block(data: bytes, block: Arrivals, fds: list[int]) -> tuple[list[memoryview], list[memoryview]]:
-    """The pickle and the references in a payload's block, to look at, and its buffers, to keep."""
-    table, count, in_bag = _HEAD.unpack_from(data)
-    memory = block.memory(0)
-    spans = [_SPAN.unpack_from(memory, table + index * _SPAN.size) for index in range(count)]
-    buffers = []
-    if count > 2:
-        private = block.private_memory(0)
-        buffers = [private[offset : offset + nbytes] for offset, nbytes in spans[2:]]
-    if in_bag:
-        sack, fds[0] = fds[0], -1
-        fds[:1] = bag.unpack(sack)
-    return [memory[offset : offset + nbytes] for offset, nbytes in spans[:2]], buffers
-
-
 def discard(data: bytes, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
-    if not fds:
-        return
-    if data[-1] in (REFERENCES, BLOCK):
+    if fds and data[-1] in (REFERENCES, BLOCK):
         try:
             references = _listed(data, len(data) - TRAILER)
             if data[-1] == BLOCK:
-                _discard_references_in(data, fds)
+                size, _ = _HEAD.unpack_from(data)
+                references += _listed(anonymous.map_private(fds[-1]), size)
             recycling.note_lost([number for number, _ in references])
         except Exception:
             pass  # then they are believed to be lost after a while
     close_fds(fds)
-
-
-def _discard_references_in(data: bytes, fds: list[int]) -> None:
-    table, _, _ = _HEAD.unpack_from(data)
-    with contextlib.closing(anonymous.Descriptor(os.dup(fds[-1]))) as block:
-        memory = anonymous.map_private(block.fd)
-    offset, nbytes = _SPAN.unpack_from(memory, table + _SPAN.size)
-    listed = _listed(memory[offset : offset + nbytes], nbytes)
-    recycling.note_lost([number for number, _ in listed])

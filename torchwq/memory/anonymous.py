@@ -21,8 +21,6 @@ from typing import Final
 
 from ..errors import ResourceError
 
-#: Buffers start at multiples of this many bytes: a cache line, and more than any dtype needs.
-ALIGNMENT: Final = 64
 #: The kernel takes at most this many bytes in one call (MAX_RW_COUNT, rounded down).
 _CALL: Final = 1 << 30
 
@@ -70,29 +68,15 @@ def exhausted(error: OSError) -> ResourceError:
     return ResourceError(error.errno or 0, remedy)
 
 
-def layout(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Where ``fill`` puts groups of these sizes in bytes: (offset, nbytes) of each."""
-    spans = []
-    offset = 0
-    for nbytes in sizes:
-        spans.append((offset, nbytes))
-        offset = -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT
-    return spans
-
-
-def fill(groups: Sequence[Sequence[bytes | memoryview]]) -> int:
-    """Copy ``groups`` of buffers into a new block, each group in one piece, where ``layout`` says.
-
-    Returns the block's descriptor.
-    """
-    views = [[memoryview(buffer).cast("B") for buffer in group] for group in groups]
-    spans = layout([sum(view.nbytes for view in group) for group in views])
+def fill(buffers: Sequence[bytes | memoryview]) -> int:
+    """Copy ``buffers``, one behind the other, into new memory. Returns its descriptor."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
     fd = create()
     try:
-        for group, (offset, _) in zip(views, spans, strict=True):
-            for view in group:
-                offset = _write(fd, view, offset)
-        os.ftruncate(fd, max(sum(spans[-1]), 1))
+        offset = 0
+        for view in views:
+            offset = _write(fd, view, offset)
+        os.ftruncate(fd, max(offset, 1))
     except OSError as error:
         os.close(fd)
         raise exhausted(error) from error
@@ -100,16 +84,6 @@ def fill(groups: Sequence[Sequence[bytes | memoryview]]) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def copy(groups: Sequence[Sequence[bytes | memoryview]], memory: memoryview) -> None:
-    """Copy ``groups`` into memory that is there, each group in one piece, where ``layout`` says."""
-    views = [[memoryview(buffer).cast("B") for buffer in group] for group in groups]
-    spans = layout([sum(view.nbytes for view in group) for group in views])
-    for group, (offset, _) in zip(views, spans, strict=True):
-        for view in group:
-            memory[offset : offset + view.nbytes] = view
-            offset += view.nbytes
 
 
 def _write(fd: int, view: memoryview, offset: int) -> int:

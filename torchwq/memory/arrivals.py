@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ResourceError
 from . import ledger, limits, recycling, storages
-from .block import MADE, MAPPED, PLAIN, Block, Geometry
+from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import HELD
 
 #: How often a message's block was here already, and how often it had to be mapped.
@@ -28,9 +28,9 @@ hits = misses = 0
 class Arrivals:
     """The blocks of one message, which uses them until ``done``."""
 
-    __slots__ = ("_blocks", "_fds", "_storages")
+    __slots__ = ("_blocks", "_fds", "_storages", "buffers")
 
-    def __init__(self, references: Sequence[tuple[int, int]], fds: Sequence[int]) -> None:
+    def __init__(self, references: Sequence[tuple[int, int]], fds: Sequence[int], buffers: Sequence[int] = ()) -> None:
         """Take the blocks out of the message: (number, bytes) of each, and its descriptor, which stays the caller's.
 
         Raises ResourceError if there is no memory for one; none is taken then.
@@ -38,6 +38,8 @@ class Arrivals:
         self._blocks: list[Block] = []
         self._storages: list[torch.UntypedStorage] = []
         self._fds = fds
+        #: Which of the blocks are the pickle's buffers, in its order.
+        self.buffers = buffers
         with recycling.lock:
             recycling.settle()
             recycling.look_at_unwatched(2)
@@ -129,22 +131,21 @@ class Arrivals:
 
 
 def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | None:
-    """The tensor of a message that is nothing but one, if its block is here and such a tensor was on it before.
-
-    Else None, and nothing is taken.
-    """
+    """The tensor of a message that is nothing but one, if its block is here. Else None, and nothing is taken."""
     global hits
     with recycling.lock:
         recycling.settle()
         block = recycling.table.get(number)
         if block is None or block.nbytes != nbytes:
             return None
-        template = block.templates.get(geometry)
-        book = ledger.current()
-        if template is None or book is None:
+        storage, book = block.storage, ledger.current()
+        if storage is None or book is None:
             return None
         hits += 1
-        tensor = template.detach()
+        if block.kind == ADOPTED:
+            tensor = storages.place(storage, *geometry)
+        else:
+            tensor = recycling.template_under_lock(block, geometry).detach()
         if block.kind == MAPPED:
             book.count_got(number, HELD)
             block.used_at = time.monotonic()

@@ -38,6 +38,7 @@ class Block:
         "_view",
         "address",
         "capacity",
+        "content",
         "fd",
         "kind",
         "lost_at",
@@ -69,6 +70,8 @@ class Block:
         self.users = 0
         #: Weak references to the tensors of messages on it.
         self.watches: set[Any] = set()
+        #: Whether it has the data of a message, as ``content`` has written them.
+        self.content = False
         #: Whether it is looked at now and then because something uses it that is not watched.
         self.polled = False
         #: When it was last given to someone (time.monotonic).

@@ -86,6 +86,7 @@ def _free_one(ring: deque[Block] | None) -> Block | None:
             block = ring.popleft()
             if block.kind == MADE:
                 if recycling.is_free(block):
+                    block.content = False
                     return block
                 if block.kind == MADE:
                     ring.append(block)

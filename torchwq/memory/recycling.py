@@ -95,8 +95,14 @@ def template(block: Block, geometry: Geometry) -> torch.Tensor:
     found = block.templates.get(geometry)
     if found is None:
         with lock:  # of which ``in_use`` must not see a half
-            found = block.new_template(geometry)
+            found = template_under_lock(block, geometry)
     return found
+
+
+def template_under_lock(block: Block, geometry: Geometry) -> torch.Tensor:
+    """The same. Under the lock."""
+    found = block.templates.get(geometry)
+    return block.new_template(geometry) if found is None else found
 
 
 def watch(obj: Any, block: Block, mapping: bool = False) -> None:

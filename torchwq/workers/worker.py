@@ -80,7 +80,7 @@ class Worker:
         if len(setup) <= self._endpoint.max_message:
             self._outbox.send(setup)
         else:
-            fd = anonymous.fill([[setup]])
+            fd = anonymous.fill([setup])
             self._outbox.send(Parcel(b"", [fd], [anonymous.Descriptor(fd)]))
 
     def send(self, payload: bytes | Parcel) -> bool:

@@ -1,0 +1,430 @@
+"""Memory is used again, and only when nobody can see it any more; limits lead to errors, copies or warnings."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.resource_sharer
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+import torchwq
+from tests.conftest import wait_until
+from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, mapping_at, roundtrip, same, started_peer
+from torchwq.memory import arrivals, ledger, limits, pool, recycling
+
+
+@pytest.fixture
+def peer() -> Any:
+    with started_peer() as started:
+        yield started
+
+
+def scribble(elements: int) -> None:
+    """Write over all memory for so many floats that is believed to be free."""
+    tensors = [torchwq.empty(elements).fill_(-1) for _ in range(8)]
+    del tensors
+
+
+def test_the_memory_of_a_dropped_tensor_is_used_again(peer: Peer) -> None:
+    places = set()
+    for number in range(50):
+        tensor = torch.full((100,), float(number))
+        assert peer.ask(torch.Tensor.tolist, tensor) == [number] * 100
+        places.add(tensor.data_ptr())
+    assert len(places) <= 4
+
+
+def test_a_block_seen_before_costs_the_reader_no_mapping(peer: Peer) -> None:
+    for _ in range(10):
+        peer.echo(torch.ones(100))
+    before = peer.ask(torchwq.memory_stats)
+    for _ in range(20):
+        peer.echo(torch.ones(100))
+    after = peer.ask(torchwq.memory_stats)
+    assert after.misses == before.misses
+    assert after.hits - before.hits >= 20
+
+
+def test_tensors_of_other_sizes_share_the_same_memory(peer: Peer) -> None:
+    for size in list(range(10, 400)):
+        assert peer.ask(torch.Tensor.numel, torch.ones(size)) == size
+    assert torchwq.memory_stats().blocks <= 8
+    out = peer.echo(torch.ones(77))
+    assert out.untyped_storage().nbytes() == 77 * 4
+
+
+@pytest.mark.parametrize("how", ["tensor", "view", "storage", "numpy", "graph", "module"])
+def test_memory_that_a_reader_sees_is_not_used_again(peer: Peer, how: str) -> None:
+    peer.ask(keep_somehow, how, torch.full((100,), 7.0))
+    try:
+        for _ in range(3):
+            scribble(100)
+            assert peer.ask(apply_to_kept, value_of) == 7.0
+    finally:
+        peer.ask(forget_kept)
+    wait_until(lambda: peer.ask(torchwq.memory_stats).mapped_in_use == 0)
+
+
+def forget_kept() -> None:
+    drop_kept()
+
+
+def keep_somehow(how: str, tensor: torch.Tensor) -> None:
+    if how == "view":
+        keep(tensor[50:])
+    elif how == "storage":
+        keep(tensor.untyped_storage())
+    elif how == "numpy":
+        keep(tensor.numpy()[3:])
+    elif how == "graph":
+        weight = torch.ones(100, requires_grad=True)
+        keep((weight, (weight * tensor).sum()))
+    elif how == "module":
+        layer = torch.nn.Linear(100, 1, bias=False)
+        layer.weight.data = tensor[None]
+        keep(layer)
+    else:
+        keep(tensor)
+
+
+def value_of(kept: Any) -> float:
+    if isinstance(kept, torch.UntypedStorage):
+        kept = torch.empty(0).set_(kept)
+    if isinstance(kept, torch.nn.Module):
+        kept = kept.weight
+    if isinstance(kept, tuple):
+        weight, loss = kept
+        weight.grad = None
+        loss.backward(retain_graph=True)
+        kept = weight.grad
+    assert kept.min() == kept.max()
+    return float(kept.min())
+
+
+@pytest.mark.parametrize(
+    "alias", [torch.Tensor.numpy, lambda t: t[1:], torch.Tensor.untyped_storage, torch.Tensor.view_as]
+)
+def test_memory_that_the_writer_sees_is_not_used_again(peer: Peer, alias: Any) -> None:
+    tensor = torch.full((100,), 7.0)
+    peer.ask(same, tensor)
+    kept = alias(tensor, tensor) if alias is torch.Tensor.view_as else alias(tensor)
+    del tensor
+    scribble(100)
+    assert value_of(kept) == 7.0
+
+
+def test_what_a_killed_reader_held_is_used_again() -> None:
+    with torchwq.workqueue() as queue:
+        workers = torchwq.map(1, hold_and_wait, queue)
+        tensor = torch.ones(12_345)
+        place = tensor.data_ptr()
+        queue.write(tensor)
+        pid = queue.read(timeout=20)
+        place = tensor.data_ptr()
+        del tensor
+        assert torchwq.memory_stats().held_remotely == 1
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(torchwq.WorkerDied):
+            workers.join(20)
+        assert torchwq.memory_stats().held_remotely == 0
+        assert torchwq.empty(12_345).data_ptr() == place
+
+
+def hold_and_wait(queue: torchwq.WorkQueue) -> None:
+    tensor = queue.read()
+    queue.write(os.getpid())
+    queue.read()
+    del tensor
+
+
+def test_a_tensor_outlives_its_maker() -> None:
+    def make(queue: torchwq.WorkQueue) -> None:
+        import torch
+
+        for number in range(20):
+            queue.write(torch.full((1000,), float(number)))
+
+    with torchwq.workqueue() as queue:
+        torchwq.map(1, make, queue).join(20)
+        tensors = [queue.read(timeout=10) for _ in range(20)]
+        for number in range(3):  # new processes, which take over what the dead one had in the ledger
+            torchwq.map(2, make, queue).join(20)
+            for _ in range(40):
+                queue.read(timeout=10)
+            assert [t.mean().item() for t in tensors] == list(range(20)), number
+        assert roundtrip(tensors[3])[0] == 3  # and can be sent on
+        assert tensors[3].is_shared()
+
+
+def test_messages_that_nobody_reads_do_not_keep_memory_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torchwq.workqueue() as queue:
+        for _ in range(20):
+            queue.write(torch.ones(54_321))
+        assert torchwq.memory_stats().in_flight == 20
+    wait_until(lambda: (pool.trim(), torchwq.memory_stats().in_flight)[1] == 0)
+    assert torchwq.memory_stats().blocks == 0
+
+
+def test_a_fork_sees_its_tensors_unchanged(peer: Peer) -> None:
+    mine, theirs = torch.full((100,), 5.0), peer.ask(torch.full, (100,), 6.0)
+    peer.ask(same, mine)
+    go, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.read(go[0], 1)
+            good = bool((mine == 5).all()) and bool((theirs == 6).all())
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    del mine, theirs
+    scribble(100)
+    peer.ask(scribble, 100)
+    os.write(go[1], b"x")
+    _, status = os.waitpid(pid, 0)
+    for fd in (*go, *done):
+        os.close(fd)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def see(queue: Any, answers: Any) -> None:
+    tensor = queue.get()
+    answers.put("have it")
+    queue.get()
+    answers.put(tensor.tolist())
+
+
+@pytest.mark.parametrize("made", ["here", "elsewhere"])
+def test_a_tensor_goes_on_through_torchs_own_multiprocessing(peer: Peer, made: str) -> None:
+    tensor = torchwq.zeros(10) + 4 if made == "here" else peer.ask(torch.full, (10,), 4.0)
+    if made == "here":
+        torchwq.share_(tensor)
+    assert tensor.is_shared()
+    context = torch.multiprocessing.get_context("fork")
+    queue, answers = context.SimpleQueue(), context.SimpleQueue()
+    process = context.Process(target=see, args=(queue, answers))
+    process.start()
+    queue.put(tensor)
+    assert answers.get() == "have it"
+    tensor[0] = 9
+    del tensor
+    gc.collect()
+    scribble(10)
+    peer.ask(scribble, 10)
+    queue.put(None)
+    assert answers.get() == [9.0] + [4.0] * 9
+    process.join()
+    process.close()
+    multiprocessing.resource_sharer.stop()
+    for each in (queue, answers):
+        each.close()
+
+
+def test_the_same_large_array_is_in_memory_once_for_eight_readers(run_script: Any) -> None:
+    done = run_script("""
+        import numpy as np, torchwq
+        def use(array, mapid):
+            array[0, 0] = mapid
+            return float(array.sum())
+        array = np.ones((1000, 1000))
+        sums = torchwq.map(8, use, array).join(60)
+        print(sums == [999_999.0 + mapid for mapid in range(8)], array[0, 0], torchwq.memory_stats().bytes < 10_000_000)
+    """)
+    assert done.stdout.strip() == "True 1.0 True"
+
+
+# --- limits ----------------------------------------------------------------------------------------
+
+
+def test_20000_received_tensors_can_be_held_with_256_descriptors(run_script: Any) -> None:
+    done = run_script(
+        """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        import torch, torchwq
+
+        def send(queue):
+            import torch
+            for number in range(20_000):
+                queue.write(torch.full((4,), float(number)))
+
+        with torchwq.workqueue() as queue:
+            workers = torchwq.map(1, send, queue)
+            held = [queue.read() for _ in range(20_000)]
+            workers.join()
+        print(all((tensor == number).all() for number, tensor in enumerate(held)))
+        """,
+        timeout=55,
+    )
+    assert done.stdout == "True\n"
+    assert 1 <= done.stderr.count("copied instead of shared") <= 2  # once in each process
+    assert "ulimit -n" in done.stderr
+
+
+def test_a_reader_short_of_descriptors_copies_what_it_receives(monkeypatch: pytest.MonkeyPatch, peer: Peer) -> None:
+    monkeypatch.setattr(limits, "descriptors", lambda: 4)
+    monkeypatch.setattr(limits, "_warned", False)
+    before = torchwq.memory_stats().copies
+    with pytest.warns(RuntimeWarning, match="ulimit -n"):
+        held = [peer.ask(torch.full, (4,), float(number)) for number in range(50)]
+    assert [tensor[0].item() for tensor in held] == list(range(50))
+    assert torchwq.memory_stats().copies - before == 46
+    array = peer.ask(np.full, 100_000, 3)
+    assert (array == 3).all()
+    array[0] = 4
+    monkeypatch.undo()
+    assert peer.ask(torchwq.memory_stats).held_remotely == 4  # what was copied is not held
+
+
+def test_more_than_the_limit_is_used_but_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHWQ_MEMORY_LIMIT", "100000")
+    tensors = [torchwq.empty(10_000) for _ in range(10)]
+    assert torchwq.memory_stats().bytes > 400_000
+    del tensors
+    torchwq.empty(1)
+    assert torchwq.memory_stats().bytes <= 100_000
+
+
+def test_the_limit_is_set_for_workers_too(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHWQ_MEMORY_LIMIT", "0")
+    assert peer.ask(torchwq.memory_stats).limit > 0
+    torchwq.set_memory_limit(1 << 20)
+    assert torchwq.memory_stats().limit == 1 << 20
+    assert torchwq.map(1, torchwq.memory_stats).join(20)[0].limit == 1 << 20
+    torchwq.set_memory_limit(None)
+    assert torchwq.memory_stats().limit > 1 << 20
+    with pytest.raises(ValueError, match="-1"):
+        torchwq.set_memory_limit(-1)
+
+
+def test_more_memory_than_there_is_is_refused_with_the_limits_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(torchwq.ResourceError, match=r"bytes of shared memory are needed.*(MemAvailable|control group)"):
+        torchwq.empty(1 << 42, dtype=torch.uint8)
+
+
+def test_without_a_ledger_tensors_travel_by_descriptor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "current", lambda: None)
+    tensor = torch.zeros(10)
+    out = roundtrip(tensor)
+    out[3] = 3
+    assert tensor[3] == 3
+    assert tensor.is_shared()
+    assert (roundtrip(np.ones(100_000)) == 1).all()
+    assert torchwq.memory_stats().blocks == 0  # nobody would say when it is free
+
+
+def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycling, "IDLE", 0.0)
+    monkeypatch.setattr(recycling, "TICK", 0.01)
+    torchwq.empty(100)
+    recycling.tick()
+    wait_until(lambda: torchwq.memory_stats().blocks == 0)
+
+
+# --- what users call -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(3,), (2, 3), ([4, 5],), (torch.Size([2, 2]),), ()])
+def test_new_tensors_are_what_torch_makes_but_shared(size: Any) -> None:
+    for ours, theirs in ((torchwq.empty, torch.empty), (torchwq.zeros, torch.zeros)):
+        for kwargs in ({}, {"dtype": torch.bfloat16}, {"requires_grad": True}):
+            new, model = ours(*size, **kwargs), theirs(*(size or ((),)), **kwargs)
+            assert (new.shape, new.stride(), new.dtype, new.requires_grad) == (
+                model.shape,
+                model.stride(),
+                model.dtype,
+                model.requires_grad,
+            )
+            assert new.is_shared()
+            assert new.is_leaf
+            assert new.untyped_storage().nbytes() == model.untyped_storage().nbytes()
+    assert not torchwq.zeros(*size).any()
+
+
+def test_a_new_tensor_is_written_without_a_copy(peer: Peer) -> None:
+    tensor = torchwq.zeros(1000)
+    place = tensor.data_ptr()
+    peer.ask(torch.Tensor.add_, tensor, 5)
+    assert tensor.data_ptr() == place
+    assert (tensor == 5).all()
+
+
+def test_no_elements_are_no_shared_memory() -> None:
+    assert torchwq.empty(0, 3).shape == (0, 3)
+    assert torchwq.zeros(0).numel() == 0
+
+
+@pytest.mark.parametrize(
+    "other", [torch.ones(3, 4).t(), torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.ones(4)[::2]]
+)
+def test_empty_like_lies_as_torchs_does(other: torch.Tensor) -> None:
+    ours, theirs = torchwq.empty_like(other), torch.empty_like(other)
+    assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+    assert torchwq.empty_like(other, dtype=torch.int8).dtype is torch.int8
+
+
+def test_share_moves_everything_in_place() -> None:
+    net = torch.nn.Linear(3, 2)
+    obj = {"net": net, "list": [torch.ones(2)], "view": torch.ones(4)[1:], "n": 1}
+    assert torchwq.share_(obj) is obj
+    assert all(parameter.is_shared() for parameter in net.parameters())
+    assert obj["list"][0].is_shared()
+    assert obj["view"].is_shared()
+    assert isinstance(net.weight, torch.nn.Parameter)
+    assert torchwq.memory_stats().in_flight == 0
+
+
+def test_what_arrives_has_the_size_of_the_data(peer: Peer, tmp_path: Any) -> None:
+    out = peer.ask(torch.ones, 3)
+    assert out.untyped_storage().nbytes() == 12
+    assert out.is_contiguous()
+    torch.save(out, tmp_path / "x.pt")
+    torch.save(torch.ones(3), tmp_path / "y.pt")
+    assert (tmp_path / "x.pt").stat().st_size == (tmp_path / "y.pt").stat().st_size
+
+
+def test_stats_tell_what_is_where(peer: Peer) -> None:
+    tensor = torch.ones(77_777)
+    peer.ask(keep, tensor)
+    stats = torchwq.memory_stats()
+    assert (stats.blocks, stats.in_use, stats.held_remotely, stats.in_flight) == (1, 1, 1, 0)
+    assert stats.bytes >= 4 * 77_777
+    assert peer.ask(torchwq.memory_stats).mapped_in_use == 1
+    del tensor
+    peer.ask(drop_kept)
+    wait_until(lambda: torchwq.memory_stats().free == 1)
+    shared = torch.ones(5).share_memory_()
+    peer.ask(same, shared)
+    assert torchwq.memory_stats().adopted == 1
+    del shared
+    wait_until(lambda: torchwq.memory_stats().adopted == 0)
+
+
+def test_many_processes_use_one_ledger() -> None:
+    """More than are counted in a loop."""
+    with torchwq.workqueue() as queue:
+        workers = torchwq.map(12, echo_until_none, queue)
+        for number in range(300):
+            queue.write(torch.full((50,), float(number)))
+        seen = sorted(queue.read(timeout=30)[0].item() for _ in range(300))
+        queue.write(*[None] * 12)
+        workers.join(30)
+    assert seen == list(range(300))
+    for _ in range(5):
+        scribble(50)
+    wait_until(lambda: (arrivals.trim(), pool.trim(), torchwq.memory_stats().blocks)[2] == 0)
+
+
+def echo_until_none(queue: torchwq.WorkQueue) -> None:
+    for question in queue:
+        queue.write(question)
+
+
+def test_a_tensor_is_mapped_in_memory_without_a_name() -> None:
+    assert "memfd:torchwq" in (mapping_at(torchwq.empty(10).data_ptr()) or "")

@@ -1,0 +1,92 @@
+"""Data that travel by value and are too large for a message: large arrays, and large pickles, each in a block.
+
+By value means that the reader's copy is its own. It maps the block privately: a page is copied when it is written to.
+So the data are copied once, into the block, and what is sent to eight readers can be one block, as long as it is the
+same. Whether it is the same is not for the writer's promise but looked at: the last blocks are compared with the data
+byte by byte, which takes no longer than copying them and, where they differ, ends at the first difference.
+
+Invariant: a block with ``content`` set is not written to until the pool has taken it again, which unsets it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from ..transport.process import reset_in_child
+from . import pool, recycling
+from .block import MADE, Block
+
+#: How many of the last blocks may have what is to be sent.
+_LAST: Final = 4
+
+_memcmp: Any = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+_last: deque[Block] = deque(maxlen=_LAST)
+
+
+@reset_in_child
+def _forget() -> None:
+    _last.clear()
+
+
+class Buffer:
+    """A block in its part as one of a pickle's out-of-band buffers."""
+
+    __slots__ = ("fd", "nbytes", "number")
+
+    def __init__(self, block: Block) -> None:
+        self.fd, self.nbytes, self.number = block.fd, block.nbytes, block.number
+
+
+def block_with(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block, Any] | None:
+    """A block of ``nbytes`` that begins with ``parts``, one behind the other, and its storage, which keeps it so.
+
+    Returns None if there is no descriptor for one. Raises ResourceError if there is no memory.
+    """
+    pieces = [_piece(part) for part in parts if len(part)]
+    for block in list(_last):
+        if block.nbytes == nbytes:
+            storage = _if_it_has(block, pieces)
+            if storage is not None:
+                return block, storage
+    taken = pool.take(nbytes)
+    if taken is None:
+        return None
+    try:
+        storage, address = taken.storage, taken.address
+        for _, start, size in pieces:
+            ctypes.memmove(address, start, size)
+            address += size
+        taken.content = True
+    finally:
+        pool.lend(taken)
+    recycling.prepare_to_send(taken)
+    if taken.kind == MADE:
+        _last.append(taken)
+    return taken, storage
+
+
+def _piece(part: bytes | memoryview) -> tuple[Any, int, int]:
+    """What keeps the bytes, where they are, and how many."""
+    array = np.frombuffer(part, np.uint8)
+    return array, array.ctypes.data, array.nbytes
+
+
+def _if_it_has(block: Block, pieces: Sequence[tuple[Any, int, int]]) -> Any:
+    """The storage of ``block`` if it begins with ``pieces``, else None."""
+    with recycling.lock:
+        if not block.content or block.kind != MADE:
+            return None
+        storage = block.storage  # as long as it is here, the pool does not take the block
+    address = block.address
+    for _, start, size in pieces:
+        if _memcmp(address, start, size):
+            return None
+        address += size
+    return storage
