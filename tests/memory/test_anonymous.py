@@ -80,7 +80,7 @@ def test_a_block_has_no_name_and_starts_as_zeros() -> None:
 
 def test_without_memfd_an_unlinked_file_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    assert read_back([[b"x" * 5000]]) == [b"x" * 5000]
+    assert read_back([b"x" * 5000]) == b"x" * 5000
     fd = anonymous.create()
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
@@ -146,7 +146,7 @@ def test_descriptors_that_run_out_give_a_clear_error_and_leave_the_process_usabl
         from torchwq.marshalling import codec
 
         torch.ones(1) + 1
-        array, tensor, viewed = np.zeros(100_000), torch.ones(1000), torch.ones(1000)
+        array, tensor, viewed = np.ones(100_000), torch.ones(1000), torch.ones(1000)
         view = viewed[1:]
         payload = codec.encode([torch.zeros(3), np.zeros(100_000)], 16000)
         fds = [os.dup(fd) for fd in payload.fds]
@@ -193,7 +193,7 @@ def test_descriptors_that_run_out_give_a_clear_error_and_leave_the_process_usabl
     assert "apart 1.0 1.0 1004.0 999" in lines
     assert "reader [0.0, 0.0, 0.0]" in lines
     assert "closed True" in lines
-    assert lines[-1] == "7.0 8.0 0.0"
+    assert lines[-1] == "7.0 8.0 100000.0"
 
 
 def test_memory_that_runs_out_gives_a_clear_error_and_no_bus_error(run_script: Any) -> None:

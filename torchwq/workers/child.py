@@ -114,6 +114,7 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     os.environ.clear()
     os.environ.update(setup["environment"])
     os.environ[namespace.VARIABLE] = setup["namespace"]
+    namespace.current()  # now: the user's code may change the environment
     directory.started_ns = setup["started_ns"]
     with contextlib.suppress(OSError):  # a directory that was removed under the owner
         os.chdir(setup["directory"])
