@@ -101,3 +101,70 @@ Lifetimes.TestCase.settings = settings(
     max_examples=6, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 TestLifetimes = pytest.mark.timeout(240)(Lifetimes.TestCase)
+
+
+def random_step(everything: Ensemble, choose: random.Random) -> None:
+    name = choose.randrange(PLAYERS)
+    player = everything.players[name]
+    has, mine = sorted(player.has), sorted(everything.mine)
+    if len(has) > 20:
+        return everything.drop(name, choose.choice(has))
+    if len(mine) > 20:
+        return everything.drop(None, choose.choice(mine))
+    size = choose.choice(ensemble.SIZES)
+    other = choose.choice([each for each in range(PLAYERS) if each != name])
+    step = choose.choices(
+        ["make", "give", "array", "collect", "publish", "fetch", "drop", "drop mine", "fill", "kill", "fork"],
+        [4, 4, 1, 3, 3, 3, 4, 4, 2, 0.3, 0.3],
+    )[0]
+    if step == "make":
+        everything.make(choose.choice([name, None]), size, choose.random() < 0.5)
+    elif step == "array":
+        everything.give_array(size, name)
+    elif step == "fetch" and everything.published[other]:
+        everything.fetch(other, name, choose.random() < 0.7)
+    elif step == "kill":
+        everything.kill(name)
+    elif mine and step in ("give", "drop mine", "fork"):
+        key = choose.choice(mine)
+        if step == "give":
+            everything.give(key, name)
+        elif step == "fork":
+            everything.fork(key)
+        else:
+            everything.drop(None, key)
+    elif has and step in ("collect", "publish", "drop", "fill"):
+        key = choose.choice(has)
+        if step == "fill":
+            everything.fill(name, key)
+        else:
+            {"collect": everything.collect, "publish": everything.publish}.get(
+                step, lambda key, name: everything.drop(name, key)
+            )(key, name)
+    return None
+
+
+def run_at_random(seconds: float, seed: int) -> Counter[str]:
+    choose = random.Random(seed)
+    everything = Ensemble(PLAYERS)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        random_step(everything, choose)
+        everything.check()
+    everything.close()
+    return everything.done
+
+
+def test_a_short_random_run() -> None:
+    done = run_at_random(8, seed=1)
+    assert done["make"]
+    assert done["fetch"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_long_random_run() -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    done = run_at_random(float(os.environ.get("TORCHWQ_SOAK_SECONDS", "600")), seed)
+    print(sum(done.values()), "steps:", dict(done))
