@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
