@@ -27,7 +27,6 @@ def play(commands: torchwq.WorkQueue) -> None:
     """A player."""
     import queue
 
-    import numpy as np
     import torch
 
     import torchwq
@@ -54,9 +53,7 @@ def play(commands: torchwq.WorkQueue) -> None:
             elif what == "view":
                 store[args[0]] = store[args[0]][1:]
             elif what == "fill":
-                store[args[0]].fill(args[1]) if isinstance(store[args[0]], np.ndarray) else store[args[0]].fill_(
-                    args[1]
-                )
+                store[args[0]].fill_(args[1])
             elif what == "publish":
                 own.write((args[0], store[args[0]]))
             elif what == "source":
@@ -125,8 +122,10 @@ class Ensemble:
     def __init__(self, players: int) -> None:
         self.done: Counter[str] = Counter()
         self.next_key = 1000
-        #: What each tensor is filled with. By-value arrays have a key of their own for each copy.
+        #: What each tensor is filled with.
         self.value: dict[int, int] = {}
+        #: Keys of arrays, which travel by value: copies do not see each other's changes, so these are not changed.
+        self.arrays: set[int] = set()
         self.mine: dict[int, Any] = {}
         #: What is under way from one player's own queue: (publisher, key).
         self.players: dict[int, Player] = {}
@@ -168,6 +167,7 @@ class Ensemble:
         """By value: the player's copy must not change when the conductor's does."""
         self.done["give array"] += 1
         key = self.new_key()
+        self.arrays.add(key)
         array = np.full(size, key)
         self.players[name].tell("take", key, array)
         array.fill(-1)
@@ -176,12 +176,7 @@ class Ensemble:
     def collect(self, key: int, name: int) -> None:
         """From a player to the conductor."""
         self.done["collect"] += 1
-        tensor = self.players[name].tell("give", key)
-        if isinstance(tensor, np.ndarray):
-            copy = self.new_key()
-            self.value[copy] = self.value[key]
-            key = copy
-        self.mine[key] = tensor
+        self.mine[key] = self.players[name].tell("give", key)
 
     def publish(self, key: int, name: int) -> None:
         """From a player into its own queue."""
@@ -211,6 +206,8 @@ class Ensemble:
 
     def fill(self, name: int, key: int) -> None:
         """Whoever has the tensor sees it."""
+        if key in self.arrays:
+            return
         self.done["fill"] += 1
         self.value[key] += 1_000_000
         self.players[name].tell("fill", key, self.value[key])
