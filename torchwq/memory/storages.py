@@ -186,9 +186,11 @@ def place(
     storage: torch.UntypedStorage, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     """A new tensor on ``storage``, whatever modes this thread is in."""
-    with torch.inference_mode(False):
-        tensor = torch.empty((0,), dtype=DTYPES[code], device="cpu")
-        return tensor.set_(storage, offset, size, stride)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return place(storage, code, offset, size, stride)
+    tensor = torch.empty((0,), dtype=DTYPES[code], device="cpu")
+    return tensor.set_(storage, offset, size, stride)
 
 
 def memory(storage: torch.UntypedStorage) -> memoryview:
