@@ -71,10 +71,10 @@ class Arrivals:
                 recycling.add(block)
         if block is None:
             block = Block(PLAIN, storage, -1)
+        block.users += 1
         if tracked:
             assert book is not None
             book.count_got(number, HELD if block.kind == MAPPED else 0)
-        block.users += 1
         self._blocks.append(block)
         self._storages.append(storage)
 

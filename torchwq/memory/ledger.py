@@ -52,7 +52,7 @@ from ..transport.process import closed_in_child, reset_in_child
 
 SLOTS: Final = 512
 ROWS: Final = 32768
-_CHUNK: Final = 256
+_CHUNK: Final = 64
 
 #: What a message says of a block that is in no ledger.
 UNTRACKED: Final = 2**64 - 1

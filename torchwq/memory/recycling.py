@@ -1,7 +1,7 @@
 """When a block may be used again: the protocol of lifetimes. Its other half is in ``ledger``.
 
-Invariants. All of this module's state, and every block's, is changed under ``lock`` only. Nothing waits under it, and
-no code of a user's runs.
+Invariants. All of this module's state, and every block's, is changed under ``lock`` only. Nothing waits under it. No
+code of a user's is called under it; should a finalizer run, it finds every block either in use or not taken yet.
 
 * A made block is given to a new tensor only if it is used neither here (``Block.in_use``) nor elsewhere
   (``Ledger.state``), which is looked at under the lock. It cannot become used in between: a new tensor on it comes
@@ -52,7 +52,8 @@ _LOST_AFTER_A_LOSS: Final = 2.0
 #: How many blocks one look takes in: the lock is held meanwhile.
 AT_ONCE: Final = 2000
 
-lock = threading.Lock()
+#: Reentrant, because a user's finalizer may run when anything is allocated, and may write to a queue.
+lock = threading.RLock()
 #: Blocks by their numbers.
 table: dict[int, Block] = {}
 #: How many made and mapped blocks there are, each of which holds a descriptor, and the bytes of the made ones.
@@ -71,7 +72,7 @@ _on_tick: list[Callable[[float], None]] = []
 def _forget() -> None:
     """The child's tensors stay what they are, on memory that the parent does not use again: see ``before_fork``."""
     global lock, open_blocks, made_bytes, _ticking, _loss_at
-    lock = threading.Lock()
+    lock = threading.RLock()
     for block in table.values():
         unmark(block)
     table.clear()
