@@ -66,7 +66,7 @@ class _Attachments:
     """What both encoders collect beside the pickle itself."""
 
     def __init__(self) -> None:
-        self.chunks: list[bytes] = []
+        self.chunks: list[Any] = []
         self.fds: list[int] = []
         self.keep: list[Any] = []
         #: With their places in the message's list.
@@ -116,18 +116,20 @@ class _Attachments:
         blocks = self.blocks
         fds = self.fds + [block.fd for block in blocks]
         in_bag = len(fds) > MAX_FDS - 4
-        size = sum(map(len, self.chunks))
+        # A large buffer that had to stay in the pickle was written to it as it is.
+        chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
+        size = sum(map(len, chunks))
         if size + len(blocks) * _REFERENCE.size + _COUNT.size > limit or in_bag:
-            return self._large_payload(fds, in_bag)
+            return self._large_payload(chunks, fds, in_bag)
         if not blocks:
-            pickled = b"".join(self.chunks)
+            pickled = b"".join(chunks)
             return Parcel(pickled, fds, self.keep) if fds else pickled
-        data = b"".join((*self.chunks, *_references(blocks)))
+        data = b"".join((*chunks, *_references(blocks)))
         return Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
 
-    def _large_payload(self, fds: list[int], in_bag: bool) -> Parcel:
+    def _large_payload(self, pickled: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
         numbers = [block.number for block in self.blocks]
-        chunks = [*self.chunks, *_references(self.blocks)]
+        chunks = [*pickled, *_references(self.blocks)]
         size = sum(map(len, chunks))
         if in_bag:
             sack = bag.pack(fds)
