@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as npst
 
 from torchwq import MarshalError, ResourceError
 from torchwq.marshalling import codec
-from torchwq.memory.parcel import BLOCK, Parcel
+from torchwq.memory.parcel import BLOCK, REFERENCES, Parcel
 
 from . import library
 from .support import LIMIT, Peer, descriptors, identical, marshal, received, roundtrip, same
@@ -106,12 +106,16 @@ def test_any_size_comes_back_whole_from_a_worker(peer: Peer) -> None:
 
 
 def test_large_content_does_not_go_through_the_message() -> None:
-    for obj in (b"x" * 100_000, np.zeros(100_000), [np.zeros(9000), b"x" * 40_000, "text" * 10_000]):
+    for obj, kind, blocks in (
+        (b"x" * 100_000, BLOCK, 1),
+        (np.zeros(100_000), REFERENCES, 1),
+        ([np.zeros(9000), b"x" * 40_000, "text" * 10_000], BLOCK, 2),
+    ):
         payload = marshal(obj)
         assert isinstance(payload, Parcel)
-        assert payload.kind == BLOCK
-        assert len(payload.data) < 100
-        assert len(payload.fds) == 1
+        assert payload.kind == kind
+        assert len(payload.data) < 200
+        assert len(payload.fds) == blocks
 
 
 def test_small_content_is_a_bare_pickle() -> None:

@@ -50,7 +50,7 @@ def test_a_function_by_value_is_not_rebuilt() -> None:
 
 
 def test_large_messages_are_not_looked_at() -> None:
-    assert described(np.zeros(100_000)) == "a large object"
+    assert described(np.zeros(100_000)) == "<array>"  # whose data are not in the message
     assert described(b"x" * 100_000) == "a large object"
 
 

@@ -6,6 +6,7 @@ Used to tell what a dead worker had in hand: nothing of a message that may have 
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import reprlib
 from typing import Any, Final
@@ -67,7 +68,7 @@ def describe(data: bytes) -> str:
     """A short description of a message, with its trailer if it has one."""
     if data[-1] != BLOCK:
         try:
-            return _short.repr(_Describer(io.BytesIO(data)).load())[:_LONGEST]
+            return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_LONGEST]
         except Exception:
             return f"an object of {len(data) - TRAILER} bytes"
     return "a large object"
