@@ -48,7 +48,7 @@ class Arrivals:
                     self._take(number, nbytes, fd)
             except BaseException as error:
                 # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
-                if isinstance(error, Exception):
+                if isinstance(error, ResourceError):
                     recycling.note_lost(number for number, _ in references[len(self._blocks) :])
                 self._release()
                 raise
@@ -174,6 +174,7 @@ def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
 def _give_up_idle() -> None:
     for block in list(recycling.table.values()):
         if block.kind == MAPPED and not block.in_use():
+            recycling.release(block)
             recycling.give_up(block)
 
 
@@ -193,6 +194,7 @@ def _tick(now: float) -> None:
     for block in mapped:
         stale = book is None or not book.is_current(block.number)
         if (stale or now - block.used_at > recycling.IDLE) and not block.in_use():
+            recycling.release(block)
             recycling.give_up(block)
 
 

@@ -111,11 +111,9 @@ class Outbox:
             if not self._pending:
                 try:
                     is_sent = self._try_send(data, fds)
-                except OSError as error:
+                except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
                     if not isinstance(payload, bytes):
                         payload.come_back()
-                    if not isinstance(error, BrokenPipeError):
-                        raise
                     self._drop()
                     raise self._refusal() from None
                 if is_sent:
