@@ -346,10 +346,11 @@ def decode(data: bytes, fds: list[int]) -> Any:
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
-    if not fds:
+    kind = data[-1]
+    if not fds and kind not in (REFERENCES, BLOCK):
         return pickle.loads(data)
     try:
-        if data[-1] == REFERENCES:
+        if kind == REFERENCES:
             tensor = single.decode(data)
             if tensor is not None:
                 return tensor
@@ -357,7 +358,7 @@ def decode(data: bytes, fds: list[int]) -> Any:
             if type(obj) is torch.Tensor:
                 single.learn(obj)
             return obj
-        if data[-1] == BLOCK:
+        if kind == BLOCK:
             return _decode_block(data, fds)
         return _loads(data, None, fds)
     finally:
@@ -370,7 +371,7 @@ def _arrivals(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
     buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & _BUFFER]
     if buffers:
         references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
-    return Arrivals(references, fds[len(fds) - len(references) :], buffers)
+    return Arrivals(references, fds and fds[len(fds) - len(references) :], buffers)
 
 
 def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
@@ -407,12 +408,15 @@ def _decode_block(data: bytes, fds: list[int]) -> Any:
 
 def discard(data: bytes, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
-    if fds and data[-1] in (REFERENCES, BLOCK):
+    if data[-1] in (REFERENCES, BLOCK):
         try:
             references = _listed(data, len(data) - TRAILER)
             if data[-1] == BLOCK:
-                size, _ = _HEAD.unpack_from(data)
-                references += _listed(anonymous.map_private(fds[-1]), size)
+                block = _arrivals(data, len(data) - TRAILER, fds)
+                try:
+                    references = _listed(block.memory(0), _HEAD.unpack_from(data)[0])
+                finally:
+                    block.done()
             recycling.note_lost([number for number, _ in references])
         except Exception:
             pass  # then they are believed to be lost after a while

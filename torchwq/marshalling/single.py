@@ -61,6 +61,7 @@ def encode(tensor: torch.Tensor, limit: int) -> Parcel | None:
     if block is None:
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
             return None
+        del storage
         block = sharing.share(tensor)
         if block is None:
             return None

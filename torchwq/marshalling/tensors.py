@@ -46,6 +46,7 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
             code, offset, size, stride = geometry(tensor)
             return _rebuild_dense, (type(tensor), storage, code, offset, tuple(size), stride, tensor.requires_grad)
+        del storage
         block = sharing.share(tensor)
         if block is None:
             return _reduce_to_copy(tensor)

@@ -1,8 +1,8 @@
 """What messages bring: blocks of other processes, mapped once and kept, and this process's own ones coming home.
 
 A block that was here before costs nothing but a look into the table: its storage is still mapped, its pages are in the
-page table, and the descriptor that came with the message is closed unused. (It comes all the same, because nobody who
-sends can know who will read; and so that the memory outlives its maker. It costs 3 µs.)
+page table. Where a queue has one reader and its writers know it (answers), no descriptor comes with such a block. Where
+any of many may read (questions), one comes all the same, and is closed unused.
 
 If this process may not have one more descriptor, the data are copied out of the block instead, with one warning.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ from ..errors import ResourceError
 from . import ledger, limits, recycling, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import HELD
+from .recycling import promise
 
 #: How often a message's block was here already, and how often it had to be mapped.
 hits = misses = 0
@@ -33,18 +34,19 @@ class Arrivals:
     def __init__(self, references: Sequence[tuple[int, int]], fds: Sequence[int], buffers: Sequence[int] = ()) -> None:
         """Take the blocks out of the message: (number, bytes) of each, and its descriptor, which stays the caller's.
 
-        Raises ResourceError if there is no memory for one; none is taken then.
+        Without descriptors, this process has promised to have the blocks. Raises ResourceError if there is no memory
+        for one; none is taken then.
         """
         self._blocks: list[Block] = []
         self._storages: list[torch.UntypedStorage] = []
-        self._fds = fds
+        self._fds = fds or [-1] * len(references)
         #: Which of the blocks are the pickle's buffers, in its order.
         self.buffers = buffers
         with recycling.lock:
             recycling.settle()
             recycling.look_at_unwatched(2)
             try:
-                for (number, nbytes), fd in zip(references, fds, strict=True):
+                for (number, nbytes), fd in zip(references, self._fds, strict=True):
                     self._take(number, nbytes, fd)
             except BaseException as error:
                 # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
@@ -62,7 +64,7 @@ class Arrivals:
         if block is not None and storage is not None and block.nbytes == nbytes:
             hits += 1
         else:
-            block, storage = None, _map(fd, nbytes)
+            block, storage = None, _map(fd, nbytes) if fd >= 0 else _parting(number)
             if storage is None:
                 storage = _copy_out(fd, nbytes)
             elif tracked and number not in recycling.table:
@@ -74,19 +76,19 @@ class Arrivals:
         block.users += 1
         if tracked:
             assert book is not None
-            book.count_got(number, HELD if block.kind == MAPPED else 0)
+            book.count_got(number, _flags(block.kind))
         self._blocks.append(block)
         self._storages.append(storage)
 
     def tensor(self, index: int, geometry: Geometry) -> torch.Tensor:
         """A new tensor on the message's block ``index``."""
         block = self._blocks[index]
-        if block.kind == MAPPED:
-            tensor = recycling.template(block, geometry).detach()
-            recycling.watch(tensor, block)
-            return tensor
-        if block.kind == MADE:
-            return recycling.template(block, geometry).detach()
+        with recycling.lock:  # a fork may give the block up at any time
+            if block.kind == MAPPED or block.kind == MADE:
+                tensor = recycling.template(block, geometry).detach()
+                if block.kind == MAPPED:
+                    recycling.watch(tensor, block)
+                return tensor
         return storages.place(self._storages[index], *geometry)
 
     def storage(self, index: int) -> torch.UntypedStorage:
@@ -102,14 +104,15 @@ class Arrivals:
         block, storage = self._blocks[index], self._storages[index]
         if block.kind == PLAIN and not storage.is_shared():
             return storages.lasting_memory(storage)  # was copied out already
+        fd = self._fds[index]
         try:
-            mapping, view = storages.map_private(self._fds[index], block.nbytes)
+            mapping, view = storages.map_private(fd if fd >= 0 else storages.descriptor(storage), block.nbytes)
         except ResourceError as error:
             if error.errno != errno.EMFILE:
                 raise
             return storages.lasting_memory(torch.UntypedStorage(block.nbytes).copy_(storage))
-        if block.kind in (MADE, MAPPED):
-            with recycling.lock:
+        with recycling.lock:
+            if block.kind in (MADE, MAPPED):
                 block.users += 1
                 recycling.watch(mapping, block, mapping=True)
         return view
@@ -145,14 +148,31 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
         if block.kind == ADOPTED:
             tensor = storages.place(storage, *geometry)
         else:
-            tensor = recycling.template_under_lock(block, geometry).detach()
+            tensor = recycling.template(block, geometry).detach()
+        book.count_got(number, _flags(block.kind))
         if block.kind == MAPPED:
-            book.count_got(number, HELD)
             block.used_at = time.monotonic()
             recycling.watch(tensor, block)
-        else:
-            book.count_got(number, 0)
         return tensor
+
+
+def _flags(kind: int) -> int:
+    """What the ledger has to know of a block that a message has brought. Under the lock."""
+    if kind == MAPPED:
+        return HELD | promise()
+    return promise() if kind == MADE else 0
+
+
+def _parting(number: int) -> torch.UntypedStorage:
+    """The storage for a reference that came without a descriptor. Under the lock."""
+    storage = recycling.storage_of_parting(number)
+    if storage is None:
+        raise ResourceError(
+            0,
+            "a message refers to shared memory that this process does not have any more, because its sender was "
+            "stopped for seconds in the middle of sending it: the message is lost",
+        )
+    return storage
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
@@ -171,9 +191,10 @@ def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
         raise
 
 
-def _give_up_idle() -> None:
+def _give_up_idle(which: Callable[[Block], bool] = lambda block: True) -> None:
+    """Give up the mapped blocks that nobody uses here, and of which ``which`` says so. Under the lock."""
     for block in list(recycling.table.values()):
-        if block.kind == MAPPED and not block.in_use():
+        if block.kind == MAPPED and which(block) and not block.in_use():
             recycling.release(block)
             recycling.give_up(block)
 
@@ -189,13 +210,7 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
 
 
 def _tick(now: float) -> None:
-    book = ledger.current()
-    mapped = [block for block in recycling.table.values() if block.kind == MAPPED]
-    for block in mapped:
-        stale = book is None or not book.is_current(block.number)
-        if (stale or now - block.used_at > recycling.IDLE) and not block.in_use():
-            recycling.release(block)
-            recycling.give_up(block)
+    _give_up_idle(lambda block: now - block.used_at > recycling.IDLE or not recycling.is_current(block))
 
 
 recycling.at_tick(_tick)

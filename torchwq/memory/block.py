@@ -105,12 +105,13 @@ class Block:
         """Whether anything in this process uses it. Only for a MADE or MAPPED one."""
         if self.users:
             return True
+        idle_owners = storages.IDLE_OWNERS + len(self.templates)
+        idle_references = storages.IDLE_REFERENCES_WITH_TENSOR if self.templates else storages.IDLE_REFERENCES
         owners, references = storages.owners(self._storage)
-        if self.templates:
-            return (
-                owners > storages.IDLE_OWNERS + len(self.templates) or references > storages.IDLE_REFERENCES_WITH_TENSOR
-            )
-        return owners > storages.IDLE_OWNERS or references > storages.IDLE_REFERENCES
+        if owners > idle_owners or references > idle_references:
+            return True
+        # A thread may have turned its last reference into a tensor between the two counts.
+        return storages.owners(self._storage)[0] > idle_owners
 
     def drop(self) -> None:
         """Keep the storage no more."""

@@ -8,8 +8,9 @@ One ledger per tree, mapped by each of its processes. A *slot* is a process, a *
 ledger has two words, which only the process of that slot writes:
 
 * ``sent``: how many references to the block the process has put into messages;
-* ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now) and
-  ``PINNED`` (someone outside of this accounting may use the block, for as long as it likes).
+* ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now), ``PINNED``
+  (someone outside of this accounting may use the block, for as long as it likes) and ``KEPT`` (it has the block's
+  memory, and promises to have it still when it reads a message that was sent while the flag was set).
 
 Both begin with the *generation* of the row that they speak of. The maker of a block sets the row's generation. A word
 of another generation counts as zero, so that a row is given to another block by raising its generation, without asking
@@ -28,6 +29,9 @@ Invariants:
   not believed any more: its *lock* on its slot's byte is gone, which the kernel releases after its memory.
 * A process killed between receiving a message and counting it leaves ``sent`` ahead for ever, and so do messages
   that nobody will read. Such a block is not used again; its maker gives it up after a while (``recycling``).
+* A sender counts first and looks for ``KEPT`` then; whoever withdraws ``KEPT`` does that first and looks then for what
+  is under way. So at least one of the two sees the other: either the message brings a descriptor, or the memory is
+  kept until the message is there (``recycling``).
 * Rows belong to processes in chunks, by locks on the chunks' bytes: what a dead maker had can be taken over.
 
 The locks are open file description locks: they belong to this process's own opening of the file, which a forked child
@@ -43,6 +47,7 @@ import secrets
 import struct
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -61,8 +66,10 @@ FREE, IN_FLIGHT, IN_USE, GIVEN_AWAY = range(4)
 
 HELD: Final = 1
 PINNED: Final = 2
-_FLAGS: Final = 3
-_ONE: Final = 4
+KEPT: Final = 4
+_IN_USE: Final = HELD | PINNED
+_FLAGS: Final = HELD | PINNED | KEPT
+_ONE: Final = 8
 _LOW: Final = 0xFFFFFFFF
 
 # In words of 8 bytes: the head (how many slots were ever used, and where generations begin), a generation for each row,
@@ -130,14 +137,14 @@ class Ledger:
             else:
                 raise OSError(f"more than {SLOTS} processes share memory in one tree")
             if slot < self._words[_USED]:
-                self._clear_held(slot)
+                self._clear_flags(slot)
             else:
                 self._words[_USED] = slot + 1
             return slot
         finally:
             self._unlock(_CLAIM_LOCK)
 
-    def _clear_held(self, slot: int) -> None:
+    def _clear_flags(self, slot: int) -> None:
         words = self._words
         position = 8 * (_COLUMNS + slot * _STRIDE)
         end = position + 8 * _STRIDE
@@ -148,8 +155,8 @@ class Ledger:
                 return
             hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), end)
             for index in range(position // 8 + 1, hole // 8, 2):
-                if words[index] & HELD:
-                    words[index] &= ~HELD
+                if words[index] & (HELD | KEPT):
+                    words[index] &= ~(HELD | KEPT)
             position = hole
 
     # Rows
@@ -202,15 +209,15 @@ class Ledger:
             count = word & _LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _ONE & _LOW)
 
-    def count_got(self, number: int, held: int) -> None:
-        """A reference was taken out of a message. ``held``: HELD if this process has tensors on the block now, or 0."""
+    def count_got(self, number: int, flags: int) -> None:
+        """A reference was taken out of a message. ``flags``: what this process does with the block from now on."""
         words = self._words
         generation, row = number >> 32, number & _LOW
         if words[_GENERATIONS + row] == generation:
             index = self._column + 2 * row + 1
             word = words[index]
             count = word & _LOW if word >> 32 == generation else 0
-            words[index] = generation << 32 | (count + _ONE & _LOW) | held
+            words[index] = generation << 32 | (count + _ONE & _LOW) | flags
 
     def set_flag(self, number: int, flag: int) -> None:
         generation = number >> 32
@@ -218,10 +225,42 @@ class Ledger:
         word = self._words[index]
         self._words[index] = (word if word >> 32 == generation else generation << 32) | flag
 
-    def clear_held(self, number: int) -> None:
+    def clear_flag(self, number: int, flag: int) -> bool:
+        """Returns whether it was set."""
         index = self._column + 2 * (number & _LOW) + 1
-        if self._words[index] >> 32 == number >> 32:
-            self._words[index] &= ~HELD
+        word = self._words[index]
+        if word >> 32 != number >> 32 or not word & flag:
+            return False
+        self._words[index] = word & ~flag
+        return True
+
+    def are_kept(self, numbers: Sequence[int], slot: int) -> bool:
+        """Whether the process of ``slot`` has promised to have all of these blocks. After ``count_sent``."""
+        with self._fence:
+            pass
+        column = _COLUMNS + slot * _STRIDE + 1
+        for number in numbers:
+            if number == UNTRACKED:
+                return False
+            word = self._words[column + 2 * (number & _LOW)]
+            if word >> 32 != number >> 32 or not word & KEPT:
+                return False
+        return True
+
+    def is_under_way(self, number: int) -> bool:
+        """Whether a reference to a block may be under way. After KEPT was withdrawn."""
+        if not self.is_current(number):
+            return True
+        with self._fence:
+            pass
+        words, used = self._words, self._words[_USED]
+        generation = number >> 32
+        first = _COLUMNS + 2 * (number & _LOW)
+        got = sum(w & ~_FLAGS for i in range(used) if (w := words[first + i * _STRIDE + 1]) >> 32 == generation)
+        with self._fence:
+            pass
+        sent = sum(w for i in range(used) if (w := words[first + i * _STRIDE]) >> 32 == generation)
+        return bool(sent - got & _LOW or words[_USED] != used or not self.is_current(number))
 
     def state(self, number: int) -> int:
         """FREE, IN_FLIGHT, IN_USE (held by a living process) or GIVEN_AWAY (pinned): what others do with the block."""
@@ -235,7 +274,7 @@ class Ledger:
         for slot in range(used):
             word = words[first + slot * _STRIDE + 1]
             if word >> 32 == generation:
-                if word & _FLAGS:
+                if word & _IN_USE:
                     if word & PINNED:
                         return GIVEN_AWAY
                     if self.is_alive(slot):
@@ -256,7 +295,7 @@ class Ledger:
         generation, row = number >> 32, number & _LOW
         got = self._array[:used, row, 1].copy()
         got = np.where(got >> np.uint64(32) == generation, got & np.uint64(_LOW), 0)
-        for slot in np.flatnonzero(got & np.uint64(_FLAGS)):
+        for slot in np.flatnonzero(got & np.uint64(_IN_USE)):
             if int(got[slot]) & PINNED:
                 return GIVEN_AWAY
             if self.is_alive(int(slot)):

@@ -13,7 +13,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..transport.sockets import close_fds
 from . import recycling
+from .anonymous import exhausted
 
 #: Last byte of a message: a pickle with a trailer; a trailer after references to blocks, after a pickle; a trailer
 #: after what says where in the last block the pickle is, with its buffers; a bare pickle.
@@ -44,14 +46,31 @@ class Parcel:
         if self._numbers:
             recycling.count_sent(self._numbers)
 
+    def descriptors(self, reader: int) -> Sequence[int]:
+        """Those that must go along, in the moment of sending after ``depart``: none if the reader has all it needs.
+
+        Args:
+            reader: the slot in the ledger of the one process that will read it; -1 if that is not known.
+        """
+        if reader >= 0 and len(self._numbers) == len(self.fds) and recycling.are_kept(self._numbers, reader):
+            return ()
+        return self.fds
+
     def come_back(self) -> None:
         """It was not sent after ``depart``."""
         recycling.note_lost(self._numbers)
 
     def copy(self) -> tuple[bytes, list[int]]:
-        """The message as its reader would get it, with descriptors of its own."""
+        """The message as its reader would get it, with descriptors of its own. Raises ResourceError."""
+        fds: list[int] = []
+        try:
+            for fd in self.fds:
+                fds.append(os.dup(fd))
+        except OSError as error:
+            close_fds(fds)
+            raise exhausted(error) from error
         self.depart()
-        return self.data + bytes(TRAILER - 1) + bytes((self.kind,)), [os.dup(fd) for fd in self.fds]
+        return self.data + bytes(TRAILER - 1) + bytes((self.kind,)), fds
 
 
 Payload = bytes | Parcel

@@ -10,7 +10,8 @@ coarser steps, so a block can be fitted with a storage of another size, which co
 
 Invariants:
 
-* A block that is taken is in no ring until it is lent, so two threads never fill the same one.
+* A block that is taken is in no ring until it is lent, so two threads never fill the same one. A fork in between
+  spoils it: the child may have the tensor that it is being filled for, so it is given up when it is lent.
 * Pages are reserved when a block is made (``fallocate``): running out is an error then, not a bus error later.
 * More than the limit is never *kept*: blocks beyond it are made if tensors need them, and given up when they are free.
 """
@@ -37,18 +38,22 @@ _FINE: Final = 64 * 1024
 
 #: Blocks by the memory they have, then by the bytes their storage shows.
 _rings: dict[int, dict[int, deque[Block]]] = {}
+#: Blocks between ``take`` and ``lend``, and whether this process was forked meanwhile.
+_taken: dict[Block, bool] = {}
 
 
 @reset_in_child
 def _forget() -> None:
-    for block in blocks():
+    for block in [*blocks(), *_taken]:
         recycling.unmark(block)
     _rings.clear()
+    _taken.clear()
 
 
 def blocks() -> list[Block]:
     """All blocks that are lent or free. Under the lock."""
-    return [block for rings in _rings.values() for ring in rings.values() for block in ring if block.kind == MADE]
+    rings = [ring for rings in list(_rings.values()) for ring in list(rings.values())]
+    return [block for ring in rings for block in list(ring) if block.kind == MADE]
 
 
 def capacity_for(nbytes: int) -> int:
@@ -68,6 +73,7 @@ def take(nbytes: int) -> Block | None:
         rings = _rings.setdefault(capacity, {})
         block = _free_one(rings.get(nbytes))
         if block is not None:
+            _taken[block] = False
             return block
         block = _free_one_of_another_size(rings, nbytes)
         if block is None and not _may_make(capacity):
@@ -83,6 +89,8 @@ def take(nbytes: int) -> Block | None:
 def _free_one(ring: deque[Block] | None) -> Block | None:
     if ring:
         for _ in range(min(_LOOKS, len(ring))):
+            if not ring:
+                break
             block = ring.popleft()
             if block.kind == MADE:
                 if recycling.is_free(block):
@@ -97,10 +105,10 @@ def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Bl
     for size in list(rings)[:_RINGS]:
         if size == nbytes:
             continue
-        ring = rings.pop(size)
+        ring = rings.pop(size, None)
         block = _free_one(ring)
         if ring:
-            rings[size] = ring  # at the end: others are looked at first the next time
+            rings.setdefault(size, deque()).extend(ring)  # at the end: others are looked at first the next time
         if block is not None:
             return block
     return None
@@ -121,8 +129,7 @@ def _fit(old: Block, nbytes: int) -> Block:
     finally:
         with recycling.lock:
             recycling.give_up(old)
-    with recycling.lock:
-        recycling.add(block)
+    _add(block)
     return block
 
 
@@ -132,23 +139,34 @@ def _make(nbytes: int, capacity: int) -> Block:
         anonymous.reserve(memory.fd, capacity)
         storage = storages.open_shared(memory.fd, nbytes)
     block = Block(MADE, storage, storages.descriptor(storage), capacity)
+    _add(block)
+    return block
+
+
+def _add(block: Block) -> None:
     with recycling.lock:
         recycling.add(block)
-    return block
+        _taken[block] = False
 
 
 def lend(block: Block) -> None:
     """The block is in the ring again: whatever uses it now decides when it is free."""
     with recycling.lock:
+        if _taken.pop(block, True):
+            recycling.give_up(block)
+            return
         block.used_at = time.monotonic()
         _rings.setdefault(block.capacity, {}).setdefault(block.nbytes, deque()).append(block)
 
 
 def _give_up_free(idle_since: float | None) -> None:
     """Give up the free blocks: all of them, or those that nobody has used since then."""
-    for rings in _rings.values():
+    # A finalizer may run at any allocation in here, and may take and lend blocks of its own.
+    for rings in list(_rings.values()):
         for ring in list(rings.values()):
             for _ in range(min(len(ring), recycling.AT_ONCE)):
+                if not ring:
+                    break
                 block = ring.popleft()
                 if block.kind != MADE:
                     continue
@@ -178,6 +196,8 @@ def trim() -> None:
 @recycling.before_fork
 def _before_fork() -> None:
     """What has tensors here will have them in the child too."""
+    for block in _taken:
+        _taken[block] = True
     for block in blocks():
         if block.in_use():
             recycling.give_up(block)

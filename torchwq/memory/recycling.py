@@ -9,9 +9,12 @@ code of a user's is called under it; should a finalizer run, it finds every bloc
   which is taken under the lock.
 * A block that a message brought is HELD in the ledger from the moment at which it is taken out of the message until
   it is not in use here. A message that is being decoded is a user of its blocks.
-* A message under way has a descriptor for each of its blocks. So the memory is there for whoever receives it, even if
-  every process that has had the block is dead, and *giving up* a block is always safe: its memory is not used again,
-  and goes when nobody has it any more.
+* The memory is there for whoever receives a message. Either the message has a descriptor for each of its blocks, or its
+  one possible reader has promised, by KEPT, that it has them. So *giving up* a block is always safe, even if every
+  process that has had it is dead: its memory is not used again, and goes when nobody has it any more.
+* KEPT is set only by a process that reads the one end of some queue (an *inlet*). To break the promise it clears the
+  flag first, and if a reference may be under way then, the storage is *parting*: kept until what was under way has
+  been counted or every inlet has been seen empty, two ticks running, so that nothing is being decoded either.
 * Given up is what cannot be accounted for: a block that a forked child or torch's own multiprocessing may see, one
   whose references do not come home, one whose maker is dead.
 * The table has every block of this process that has a number, under that number.
@@ -28,7 +31,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -36,7 +39,7 @@ from ..transport import reactor
 from ..transport.process import reset_in_child
 from . import ledger
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
-from .ledger import FREE, GIVEN_AWAY, IN_FLIGHT, PINNED, UNTRACKED
+from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, KEPT, PINNED, UNTRACKED
 
 #: Where a storage's Python object has the block that it is the storage of.
 ATTRIBUTE: Final = "_torchwq_block"
@@ -64,6 +67,32 @@ _notes: deque[Any] = deque()
 _unwatched: deque[Block] = deque()
 _ticking = False
 _loss_at = 0.0
+
+
+class Inlet(Protocol):
+    """Where this process, and no other, reads messages."""
+
+    def is_empty(self) -> bool:
+        """Whether no message is there that has not been decoded. Must not block."""
+        ...
+
+
+_inlets: weakref.WeakSet[Inlet] = weakref.WeakSet()
+
+
+class _Parting:
+    """The storage of a block that is given up while references to it may be under way."""
+
+    __slots__ = ("capacity", "looks", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage, capacity: int) -> None:
+        self.storage = storage
+        self.capacity = capacity
+        #: How often in a row all inlets have been seen empty.
+        self.looks = 0
+
+
+_parting: dict[int, _Parting] = {}
 #: Called at every tick, under the lock, with the time.
 _on_tick: list[Callable[[float], None]] = []
 
@@ -76,6 +105,8 @@ def _forget() -> None:
     for block in table.values():
         unmark(block)
     table.clear()
+    _parting.clear()
+    _inlets.clear()
     _notes.clear()
     _unwatched.clear()
     open_blocks, made_bytes, _ticking, _loss_at = 0, 0, False, 0.0
@@ -92,16 +123,8 @@ class Watch(weakref.ref[Any]):
 
 
 def template(block: Block, geometry: Geometry) -> torch.Tensor:
-    """A tensor that lies so on a made or mapped block, to make others of by ``detach()``."""
-    found = block.templates.get(geometry)
-    if found is None:
-        with lock:  # of which ``in_use`` must not see a half
-            found = template_under_lock(block, geometry)
-    return found
-
-
-def template_under_lock(block: Block, geometry: Geometry) -> torch.Tensor:
-    """The same. Under the lock."""
+    """A tensor that lies so on a made or mapped block, to make others of by ``detach()``. Under the lock, or of a block
+    that was taken from the pool: ``in_use`` must not see a half."""
     found = block.templates.get(geometry)
     return block.new_template(geometry) if found is None else found
 
@@ -120,6 +143,29 @@ def count_sent(numbers: Sequence[int]) -> None:
         for number in numbers:
             if number != UNTRACKED and book is not None:
                 book.count_sent(number)
+
+
+def are_kept(numbers: Sequence[int], reader: int) -> bool:
+    """Whether the process with this slot in the ledger has all of these blocks. After ``count_sent``."""
+    book = ledger.current()
+    return book is not None and book.are_kept(numbers, reader)
+
+
+def slot() -> int:
+    """This process's slot in the ledger, for those that send to an inlet of its; -1 if it has none."""
+    book = ledger.current()
+    return -1 if book is None else book.slot
+
+
+def add_inlet(inlet: Inlet) -> None:
+    """Messages that refer to what this process keeps may come here without descriptors."""
+    with lock:
+        _inlets.add(inlet)
+
+
+def promise() -> int:
+    """KEPT, if anybody could make use of that. For a block whose storage stays in the table."""
+    return KEPT if _inlets else 0
 
 
 def note_lost(numbers: Iterable[int]) -> None:
@@ -156,7 +202,7 @@ def release(block: Block) -> None:
         return
     book = ledger.current()
     if book is not None:
-        book.clear_held(block.number)
+        book.clear_flag(block.number, HELD)
 
 
 def look_at_unwatched(most: int) -> None:
@@ -181,6 +227,9 @@ def enrol(block: Block) -> bool:
         return False
     block.number = number
     table[number] = block
+    if block.kind == MADE and _inlets:
+        assert book is not None
+        book.set_flag(number, KEPT)
     _start_ticking()
     return True
 
@@ -228,6 +277,7 @@ def block_of(storage: torch.UntypedStorage) -> Block | None:
 
 
 def unmark(block: Block) -> None:
+    """The storage is not the block's any more, which is about to be dropped. Under the lock."""
     storage = block.storage
     if storage is not None and block_of(storage) is block:
         delattr(storage, ATTRIBUTE)
@@ -236,16 +286,43 @@ def unmark(block: Block) -> None:
 def give_up(block: Block) -> None:
     """Use the memory of a block no more; what uses it now keeps it. Under the lock."""
     global open_blocks, made_bytes
+    parting = False
     if table.get(block.number) is block:
         del table[block.number]
         book = ledger.current()
-        if block.kind != MAPPED and book is not None:
-            book.give_back(block.number)
+        if book is not None:
+            if block.kind != ADOPTED and book.clear_flag(block.number, KEPT):
+                parting = book.is_under_way(block.number)
+            if block.kind != MAPPED:
+                book.give_back(block.number)
     unmark(block)
-    if block.kind in (MADE, MAPPED):
+    if parting:
+        _parting[block.number] = _Parting(block.storage, block.capacity if block.kind == MADE else 0)
+    elif block.kind in (MADE, MAPPED):
         open_blocks -= 1
         made_bytes -= block.capacity if block.kind == MADE else 0
     block.drop()
+
+
+def storage_of_parting(number: int) -> torch.UntypedStorage | None:
+    """The storage of a block that was given up while a message with it was under way. Under the lock."""
+    parting = _parting.get(number)
+    return None if parting is None else parting.storage
+
+
+def _look_at_parting() -> None:
+    """Let go of the storages that no message can refer to any more. Under the lock."""
+    global open_blocks, made_bytes
+    if not _parting:
+        return
+    book = ledger.current()
+    quiet = all(inlet.is_empty() for inlet in list(_inlets))
+    for number, parting in list(_parting.items()):
+        parting.looks = parting.looks + 1 if quiet else 0
+        if parting.looks > 1 or (book is not None and not book.is_under_way(number)):
+            del _parting[number]
+            open_blocks -= 1
+            made_bytes -= parting.capacity
 
 
 def give_away(block: Block) -> None:
@@ -309,18 +386,21 @@ def tick() -> None:
     """Look after the blocks, and again later, if there are any."""
     global _ticking
     with lock:
-        settle()
-        look_at_unwatched(AT_ONCE)
-        now = time.monotonic()
-        for callback in _on_tick:
-            callback(now)
-        _ticking = False
-        if open_blocks or table:
-            _start_ticking()
+        try:
+            settle()
+            look_at_unwatched(AT_ONCE)
+            now = time.monotonic()
+            for callback in _on_tick:
+                callback(now)
+            _look_at_parting()
+        finally:
+            _ticking = False
+            if open_blocks or table:
+                _start_ticking()
 
 
 _before_fork: list[Callable[[], None]] = []
-_locked_for_fork = False
+_forking = threading.local()
 
 
 def before_fork(callback: Callable[[], None]) -> Callable[[], None]:
@@ -330,9 +410,8 @@ def before_fork(callback: Callable[[], None]) -> Callable[[], None]:
 
 
 def _prepare_fork() -> None:
-    global _locked_for_fork
     # Not for ever: the thread that forks may be in a signal handler that has interrupted a holder of the lock.
-    _locked_for_fork = lock.acquire(timeout=1.0)
+    _forking.locked = lock.acquire(timeout=1.0)
     if table or open_blocks:
         settle()
         for callback in _before_fork:
@@ -340,7 +419,8 @@ def _prepare_fork() -> None:
 
 
 def _after_fork() -> None:
-    if _locked_for_fork:
+    if _forking.locked:
+        _forking.locked = False
         lock.release()
 
 

@@ -126,13 +126,31 @@ def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
 
 
 def is_sole_owner(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether nothing but ``tensor`` owns the private ``storage``, so that moving the tensor moves everything."""
+    """Whether nothing but ``tensor`` owns the private ``storage``, so that moving the tensor moves everything.
+
+    The caller has the storage in one variable; any other reference to it is an owner.
+    """
     return (
         CAN_RECYCLE
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not tensor.is_inference()
         and _use_count(storage._cdata) <= _SOLE_OWNER
+        and sys.getrefcount(storage) <= _SOLE_REFERENCES
     )
+
+
+def _count_sole_references(tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
+    return sys.getrefcount(storage)
+
+
+def _sole_references() -> int:
+    """How many references ``is_sole_owner`` sees if only its caller's ``storage`` has the Python object."""
+    tensor = torch.empty(1, dtype=torch.uint8, device="cpu")
+    storage = tensor.untyped_storage()
+    return _count_sole_references(tensor, storage)
+
+
+_SOLE_REFERENCES: Final = _sole_references()
 
 
 def move(tensor: torch.Tensor, template: torch.Tensor, storage: torch.UntypedStorage, address: int) -> Any:

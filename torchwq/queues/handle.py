@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pickle import loads
 from types import TracebackType
-from typing import Any, final
+from typing import Any, Final, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
+from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import reactor
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
@@ -19,6 +20,9 @@ from ..workers import shutdown
 from .owner import Owner
 from .role import open_roles
 from .worker import WorkerSide, accept
+
+#: Messages that are more than a pickle although they may come without descriptors.
+_WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ class WorkQueue:
             if received is None:
                 return None
         data, fds = received
-        if fds:
+        if fds or data[-1] in _WITH_BLOCKS:
             return codec.decode(data, fds)
         return loads(data)
 

@@ -78,6 +78,7 @@ class Owner(Role, worker.EndListener):
         self._deaths: deque[WorkerDied] = deque()
         self._last_end = ""
         worker.listen(self)
+        recycling.add_inlet(self)
 
     # Writing
 
@@ -139,6 +140,10 @@ class Owner(Role, worker.EndListener):
                 self._inbox.append(received)
                 found = True
         return found
+
+    def is_empty(self) -> bool:
+        """Whether no answer is here that was not handed out; one that is just being taken may be overlooked."""
+        return bool(self.closed) or not (self._inbox or self.end.has_input())
 
     def _absorb_for_leavers(self) -> None:
         """Make room for the last answers of a worker that is leaving; the reactor calls this while one is."""
@@ -236,7 +241,8 @@ class Owner(Role, worker.EndListener):
             if pid is not None:
                 self._arrive(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
-        link.send(SLOT.pack(b"Q", number, -1 if self.capacity is None else self.capacity), fds)
+        capacity = -1 if self.capacity is None else self.capacity
+        link.send(SLOT.pack(b"Q", number, capacity, recycling.slot()), fds)
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid

@@ -194,5 +194,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
 
 def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
     """Make a worker's side with the slot that the owner's reply names."""
-    _, slot, capacity = SLOT.unpack(reply)
-    return WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
+    _, slot, capacity, reader = SLOT.unpack(reply)
+    side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
+    side.outbox.reader = reader
+    return side

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..errors import ResourceError
 from .endpoint import MAX_FDS
-from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, close_fds, received_fds, rights, send_buffer
 
 _PER_MESSAGE = MAX_FDS - 3
 
@@ -31,14 +31,21 @@ def pack(fds: Sequence[int]) -> socket.socket:
 
 
 def unpack(fd: int) -> list[int]:
-    """All the descriptors in the bag; takes over and closes ``fd``."""
+    """All the descriptors in the bag; takes over and closes ``fd``.
+
+    Raises ResourceError if they are more than this process may have; none is left open then.
+    """
     fds: list[int] = []
     with socket.socket(fileno=fd) as bag:
-        while True:
-            try:
-                data, ancillary, flags, _ = bag.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
-            except (BlockingIOError, ConnectionError):
-                return fds
-            if not data:
-                return fds
-            fds += received_fds(ancillary, flags)
+        try:
+            while True:
+                try:
+                    data, ancillary, flags, _ = bag.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
+                except (BlockingIOError, ConnectionError):
+                    return fds
+                if not data:
+                    return fds
+                fds += received_fds(ancillary, flags)
+        except BaseException:
+            close_fds(fds)
+            raise

@@ -47,6 +47,10 @@ class Endpoint(Protocol):
         """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
         ...
 
+    def has_input(self) -> bool:
+        """Whether anything is there to be received, or that is not known."""
+        ...
+
     def stop_receiving(self) -> None:
         """From now on the other side's sends raise BrokenPipeError; this side can still send."""
         ...

@@ -5,7 +5,8 @@ Invariants:
 * Messages leave in the order of ``send``, whichever threads call it: one lock covers "is anything waiting?" and
   the send itself.
 * While something waits, the reactor watches the socket and sends on; nobody has to call anything for that.
-* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``).
+* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``). It is
+  asked which descriptors must go along (``descriptors``) in the moment in which it is sent.
 * A waiting message keeps alive whatever its descriptors belong to, and no longer than until it is sent.
 * ``sent(tag)`` is called exactly once per message that the socket took, under the lock, in order.
 * When the other side is gone, all that waits is dropped, and every later ``send`` is refused.
@@ -18,7 +19,7 @@ import threading
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from . import reactor
 from .endpoint import Endpoint
@@ -37,10 +38,9 @@ class Payload(Protocol):
     @property
     def data(self) -> bytes: ...
     @property
-    def fds(self) -> list[int]: ...
-    @property
     def kind(self) -> int: ...
     def depart(self) -> None: ...
+    def descriptors(self, reader: int) -> Sequence[int]: ...
     def come_back(self) -> None: ...
 
 
@@ -72,12 +72,14 @@ class Outbox:
         self._refusal = refusal
         self._lock = lock or threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._pending: deque[tuple[bytes, Sequence[int], Any, int]] = deque()
+        self._pending: deque[tuple[bytes, Payload | None, int]] = deque()
         self._stopped = False
         self._closing = False
         self._then: Callable[[], None]
         #: Number of the message sent last.
         self.number = 0
+        #: Which process reads at the other end, as ``Payload.descriptors`` takes it; -1 if that is not known.
+        self.reader = -1
         closed_in_child(self)
 
     def __len__(self) -> int:
@@ -88,11 +90,16 @@ class Outbox:
 
         Raises the ``refusal`` (BrokenPipeError, if none was given) if nobody can receive it any more.
         """
+        parcel = None if isinstance(payload, bytes) else payload
+        if parcel is not None:
+            parcel.depart()  # takes a lock under which finalizers may run, and they may write
         with self._lock:
             if self._stopped:
+                if parcel is not None:
+                    parcel.come_back()
                 raise self._refusal()
-            fds: Sequence[int] = ()
-            if isinstance(payload, bytes):
+            if parcel is None:
+                assert isinstance(payload, bytes)
                 if self._numbered:
                     self.number = tag = self.number + 1
                     data = payload + _TRAILER(tag, _PLAIN)
@@ -102,18 +109,16 @@ class Outbox:
             else:
                 if self._numbered:
                     self.number = tag = self.number + 1
-                    data = payload.data + _TRAILER(tag, payload.kind)
+                    data = parcel.data + _TRAILER(tag, parcel.kind)
                 else:
-                    data = payload.data + _TRAILER(0, payload.kind)
+                    data = parcel.data + _TRAILER(0, parcel.kind)
                     tag = get_ident()
-                payload.depart()
-                fds = payload.fds
             if not self._pending:
                 try:
-                    is_sent = self._try_send(data, fds)
+                    is_sent = self._try_send(data, () if parcel is None else parcel.descriptors(self.reader))
                 except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
-                    if not isinstance(payload, bytes):
-                        payload.come_back()
+                    if parcel is not None:
+                        parcel.come_back()
                     self._drop()
                     raise self._refusal() from None
                 if is_sent:
@@ -121,13 +126,13 @@ class Outbox:
                         self._sent(tag, data)
                     return
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
-            self._pending.append((data, fds, payload if fds else None, tag))
+            self._pending.append((data, parcel, tag))
 
     def _drop(self) -> None:
         self._stopped = True
-        for _, _, payload, _ in self._pending:
-            if payload is not None:
-                payload.come_back()
+        for _, parcel, _ in self._pending:
+            if parcel is not None:
+                parcel.come_back()
         self._pending.clear()
         self._stop_watching()
 
@@ -145,8 +150,8 @@ class Outbox:
                 return
             try:
                 while self._pending:
-                    data, fds, _, tag = self._pending[0]
-                    if not self._try_send(data, fds):
+                    data, parcel, tag = self._pending[0]
+                    if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
                         return
                     self._pending.popleft()
                     if self._sent is not None:

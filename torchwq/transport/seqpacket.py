@@ -24,6 +24,7 @@ from .sockets import (
     CLOEXEC,
     NO_WAIT,
     TRUNCATED,
+    has_input,
     received_fds,
     rights,
     send_buffer,
@@ -87,6 +88,9 @@ class SeqpacketEndpoint:
             return 0
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         return int(queued)
+
+    def has_input(self) -> bool:
+        return has_input(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import socket
 import struct
+import termios
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -86,6 +88,17 @@ def close_fds(fds: Sequence[int]) -> None:
                 os.close(fd)
             except OSError:
                 pass
+
+
+def has_input(sock: socket.socket) -> bool:
+    """Whether anything is there to be received, or that is not known."""
+    if sock.fileno() < 0:
+        return False
+    try:
+        (waiting,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, b"\0" * 4))
+    except OSError:
+        return True
+    return bool(waiting)
 
 
 def peer_uid(sock: socket.socket) -> int:

@@ -31,7 +31,7 @@ from typing import Final
 
 from .endpoint import Received
 from .process import closed_in_child, reset_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, has_input, received_fds, rights, send_buffer
 
 FRAME: Final = 16 * 1024
 _LENGTH: Final = struct.Struct("=I")
@@ -145,6 +145,9 @@ class StreamEndpoint:
         except OSError:
             return None
         return int(queued)
+
+    def has_input(self) -> bool:
+        return has_input(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)
