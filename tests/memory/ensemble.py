@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 import torchwq
+from torchwq.memory import arrivals, pool, recycling
 
 WAIT = 30.0
+#: What the conductor does while an answer is under way.
+MEANWHILE = ("nothing", "trim", "tick", "fork")
 #: Few, so that blocks are used again; the last is large enough to be mapped privately as an array.
 SIZES = (2, 16, 600, 5000)
 
@@ -173,10 +176,20 @@ class Ensemble:
         array.fill(-1)
         self.players[name].has.add(key)
 
-    def collect(self, key: int, name: int) -> None:
-        """From a player to the conductor."""
-        self.done["collect"] += 1
-        self.mine[key] = self.players[name].tell("give", key)
+    def collect(self, key: int, name: int, meanwhile: str) -> None:
+        """From a player to the conductor, who gives up all the memory it can while the answer is under way."""
+        self.done[f"collect, {meanwhile}"] += 1
+        commands = self.players[name].commands
+        commands.write(("give", key))
+        if meanwhile == "fork" and self.mine:
+            self.fork(max(self.mine))
+        elif meanwhile == "trim":
+            pool.trim()
+            arrivals.trim()
+        elif meanwhile == "tick":
+            for _ in range(3):
+                recycling.tick()
+        self.mine[key] = commands.read(timeout=WAIT)
 
     def publish(self, key: int, name: int) -> None:
         """From a player into its own queue."""

@@ -47,11 +47,11 @@ class Lifetimes(RuleBasedStateMachine):
     def give_array(self, size: int, name: int) -> None:
         self.all.give_array(size, name)
 
-    @rule(data=st.data(), name=NAMES)
-    def collect(self, data: st.DataObject, name: int) -> None:
+    @rule(data=st.data(), name=NAMES, meanwhile=st.sampled_from(ensemble.MEANWHILE))
+    def collect(self, data: st.DataObject, name: int, meanwhile: str) -> None:
         key = self._has(data, name)
         if key is not None:
-            self.all.collect(key, name)
+            self.all.collect(key, name, meanwhile)
 
     @rule(data=st.data(), name=NAMES)
     def publish(self, data: st.DataObject, name: int) -> None:
@@ -142,10 +142,12 @@ def random_step(everything: Ensemble, choose: random.Random) -> None:
         key = choose.choice(has)
         if step == "fill":
             everything.fill(name, key)
+        elif step == "collect":
+            everything.collect(key, name, choose.choice(ensemble.MEANWHILE))
+        elif step == "publish":
+            everything.publish(key, name)
         else:
-            {"collect": everything.collect, "publish": everything.publish}.get(
-                step, lambda key, name: everything.drop(name, key)
-            )(key, name)
+            everything.drop(name, key)
     return None
 
 

@@ -6,6 +6,8 @@ import gc
 import multiprocessing.resource_sharer
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch.multiprocessing
 import torchwq
 from tests.conftest import wait_until
 from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, mapping_at, roundtrip, same, started_peer
-from torchwq.memory import arrivals, ledger, limits, pool, recycling
+from torchwq.memory import arrivals, ledger, limits, pool, recycling, storages
 
 
 @pytest.fixture
@@ -191,6 +193,132 @@ def test_a_fork_sees_its_tensors_unchanged(peer: Peer) -> None:
     for fd in (*go, *done):
         os.close(fd)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_fork_in_the_middle_of_a_move_spoils_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, children = os.pipe(), []
+    move = storages.move
+
+    def move_and_fork(tensor: torch.Tensor, *args: Any) -> Any:
+        kept = move(tensor, *args)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.read(go[0], 1)
+                os._exit(0 if bool((tensor == 5).all()) else 1)
+            finally:
+                os._exit(2)
+        children.append(pid)
+        return kept
+
+    monkeypatch.setattr(storages, "move", move_and_fork)
+    tensor = torch.full((17_000,), 5.0)  # not one that torch would use threads for, which a fork does not have
+    torchwq.share_(tensor)
+    del tensor
+    monkeypatch.undo()
+    scribble(17_000)
+    os.write(go[1], b"x")
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    for fd in go:
+        os.close(fd)
+    assert statuses == [0]
+
+
+def descriptors_of_the_next_answer(queue: torchwq.WorkQueue) -> tuple[list[int], Any]:
+    take: Any = queue._role.take
+    counts: list[int] = []
+
+    def counting() -> Any:
+        received = take()
+        if received is not None:
+            counts.append(len(received[1]))
+        return received
+
+    queue._role.take = counting  # type: ignore[method-assign]
+    try:
+        return counts, queue.read(timeout=30)[1]
+    finally:
+        queue._role.take = take  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("make", [torch.ones, np.ones], ids=["tensor", "array"])
+def test_an_answer_brings_no_descriptor_of_what_its_reader_has(peer: Peer, make: Any) -> None:
+    brought = []
+    for _ in range(30):
+        peer.queue.write((make, ((20_000,),)))
+        counts, out = descriptors_of_the_next_answer(peer.queue)
+        brought += counts
+        assert (out == 1).all()
+        del out
+    assert brought[0] == 1, "a block that the reader has never seen"
+    assert brought[-10:] == [0] * 10
+
+
+@pytest.mark.parametrize("whose", ["the reader's", "the writer's"])
+def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose: str) -> None:
+    if whose == "the reader's":
+        mine = torch.full((300,), 4.0)
+        peer.ask(keep, mine)
+        del mine
+    else:
+        peer.ask(keep_one_and_show_it, 300, 4.0)
+    peer.queue.write((apply_to_kept, (itself,)))
+    end = peer.queue._role.end
+    wait_until(end.has_input, what="the answer")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    pool.trim()
+    arrivals.trim()
+    for _ in range(5):
+        recycling.tick()
+    scribble(300)
+    good, out = peer.queue.read(timeout=30)
+    assert good
+    assert (out == 4).all()
+    peer.ask(drop_kept)
+    del out
+    wait_until(lambda: (recycling.tick(), pool.trim(), arrivals.trim(), recycling.open_blocks)[-1] == 0)
+
+
+def itself(kept: Any) -> Any:
+    return kept
+
+
+def keep_one_and_show_it(size: int, value: float) -> torch.Tensor:
+    tensor = torch.full((size,), value)
+    keep(tensor)
+    return tensor
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["tensor first", "storage first"])
+def test_a_storage_in_a_variable_aliases_the_tensor_after_the_move(peer: Peer, order: int) -> None:
+    tensor = torch.zeros(8)
+    storage = tensor.untyped_storage()
+    both: tuple[Any, ...] = (tensor, storage) if order == 0 else (storage, tensor)
+    out = peer.echo(both)
+    out[order].fill_(1)
+    assert tensor.tolist() == [1] * 8
+    assert storage.data_ptr() == tensor.data_ptr()
+    assert out[1 - order].data_ptr() == out[order].data_ptr()
+
+
+def test_two_threads_that_write_one_tensor_move_it_once(peer: Peer) -> None:
+    for size in (16, 200_000):
+        tensor = torch.zeros(size)
+        gate = threading.Barrier(4)
+
+        def share(tensor: torch.Tensor = tensor, gate: threading.Barrier = gate) -> int:
+            gate.wait()
+            torchwq.share_(tensor)
+            return tensor.data_ptr()
+
+        with ThreadPoolExecutor(4) as pool_of_threads:
+            places = {task.result() for task in [pool_of_threads.submit(share) for _ in range(4)]}
+        assert places == {tensor.data_ptr()}
+        peer.echo(tensor).fill_(3)
+        assert (tensor == 3).all()
 
 
 def see(queue: Any, answers: Any) -> None:

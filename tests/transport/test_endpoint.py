@@ -8,12 +8,14 @@ import resource
 import signal
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from torchwq.errors import ResourceError
-from torchwq.transport import endpoint, seqpacket, stream
+from torchwq.transport import bag, endpoint, seqpacket, stream
 from torchwq.transport.endpoint import Endpoint
+from torchwq.transport.sockets import close_fds, received_fds
 
 KINDS = {"seqpacket": seqpacket.pair, "stream": stream.pair}
 
@@ -197,3 +199,24 @@ def test_the_environment_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TORCHWQ_TRANSPORT", "pigeon")
     with pytest.raises(ValueError, match="pigeon"):
         endpoint.kind()
+
+
+def test_a_bag_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as file:
+        sack = bag.pack([file.fileno()] * 400)
+    taken: list[list[int]] = []
+
+    def fail_at_the_second(ancillary: Any, flags: int) -> list[int]:
+        if taken:
+            close_fds(received_fds(ancillary, flags))
+            raise ResourceError(0, "too many")
+        taken.append(received_fds(ancillary, flags))
+        return taken[0]
+
+    monkeypatch.setattr(bag, "received_fds", fail_at_the_second)
+    with pytest.raises(ResourceError, match="too many"):
+        bag.unpack(sack.detach())
+    assert taken
+    for fd in taken[0]:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)

@@ -13,14 +13,19 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 
 from ..errors import ResourceError
 from . import ledger, limits, recycling, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
-from .ledger import HELD
+from .ledger import HELD, KEPT, UNTRACKED
 from .recycling import promise
+
+# By kind: MADE, MAPPED, ADOPTED, PLAIN.
+_FLAGS: Final = (0, HELD, 0, 0)
+_FLAGS_KEPT: Final = (KEPT, HELD | KEPT, 0, 0)
 
 #: How often a message's block was here already, and how often it had to be mapped.
 hits = misses = 0
@@ -46,8 +51,7 @@ class Arrivals:
             recycling.settle()
             recycling.look_at_unwatched(2)
             try:
-                for (number, nbytes), fd in zip(references, self._fds, strict=True):
-                    self._take(number, nbytes, fd)
+                self._take_all(references)
             except BaseException as error:
                 # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
                 if isinstance(error, ResourceError):
@@ -55,30 +59,22 @@ class Arrivals:
                 self._release()
                 raise
 
-    def _take(self, number: int, nbytes: int, fd: int) -> None:
+    def _take_all(self, references: Sequence[tuple[int, int]]) -> None:
         global hits
-        block = recycling.table.get(number)
-        storage = None if block is None else block.storage
-        book = ledger.current()
-        tracked = book is not None and book.is_current(number)
-        if block is not None and storage is not None and block.nbytes == nbytes:
-            hits += 1
-        else:
-            block, storage = None, _map(fd, nbytes) if fd >= 0 else _parting(number)
-            if storage is None:
-                storage = _copy_out(fd, nbytes)
-            elif tracked and number not in recycling.table:
-                block = Block(MAPPED, storage, storages.descriptor(storage))
-                block.number = number
-                recycling.add(block)
-        if block is None:
-            block = Block(PLAIN, storage, -1)
-        block.users += 1
-        if tracked:
-            assert book is not None
-            book.count_got(number, _flags(block.kind))
-        self._blocks.append(block)
-        self._storages.append(storage)
+        table, book = recycling.table, ledger.current()
+        flags = _flags()
+        for (number, nbytes), fd in zip(references, self._fds, strict=True):
+            block = table.get(number)
+            storage = None if block is None else block.storage
+            if block is not None and storage is not None and block.nbytes == nbytes:
+                hits += 1
+            else:
+                block, storage = _new(number, nbytes, fd)
+            block.users += 1
+            if book is not None and number != UNTRACKED:
+                book.count_got(number, flags[block.kind])
+            self._blocks.append(block)
+            self._storages.append(storage)
 
     def tensor(self, index: int, geometry: Geometry) -> torch.Tensor:
         """A new tensor on the message's block ``index``."""
@@ -149,18 +145,31 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
             tensor = storages.place(storage, *geometry)
         else:
             tensor = recycling.template(block, geometry).detach()
-        book.count_got(number, _flags(block.kind))
+        book.count_got(number, _flags()[block.kind])
         if block.kind == MAPPED:
             block.used_at = time.monotonic()
             recycling.watch(tensor, block)
         return tensor
 
 
-def _flags(kind: int) -> int:
-    """What the ledger has to know of a block that a message has brought. Under the lock."""
-    if kind == MAPPED:
-        return HELD | promise()
-    return promise() if kind == MADE else 0
+def _flags() -> tuple[int, int, int, int]:
+    """What the ledger has to know of a block that a message has brought, by its kind. Under the lock."""
+    return _FLAGS_KEPT if promise() else _FLAGS
+
+
+def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage]:
+    """A block for a reference to one that is not in the table, or not as it is there. Under the lock."""
+    storage = _map(fd, nbytes) if fd >= 0 else _parting(number)
+    if storage is None:
+        storage = _copy_out(fd, nbytes)
+    else:
+        book = ledger.current()
+        if book is not None and book.is_current(number) and number not in recycling.table:
+            block = Block(MAPPED, storage, storages.descriptor(storage))
+            block.number = number
+            recycling.add(block)
+            return block, storage
+    return Block(PLAIN, storage, -1), storage
 
 
 def _parting(number: int) -> torch.UntypedStorage:

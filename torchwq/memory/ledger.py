@@ -70,6 +70,7 @@ KEPT: Final = 4
 _IN_USE: Final = HELD | PINNED
 _FLAGS: Final = HELD | PINNED | KEPT
 _ONE: Final = 8
+_COUNT: Final = 0xFFFFFFFF - _FLAGS
 _LOW: Final = 0xFFFFFFFF
 
 # In words of 8 bytes: the head (how many slots were ever used, and where generations begin), a generation for each row,
@@ -81,7 +82,7 @@ _COLUMNS: Final = _GENERATIONS + ROWS
 _STRIDE: Final = 2 * ROWS
 _NBYTES: Final = 8 * (_COLUMNS + SLOTS * _STRIDE)
 #: From so many processes on, numpy adds faster than a loop.
-_MANY: Final = 10
+_MANY: Final = 24
 
 # Which byte's lock means what.
 _CHUNK_LOCKS: Final = SLOTS
@@ -202,10 +203,13 @@ class Ledger:
     def count_sent(self, number: int) -> None:
         """A reference is about to leave in a message. Of a number that is not current nothing is counted."""
         words = self._words
+        index = self._column + 2 * (number & _LOW)
+        word = words[index]
         generation, row = number >> 32, number & _LOW
+        if word >> 32 == generation and word & _COUNT != _COUNT:
+            words[index] = word + _ONE  # if it is not current, nobody believes the word
+            return
         if words[_GENERATIONS + row] == generation:
-            index = self._column + 2 * row
-            word = words[index]
             count = word & _LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _ONE & _LOW)
 
@@ -213,9 +217,12 @@ class Ledger:
         """A reference was taken out of a message. ``flags``: what this process does with the block from now on."""
         words = self._words
         generation, row = number >> 32, number & _LOW
+        index = self._column + 2 * row + 1
+        word = words[index]
+        if word >> 32 == generation and word & _COUNT != _COUNT:
+            words[index] = word + _ONE | flags
+            return
         if words[_GENERATIONS + row] == generation:
-            index = self._column + 2 * row + 1
-            word = words[index]
             count = word & _LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _ONE & _LOW) | flags
 
@@ -256,10 +263,11 @@ class Ledger:
         words, used = self._words, self._words[_USED]
         generation = number >> 32
         first = _COLUMNS + 2 * (number & _LOW)
-        got = sum(w & ~_FLAGS for i in range(used) if (w := words[first + i * _STRIDE + 1]) >> 32 == generation)
+        end = first + used * _STRIDE
+        got = sum(word & ~_FLAGS for word in words[first + 1 : end : _STRIDE] if word >> 32 == generation)
         with self._fence:
             pass
-        sent = sum(w for i in range(used) if (w := words[first + i * _STRIDE]) >> 32 == generation)
+        sent = sum(word for word in words[first:end:_STRIDE] if word >> 32 == generation)
         return bool(sent - got & _LOW or words[_USED] != used or not self.is_current(number))
 
     def state(self, number: int) -> int:
@@ -270,9 +278,9 @@ class Ledger:
             return self._state_of_many(number, used)
         generation = number >> 32
         first = _COLUMNS + 2 * (number & _LOW)
+        end = first + used * _STRIDE
         got = sent = 0
-        for slot in range(used):
-            word = words[first + slot * _STRIDE + 1]
+        for slot, word in enumerate(words[first + 1 : end : _STRIDE]):
             if word >> 32 == generation:
                 if word & _IN_USE:
                     if word & PINNED:
@@ -283,8 +291,7 @@ class Ledger:
         # The order of these loads and those is what the answer rests on.
         with self._fence:
             pass
-        for slot in range(used):
-            word = words[first + slot * _STRIDE]
+        for word in words[first:end:_STRIDE]:
             if word >> 32 == generation:
                 sent += word
         if sent - got & _LOW or words[_USED] != used:

@@ -86,6 +86,30 @@ def take(nbytes: int) -> Block | None:
         raise
 
 
+def borrow(nbytes: int) -> Block | None:
+    """One of the blocks that are free most likely, if one is. It stays in its ring; until ``restore`` nobody else gets
+    it. Under the lock, which must not be let go in between.
+    """
+    recycling.settle()
+    rings = _rings.get(capacity_for(nbytes))
+    ring = rings.get(nbytes) if rings else None
+    if ring:
+        for _ in range(_LOOKS):
+            block = ring[0]
+            ring.rotate(-1)
+            if block.kind == MADE and recycling.is_free(block):
+                block.users += 1
+                block.content = False
+                block.used_at = time.monotonic()
+                return block
+    return None
+
+
+def restore(block: Block) -> None:
+    """End of ``borrow``: whatever uses the block now decides when it is free. Under the lock."""
+    block.users -= 1
+
+
 def _free_one(ring: deque[Block] | None) -> Block | None:
     if ring:
         for _ in range(min(_LOOKS, len(ring))):

@@ -138,10 +138,12 @@ def watch(obj: Any, block: Block, mapping: bool = False) -> None:
 
 def count_sent(numbers: Sequence[int]) -> None:
     """A message with references to these blocks is about to leave."""
+    book = ledger.current()
+    if book is None:
+        return
     with lock:
-        book = ledger.current()
         for number in numbers:
-            if number != UNTRACKED and book is not None:
+            if number != UNTRACKED:
                 book.count_sent(number)
 
 
@@ -163,9 +165,9 @@ def add_inlet(inlet: Inlet) -> None:
         _inlets.add(inlet)
 
 
-def promise() -> int:
-    """KEPT, if anybody could make use of that. For a block whose storage stays in the table."""
-    return KEPT if _inlets else 0
+def promise() -> bool:
+    """Whether this process promises to keep the blocks that it has: whether anybody could make use of that."""
+    return bool(_inlets)
 
 
 def note_lost(numbers: Iterable[int]) -> None:
@@ -207,6 +209,8 @@ def release(block: Block) -> None:
 
 def look_at_unwatched(most: int) -> None:
     """Release mapped blocks whose last user was not watched: a view, a storage. Under the lock."""
+    if not _unwatched:
+        return
     for _ in range(min(most, len(_unwatched))):
         block = _unwatched.popleft()
         block.polled = False

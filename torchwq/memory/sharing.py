@@ -4,7 +4,8 @@ A tensor that alone owns its storage is moved into a block of the pool: one copy
 views is moved by torch, views and all, into shared memory of torch's own, and so is a bare storage. What is in shared
 memory already stays where it is. In each of the three the writer's tensor aliases what the reader will see.
 
-Invariant: of two threads that write the same tensor at once, one moves it, and the other finds it moved.
+Invariant: of two threads that write the same tensor at once, one moves it, and the other finds it moved. So a small
+tensor is moved under the lock, and a large one, whose copying takes long, while its storage is in ``_moving``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import errno
 import threading
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.multiprocessing
@@ -23,14 +24,16 @@ from ..transport.process import reset_in_child
 from . import limits, pool, recycling, storages
 from .block import MAPPED, Block, Geometry
 
-#: Reentrant for the sake of finalizers.
-_moving = threading.RLock()
+#: Up to so many bytes are copied in less time than another thread needs to wake up.
+_AT_ONCE: Final = 64 * 1024
+
+#: Storages that a thread is moving, each by torch's name for it, and what others wait for.
+_moving: dict[int, threading.Event] = {}
 
 
 @reset_in_child
-def _unlock() -> None:
-    global _moving
-    _moving = threading.RLock()
+def _forget() -> None:
+    _moving.clear()
 
 
 def is_current(block: Block) -> bool:
@@ -54,47 +57,84 @@ def share(tensor: torch.Tensor) -> Block | None:
 
     Returns None, with one warning, if there is no descriptor for it. Raises ResourceError if there is no memory.
     """
-    with _moving:
+    geometry = storages.geometry(tensor)
+    with recycling.lock:
         storage = tensor.untyped_storage()
         block = recycling.block_of(storage)
         if block is not None:
             return block
+        movable = not storage.is_shared() and storages.is_sole_owner(tensor, storage)
+        if movable and storage.nbytes() <= _AT_ONCE and storage._cdata not in _moving:
+            block = pool.borrow(storage.nbytes())
+            if block is not None:
+                try:
+                    _move(tensor, storage, block, geometry)
+                finally:
+                    pool.restore(block)
+                return block
+    key = storage._cdata
+    while not _claim(key):
+        # Another thread has moved it meanwhile, perhaps, and it lies on another storage.
+        del storage
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+    try:
+        block = recycling.block_of(storage)
+        if block is not None:
+            return block
         if not storage.is_shared() and storages.is_sole_owner(tensor, storage):
-            block = _move(tensor, storage)
+            block = pool.take(storage.nbytes())
+            if block is not None:
+                try:
+                    _move(tensor, storage, block, geometry)
+                finally:
+                    pool.lend(block)
         else:
             del tensor
-            block = share_storage(storage)
+            block = _share_storage(storage)
+    finally:
+        _moving.pop(key).set()
     if block is None:
         limits.warn_of_copies()
     return block
 
 
-def _move(tensor: torch.Tensor, storage: torch.UntypedStorage) -> Block | None:
-    block = pool.take(storage.nbytes())
-    if block is not None:
-        try:
-            geometry = storages.geometry(tensor)
-            block.keep(storages.move(tensor, recycling.template(block, geometry), storage, block.address))
-        finally:
-            pool.lend(block)
-    return block
+def _claim(key: int) -> bool:
+    """Be the one who moves this storage. False, after waiting, if another thread was."""
+    with recycling.lock:
+        event = _moving.get(key)
+        if event is None:
+            _moving[key] = threading.Event()
+            return True
+    event.wait()
+    return False
+
+
+def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geometry: Geometry) -> None:
+    block.keep(storages.move(tensor, recycling.template(block, geometry), storage, block.address))
 
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:
     """The same for a storage of more than 0 bytes, with all tensors on it."""
-    with _moving:
-        block = recycling.block_of(storage)
-        if block is not None:
-            return block
-        try:
-            fd, _ = storages.share(storage)
-        except ResourceError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                return None
-            raise
-        with recycling.lock:
-            recycling.settle()
-            return recycling.adopt(storage, fd)
+    key = storage._cdata
+    while not _claim(key):
+        pass
+    try:
+        return recycling.block_of(storage) or _share_storage(storage)
+    finally:
+        _moving.pop(key).set()
+
+
+def _share_storage(storage: torch.UntypedStorage) -> Block | None:
+    try:
+        fd, _ = storages.share(storage)
+    except ResourceError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return None
+        raise
+    with recycling.lock:
+        recycling.settle()
+        return recycling.adopt(storage, fd)
 
 
 def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
