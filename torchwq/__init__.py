@@ -4,6 +4,7 @@ The public face: what is not named here is internal.
 """
 
 from .background import BackgroundTask
+from .dataloader import DataLoader
 from .errors import (
     ClosureError,
     MarshalError,
@@ -15,6 +16,7 @@ from .errors import (
     TorchwqError,
     WorkerDied,
 )
+from .loading.statistics import LoaderStatistics
 from .mapping import Map, map
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
@@ -28,6 +30,8 @@ __all__ = [
     "BackgroundTask",
     "BackgroundTaskPool",
     "ClosureError",
+    "DataLoader",
+    "LoaderStatistics",
     "Map",
     "MarshalError",
     "MemoryStats",

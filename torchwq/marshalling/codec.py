@@ -18,7 +18,7 @@ from __future__ import annotations
 import pickle
 import struct
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Final
 
 import cloudpickle
@@ -73,12 +73,14 @@ class _Attachments:
         self.blocks: dict[Block | Buffer, int] = {}
         #: Whether there is anything beside the pickle.
         self.more = False
+        self.fresh: Container[Block] | None = None
 
     def clear(self) -> None:
         """Let go of everything; what has left in a payload is the payload's."""
         self.chunks.clear()
         self.fds, self.keep, self.blocks = [], [], {}
         self.more = False
+        self.fresh = None
 
     def attach(self, fd: int, owner: Any) -> int:
         self.more = True
@@ -125,7 +127,9 @@ class _Attachments:
             pickled = b"".join(chunks)
             return Parcel(pickled, fds, self.keep) if fds else pickled
         data = b"".join((*chunks, *_references(blocks)))
-        return Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
+        parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
+        parcel.nbytes += sum(block.nbytes for block in blocks)
+        return parcel
 
     def _large_payload(self, pickled: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
         numbers = [block.number for block in self.blocks]
@@ -143,7 +147,9 @@ class _Attachments:
             fd, number, nbytes = block.fd, block.number, block.nbytes
             self.keep.append(storage)
         head = _HEAD.pack(size, in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
-        return Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number])
+        parcel = Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number])
+        parcel.nbytes += size + sum(block.nbytes for block in self.blocks)
+        return parcel
 
 
 def _references(blocks: Iterable[Block | Buffer]) -> list[bytes]:
@@ -233,14 +239,15 @@ class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], _Atta
 _idle: list[_Tools] = []
 
 
-def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
+def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None) -> bytes | Parcel:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
-    A tensor in it is in shared memory afterwards. Raises whatever pickling it raises; :func:`encode_all` turns that
+    A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
+    reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all` turns that
     into a MarshalError that names the place.
     """
     if type(obj) is torch.Tensor:
-        parcel = single.encode(obj, limit)
+        parcel = single.encode(obj, limit, fresh)
         if parcel is not None:
             return parcel
     try:
@@ -250,6 +257,7 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
     out: _Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
+        out.fresh = fresh
         dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
@@ -257,6 +265,7 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False) -> bytes | Parcel:
         out = None
     if out is None:
         cloud = _CloudEncoder(upvalues)
+        cloud.out.fresh = fresh
         cloud.dump(obj)
         return cloud.out.payload(limit)
     if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
@@ -283,6 +292,19 @@ def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root:
         except Exception as error:
             raise _located(error, obj, f"{root}[{index}]", limit, upvalues)  # noqa: B904 - it has its cause already
     return payloads
+
+
+def encode_one(obj: Any, limit: int, root: str, *, fresh: Container[Block] | None = None) -> bytes | Parcel:
+    """Encode ``obj``; functions in it may be closures. ``fresh`` as for :func:`encode`.
+
+    Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
+    """
+    try:
+        return encode(obj, limit, upvalues=True, fresh=fresh)
+    except (ResourceError, MemoryError):
+        raise
+    except Exception as error:
+        raise _located(error, obj, root, limit, True)  # noqa: B904 - it has its cause already
 
 
 def encode_result(value: Any, limit: int, root: str) -> bytes | Parcel:

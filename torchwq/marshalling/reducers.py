@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,9 @@ from ..memory.block import Block
 
 
 class Encoder(Protocol):
+    #: If not None, tensors travel by value, but for those on these blocks.
+    fresh: Container[Block] | None
+
     def attach(self, fd: int, owner: Any) -> int:
         """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
         ...

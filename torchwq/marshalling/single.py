@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Container
 from typing import Any, Final
 
 import torch
 
 from ..memory import recycling, sharing
 from ..memory.arrivals import take_tensor
-from ..memory.block import MAPPED, Geometry
+from ..memory.block import MAPPED, Block, Geometry
 from ..memory.ledger import UNTRACKED
 from ..memory.parcel import REFERENCES, TRAILER, Parcel
 from ..memory.recycling import block_of
@@ -52,12 +53,19 @@ def _pickle_of(geometry: Geometry) -> bytes:
     return pickled
 
 
-def encode(tensor: torch.Tensor, limit: int) -> Parcel | None:
-    """The payload of a message with a plain tensor, which is shared then; None if it has to take the general way."""
+def encode(tensor: torch.Tensor, limit: int, fresh: Container[Block] | None = None) -> Parcel | None:
+    """The payload of a message with a plain tensor, which is shared then, or copied unless it is on a block of
+    ``fresh``; None if it has to take the general way."""
     if tensor.requires_grad or is_unusual(tensor):
         return None
     storage = tensor.untyped_storage()
     block = block_of(storage)
+    if fresh is not None and (block is None or block not in fresh):
+        copied = sharing.copy(tensor) if tensor.numel() else None
+        if copied is None:
+            return None
+        block, storage, where = copied
+        return _parcel(block, storage, where, limit)
     if block is None:
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
             return None
@@ -68,13 +76,18 @@ def encode(tensor: torch.Tensor, limit: int) -> Parcel | None:
         storage = tensor.untyped_storage()
     elif block.kind == MAPPED and not sharing.is_current(block):
         return None
+    return _parcel(block, storage, geometry(tensor), limit)
+
+
+def _parcel(block: Block, storage: torch.UntypedStorage, where: Geometry, limit: int) -> Parcel | None:
     if block.number == UNTRACKED:
         recycling.prepare_to_send(block)
-    where = geometry(tensor)
     data = (_pickles.get(where) or _pickle_of(where)) + _TAIL.pack(block.number, block.nbytes, 1)
     if len(data) > limit:
         return None
-    return Parcel(data, [block.fd], [storage], REFERENCES, (block.number,))
+    parcel = Parcel(data, [block.fd], [storage], REFERENCES, (block.number,))
+    parcel.nbytes += block.nbytes
+    return parcel
 
 
 def decode(data: bytes) -> torch.Tensor | None:

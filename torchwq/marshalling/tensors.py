@@ -17,6 +17,7 @@ from torch.multiprocessing import reductions
 from torch.utils.hooks import warn_if_has_hooks
 
 from ..memory import sharing, storages
+from ..memory.block import Geometry
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
 from .reducers import Encoder, inbound, rebuilders, register, register_family
@@ -42,6 +43,8 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         return _reduce_unusual(tensor)
     storage = tensor.untyped_storage()
     block = block_of(storage)
+    if encoder.fresh is not None and (block is None or block not in encoder.fresh):
+        return _reduce_by_value(encoder, tensor)
     if block is None or not sharing.is_current(block):
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
             code, offset, size, stride = geometry(tensor)
@@ -51,11 +54,27 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         if block is None:
             return _reduce_to_copy(tensor)
         storage = tensor.untyped_storage()
-    index = encoder.refer(block, storage)
-    code, offset, size, stride = geometry(tensor)
+    return _refer(tensor, encoder.refer(block, storage), geometry(tensor))
+
+
+def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
+    code, offset, size, stride = where
     if type(tensor) is torch.Tensor and not tensor.requires_grad:
         return rebuild, (index, code, offset, tuple(size), stride)
     return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, tuple(size), stride)
+
+
+def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
+    if not tensor.numel():
+        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+        code, offset, size, stride = geometry(empty)
+        storage = empty.untyped_storage()
+        return _rebuild_dense, (type(tensor), storage, code, offset, tuple(size), stride, tensor.requires_grad)
+    copied = sharing.copy(tensor)
+    if copied is None:
+        return _reduce_to_copy(tensor)
+    block, storage, where = copied
+    return _refer(tensor, encoder.refer(block, storage), where)
 
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -177,6 +196,11 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
     if storage.nbytes() == 0:
         return torch.UntypedStorage, (0,)
     block = block_of(storage)
+    if encoder.fresh is not None and (block is None or block not in encoder.fresh):
+        copied = sharing.copy(storages.place(storage, storages.CODES[torch.uint8], 0, (storage.nbytes(),), (1,)))
+        if copied is None:
+            return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
+        return _open_storage, (encoder.refer(copied[0], copied[1]),)
     if block is None or not sharing.is_current(block):
         if sharing.is_for_torch(storage):
             return reductions.reduce_storage(storage)

@@ -29,7 +29,7 @@ TRAILER: Final = 9
 class Parcel:
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_numbers", "data", "fds", "keep", "kind")
+    __slots__ = ("_numbers", "data", "fds", "keep", "kind", "nbytes")
 
     def __init__(
         self, data: bytes, fds: list[int], keep: list[Any], kind: int = PICKLE, numbers: Sequence[int] = ()
@@ -40,6 +40,8 @@ class Parcel:
         self.keep = keep
         self.kind = kind
         self._numbers = numbers
+        #: Of the message and of all that it refers to.
+        self.nbytes = len(data)
 
     def depart(self) -> None:
         """Call this before it can be received: the ledger counts its references."""

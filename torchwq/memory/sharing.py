@@ -10,6 +10,7 @@ tensor is moved under the lock, and a large one, whose copying takes long, while
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import threading
 from multiprocessing.reduction import ForkingPickler
@@ -112,6 +113,41 @@ def _claim(key: int) -> bool:
 
 def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geometry: Geometry) -> None:
     block.keep(storages.move(tensor, recycling.template(block, geometry), storage, block.address))
+
+
+def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
+    """A block with the values of a dense CPU tensor of at least one element: block, storage, how the copy lies on it.
+
+    The copy has the tensor's strides, unless there are large gaps between its elements. Returns None, with one warning,
+    if there is no descriptor for it. Raises ResourceError if there is no memory.
+    """
+    span = storages.span(tensor)
+    if span > 2 * tensor.numel():
+        tensor = tensor.detach().contiguous()
+        span = tensor.numel()
+    code, _, size, stride = storages.geometry(tensor)
+    geometry = code, 0, size, stride
+    nbytes = span * tensor.element_size()
+    if nbytes <= _AT_ONCE:
+        with recycling.lock:
+            block = pool.borrow(nbytes)
+            if block is not None:
+                try:
+                    storage = block.storage
+                    ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
+                finally:
+                    pool.restore(block)
+                return block, storage, geometry
+    block = pool.take(nbytes)
+    if block is None:
+        limits.warn_of_copies()
+        return None
+    try:
+        storage = block.storage
+        ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
+    finally:
+        pool.lend(block)
+    return block, storage, geometry
 
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:

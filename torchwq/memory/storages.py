@@ -200,6 +200,11 @@ def geometry(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int
     return CODES[tensor.dtype], offset, tensor.size(), tensor.stride()
 
 
+def span(tensor: torch.Tensor) -> int:
+    """How many elements of its storage lie between a dense tensor's first and last one, these included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+
+
 def place(
     storage: torch.UntypedStorage, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:

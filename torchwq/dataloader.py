@@ -1,0 +1,267 @@
+"""``DataLoader``: torch's, with the transport under its workers replaced.
+
+A subclass, so that frameworks which look for ``torch.utils.data.DataLoader`` take it, and everything that is not
+about workers stays torch's: argument checks, samplers, collation, ``num_workers=0``. Only ``_get_iterator`` gives another
+iterator, of :mod:`torchwq.loading`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
+
+import torch.utils.data
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .loading import internals, state
+from .loading.iterator import Iterator, Options
+from .loading.messages import Snapshot
+from .loading.statistics import LoaderStatistics, Meter
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class DataLoader(torch.utils.data.DataLoader[T_co]):
+    """Loads batches of a dataset with workers, like ``torch.utils.data.DataLoader``: same arguments, same batches.
+
+    Batches come through shared memory that is used again, so passing one costs a message. Change the import; nothing
+    else has to change. For equal seeds the batches are the same, bit for bit. Workers start as they do with
+    torch: forked where that is the platform's default. A batch can be kept for as long as you like, and be
+    changed in place.
+
+    Args:
+        dataset, batch_size, shuffle, sampler, batch_sampler, collate_fn, pin_memory, drop_last, timeout, worker_init_fn,
+            generator, prefetch_factor, persistent_workers, pin_memory_device, in_order: as for torch's DataLoader.
+        num_workers: how many worker processes load batches; 0 loads in this process, by torch's own code; ``"auto"``
+            begins with one and adds more while the consumer waits for batches and cores are idle (with an iterable
+            dataset, whose parts depend on the number, one for each core from the start).
+        multiprocessing_context: as for torch's; with ``"forkserver"`` or ``"spawn"`` workers come from torchwq's warm
+            fork server, with a clean environment: the dataset and the functions may be from a notebook or ``__main__``,
+            lambdas and closures included, and tensors and arrays in the dataset are in memory once for all workers.
+        on_worker_death: ``"raise"`` raises WorkerDied; ``"restart"`` starts the worker again and makes what it had in
+            hand again. The batches of a map-style dataset stay the same, bit for bit.
+        max_restarts: how often that is done in the life of an iterator.
+        prefetch_across_epochs: when the sampler has no more indices, workers go on with the first batches of the next
+            epoch. Needs ``persistent_workers=True`` and a map-style dataset.
+
+    Raises:
+        ValueError: for combinations that make no sense, with torch's own words where torch has them.
+        MarshalError: (by iterating) workers begin clean, and something of the dataset cannot travel to them; the message
+            names its place.
+        WorkerDied: (by iterating) a worker was killed; the message tells which, how, and what it had in hand.
+
+    Source: ``torch.utils.data.DataLoader``; ``torchdata.stateful_dataloader`` for ``state_dict``.
+
+    See also: :func:`torchwq.memory_stats`, :meth:`stats`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[T_co],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int | Literal["auto"] = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: Any = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        on_worker_death: Literal["raise", "restart"] = "raise",
+        max_restarts: int = 3,
+        prefetch_across_epochs: bool = False,
+    ) -> None:
+        iterable = isinstance(dataset, IterableDataset)
+        most = 0
+        if num_workers == "auto":
+            cores = _cores()
+            most = 0 if iterable else cores
+            num_workers = cores if iterable else 1
+        elif isinstance(num_workers, str):
+            raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
+        if on_worker_death not in ("raise", "restart"):
+            raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
+        if max_restarts < 0:
+            raise ValueError("max_restarts must not be negative")
+        if prefetch_across_epochs and (iterable or not persistent_workers or num_workers == 0):
+            raise ValueError(
+                "prefetch_across_epochs needs workers that stay (num_workers > 0, persistent_workers=True) and a "
+                "map-style dataset"
+            )
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            in_order=in_order,
+        )
+        restarts = max_restarts if on_worker_death == "restart" else 0
+        self._options = Options(restarts, prefetch_across_epochs, most)
+        self._meter = Meter(num_workers)
+        self._loaded: state.State | None = None
+        self._last: Callable[[], Any] = lambda: None
+        self._random_at_start: list[Any] = []
+
+    def _get_iterator(self) -> Any:
+        if not internals.AVAILABLE:
+            if self.num_workers:
+                warnings.warn(
+                    "this version of torch lacks what torchwq.DataLoader builds on; torch's own transport is used",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return super()._get_iterator()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded.finished:
+            loaded = None
+        if self.num_workers == 0:
+            iterator = self._here(loaded)
+        else:
+            if not self._options.most_workers:
+                self.check_worker_number_rationality()
+            self.num_workers = max(self.num_workers, self._meter.workers)
+            iterator = Iterator(self, self._options, self._meter, loaded)
+        self._last = weakref.ref(iterator)
+        return iterator
+
+    def __iter__(self) -> Any:
+        if self._loaded is not None and self._iterator is not None:
+            self._iterator._shutdown_workers()  # a state has been loaded: begin with new workers
+            self._iterator = None
+        elif self._iterator is not None and isinstance(self._iterator, Iterator) and self._iterator.is_closed:
+            self._iterator = None
+        iterator = super().__iter__()
+        self._last = weakref.ref(iterator)
+        return iterator
+
+    def _here(self, loaded: state.State | None) -> Any:
+        """torch's own iterator for this process, moved on to where a state was taken."""
+        sampler = self._index_sampler
+        if loaded is None:
+            self._random_at_start = state.random_state(sampler, self.generator)
+            return super()._get_iterator()
+        self._random_at_start = loaded.random
+        snapshot = loaded.snapshots[0]
+        dataset: Any = self.dataset
+        if snapshot.dataset is not None:
+            dataset.load_state_dict(snapshot.dataset)
+        with state.restored(sampler, self.generator, loaded.random):
+            iterator: Any = super()._get_iterator()
+            samples = getattr(iterator._dataset_fetcher, "dataset_iter", None)
+            if samples is None:
+                for _ in range(loaded.yielded):
+                    next(iterator._sampler_iter, None)
+            elif snapshot.iterator is not None:
+                samples.load_state_dict(snapshot.iterator)
+            elif snapshot.dataset is None:
+                for _ in range(loaded.yielded * (self.batch_size or 1)):
+                    next(samples, None)
+            iterator._num_yielded = loaded.yielded
+        return iterator
+
+    def state_dict(self) -> dict[str, Any]:
+        """From where the loader can go on: after the batch that its iterator has handed out last.
+
+        Returns:
+            Plain data, which can be saved with a checkpoint. Before the first epoch and after the end of one it stands
+            for the beginning of the next.
+
+        The random numbers that a dataset draws in its workers go on where they were only if the loader was made with
+        ``on_worker_death="restart"``, or was given a state or asked for one before: noting their state costs workers
+        about 20 µs a batch.
+
+        Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
+        """
+        iterator = self._last()
+        self._options.snapshots = True
+        if isinstance(iterator, Iterator):
+            return iterator.capture().to_dict()
+        return self._capture_here(iterator).to_dict()
+
+    def _capture_here(self, iterator: Any) -> state.State:
+        fetcher = getattr(iterator, "_dataset_fetcher", None)
+        samples = getattr(fetcher, "dataset_iter", None)
+        dataset: Any = self.dataset
+        snapshot = Snapshot(iterator._num_yielded if iterator is not None else 0)
+        if samples is not None and hasattr(samples, "state_dict"):
+            snapshot.iterator = samples.state_dict()
+        elif samples is not None and hasattr(dataset, "state_dict"):
+            snapshot.dataset = dataset.state_dict()
+        return state.State(
+            iterable=isinstance(self.dataset, IterableDataset),
+            num_workers=self.num_workers,
+            base_seed=iterator._base_seed if iterator is not None else 0,
+            yielded=snapshot.batches,
+            finished=iterator is None or self._is_over(iterator),
+            random=self._random_at_start,
+            sampler=None,
+            snapshots=[snapshot],
+            active=[True],
+            next_worker=0,
+        )
+
+    def _is_over(self, iterator: Any) -> bool:
+        fetcher = iterator._dataset_fetcher
+        if hasattr(fetcher, "dataset_iter"):
+            return bool(fetcher.ended)
+        try:
+            return bool(iterator._num_yielded >= len(self._index_sampler))
+        except TypeError:
+            return False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
+
+        A map-style dataset is not asked for the batches before that: the sampler alone is moved on. An iterable one
+        is, unless it or its iterator has ``state_dict`` and ``load_state_dict``.
+
+        Args:
+            state_dict: what :meth:`state_dict` has returned, in this process or in another one.
+
+        Raises:
+            ValueError: it is no state of a loader like this one; the message tells what it needs, for example the number
+                of workers.
+
+        Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
+        """
+        loaded = state.State.from_dict(state_dict)
+        loaded.check(isinstance(self.dataset, IterableDataset), self.num_workers)
+        self._loaded = loaded
+        self._options.snapshots = True
+
+    def stats(self) -> LoaderStatistics:
+        """Tell what the loader has done so far, and whether it or the training that it feeds is the slower one.
+
+        With ``num_workers=0`` nothing is counted.
+        """
+        return self._meter.read()
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1

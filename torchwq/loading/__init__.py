@@ -1,0 +1,1 @@
+"""Loading batches with workers: what is under :class:`torchwq.DataLoader`."""

@@ -1,0 +1,50 @@
+"""What workers and loader count, in shared memory, so that looking at it disturbs nobody.
+
+Each worker writes its own words only. A loader reads them whenever it is asked for its statistics.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any, Final
+
+from ..marshalling import reducers
+from ..memory import anonymous
+
+#: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
+BUSY, WAITED, BATCHES, NBYTES = range(4)
+_WORDS: Final = 8  # a cache line for each worker
+_NBYTES: Final = 8 * _WORDS * 1024
+
+
+class Counters:
+    """One mapping of the counters of all workers of a loader. Used again for those that come after them."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = anonymous.create(_NBYTES) if fd is None else fd
+        self._mapping = mmap.mmap(self.fd, _NBYTES)
+        self._words = memoryview(self._mapping).cast("Q")
+
+    def of(self, worker_id: int) -> memoryview:
+        """The words of one worker."""
+        first = worker_id % 1024 * _WORDS
+        return self._words[first : first + _WORDS]
+
+    def sum(self, word: int) -> int:
+        return sum(self._words[word::_WORDS])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_mapping"):
+            os.close(self.fd)
+
+
+def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:
+    return _rebuild, (encoder.attach(counters.fd, counters),)
+
+
+def _rebuild(index: int) -> Counters:
+    return Counters(reducers.take_inbound_fd(index))
+
+
+reducers.register(Counters, _reduce)

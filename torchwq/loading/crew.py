@@ -1,0 +1,279 @@
+"""Worker processes of a loader: how they are started, talked to, watched and ended.
+
+Two ways to start one. *Forked*, by multiprocessing, where torch would fork: the worker has the dataset as it is, with
+open files, locks and database handles. *Served*, by torchwq's warm fork server, where torch would spawn: the worker
+begins clean, and what it needs is marshalled once for all of them, tensors by reference. Either way one connection
+leads to it, and its other end is in no other process: so the connection ends with the worker.
+
+Invariants:
+
+* The descriptors of a worker's end are closed here as soon as the worker has them, before the next one is started.
+* ``close`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import torch.multiprocessing
+
+from ..errors import WorkerDied
+from ..marshalling import codec, exceptions, reducers
+from ..memory.anonymous import Descriptor, exhausted
+from ..memory.parcel import TRAILER, Parcel
+from ..transport import endpoint
+from ..transport.alarm import Alarm
+from ..transport.endpoint import Endpoint, Received
+from ..transport.outbox import Outbox
+from ..transport.waiting import Waiter
+from ..workers import child, deaths, worker
+from .job import Job, Part, Plan, describe_index
+from .messages import Failure
+
+#: Seconds that a worker may take to end by itself, as with torch's DataLoader.
+PATIENCE: Final = 5.0
+
+
+class Process(Protocol):
+    """A worker's process, however it was started."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def wait(self, seconds: float) -> bool: ...
+    def kill(self, number: signal.Signals) -> None: ...
+
+
+class _Forked:
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.pid: int | None = process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    def wait(self, seconds: float) -> bool:
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def kill(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.exitcode is None and self.pid is not None:
+                os.kill(self.pid, number)
+
+
+class _Served:
+    def __init__(self, process: worker.Worker) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> bool:
+        return self._process.ended_event.wait(seconds)
+
+    def kill(self, number: signal.Signals) -> None:
+        self._process.kill(number)
+
+
+class _Ticket:
+    """A worker's end on its way to the worker. Whoever unpickles it gets the endpoint."""
+
+    def __init__(self, end: Endpoint) -> None:
+        self.fds = [Descriptor(os.dup(fd)) for fd in end.handover()]
+
+
+def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
+    return _accept, ([encoder.attach(each.fd, each) for each in ticket.fds],)
+
+
+def _accept(indices: Sequence[int]) -> Endpoint:
+    return endpoint.adopt([reducers.take_inbound_fd(index) for index in indices])
+
+
+reducers.register(_Ticket, _reduce_ticket)
+
+Start = Callable[[Part, Endpoint], Process]
+
+
+def starter(context: Any, plan: Plan) -> Start:
+    """How the workers of ``plan`` are started: as torch would on this platform, or as ``context`` says.
+
+    Raises MarshalError if they are to be served and something of the plan cannot travel; its message names the place.
+    """
+    context = context or torch.multiprocessing
+    if context.get_start_method() == "fork":
+        return functools.partial(_fork, context, plan)
+    (payload,) = codec.encode_all([plan], codec.CALL_LIMIT, upvalues=True, root="the loader's")
+    return functools.partial(_serve, payload)
+
+
+def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
+    ticket = [os.dup(fd) for fd in end.handover()]
+    process = context.Process(target=_forked_main, args=(plan, part, ticket), daemon=True)
+    try:
+        process.start()
+    finally:
+        for fd in ticket:
+            os.close(fd)
+    return _Forked(process)
+
+
+def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
+    # Ctrl-C is the loader's to handle; the worker ends with its connection.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    Job(plan, part).run(endpoint.adopt(ticket))
+
+
+def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
+    own = codec.encode((part, _Ticket(end)), codec.CALL_LIMIT, upvalues=True)
+    (process,) = worker.start(
+        1, f"{__name__}:served_main", _close_message, _nothing, first_mapid=part.worker_id, of=part.num_workers
+    )
+    process.send(own)
+    process.send(plan)
+    return _Served(process)
+
+
+def _close_message(process: worker.Worker, data: bytes, fds: list[int]) -> None:
+    codec.discard(data, fds)
+
+
+def _nothing(process: worker.Worker) -> None:
+    pass
+
+
+def served_main(context: child.Context) -> int:
+    """Entry of a worker that the fork server has made."""
+    part, end = codec.decode(*context.receive())
+    try:
+        plan = codec.decode(*context.receive())
+    except Exception as error:
+        failure = Failure(
+            exceptions.pack(error), "before its first batch: what the loader has sent cannot be rebuilt here"
+        )
+        Outbox(end).send(codec.encode(failure, end.max_message - TRAILER, upvalues=True))
+        return 1
+    Job(plan, part).run(end)
+    return 0
+
+
+class Hand:
+    """One worker as its loader sees it."""
+
+    def __init__(self, start: Start, part: Part) -> None:
+        self.worker_id = part.worker_id
+        self._start = start
+        self._part = part
+        #: Indices that it has not answered, in order. What was sent before the last new epoch is only to be skipped.
+        self.tasks: deque[Any] = deque()
+        self.to_skip = 0
+        #: False if its part of an iterable dataset has come to its end in this epoch.
+        self.active = True
+        #: From where it would go on after the last answer that was received.
+        self.snapshot = part.resume
+        self._open(part)
+
+    def _open(self, part: Part) -> None:
+        try:
+            ours, theirs = endpoint.pair()
+        except OSError as error:
+            raise exhausted(error) from error
+        try:
+            self.process: Process = self._start(part, theirs)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.end = ours
+        self.outbox = Outbox(ours)
+        self.take: Callable[[], Received | None] = ours.try_receive
+        self.waiter = Waiter(ours, Alarm())
+        self.max_payload = ours.max_message - TRAILER
+        self._closed = False
+
+    def send(self, message: Any) -> None:
+        """Send an index or a message. One that is dead does not get it: that shows when its answer is waited for."""
+        with contextlib.suppress(BrokenPipeError):
+            self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
+
+    def wait(self, deadline: float | None) -> Received | None:
+        """The next answer; None after ``deadline`` (time.monotonic) or ``close``. Raises EOFError if none will come."""
+        return self.take() or self.waiter.wait(self.take, deadline)
+
+    def is_empty(self) -> bool:
+        """Whether no answer is here; see ``recycling.Inlet``."""
+        return self._closed or not self.end.has_input()
+
+    def died(self) -> WorkerDied:
+        """Why no answer will come."""
+        if not self.process.wait(2.0):
+            self.process.kill(signal.SIGKILL)
+            self.process.wait(2.0)
+        in_hand = describe_index(self.tasks[0]) if self.tasks else ""
+        death = deaths.died(mapid=self.worker_id, pid=self.process.pid, exitcode=self.process.exitcode, in_hand=in_hand)
+        assert isinstance(death, WorkerDied)
+        death.args = (f"DataLoader {death}",)
+        return death
+
+    def restart(self, shared_seed: int | None) -> None:
+        """Put a new process in the place of a dead one, which goes on where that one was."""
+        self._disconnect()
+        self._part.resume, self._part.shared_seed = self.snapshot, shared_seed
+        self._open(self._part)
+        for index in self.tasks:
+            self.send(index)
+
+    def _disconnect(self) -> None:
+        self._closed = True
+        self.waiter.close()
+        self.outbox.abandon()
+        self.end.close()
+
+    def close(self) -> None:
+        """End the connection, and so the worker; does not wait for it."""
+        if not self._closed:
+            while not self.is_empty():
+                try:
+                    received = self.take()
+                except (EOFError, OSError):
+                    break
+                if received is None:
+                    break
+                codec.discard(*received)
+            self._disconnect()
+
+
+def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
+    """End workers: by closing their connections, and, if that does not do in time, by force."""
+    for hand in hands:
+        hand.close()
+    until = time.monotonic() + patience
+    for hand in hands:
+        if not hand.process.wait(max(0.0, until - time.monotonic())):
+            hand.process.kill(signal.SIGTERM)
+            if not hand.process.wait(1.0):
+                hand.process.kill(signal.SIGKILL)
+                hand.process.wait(1.0)
+
+
+def is_finalizing() -> bool:
+    """Whether the interpreter is going away, and with it what ``end`` needs."""
+    return sys.is_finalizing() or multiprocessing.current_process() is None

@@ -1,0 +1,80 @@
+"""The private parts of ``torch.utils.data`` that the loader builds on. The only module that uses them.
+
+Checked on torch 2.13.0. The iterator is a subclass of torch's base class, and fetchers, seeding, samplers' handling and
+``get_worker_info`` are torch's own, because a drop-in replacement that copies them drifts away from them. Where one of
+these is missing, ``AVAILABLE`` is False and the loader leaves everything to torch's own iterator.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import torch
+import torch.utils.data
+from torch.utils.data import IterDataPipe, MapDataPipe
+
+AVAILABLE: bool
+try:
+    from torch.utils.data import _utils, dataloader
+    from torch.utils.data._utils import collate as _collate
+    from torch.utils.data._utils import worker as _worker
+
+    BaseIterator: Any = dataloader._BaseDataLoaderIter
+    _kinds: Any = dataloader._DatasetKind
+    _generate_state: Any = _worker._generate_state
+    _sharding_init: Any = dataloader._sharding_worker_init_fn
+    _share_seed: Any = dataloader._share_dist_seed
+    default_collate_fn_map: dict[Any, Any] = _collate.default_collate_fn_map
+    collate_tensor_fn: Any = _collate.collate_tensor_fn
+    pin_memory: Any = _utils.pin_memory.pin_memory
+    ITERABLE: Final = _kinds.Iterable
+    _WorkerInfo: Any = _worker.WorkerInfo
+    _profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+    AVAILABLE = True
+except (ImportError, AttributeError):
+    BaseIterator = object
+    AVAILABLE = False
+
+
+def numpy_seed(base_seed: int, worker_id: int) -> Any:
+    """What torch seeds numpy with in a worker."""
+    return _generate_state(base_seed, worker_id)
+
+
+def make_fetcher(kind: int, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool) -> Any:
+    """What fetches a batch by its indices: ``fetcher.fetch(index)``."""
+    return _kinds.create_fetcher(kind, dataset, auto_collation, collate_fn, drop_last)
+
+
+def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:
+    """What ``torch.utils.data.get_worker_info()`` gives in this process from now on."""
+    _worker._worker_info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+def sharding_init(dataset: Any, init_fn: Any, world_size: int, rank: int) -> Any:
+    """``init_fn``, preceded for a datapipe by torch's sharding of it among the workers."""
+    if isinstance(dataset, (IterDataPipe, MapDataPipe)):
+        return functools.partial(_sharding_init, init_fn, world_size, rank)
+    return init_fn
+
+
+def new_shared_seed(dataset: Any, generator: Any, process_group: Any) -> int | None:
+    """The seed that all workers of a datapipe's epoch have in common; None for any other dataset."""
+    return _share_seed(generator, process_group) if isinstance(dataset, IterDataPipe) else None
+
+
+def seeded(dataset: Any, shared_seed: int | None) -> Any:
+    """A datapipe with its random parts seeded; any other dataset as it is."""
+    if not isinstance(dataset, IterDataPipe):
+        return dataset
+    assert shared_seed is not None
+    generator = torch.Generator()
+    generator.manual_seed(shared_seed)
+    settings: Any = torch.utils.data.graph_settings
+    return settings.apply_random_seed(dataset, generator)
+
+
+def is_profiled() -> bool:
+    """Whether torch's profiler records what runs now."""
+    return bool(_profiler_enabled())

@@ -1,0 +1,474 @@
+"""One pass, or with persistent workers all passes, over a loader's batches.
+
+torch's ``_MultiProcessingDataLoaderIter`` is the model for everything a user can see: when an index is drawn from the
+sampler, which worker it goes to, that the next index is sent before a batch is handed out or its failure raised. What
+differs is below that. There is no result queue: each worker has a connection of its own, and since each answers in
+order, the next batch is simply the next message of the worker whose turn it is. Batches that are early wait in their
+socket, not in a dictionary; no thread moves anything.
+
+Invariants:
+
+* ``_turns`` has one entry for each index under way, in the order in which batches are handed out; each hand's
+  ``tasks`` has the same indices, in the order in which that worker answers.
+* A batch's blocks are kept (``recycling``) as long as this iterator's inlets promise it.
+* After a death that is not mended, and after ``close``, nothing is under way and no process is left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import select
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..errors import WorkerDied
+from ..marshalling import codec, exceptions
+from ..memory import recycling
+from ..transport.endpoint import Received
+from . import crew, internals, state
+from .crew import Hand
+from .job import Part, Plan
+from .messages import Batch, End, Failure, NewEpoch, Snapshot
+from .pinning import Pinner
+from .statistics import Meter
+
+log = logging.getLogger("torchwq")
+
+#: How many batches an automatic number of workers is looked at after, and the part of the time that is too long a wait.
+_LOOK_EVERY: Final = 64
+_TOO_LONG: Final = 0.1
+
+
+@dataclass
+class Options:
+    """What torch's DataLoader does not have."""
+
+    restarts: int = 0
+    prefetch_across_epochs: bool = False
+    most_workers: int = 0
+    snapshots: bool = False
+
+
+@dataclass
+class _Ahead:
+    """The next epoch's sampler, from which was drawn before this epoch was over, and what it depended on."""
+
+    sampler: Any
+    random: Any
+    epoch: Any
+    drawn: int = 0
+
+
+class Iterator(internals.BaseIterator):  # type: ignore[misc]
+    """What ``iter(loader)`` gives. ``resume`` is a state of ``state.capture``."""
+
+    def __init__(self, loader: Any, options: Options, meter: Meter, resume: state.State | None = None) -> None:
+        self._hands: list[Hand] = []
+        self._closed = False
+        self._pinner: Pinner | None = None
+        super().__init__(loader)
+        if loader.prefetch_factor <= 0:
+            raise AssertionError("prefetch_factor must be greater than 0 for a loader with workers")
+        self._prefetch = loader.prefetch_factor
+        self._in_order = loader.in_order
+        self._loader_generator = loader.generator
+        self._options = options
+        self._meter = meter
+        self._death: WorkerDied | None = None
+        self._restarts = 0
+        self._ahead: _Ahead | None = None
+        if resume is not None:
+            self._base_seed = resume.base_seed
+        init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
+        self._plan = Plan(
+            kind=self._dataset_kind,
+            dataset=self._dataset,
+            auto_collation=self._auto_collation,
+            collate_fn=self._collate_fn,
+            drop_last=self._drop_last,
+            base_seed=self._base_seed,
+            init_fn=init_fn,
+            batch_size=loader.batch_size,
+            snapshots=options.snapshots or options.restarts > 0,
+            counters=meter.counters,
+            reader=recycling.slot(),
+        )
+        self._start = crew.starter(loader.multiprocessing_context, self._plan)
+        try:
+            for worker_id in range(self._num_workers):
+                self._hire(worker_id, Snapshot() if resume is None else resume.snapshots[worker_id])
+            if self._pin_memory:
+                self._pinner = Pinner(self._receive_message, self._pin_memory_device)
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _hire(self, worker_id: int, resume: Snapshot) -> Hand:
+        hand = Hand(self._start, Part(worker_id, self._num_workers, self._shared_seed, resume))
+        self._hands.append(hand)
+        recycling.add_inlet(hand)
+        return hand
+
+    # Epochs
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        """A persistent iterator's next epoch. (torch calls this.)"""
+        if self._death is not None:
+            raise self._death
+        self._IterableDataset_len_called = loader._IterableDataset_len_called
+        if self._goes_on_ahead():
+            return
+        self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
+        self._abandon_tasks()
+        for hand in self._hands:
+            hand.snapshot = Snapshot(random=hand.snapshot.random)
+            hand.send(NewEpoch(self._shared_seed))
+        self._begin(None)
+
+    def _begin(self, resume: state.State | None) -> None:
+        self._turns: deque[tuple[Hand, int]] = deque()
+        self._epoch = 0
+        self._ahead = None
+        self._num_yielded = 0
+        self._next_hand = 0
+        self._sampler_ended = False
+        #: States of a sampler that has some, after each index under way.
+        self._sampler_states: deque[Any] = deque()
+        self._sampler_state: Any = None
+        self._sampler_is_stateful = hasattr(self._index_sampler, "state_dict") and hasattr(
+            self._index_sampler, "load_state_dict"
+        )
+        for hand in self._hands:
+            hand.active = True
+        self._random = state.random_state(self._index_sampler, self._loader_generator)
+        if resume is None:
+            self._sampler_iter = iter(self._index_sampler)
+            self._prime()
+            return
+        for hand, active in zip(self._hands, resume.active, strict=True):
+            hand.active = active
+        self._next_hand = resume.next_worker
+        self._random = resume.random
+        with state.restored(self._index_sampler, self._loader_generator, resume.random):
+            if resume.sampler is not None:
+                self._index_sampler.load_state_dict(resume.sampler)
+                self._sampler_state = resume.sampler
+                self._sampler_iter = iter(self._index_sampler)
+            else:
+                self._sampler_iter = iter(self._index_sampler)
+                if self._dataset_kind != internals.ITERABLE:
+                    for _ in itertools.islice(self._sampler_iter, resume.yielded):
+                        pass
+            self._num_yielded = resume.yielded
+            self._prime()
+
+    def _prime(self) -> None:
+        for _ in range(self._prefetch * len(self._hands)):
+            self._put_index()
+
+    def _abandon_tasks(self) -> None:
+        """What is under way will be received and thrown away."""
+        for hand in self._hands:
+            hand.to_skip += len(hand.tasks)
+            hand.tasks.clear()
+        if self._pinner is not None:
+            self._pinner.skip()
+
+    def _goes_on_ahead(self) -> bool:
+        """Begin the epoch whose first batches are under way already, if it is the one that is wanted."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (self._turns and self._turns[0][1] == self._epoch):
+            return False
+        if _epoch_of(self._index_sampler) != ahead.epoch:
+            return False  # set_epoch was called meanwhile
+        self._epoch += 1
+        self._sampler_iter, self._sampler_ended = ahead.sampler, False
+        self._random = ahead.random
+        self._num_yielded = 0
+        return True
+
+    # Indices
+
+    def _put_index(self) -> None:
+        """Draw the next index and send it to the worker whose turn it is."""
+        if self._ahead is not None:
+            self._put_index_ahead()
+            return
+        try:
+            index = next(self._sampler_iter)
+        except StopIteration:
+            if not self._sampler_ended:
+                self._sampler_ended = True
+                if self._options.prefetch_across_epochs:
+                    sampler = self._index_sampler
+                    self._ahead = _Ahead(
+                        iter(sampler), state.random_state(sampler, self._loader_generator), _epoch_of(sampler)
+                    )
+                    self._put_index_ahead()
+            return
+        if self._sampler_is_stateful:
+            self._sampler_states.append(self._index_sampler.state_dict())
+        self._assign(index, self._epoch)
+
+    def _put_index_ahead(self) -> None:
+        assert self._ahead is not None
+        try:
+            index = next(self._ahead.sampler)
+        except StopIteration:
+            return
+        self._ahead.drawn += 1
+        self._assign(index, self._epoch + 1)
+
+    def _assign(self, index: Any, epoch: int) -> None:
+        count = len(self._hands)
+        for _ in range(count):
+            hand = self._hands[self._next_hand]
+            self._next_hand = (self._next_hand + 1) % count
+            if hand.active and (self._in_order or len(hand.tasks) < self._share()):
+                break
+        else:
+            return
+        hand.tasks.append(index)
+        self._turns.append((hand, epoch))
+        hand.send(index)
+        if self._pinner is not None:
+            self._pinner.expect(hand)
+
+    def _share(self) -> int:
+        """How many indices a worker may have where order does not matter."""
+        return self._prefetch * len(self._hands) // max(1, sum(hand.active for hand in self._hands))
+
+    # Batches
+
+    def __next__(self) -> Any:
+        if internals.is_profiled():
+            return super().__next__()
+        data = self._next_data()
+        self._meter.handed_out += 1
+        self._num_yielded += 1
+        if self._IterableDataset_len_called is not None and self._num_yielded > self._IterableDataset_len_called:
+            self._num_yielded -= 1
+            self._count_one_too_many()
+        return data
+
+    def _count_one_too_many(self) -> None:
+        self._num_yielded += 1
+        if self._dataset_kind == internals.ITERABLE:
+            warnings.warn(
+                f"Length of IterableDataset {self._dataset} was reported to be {self._IterableDataset_len_called}"
+                f"(when accessing len(dataloader)), but {self._num_yielded} samples have been fetched. For "
+                f"multiprocessing data-loading, this could be caused by not properly configuring the IterableDataset "
+                f"replica at each worker. Please see https://pytorch.org/docs/stable/data.html"
+                f"#torch.utils.data.IterableDataset for examples.",
+                stacklevel=3,
+            )
+
+    def _next_data(self) -> Any:
+        if self._death is not None:
+            raise self._death
+        while True:
+            if not self._turns or self._turns[0][1] != self._epoch:
+                if not self._persistent_workers:
+                    self.close()
+                raise StopIteration
+            hand, answer = self._next_answer()
+            if type(answer) is Batch:
+                hand.snapshot = answer.after
+                answer = answer.data
+            elif type(answer) is End:
+                hand.snapshot = answer.after
+                hand.active = False
+                self._put_index()
+                continue
+            else:
+                hand.snapshot.batches += 1
+            if self._sampler_states:
+                self._sampler_state = self._sampler_states.popleft()
+            if type(answer) is Failure and answer.after is not None:
+                hand.snapshot = answer.after
+            self._put_index()
+            if self._options.most_workers:
+                self._look_whether_to_hire()
+            if type(answer) is Failure:
+                raise self._error(hand, answer)
+            return answer
+
+    def _error(self, hand: Hand, failure: Failure) -> BaseException:
+        error = exceptions.unpack(failure.error)
+        if hasattr(error, "add_note"):
+            error.add_note(f"in DataLoader worker process {hand.worker_id}, {failure.where}")
+        return error
+
+    def _next_answer(self) -> tuple[Hand, Any]:
+        """The next batch, and who has made it; restarts a worker that has died, or raises."""
+        deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
+        while True:
+            try:
+                if self._pinner is not None:
+                    hand, answer = self._pinner.get(deadline)
+                else:
+                    hand, received = self._receive(self._turns[0][0] if self._in_order else None, deadline)
+                    answer = None if received is None else codec.decode(*received)
+                    if received is None:
+                        raise TimeoutError
+            except _Gone as gone:
+                self._mend(gone.hand)
+                continue
+            except TimeoutError:
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+            hand.tasks.popleft()
+            self._take_turn(hand)
+            return hand, answer
+
+    def _take_turn(self, hand: Hand) -> None:
+        if self._turns[0][0] is hand:
+            self._turns.popleft()
+        else:
+            for position, (other, _) in enumerate(self._turns):
+                if other is hand:
+                    del self._turns[position]
+                    break
+
+    def _receive_message(self, hand: Hand | None) -> tuple[Hand, Any]:
+        """For the thread that pins."""
+        found, received = self._receive(hand if self._in_order else None, None)
+        if received is None:
+            raise EOFError  # closed
+        return found, codec.decode(*received)
+
+    def _receive(self, hand: Hand | None, deadline: float | None) -> tuple[Hand, Received | None]:
+        """The next answer of one worker, or of any."""
+        while True:
+            if hand is None:
+                found, received = self._receive_any(deadline)
+            else:
+                found = hand
+                try:
+                    received = hand.take()
+                    if received is None:
+                        began = time.perf_counter_ns()
+                        received = hand.waiter.wait(hand.take, deadline)
+                        self._meter.waited += time.perf_counter_ns() - began
+                except EOFError:
+                    raise _Gone(hand) from None
+            if received is None or not found.to_skip:
+                return found, received
+            found.to_skip -= 1
+            codec.discard(*received)
+
+    def _receive_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
+        busy = [hand for hand in self._hands if hand.tasks or hand.to_skip]
+        began = 0
+        while True:
+            for hand in busy:
+                try:
+                    received = hand.take()
+                except EOFError:
+                    raise _Gone(hand) from None
+                if received is not None:
+                    if began:
+                        self._meter.waited += time.perf_counter_ns() - began
+                    return hand, received
+            began = began or time.perf_counter_ns()
+            poll = select.poll()
+            for hand in busy:
+                poll.register(hand.end.fileno(), select.POLLIN)
+            left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+            if left <= 0:
+                return busy[0], None
+            poll.poll(left * 1000)
+
+    # Workers that die, and workers that are missing
+
+    def _mend(self, hand: Hand) -> None:
+        """Put another worker in the place of one that has died, or raise."""
+        death = hand.died()
+        if self._restarts >= self._options.restarts or self._closed:
+            if self._options.restarts:
+                death.args = (f"{death}. It was not restarted: {self._restarts} restarts were allowed (max_restarts)",)
+            self._death = death
+            self.close()
+            raise death
+        self._restarts += 1
+        self._meter.restarts += 1
+        warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
+        hand.to_skip = 0
+        hand.restart(self._shared_seed)
+
+    def _look_whether_to_hire(self) -> None:
+        count = len(self._hands)
+        if self._num_yielded % _LOOK_EVERY or count >= self._options.most_workers:
+            return
+        waited, idle = self._meter.since_last_look()
+        if waited < _TOO_LONG or not idle or self._sampler_ended:
+            return
+        self._num_workers = count + 1
+        hand = self._hire(count, Snapshot())
+        self._meter.workers = self._num_workers
+        log.info("DataLoader: %d workers now, because the consumer waited %.0f %% of its time", count + 1, 100 * waited)
+        for _ in range(self._prefetch):
+            self._next_hand = hand.worker_id
+            self._put_index()
+
+    # State and end
+
+    def capture(self) -> state.State:
+        """From where the loader can go on after the batch that was handed out last."""
+        finished = not any(epoch == self._epoch for _, epoch in self._turns)
+        return state.State(
+            iterable=self._dataset_kind == internals.ITERABLE,
+            num_workers=len(self._hands),
+            base_seed=self._base_seed,
+            yielded=self._num_yielded,
+            finished=finished,
+            random=self._random,
+            sampler=self._sampler_state,
+            snapshots=[hand.snapshot for hand in self._hands],
+            active=[hand.active for hand in self._hands],
+            next_worker=self._turns[0][0].worker_id if self._turns else 0,
+        )
+
+    def close(self) -> None:
+        """End the workers. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pinner is not None:
+            self._pinner.stop()
+        hands = self._hands
+        for hand in hands:
+            hand.close()
+        if self._pinner is not None:
+            self._pinner.join()
+        self._turns = deque()
+        crew.end(hands)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more batches can come from it, in this epoch or another."""
+        return self._closed
+
+    #: torch's name for it, which frameworks call.
+    _shutdown_workers = close
+
+    def __del__(self) -> None:
+        if not self._closed and not crew.is_finalizing():
+            self.close()
+
+
+class _Gone(Exception):
+    """The connection to a worker has ended."""
+
+    def __init__(self, hand: Hand) -> None:
+        super().__init__(hand.worker_id)
+        self.hand = hand
+
+
+def _epoch_of(sampler: Any) -> Any:
+    """What ``set_epoch`` sets: of a batch sampler's sampler, or its own."""
+    return [getattr(each, "epoch", None) for each in (sampler, getattr(sampler, "sampler", None))]

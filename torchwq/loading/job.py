@@ -1,0 +1,252 @@
+"""A worker of a loader: what it is given, and what it does until the loader is gone.
+
+It follows torch's ``_worker_loop`` step by step where users can see it: seeds, ``get_worker_info``, ``worker_init_fn``,
+fetchers, and that a failure is answered and the next index taken. Only how indices come and batches go is different.
+
+Invariants:
+
+* Each index gets exactly one answer, in order.
+* A batch travels by value, in shared memory: a tensor goes by reference only if this worker has just collated it, and
+  nobody else has it. So whatever the consumer does with a batch, the dataset does not see it.
+* The worker ends when its connection does, whoever has closed it and however: within ``_GRACE`` also in the middle of a
+  batch.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ..marshalling import codec, exceptions
+from ..memory.parcel import TRAILER, Parcel
+from ..transport.alarm import Alarm
+from ..transport.endpoint import Endpoint
+from ..transport.outbox import Outbox
+from ..transport.waiting import Waiter
+from . import collation, internals
+from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
+from .messages import Batch, End, Failure, NewEpoch, Snapshot
+
+#: Seconds for which a worker whose loader is gone may go on with what it is at.
+_GRACE: Final = 1.5
+
+
+@dataclass
+class Plan:
+    """What all workers of a loader have in common."""
+
+    kind: int
+    dataset: Any
+    auto_collation: bool
+    collate_fn: Any
+    drop_last: bool
+    base_seed: int
+    init_fn: Any
+    batch_size: int | None
+    #: Whether each batch comes with from where to go on after it.
+    snapshots: bool
+    counters: Counters
+    #: The loader's slot in the ledger of shared memory.
+    reader: int
+
+
+@dataclass
+class Part:
+    """What one of them has for itself."""
+
+    worker_id: int
+    num_workers: int
+    shared_seed: int | None
+    resume: Snapshot = field(default_factory=Snapshot)
+
+
+class Job:
+    """The work of one worker."""
+
+    def __init__(self, plan: Plan, part: Part) -> None:
+        self._plan = plan
+        self._part = part
+        self._dataset = plan.dataset
+        self._fetcher: Any = None
+        self._failure: Exception | None = None
+        self._ended = False
+        self._batches = 0
+        self._wraps = False
+        self._limit = 0
+
+    def run(self, end: Endpoint) -> None:
+        """Answer until the loader closes the connection."""
+        _end_with(end)
+        self._limit = end.max_message - TRAILER
+        outbox = Outbox(end)
+        outbox.reader = self._plan.reader
+        waiter = Waiter(end, Alarm())
+        self._set_up()
+        words = self._plan.counters.of(self._part.worker_id)
+        since = time.perf_counter_ns()
+        try:
+            while True:
+                received = end.try_receive() or waiter.wait(end.try_receive, None)
+                assert received is not None
+                task = codec.decode(*received)
+                began = time.perf_counter_ns()
+                words[WAITED] += began - since
+                since = began
+                if type(task) is NewEpoch:
+                    self._begin(task.shared_seed)
+                    continue
+                payload = self._answer(task)
+                del task, received
+                outbox.send(payload)
+                since = time.perf_counter_ns()
+                words[BUSY] += since - began
+                words[BATCHES] += 1
+                words[NBYTES] += payload.nbytes if isinstance(payload, Parcel) else len(payload)
+                del payload
+        except (EOFError, BrokenPipeError):
+            pass  # the loader is gone, or has no use for more
+
+    def _set_up(self) -> None:
+        plan, part = self._plan, self._part
+        torch.set_num_threads(1)
+        seed = plan.base_seed + part.worker_id
+        random.seed(seed)
+        torch.manual_seed(seed)
+        np.random.seed(internals.numpy_seed(plan.base_seed, part.worker_id))
+        collation.install()
+        self._dataset = internals.seeded(plan.dataset, part.shared_seed)
+        internals.set_worker_info(part.worker_id, part.num_workers, seed, self._dataset)
+        try:
+            if plan.init_fn is not None:
+                plan.init_fn(part.worker_id)
+            self._make_fetcher(part.resume)
+        except Exception as error:
+            self._failure = error
+        if part.resume.random is not None:
+            _set_random_state(part.resume.random)
+
+    def _make_fetcher(self, resume: Snapshot) -> None:
+        plan = self._plan
+        if resume.dataset is not None:
+            self._dataset.load_state_dict(resume.dataset)
+        self._fetcher = internals.make_fetcher(
+            plan.kind, self._dataset, plan.auto_collation, plan.collate_fn, plan.drop_last
+        )
+        self._ended = False
+        self._batches = resume.batches
+        iterator = getattr(self._fetcher, "dataset_iter", None)
+        stateful = hasattr(iterator, "state_dict") or hasattr(self._dataset, "state_dict")
+        self._wraps = plan.snapshots or (plan.kind == internals.ITERABLE and stateful)
+        if resume.iterator is not None:
+            iterator.load_state_dict(resume.iterator)
+        elif plan.kind == internals.ITERABLE and resume.dataset is None:
+            # What has no state of its own is iterated again up to where it was.
+            samples = plan.batch_size if plan.auto_collation and plan.batch_size else 1
+            for _ in range(resume.batches * samples):
+                next(iterator, None)
+
+    def _begin(self, shared_seed: int | None) -> None:
+        self._dataset = internals.seeded(self._dataset, shared_seed)
+        try:
+            self._make_fetcher(Snapshot())
+        except Exception as error:
+            self._failure = error
+
+    def _answer(self, index: Any) -> bytes | Parcel:
+        collation.made.clear()
+        try:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            if self._ended:
+                raise StopIteration
+            data = self._fetcher.fetch(index)
+        except StopIteration as stop:
+            if self._plan.kind == internals.ITERABLE:
+                self._ended = True
+                return self._encode(End(self._snapshot()))
+            return self._fail(stop, index)
+        except Exception as error:
+            return self._fail(error, index)
+        self._batches += 1
+        try:
+            return self._encode(Batch(data, self._snapshot()) if self._wraps else data)
+        except Exception as error:
+            return self._fail(error, index)
+
+    def _encode(self, answer: Any) -> bytes | Parcel:
+        return codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+
+    def _fail(self, error: Exception, index: Any) -> bytes | Parcel:
+        after = self._snapshot() if self._wraps else None
+        failure = Failure(exceptions.pack(error), _place(error, index), after)
+        return codec.encode(failure, self._limit, upvalues=True)
+
+    def _snapshot(self) -> Snapshot:
+        after = Snapshot(self._batches)
+        if self._plan.kind == internals.ITERABLE:
+            iterator = getattr(self._fetcher, "dataset_iter", None)
+            if hasattr(iterator, "state_dict"):
+                after.iterator = iterator.state_dict()
+            elif hasattr(self._dataset, "state_dict"):
+                after.dataset = self._dataset.state_dict()
+        if self._plan.snapshots:
+            after.random = _random_state()
+        return after
+
+
+def _random_state() -> Any:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), np.random.get_state()
+
+
+def _set_random_state(state: Any) -> None:
+    of_python, of_torch, of_numpy = state
+    random.setstate(of_python)
+    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
+    np.random.set_state(of_numpy)
+
+
+def _place(error: BaseException, index: Any) -> str:
+    """At which index it has happened: that of the sample, if a frame of torch's fetcher still shows it."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_globals.get("__name__") == "torch.utils.data._utils.fetch" and "idx" in frame.f_locals:
+            return f"at index {frame.f_locals['idx']!r}"
+        traceback = traceback.tb_next
+    return f"at {describe_index(index)}"
+
+
+def describe_index(index: Any) -> str:
+    """The indices of a batch in a few words."""
+    if isinstance(index, (list, tuple)) and index and all(each is None for each in index):
+        return f"a batch of {len(index)}"
+    if index is None:
+        return "a sample"
+    text = repr(index)
+    if len(text) > 200:
+        text = f"{text[:150]} ... {text[-40:]}"
+    return f"the batch of indices {text}" if isinstance(index, (list, tuple)) else f"index {text}"
+
+
+def _end_with(end: Endpoint) -> None:
+    """End this process soon after its loader has closed the connection, or died, even if it is busy then."""
+    if not hasattr(select, "POLLRDHUP"):
+        return
+    poll = select.poll()
+    poll.register(end.fileno(), select.POLLRDHUP)
+
+    def watch() -> None:
+        poll.poll()
+        time.sleep(_GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()

@@ -1,0 +1,99 @@
+"""Copies batches into pinned memory ahead of the consumer, in a thread, as torch's loader does.
+
+A batch is unpickled and pinned by the thread; the consumer finds it ready. The thread takes answers in the order in
+which the consumer will want them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..marshalling import exceptions
+from . import internals
+from .crew import Hand
+from .messages import Batch, End, Failure
+
+
+class Pinner:
+    """The thread. ``receive(hand)`` takes the next answer; it raises what the consumer is to see."""
+
+    def __init__(self, receive: Callable[[Hand | None], tuple[Hand, Any]], device: Any) -> None:
+        self._receive = receive
+        self._device = device
+        self._expected: queue.SimpleQueue[Hand | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[int, Hand | None, Any]] = queue.SimpleQueue()
+        self._epoch = 0
+        self._stopped = False
+        self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+        self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
+        self._thread.start()
+
+    def expect(self, hand: Hand) -> None:
+        """One more answer of this worker will come."""
+        self._expected.put(hand)
+
+    def skip(self) -> None:
+        """Nobody wants what was expected until now."""
+        self._epoch += 1
+        while True:
+            try:
+                self._expected.get_nowait()
+            except queue.Empty:
+                return
+
+    def get(self, deadline: float | None) -> tuple[Hand, Any]:
+        """The next answer, pinned. Raises TimeoutError after ``deadline`` (time.monotonic), or what has gone wrong."""
+        while True:
+            try:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                epoch, hand, answer = self._ready.get(timeout=left)
+            except queue.Empty:
+                raise TimeoutError from None
+            if epoch != self._epoch:
+                continue
+            if hand is None:
+                raise answer
+            return hand, answer
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        if self._device_index is not None:
+            torch.accelerator.set_device_index(self._device_index)
+        while not self._stopped:
+            expected = self._expected.get()
+            if expected is None:
+                return
+            epoch = self._epoch
+            try:
+                hand, answer = self._receive(expected)
+            except Exception as error:
+                if self._stopped:
+                    return
+                self._ready.put((epoch, None, error))
+                continue
+            self._ready.put((epoch, hand, self._pin(answer)))
+
+    def _pin(self, answer: Any) -> Any:
+        try:
+            if type(answer) is Batch:
+                answer.data = internals.pin_memory(answer.data, self._device)
+            elif type(answer) not in (End, Failure):
+                answer = internals.pin_memory(answer, self._device)
+        except Exception as error:
+            return Failure(exceptions.pack(error), f"in the thread that pins memory for device {self._device}")
+        return answer
+
+    def stop(self) -> None:
+        """End the thread as soon as what it waits for is closed."""
+        self._stopped = True
+        self._expected.put(None)
+
+    def join(self) -> None:
+        if self._thread is not threading.current_thread():
+            self._thread.join()

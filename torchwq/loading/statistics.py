@@ -1,0 +1,96 @@
+"""Tells whether a loader or the training that it feeds is the slower one."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderStatistics:
+    """What a loader has done since it was made, or since its statistics were reset.
+
+    Attributes:
+        batches: batches that workers have made.
+        batches_per_second: handed out, while the loader was iterated over.
+        bytes: size of the batches, as they travel.
+        consumer_waited: seconds for which the consumer waited for a batch.
+        workers_waited: seconds for which workers waited for something to do, all of them together.
+        workers_busy: seconds for which workers were making batches, all of them together.
+        num_workers: how many workers there are.
+        restarts: how often a worker that had died was replaced.
+        verdict: which side is the slower one, in one line.
+    """
+
+    batches: int
+    batches_per_second: float
+    bytes: int
+    consumer_waited: float
+    workers_waited: float
+    workers_busy: float
+    num_workers: int
+    restarts: int
+    verdict: str
+
+
+class Meter:
+    """What is counted for one loader, over all its iterators."""
+
+    def __init__(self, workers: int) -> None:
+        self.counters = Counters()
+        self.workers = workers
+        self.restarts = 0
+        #: Nanoseconds for which the consumer has waited.
+        self.waited = 0
+        self.handed_out = 0
+        self._began = time.perf_counter_ns()
+        self._looked_at = (self._began, 0)
+        self._idle_at = _idle_time()
+
+    def since_last_look(self) -> tuple[float, bool]:
+        """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
+        now, waited, idle = time.perf_counter_ns(), self.waited, _idle_time()
+        then, waited_then = self._looked_at
+        idle_cores = (idle - self._idle_at) * 1e9 / max(1, now - then)
+        self._looked_at, self._idle_at = (now, waited), idle
+        return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
+
+    def read(self) -> LoaderStatistics:
+        seconds = (time.perf_counter_ns() - self._began) / 1e9
+        counters = self.counters
+        waited, idle, busy = self.waited / 1e9, counters.sum(WAITED) / 1e9, counters.sum(BUSY) / 1e9
+        batches = counters.sum(BATCHES)
+        return LoaderStatistics(
+            batches=batches,
+            batches_per_second=self.handed_out / seconds if seconds else 0.0,
+            bytes=counters.sum(NBYTES),
+            consumer_waited=waited,
+            workers_waited=idle,
+            workers_busy=busy,
+            num_workers=self.workers,
+            restarts=self.restarts,
+            verdict=_verdict(waited, seconds, idle, busy, batches),
+        )
+
+
+def _verdict(waited: float, seconds: float, idle: float, busy: float, batches: int) -> str:
+    if not batches:
+        return "no batch was made by a worker yet"
+    part, spare = waited / seconds, idle / max(idle + busy, 1e-9)
+    if part > 0.1 and spare < 0.5:
+        return f"data-bound: the consumer waited {part:.0%} of the time and workers were busy; more of them may help"
+    if part > 0.1:
+        return f"data-bound: the consumer waited {part:.0%} of the time, although workers waited {spare:.0%} of theirs"
+    return f"compute-bound: the consumer waited {part:.0%} of the time, workers {spare:.0%} of theirs"
+
+
+def _idle_time() -> float:
+    """Seconds for which the cores of this machine have been idle, all together; 0.0 where that is not known."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stat:
+            return int(stat.readline().split()[4]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
