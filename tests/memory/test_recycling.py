@@ -17,7 +17,19 @@ import torch.multiprocessing
 
 import torchwq
 from tests.conftest import wait_until
-from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, mapping_at, roundtrip, same, started_peer
+from tests.marshalling.support import (
+    Peer,
+    apply_to_kept,
+    drop_kept,
+    keep,
+    mapping_at,
+    marshal,
+    received,
+    roundtrip,
+    same,
+    started_peer,
+)
+from torchwq.marshalling import codec
 from torchwq.memory import arrivals, ledger, limits, pool, recycling, storages
 
 
@@ -262,9 +274,10 @@ def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose:
         del mine
     else:
         peer.ask(keep_one_and_show_it, 300, 4.0)
-    peer.queue.write((apply_to_kept, (itself,)))
     end = peer.queue._role.end
-    wait_until(end.has_input, what="the answer")
+    before = end.mark()
+    peer.queue.write((apply_to_kept, (itself,)))
+    wait_until(lambda: end.mark() > before, what="the answer")
     pid = os.fork()
     if pid == 0:
         os._exit(0)
@@ -280,6 +293,83 @@ def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose:
     peer.ask(drop_kept)
     del out
     wait_until(lambda: (recycling.tick(), pool.trim(), arrivals.trim(), recycling.open_blocks)[-1] == 0)
+
+
+def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Peer) -> None:
+    """The peer gives a block up whose answer is unread; its row, and so our word, goes to another block."""
+    peer.ask(keep_one_and_show_it, 300, 4.0)
+    end = peer.queue._role.end
+    before = end.mark()
+    with started_peer() as other:
+        row = peer.ask(row_of_kept)
+        peer.queue.write((apply_to_kept, (itself,)))
+        wait_until(lambda: end.mark() > before, what="the answer")
+        gate = peer.queue
+        gate.write((fork_and_use_the_row_again, (row,)))
+        wait_until(lambda: end.mark() > before + 200, what="the second answer")
+        other.echo(torch.ones(5))
+        for _ in range(6):
+            recycling.tick()
+        good, out = peer.queue.read(timeout=30)
+        assert good, out
+        assert (out == 4).all()
+        good, out = peer.queue.read(timeout=30)
+        assert good, out
+    peer.ask(drop_kept)
+
+
+def row_of_kept() -> int:
+    return apply_to_kept(lambda kept: recycling.block_of(kept.untyped_storage()).number & 0xFFFFFFFF)  # type: ignore
+
+
+def fork_and_use_the_row_again(row: int) -> Any:
+    """Returns a tensor on a block that has this row."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    made = []
+    for size in range(1, 300):
+        tensor = torch.ones(size * 2000)
+        torchwq.share_(tensor)
+        block = recycling.block_of(tensor.untyped_storage())
+        assert block is not None
+        recycling.prepare_to_send(block)
+        made.append(tensor)
+        if block.number & 0xFFFFFFFF == row:
+            return [tensor, "x" * 200]
+    raise AssertionError("the row has not come back")
+
+
+def test_an_answer_with_other_descriptors_brings_them_all(peer: Peer) -> None:
+    out = peer.ask(many_queues_and_a_tensor)
+    assert len(out[0]) == 85
+    assert out[1].tolist() == [2.0] * 4
+    for queue in out[0]:
+        queue.close()
+    peer.ask(drop_kept)
+
+
+def many_queues_and_a_tensor() -> Any:
+    queues = [torchwq.workqueue() for _ in range(85)]
+    keep(queues)
+    return queues, torch.full((4,), 2.0)
+
+
+def test_a_finalizer_may_write_what_its_own_thread_is_moving(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.full((200_000,), 2.0)
+    move = storages.move
+
+    def move_after_an_interruption(moved: torch.Tensor, *args: Any) -> Any:
+        monkeypatch.undo()
+        payload = marshal(tensor)
+        assert (codec.decode(*received(payload)) == 2).all()
+        return move(moved, *args)
+
+    monkeypatch.setattr(storages, "move", move_after_an_interruption)
+    torchwq.share_(tensor)
+    assert tensor.is_shared()
+    torchwq.share_(tensor)
 
 
 def itself(kept: Any) -> Any:

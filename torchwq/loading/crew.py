@@ -218,9 +218,13 @@ class Hand:
         """The next answer; None after ``deadline`` (time.monotonic) or ``close``. Raises EOFError if none will come."""
         return self.take() or self.waiter.wait(self.take, deadline)
 
-    def is_empty(self) -> bool:
-        """Whether no answer is here; see ``recycling.Inlet``."""
-        return self._closed or not self.end.has_input()
+    def mark(self) -> int:
+        """See ``recycling.Inlet``."""
+        return self.end.mark()
+
+    def has_passed(self, mark: int) -> bool:
+        """See ``recycling.Inlet``."""
+        return self._closed or self.end.has_passed(mark)
 
     def died(self) -> WorkerDied:
         """Why no answer will come."""
@@ -250,7 +254,7 @@ class Hand:
     def close(self) -> None:
         """End the connection, and so the worker; does not wait for it."""
         if not self._closed:
-            while not self.is_empty():
+            while True:
                 try:
                     received = self.take()
                 except (EOFError, OSError):

@@ -127,7 +127,7 @@ class _Attachments:
             pickled = b"".join(chunks)
             return Parcel(pickled, fds, self.keep) if fds else pickled
         data = b"".join((*chunks, *_references(blocks)))
-        parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks])
+        parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks], not self.fds)
         parcel.nbytes += sum(block.nbytes for block in blocks)
         return parcel
 
@@ -147,7 +147,7 @@ class _Attachments:
             fd, number, nbytes = block.fd, block.number, block.nbytes
             self.keep.append(storage)
         head = _HEAD.pack(size, in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
-        parcel = Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number])
+        parcel = Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number], not (self.fds or in_bag))
         parcel.nbytes += size + sum(block.nbytes for block in self.blocks)
         return parcel
 

@@ -85,7 +85,7 @@ def _parcel(block: Block, storage: torch.UntypedStorage, where: Geometry, limit:
     data = (_pickles.get(where) or _pickle_of(where)) + _TAIL.pack(block.number, block.nbytes, 1)
     if len(data) > limit:
         return None
-    parcel = Parcel(data, [block.fd], [storage], REFERENCES, (block.number,))
+    parcel = Parcel(data, [block.fd], [storage], REFERENCES, (block.number,), True)
     parcel.nbytes += block.nbytes
     return parcel
 

@@ -159,12 +159,15 @@ def _flags() -> tuple[int, int, int, int]:
 
 def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage]:
     """A block for a reference to one that is not in the table, or not as it is there. Under the lock."""
-    storage = _map(fd, nbytes) if fd >= 0 else _parting(number)
+    book = ledger.current()
+    tracked = book is not None and book.is_current(number) and number not in recycling.table
+    storage = recycling.storage_of_parting(number, revive=tracked)
+    if storage is None:
+        storage = _map(fd, nbytes) if fd >= 0 else _lost()
     if storage is None:
         storage = _copy_out(fd, nbytes)
     else:
-        book = ledger.current()
-        if book is not None and book.is_current(number) and number not in recycling.table:
+        if tracked:
             block = Block(MAPPED, storage, storages.descriptor(storage))
             block.number = number
             recycling.add(block)
@@ -172,16 +175,12 @@ def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage
     return Block(PLAIN, storage, -1), storage
 
 
-def _parting(number: int) -> torch.UntypedStorage:
-    """The storage for a reference that came without a descriptor. Under the lock."""
-    storage = recycling.storage_of_parting(number)
-    if storage is None:
-        raise ResourceError(
-            0,
-            "a message refers to shared memory that this process does not have any more, because its sender was "
-            "stopped for seconds in the middle of sending it: the message is lost",
-        )
-    return storage
+def _lost() -> torch.UntypedStorage:
+    raise ResourceError(
+        0,
+        "a message refers to shared memory that this process does not have any more, because its sender was stopped "
+        "for seconds in the middle of sending it: the message is lost",
+    )
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:

@@ -73,7 +73,8 @@ _ONE: Final = 8
 _COUNT: Final = 0xFFFFFFFF - _FLAGS
 _LOW: Final = 0xFFFFFFFF
 
-# In words of 8 bytes: the head (how many slots were ever used, and where generations begin), a generation for each row,
+# In words of 8 bytes: the head (how many slots were ever used, and where generations begin), for each row its generation
+# and, in the upper half, the last one that was given back while messages may have referred to its block,
 # then for each slot its words, two for each row.
 _USED: Final = 0
 _SALT: Final = 1
@@ -167,17 +168,22 @@ class Ledger:
         if not self._rows and not self._claim_chunk():
             return None
         row = self._rows.popleft()
-        return self._raise_generation(row) << 32 | row
+        return self._raise_generation(row, clean=True) << 32 | row
 
-    def give_back(self, number: int) -> None:
-        """The block is used no more under this number; whoever still has it keeps its memory."""
-        self._raise_generation(number & _LOW)
+    def give_back(self, number: int, clean: bool) -> None:
+        """The block is used no more under this number; whoever still has it keeps its memory.
+
+        ``clean``: it was FREE, so that no message refers to it, and none ever will.
+        """
+        self._raise_generation(number & _LOW, clean)
         self._rows.append(number & _LOW)
 
-    def _raise_generation(self, row: int) -> int:
+    def _raise_generation(self, row: int, clean: bool) -> int:
         index = _GENERATIONS + row
-        generation = (self._words[index] or self._words[_SALT]) + 1 & _LOW or 1
-        self._words[index] = generation
+        word = self._words[index]
+        before, unclean = word & _LOW, word >> 32
+        generation = (before or self._words[_SALT]) + 1 & _LOW or 1
+        self._words[index] = (unclean if clean else before) << 32 | generation
         return int(generation)
 
     def _claim_chunk(self) -> bool:
@@ -189,14 +195,19 @@ class Ledger:
             if self._lock(fcntl.F_OFD_SETLK, _CHUNK_LOCKS + chunk):
                 for row in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
                     if self._words[_GENERATIONS + row]:
-                        self._raise_generation(row)  # its last owner is dead
+                        self._raise_generation(row, clean=False)  # its last owner is dead
                     self._rows.append(row)
                 return True
         return False
 
     def is_current(self, number: int) -> bool:
         """Whether the number still stands for the block that it was given to."""
-        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
+        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] & _LOW == number >> 32)
+
+    def _was_clean(self, number: int) -> bool:
+        """Whether a number that is not current was given back when no message referred to its block."""
+        unclean = self._words[_GENERATIONS + (number & _LOW)] >> 32
+        return bool(0 < (number >> 32) - unclean & _LOW < _LOW // 2)
 
     # Counting
 
@@ -209,7 +220,7 @@ class Ledger:
         if word >> 32 == generation and word & _COUNT != _COUNT:
             words[index] = word + _ONE  # if it is not current, nobody believes the word
             return
-        if words[_GENERATIONS + row] == generation:
+        if self.is_current(number):
             count = word & _LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _ONE & _LOW)
 
@@ -222,7 +233,7 @@ class Ledger:
         if word >> 32 == generation and word & _COUNT != _COUNT:
             words[index] = word + _ONE | flags
             return
-        if words[_GENERATIONS + row] == generation:
+        if self.is_current(number):
             count = word & _LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _ONE & _LOW) | flags
 
@@ -230,7 +241,10 @@ class Ledger:
         generation = number >> 32
         index = self._column + 2 * (number & _LOW) + 1
         word = self._words[index]
-        self._words[index] = (word if word >> 32 == generation else generation << 32) | flag
+        if word >> 32 == generation:
+            self._words[index] = word | flag
+        elif self.is_current(number):
+            self._words[index] = generation << 32 | flag
 
     def clear_flag(self, number: int, flag: int) -> bool:
         """Returns whether it was set."""
@@ -257,7 +271,7 @@ class Ledger:
     def is_under_way(self, number: int) -> bool:
         """Whether a reference to a block may be under way. After KEPT was withdrawn."""
         if not self.is_current(number):
-            return True
+            return not self._was_clean(number)
         with self._fence:
             pass
         words, used = self._words, self._words[_USED]

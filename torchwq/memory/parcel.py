@@ -29,10 +29,16 @@ TRAILER: Final = 9
 class Parcel:
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_numbers", "data", "fds", "keep", "kind", "nbytes")
+    __slots__ = ("_numbers", "_only_blocks", "data", "fds", "keep", "kind", "nbytes")
 
     def __init__(
-        self, data: bytes, fds: list[int], keep: list[Any], kind: int = PICKLE, numbers: Sequence[int] = ()
+        self,
+        data: bytes,
+        fds: list[int],
+        keep: list[Any],
+        kind: int = PICKLE,
+        numbers: Sequence[int] = (),
+        only_blocks: bool = False,
     ) -> None:
         self.data = data
         self.fds = fds
@@ -40,6 +46,8 @@ class Parcel:
         self.keep = keep
         self.kind = kind
         self._numbers = numbers
+        #: Whether ``fds`` are those of its blocks and nothing else.
+        self._only_blocks = only_blocks
         #: Of the message and of all that it refers to.
         self.nbytes = len(data)
 
@@ -54,7 +62,7 @@ class Parcel:
         Args:
             reader: the slot in the ledger of the one process that will read it; -1 if that is not known.
         """
-        if reader >= 0 and len(self._numbers) == len(self.fds) and recycling.are_kept(self._numbers, reader):
+        if reader >= 0 and self._only_blocks and recycling.are_kept(self._numbers, reader):
             return ()
         return self.fds
 

@@ -94,14 +94,12 @@ def borrow(nbytes: int) -> Block | None:
     rings = _rings.get(capacity_for(nbytes))
     ring = rings.get(nbytes) if rings else None
     if ring:
-        for _ in range(_LOOKS):
-            block = ring[0]
-            ring.rotate(-1)
-            if block.kind == MADE and recycling.is_free(block):
-                block.users += 1
-                block.content = False
-                block.used_at = time.monotonic()
-                return block
+        block = _free_one(ring)
+        if block is not None:
+            block.users += 1
+            block.used_at = time.monotonic()
+            ring.append(block)
+            return block
     return None
 
 
@@ -152,7 +150,7 @@ def _fit(old: Block, nbytes: int) -> Block:
         block = Block(MADE, storage, storages.descriptor(storage), old.capacity)
     finally:
         with recycling.lock:
-            recycling.give_up(old)
+            recycling.give_up(old, clean=True)
     _add(block)
     return block
 
@@ -176,7 +174,10 @@ def _add(block: Block) -> None:
 def lend(block: Block) -> None:
     """The block is in the ring again: whatever uses it now decides when it is free."""
     with recycling.lock:
-        if _taken.pop(block, True):
+        forked = _taken.pop(block, None)
+        if forked is None:
+            return  # this is the child of a fork, which does not know the block
+        if forked:
             recycling.give_up(block)
             return
         block.used_at = time.monotonic()
@@ -195,7 +196,7 @@ def _give_up_free(idle_since: float | None) -> None:
                 if block.kind != MADE:
                     continue
                 if recycling.is_free(block) and (idle_since is None or block.used_at < idle_since):
-                    recycling.give_up(block)
+                    recycling.give_up(block, clean=True)
                 elif block.kind == MADE:
                     ring.append(block)
         for size in [size for size, ring in rings.items() if not ring]:

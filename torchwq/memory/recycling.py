@@ -14,7 +14,8 @@ code of a user's is called under it; should a finalizer run, it finds every bloc
   process that has had it is dead: its memory is not used again, and goes when nobody has it any more.
 * KEPT is set only by a process that reads the one end of some queue (an *inlet*). To break the promise it clears the
   flag first, and if a reference may be under way then, the storage is *parting*: kept until what was under way has
-  been counted or every inlet has been seen empty, two ticks running, so that nothing is being decoded either.
+  been counted, or every inlet has handed out all that was in it then, and one tick more, so that nothing is being
+  decoded either.
 * Given up is what cannot be accounted for: a block that a forked child or torch's own multiprocessing may see, one
   whose references do not come home, one whose maker is dead.
 * The table has every block of this process that has a number, under that number.
@@ -57,6 +58,14 @@ AT_ONCE: Final = 2000
 
 #: Reentrant, because a user's finalizer may run when anything is allocated, and may write to a queue.
 lock = threading.RLock()
+
+
+def is_locked_here() -> bool:
+    """Whether this thread has the lock: what runs then has interrupted someone who must not be made to wait."""
+    owned: Any = getattr(lock, "_is_owned", lambda: False)
+    return bool(owned())
+
+
 #: Blocks by their numbers.
 table: dict[int, Block] = {}
 #: How many made and mapped blocks there are, each of which holds a descriptor, and the bytes of the made ones.
@@ -72,8 +81,12 @@ _loss_at = 0.0
 class Inlet(Protocol):
     """Where this process, and no other, reads messages."""
 
-    def is_empty(self) -> bool:
-        """Whether no message is there that has not been decoded. Must not block."""
+    def mark(self) -> Any:
+        """What is in it now. Must not block."""
+        ...
+
+    def has_passed(self, mark: Any) -> bool:
+        """Whether all that was in it then has been handed out. Must not block."""
         ...
 
 
@@ -83,13 +96,22 @@ _inlets: weakref.WeakSet[Inlet] = weakref.WeakSet()
 class _Parting:
     """The storage of a block that is given up while references to it may be under way."""
 
-    __slots__ = ("capacity", "looks", "storage")
+    __slots__ = ("capacity", "marks", "passed", "storage")
 
     def __init__(self, storage: torch.UntypedStorage, capacity: int) -> None:
         self.storage = storage
         self.capacity = capacity
-        #: How often in a row all inlets have been seen empty.
-        self.looks = 0
+        self.marks: list[tuple[weakref.ref[Inlet], Any]] = [
+            (weakref.ref(inlet), inlet.mark()) for inlet in list(_inlets)
+        ]
+        #: Whether all inlets had passed their marks at the last tick.
+        self.passed = False
+
+    def have_passed(self) -> bool:
+        self.marks = [
+            (inlet, mark) for inlet, mark in self.marks if (it := inlet()) is not None and not it.has_passed(mark)
+        ]
+        return not self.marks
 
 
 _parting: dict[int, _Parting] = {}
@@ -287,18 +309,23 @@ def unmark(block: Block) -> None:
         delattr(storage, ATTRIBUTE)
 
 
-def give_up(block: Block) -> None:
-    """Use the memory of a block no more; what uses it now keeps it. Under the lock."""
+def give_up(block: Block, clean: bool = False) -> None:
+    """Use the memory of a block no more; what uses it now keeps it. Under the lock.
+
+    ``clean``: it is a made one, and free.
+    """
     global open_blocks, made_bytes
     parting = False
     if table.get(block.number) is block:
         del table[block.number]
         book = ledger.current()
         if book is not None:
-            if block.kind != ADOPTED and book.clear_flag(block.number, KEPT):
-                parting = book.is_under_way(block.number)
+            if block.kind in (MADE, MAPPED) and _inlets:
+                # Another block may have the row by now, and so this process's word: then it was kept, perhaps.
+                kept = book.clear_flag(block.number, KEPT) or not book.is_current(block.number)
+                parting = kept and book.is_under_way(block.number)
             if block.kind != MAPPED:
-                book.give_back(block.number)
+                book.give_back(block.number, clean)
     unmark(block)
     if parting:
         _parting[block.number] = _Parting(block.storage, block.capacity if block.kind == MADE else 0)
@@ -308,25 +335,34 @@ def give_up(block: Block) -> None:
     block.drop()
 
 
-def storage_of_parting(number: int) -> torch.UntypedStorage | None:
-    """The storage of a block that was given up while a message with it was under way. Under the lock."""
+def storage_of_parting(number: int, revive: bool) -> torch.UntypedStorage | None:
+    """The storage of a block that was given up while a message with it was under way. Under the lock.
+
+    ``revive``: it is to become a block's again.
+    """
     parting = _parting.get(number)
-    return None if parting is None else parting.storage
+    if parting is None:
+        return None
+    if revive:
+        _part_for_good(number)
+    return parting.storage
 
 
-def _look_at_parting() -> None:
-    """Let go of the storages that no message can refer to any more. Under the lock."""
+def _part_for_good(number: int) -> None:
     global open_blocks, made_bytes
-    if not _parting:
-        return
+    parting = _parting.pop(number)
+    open_blocks -= 1
+    made_bytes -= parting.capacity
+
+
+def look_at_parting() -> None:
+    """Let go of the storages that no message can refer to any more. Under the lock."""
     book = ledger.current()
-    quiet = all(inlet.is_empty() for inlet in list(_inlets))
     for number, parting in list(_parting.items()):
-        parting.looks = parting.looks + 1 if quiet else 0
-        if parting.looks > 1 or (book is not None and not book.is_under_way(number)):
-            del _parting[number]
-            open_blocks -= 1
-            made_bytes -= parting.capacity
+        if parting.passed or (book is not None and not book.is_under_way(number)):
+            _part_for_good(number)
+        else:
+            parting.passed = parting.have_passed()
 
 
 def give_away(block: Block) -> None:
@@ -396,7 +432,7 @@ def tick() -> None:
             now = time.monotonic()
             for callback in _on_tick:
                 callback(now)
-            _look_at_parting()
+            look_at_parting()
         finally:
             _ticking = False
             if open_blocks or table:

@@ -28,8 +28,17 @@ from .block import MAPPED, Block, Geometry
 #: Up to so many bytes are copied in less time than another thread needs to wake up.
 _AT_ONCE: Final = 64 * 1024
 
-#: Storages that a thread is moving, each by torch's name for it, and what others wait for.
-_moving: dict[int, threading.Event] = {}
+
+class _Mover:
+    """A thread that moves a storage, and what others wait for."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.done = threading.Event()
+
+
+#: Who moves which storage, by torch's name for it.
+_moving: dict[int, _Mover] = {}
 
 
 @reset_in_child
@@ -56,7 +65,8 @@ def is_for_torch(storage: torch.UntypedStorage) -> bool:
 def share(tensor: torch.Tensor) -> Block | None:
     """Get a dense CPU tensor of more than 0 bytes onto a block.
 
-    Returns None, with one warning, if there is no descriptor for it. Raises ResourceError if there is no memory.
+    Returns None, with one warning, if there is no descriptor for it; also if it would have to wait for itself.
+    Raises ResourceError if there is no memory.
     """
     geometry = storages.geometry(tensor)
     with recycling.lock:
@@ -73,17 +83,21 @@ def share(tensor: torch.Tensor) -> Block | None:
                 finally:
                     pool.restore(block)
                 return block
-    key = storage._cdata
-    while not _claim(key):
-        # Another thread has moved it meanwhile, perhaps, and it lies on another storage.
-        del storage
-        storage = tensor.untyped_storage()
         key = storage._cdata
+        del storage  # two threads that look at the same tensor must not take each other for owners
+    mover = _Mover()
     try:
+        while (other := _moving.setdefault(key, mover)) is not mover:
+            if not _wait_for(other):
+                return None
+            key = tensor.untyped_storage()._cdata  # another one, if it has been moved
+        with recycling.lock:
+            storage = tensor.untyped_storage()
+            movable = not storage.is_shared() and storages.is_sole_owner(tensor, storage)
         block = recycling.block_of(storage)
         if block is not None:
             return block
-        if not storage.is_shared() and storages.is_sole_owner(tensor, storage):
+        if movable:
             block = pool.take(storage.nbytes())
             if block is not None:
                 try:
@@ -94,21 +108,25 @@ def share(tensor: torch.Tensor) -> Block | None:
             del tensor
             block = _share_storage(storage)
     finally:
-        _moving.pop(key).set()
+        _finish(key, mover)
     if block is None:
         limits.warn_of_copies()
     return block
 
 
-def _claim(key: int) -> bool:
-    """Be the one who moves this storage. False, after waiting, if another thread was."""
-    with recycling.lock:
-        event = _moving.get(key)
-        if event is None:
-            _moving[key] = threading.Event()
-            return True
-    event.wait()
-    return False
+def _wait_for(other: _Mover) -> bool:
+    """Wait for another thread's move. False if that cannot be waited for: a finalizer or a signal handler writes what
+    its own thread is just moving, or runs while that holds a lock."""
+    if other.thread == threading.get_ident() or recycling.is_locked_here():
+        return False
+    other.done.wait(1.0)  # and look again
+    return True
+
+
+def _finish(key: int, mover: _Mover) -> None:
+    if _moving.get(key) is mover:
+        del _moving[key]
+    mover.done.set()
 
 
 def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geometry: Geometry) -> None:
@@ -152,13 +170,14 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:
     """The same for a storage of more than 0 bytes, with all tensors on it."""
-    key = storage._cdata
-    while not _claim(key):
-        pass
+    key, mover = storage._cdata, _Mover()
     try:
+        while (other := _moving.setdefault(key, mover)) is not mover:
+            if not _wait_for(other):
+                return None
         return recycling.block_of(storage) or _share_storage(storage)
     finally:
-        _moving.pop(key).set()
+        _finish(key, mover)
 
 
 def _share_storage(storage: torch.UntypedStorage) -> Block | None:

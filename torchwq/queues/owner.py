@@ -66,6 +66,7 @@ class Owner(Role, worker.EndListener):
         self._last_sent = 0
         self._history = History()
         self._inbox: deque[Received] = deque()
+        self._absorbed = 0  # how many were ever in the inbox
         self._members: dict[int, Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
         self._came = 0
@@ -138,12 +139,23 @@ class Owner(Role, worker.EndListener):
         with self._receiving:
             while (received := self._take_from_socket()) is not None:
                 self._inbox.append(received)
+                self._absorbed += 1
                 found = True
         return found
 
-    def is_empty(self) -> bool:
-        """Whether no answer is here that was not handed out; one that is just being taken may be overlooked."""
-        return bool(self.closed) or not (self._inbox or self.end.has_input())
+    def mark(self) -> list[int]:
+        """See ``recycling.Inlet``: first for the socket; once that has been passed, for the inbox behind it."""
+        return [self.end.mark()]
+
+    def has_passed(self, mark: list[int]) -> bool:
+        """Whether all answers that were here then were handed out; one that is just being taken may be overlooked."""
+        if self.closed:
+            return True
+        if len(mark) == 1:
+            if not self.end.has_passed(mark[0]):
+                return False
+            mark.append(self._absorbed)
+        return self._absorbed - len(self._inbox) >= mark[1]
 
     def _absorb_for_leavers(self) -> None:
         """Make room for the last answers of a worker that is leaving; the reactor calls this while one is."""
@@ -371,10 +383,10 @@ class Owner(Role, worker.EndListener):
             self.closed = "the queue is closed"
             members, self._members = list(self._members.values()), {}
             self._history.clear()
-            for unread in self._inbox:
-                codec.discard(*unread)
-            self._inbox.clear()
+            unread, self._inbox = self._inbox, deque()
             self._taken.notify_all()
+        for message in unread:  # not under the lock: it takes that of the memory
+            codec.discard(*message)
         self._on_close(self)
         recycling.suspect_losses()
         self.waiter.close()

@@ -47,8 +47,12 @@ class Endpoint(Protocol):
         """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
         ...
 
-    def has_input(self) -> bool:
-        """Whether anything is there to be received, or that is not known."""
+    def mark(self) -> int:
+        """A mark behind the last message that is there now."""
+        ...
+
+    def has_passed(self, mark: int) -> bool:
+        """Whether everything before ``mark`` has been received."""
         ...
 
     def stop_receiving(self) -> None:

@@ -24,10 +24,10 @@ from .sockets import (
     CLOEXEC,
     NO_WAIT,
     TRUNCATED,
-    has_input,
     received_fds,
     rights,
     send_buffer,
+    waiting,
 )
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
@@ -47,6 +47,8 @@ class SeqpacketEndpoint:
         # Bound once: attribute look-ups are a measurable part of a message's cost.
         self._send = self._socket.send
         self._recvmsg = self._socket.recvmsg
+        #: Bytes, as the kernel counts them. Threads may make it too small, and so ``has_passed`` wait longer.
+        self._received = 0
         closed_in_child(self)
 
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
@@ -77,6 +79,7 @@ class SeqpacketEndpoint:
                 if error.errno == errno.EBADF:  # closed by another thread of this process
                     raise EOFError from None
                 raise
+            self._received += len(data)
             if ancillary or flags & TRUNCATED:
                 return data, received_fds(ancillary, flags)
             if data:
@@ -89,8 +92,11 @@ class SeqpacketEndpoint:
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         return int(queued)
 
-    def has_input(self) -> bool:
-        return has_input(self._socket)
+    def mark(self) -> int:
+        return waiting(self._socket) + self._received
+
+    def has_passed(self, mark: int) -> bool:
+        return self._received >= mark or not waiting(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)

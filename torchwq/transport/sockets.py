@@ -90,15 +90,16 @@ def close_fds(fds: Sequence[int]) -> None:
                 pass
 
 
-def has_input(sock: socket.socket) -> bool:
-    """Whether anything is there to be received, or that is not known."""
-    if sock.fileno() < 0:
-        return False
+def waiting(sock: socket.socket) -> int:
+    """How many bytes are there to be received; 0 for a closed socket."""
+    fd = sock.fileno()
+    if fd < 0:
+        return 0
     try:
-        (waiting,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, b"\0" * 4))
-    except OSError:
-        return True
-    return bool(waiting)
+        (nbytes,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
+    except OSError as error:
+        return 0 if error.errno == errno.EBADF else 1
+    return int(nbytes)
 
 
 def peer_uid(sock: socket.socket) -> int:

@@ -31,7 +31,7 @@ from typing import Final
 
 from .endpoint import Received
 from .process import closed_in_child, reset_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, has_input, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer, waiting
 
 FRAME: Final = 16 * 1024
 _LENGTH: Final = struct.Struct("=I")
@@ -97,6 +97,8 @@ class StreamEndpoint:
         self._socket.setblocking(True)
         self._lock_fd = lock_fd
         self._locks = _locks_of(lock_fd)
+        #: Bytes, as the kernel counts them.
+        self._received = 0
         closed_in_child(self)
 
     @contextmanager
@@ -127,7 +129,9 @@ class StreamEndpoint:
         while True:
             try:
                 with self._held(self._locks.reading, 1):
-                    return receive_frame(self._socket)
+                    received = receive_frame(self._socket)
+                    self._received += _LENGTH.size + len(received[0])
+                    return received
             except BlockingIOError:
                 return None
             except ConnectionResetError:
@@ -146,8 +150,11 @@ class StreamEndpoint:
             return None
         return int(queued)
 
-    def has_input(self) -> bool:
-        return has_input(self._socket)
+    def mark(self) -> int:
+        return waiting(self._socket) + self._received
+
+    def has_passed(self, mark: int) -> bool:
+        return self._received >= mark or not waiting(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)
