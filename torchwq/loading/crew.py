@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, worker
+from .counters import ASLEEP, CONSUMED, GENERATION
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
 
@@ -177,10 +179,14 @@ def served_main(context: child.Context) -> int:
 class Hand:
     """One worker as its loader sees it."""
 
-    def __init__(self, start: Start, part: Part) -> None:
+    def __init__(self, start: Start, part: Part, flow: memoryview) -> None:
         self.worker_id = part.worker_id
         self._start = start
         self._part = part
+        self._flow = flow
+        self._fence = threading.Lock()
+        self._unsent: list[Any] = []
+        self._generation = 0
         #: Indices that it has not answered, in order. What was sent before the last new epoch is only to be skipped.
         self.tasks: deque[Any] = deque()
         self.to_skip = 0
@@ -207,10 +213,39 @@ class Hand:
         self.take: Callable[[], Received | None] = ours.try_receive
         self.waiter = Waiter(ours, Alarm())
         self.max_payload = ours.max_message - TRAILER
+        self._consumed = 0
         self._closed = False
 
+    def assign(self, index: Any) -> None:
+        """Let it make a batch for this index. It does not know of it before ``flush``."""
+        self.tasks.append(index)
+        self._unsent.append(index)
+
+    def flush(self, at_least: int = 1) -> None:
+        """Send it the indices that it does not know of, if they are so many."""
+        if len(self._unsent) >= at_least:
+            unsent, self._unsent = self._unsent, []
+            self.send((self._generation, unsent))
+
+    def consumed(self) -> None:
+        """One more of its answers was taken: it may make one more batch."""
+        self._consumed += 1
+        self._flow[CONSUMED] = self._consumed
+        with self._fence:
+            pass
+        if self._flow[ASLEEP]:
+            self.send(None)
+
+    def abandon_tasks(self) -> None:
+        """Nobody wants what it was asked for until now. Its answers will come, and are to be skipped."""
+        self.to_skip += len(self.tasks) - len(self._unsent)
+        self.tasks.clear()
+        self._unsent.clear()
+        self._generation += 1
+        self._flow[GENERATION] = self._generation
+
     def send(self, message: Any) -> None:
-        """Send an index or a message. One that is dead does not get it: that shows when its answer is waited for."""
+        """Send a message. One that is dead does not get it: that shows when its answer is waited for."""
         with contextlib.suppress(BrokenPipeError):
             self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
 
@@ -241,9 +276,11 @@ class Hand:
         """Put a new process in the place of a dead one, which goes on where that one was."""
         self._disconnect()
         self._part.resume, self._part.shared_seed = self.snapshot, shared_seed
+        self._flow[CONSUMED] = self._flow[ASLEEP] = 0
+        self.to_skip = 0
         self._open(self._part)
-        for index in self.tasks:
-            self.send(index)
+        self._unsent = list(self.tasks)
+        self.flush()
 
     def _disconnect(self) -> None:
         self._closed = True

@@ -12,7 +12,16 @@ from typing import Any, Final
 
 import torch
 import torch.utils.data
-from torch.utils.data import IterDataPipe, MapDataPipe
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterDataPipe,
+    MapDataPipe,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 AVAILABLE: bool
 try:
@@ -29,6 +38,15 @@ try:
     collate_tensor_fn: Any = _collate.collate_tensor_fn
     pin_memory: Any = _utils.pin_memory.pin_memory
     ITERABLE: Final = _kinds.Iterable
+    _DRAWN_AT_ONCE: Final = frozenset(
+        {
+            SequentialSampler,
+            SubsetRandomSampler,
+            WeightedRandomSampler,
+            DistributedSampler,
+            dataloader._InfiniteConstantSampler,
+        }
+    )
     _WorkerInfo: Any = _worker.WorkerInfo
     _profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
     AVAILABLE = True
@@ -73,6 +91,18 @@ def seeded(dataset: Any, shared_seed: int | None) -> Any:
     generator.manual_seed(shared_seed)
     settings: Any = torch.utils.data.graph_settings
     return settings.apply_random_seed(dataset, generator)
+
+
+def can_be_drawn_ahead(sampler: Any) -> bool:
+    """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and draws from no random
+    number generator that others use after its first index."""
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) is RandomSampler:
+        return sampler.generator is None or (
+            not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
+        )
+    return type(sampler) in _DRAWN_AT_ONCE
 
 
 def is_profiled() -> bool:

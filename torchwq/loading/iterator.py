@@ -30,6 +30,7 @@ from ..marshalling import codec, exceptions
 from ..memory import recycling
 from ..transport.endpoint import Received
 from . import crew, internals, state
+from .counters import Counters
 from .crew import Hand
 from .job import Part, Plan
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
@@ -38,6 +39,9 @@ from .statistics import Meter
 
 log = logging.getLogger("torchwq")
 
+#: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
+#: anyone: a message then brings several.
+_AHEAD: Final = 8
 #: How many batches an automatic number of workers is looked at after, and the part of the time that is too long a wait.
 _LOOK_EVERY: Final = 64
 _TOO_LONG: Final = 0.1
@@ -80,6 +84,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._meter = meter
         self._death: WorkerDied | None = None
         self._restarts = 0
+        # How many indices more than are needed now are drawn, and how many are sent in one message.
+        bulk = self._in_order and internals.can_be_drawn_ahead(self._index_sampler)
+        self._ahead_of_need, self._bulk = (_AHEAD, _AHEAD // 2) if bulk else (0, 1)
         self._ahead: _Ahead | None = None
         if resume is not None:
             self._base_seed = resume.base_seed
@@ -95,6 +102,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             batch_size=loader.batch_size,
             snapshots=options.snapshots or options.restarts > 0,
             counters=meter.counters,
+            flow=Counters(),
+            prefetch=self._prefetch,
             reader=recycling.slot(),
         )
         self._start = crew.starter(loader.multiprocessing_context, self._plan)
@@ -109,7 +118,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise
 
     def _hire(self, worker_id: int, resume: Snapshot) -> Hand:
-        hand = Hand(self._start, Part(worker_id, self._num_workers, self._shared_seed, resume))
+        part = Part(worker_id, self._num_workers, self._shared_seed, resume)
+        hand = Hand(self._start, part, self._plan.flow.of(worker_id))
         self._hands.append(hand)
         recycling.add_inlet(hand)
         return hand
@@ -168,14 +178,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._prime()
 
     def _prime(self) -> None:
-        for _ in range(self._prefetch * len(self._hands)):
+        for _ in range((self._prefetch + self._ahead_of_need) * len(self._hands)):
             self._put_index()
+        self._flush()
+
+    def _flush(self) -> None:
+        for hand in self._hands:
+            hand.flush()
 
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
         for hand in self._hands:
-            hand.to_skip += len(hand.tasks)
-            hand.tasks.clear()
+            hand.abandon_tasks()
         if self._pinner is not None:
             self._pinner.skip()
 
@@ -204,6 +218,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         except StopIteration:
             if not self._sampler_ended:
                 self._sampler_ended = True
+                self._flush()
                 if self._options.prefetch_across_epochs:
                     sampler = self._index_sampler
                     self._ahead = _Ahead(
@@ -220,6 +235,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         try:
             index = next(self._ahead.sampler)
         except StopIteration:
+            self._flush()
             return
         self._ahead.drawn += 1
         self._assign(index, self._epoch + 1)
@@ -233,15 +249,15 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 break
         else:
             return
-        hand.tasks.append(index)
+        hand.assign(index)
         self._turns.append((hand, epoch))
-        hand.send(index)
+        hand.flush(self._bulk)
         if self._pinner is not None:
             self._pinner.expect(hand)
 
     def _share(self) -> int:
         """How many indices a worker may have where order does not matter."""
-        return self._prefetch * len(self._hands) // max(1, sum(hand.active for hand in self._hands))
+        return int(self._prefetch * len(self._hands) // max(1, sum(hand.active for hand in self._hands)))
 
     # Batches
 
@@ -322,6 +338,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             except TimeoutError:
                 raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
             hand.tasks.popleft()
+            hand.consumed()
             self._take_turn(hand)
             return hand, answer
 
@@ -359,6 +376,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if received is None or not found.to_skip:
                 return found, received
             found.to_skip -= 1
+            found.consumed()
             codec.discard(*received)
 
     def _receive_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
@@ -397,7 +415,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._restarts += 1
         self._meter.restarts += 1
         warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
-        hand.to_skip = 0
         hand.restart(self._shared_seed)
 
     def _look_whether_to_hire(self) -> None:
@@ -411,9 +428,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         hand = self._hire(count, Snapshot())
         self._meter.workers = self._num_workers
         log.info("DataLoader: %d workers now, because the consumer waited %.0f %% of its time", count + 1, 100 * waited)
-        for _ in range(self._prefetch):
+        for _ in range(self._prefetch + self._ahead_of_need):
             self._next_hand = hand.worker_id
             self._put_index()
+        self._flush()
 
     # State and end
 

@@ -14,11 +14,13 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import select
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,9 +34,11 @@ from ..transport.endpoint import Endpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from . import collation, internals
-from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
+from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, NBYTES, WAITED, Counters
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 
+#: How often a worker that is far enough ahead looks whether it still is before it sleeps.
+_LOOKS: Final = 10
 #: Seconds for which a worker whose loader is gone may go on with what it is at.
 _GRACE: Final = 1.5
 
@@ -54,6 +58,9 @@ class Plan:
     #: Whether each batch comes with from where to go on after it.
     snapshots: bool
     counters: Counters
+    flow: Counters
+    #: How many batches a worker may make ahead.
+    prefetch: int
     #: The loader's slot in the ledger of shared memory.
     reader: int
 
@@ -81,6 +88,11 @@ class Job:
         self._batches = 0
         self._wraps = False
         self._limit = 0
+        self._made = 0
+        self._tasks: deque[Any] = deque()
+        self._words = plan.counters.of(part.worker_id)
+        self._flow = plan.flow.of(part.worker_id)
+        self._fence = threading.Lock()
 
     def run(self, end: Endpoint) -> None:
         """Answer until the loader closes the connection."""
@@ -88,24 +100,30 @@ class Job:
         self._limit = end.max_message - TRAILER
         outbox = Outbox(end)
         outbox.reader = self._plan.reader
-        waiter = Waiter(end, Alarm())
+        self._end = end
+        self._waiter = Waiter(end, Alarm())
         self._set_up()
-        words = self._plan.counters.of(self._part.worker_id)
+        words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._plan.prefetch
         since = time.perf_counter_ns()
         try:
             while True:
-                received = end.try_receive() or waiter.wait(end.try_receive, None)
-                assert received is not None
-                task = codec.decode(*received)
-                began = time.perf_counter_ns()
-                words[WAITED] += began - since
-                since = began
+                if not tasks:
+                    self._receive()
+                    continue
+                task = tasks.popleft()
                 if type(task) is NewEpoch:
                     self._begin(task.shared_seed)
                     continue
-                payload = self._answer(task)
-                del task, received
+                generation, index = task
+                wanted = generation == flow[GENERATION]
+                if wanted and self._made - flow[CONSUMED] >= prefetch:
+                    self._wait_until_consumed()
+                began = time.perf_counter_ns()
+                words[WAITED] += began - since
+                payload = self._answer(index) if wanted else self._encode(End())
+                del task, index
                 outbox.send(payload)
+                self._made += 1
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[BATCHES] += 1
@@ -113,6 +131,29 @@ class Job:
                 del payload
         except (EOFError, BrokenPipeError):
             pass  # the loader is gone, or has no use for more
+
+    def _receive(self) -> None:
+        received = self._end.try_receive() or self._waiter.wait(self._end.try_receive, None)
+        assert received is not None
+        message = codec.decode(*received)
+        if type(message) is NewEpoch:
+            self._tasks.append(message)
+        elif message is not None:
+            generation, indices = message
+            self._tasks.extend([(generation, index) for index in indices])
+
+    def _wait_until_consumed(self) -> None:
+        flow, enough = self._flow, self._made - self._plan.prefetch
+        for _ in range(_LOOKS):
+            os.sched_yield()
+            if flow[CONSUMED] > enough:
+                return
+        flow[ASLEEP] = 1
+        with self._fence:
+            pass
+        while flow[CONSUMED] <= enough:
+            self._receive()
+        flow[ASLEEP] = 0
 
     def _set_up(self) -> None:
         plan, part = self._plan, self._part
@@ -142,7 +183,7 @@ class Job:
         )
         self._ended = False
         self._batches = resume.batches
-        iterator = getattr(self._fetcher, "dataset_iter", None)
+        iterator: Any = getattr(self._fetcher, "dataset_iter", None)
         stateful = hasattr(iterator, "state_dict") or hasattr(self._dataset, "state_dict")
         self._wraps = plan.snapshots or (plan.kind == internals.ITERABLE and stateful)
         if resume.iterator is not None:
@@ -150,8 +191,8 @@ class Job:
         elif plan.kind == internals.ITERABLE and resume.dataset is None:
             # What has no state of its own is iterated again up to where it was.
             samples = plan.batch_size if plan.auto_collation and plan.batch_size else 1
-            for _ in range(resume.batches * samples):
-                next(iterator, None)
+            for _ in itertools.islice(iterator, resume.batches * samples):
+                pass
 
     def _begin(self, shared_seed: int | None) -> None:
         self._dataset = internals.seeded(self._dataset, shared_seed)
@@ -193,7 +234,7 @@ class Job:
     def _snapshot(self) -> Snapshot:
         after = Snapshot(self._batches)
         if self._plan.kind == internals.ITERABLE:
-            iterator = getattr(self._fetcher, "dataset_iter", None)
+            iterator: Any = getattr(self._fetcher, "dataset_iter", None)
             if hasattr(iterator, "state_dict"):
                 after.iterator = iterator.state_dict()
             elif hasattr(self._dataset, "state_dict"):

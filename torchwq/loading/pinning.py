@@ -65,7 +65,7 @@ class Pinner:
         torch.set_num_threads(1)
         if self._device_index is not None:
             torch.accelerator.set_device_index(self._device_index)
-        while not self._stopped:
+        while True:
             expected = self._expected.get()
             if expected is None:
                 return

@@ -34,7 +34,7 @@ from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
 from ..transport.sockets import close_fds
-from . import functions, locate, reducers, single
+from . import functions, locate, plain, reducers
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
 CALL_LIMIT: Final = 16 * 1024 - 64
@@ -42,6 +42,8 @@ CALL_LIMIT: Final = 16 * 1024 - 64
 OUT_OF_BAND: Final = 32 * 1024
 #: How long in its block the pickle is with the list of references behind it, and whether the descriptors are in a bag.
 _HEAD: Final = struct.Struct("=Q?")
+#: What may take the shortest way.
+_PLAIN: Final = frozenset({torch.Tensor, dict, list, tuple})
 #: Number and bytes of a block that a message refers to, and how many of these there are.
 _REFERENCE: Final = struct.Struct("=QQ")
 #: Set in the bytes of a block that is one of the pickle's buffers.
@@ -246,8 +248,8 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
     reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all` turns that
     into a MarshalError that names the place.
     """
-    if type(obj) is torch.Tensor:
-        parcel = single.encode(obj, limit, fresh)
+    if type(obj) in _PLAIN:
+        parcel = plain.encode(obj, limit, fresh)
         if parcel is not None:
             return parcel
     try:
@@ -373,12 +375,10 @@ def decode(data: bytes, fds: list[int]) -> Any:
         return pickle.loads(data)
     try:
         if kind == REFERENCES:
-            tensor = single.decode(data)
-            if tensor is not None:
-                return tensor
-            obj = _loads(data, _arrivals(data, len(data) - TRAILER, fds), fds)
-            if type(obj) is torch.Tensor:
-                single.learn(obj)
+            obj = plain.decode(data)
+            if obj is None:
+                obj = _loads(data, _arrivals(data, len(data) - TRAILER, fds), fds)
+                plain.learn(obj)
             return obj
         if kind == BLOCK:
             return _decode_block(data, fds)

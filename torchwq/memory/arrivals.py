@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -150,6 +150,34 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
             block.used_at = time.monotonic()
             recycling.watch(tensor, block)
         return tensor
+
+
+def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geometry]) -> list[torch.Tensor] | None:
+    """The same for a message of several tensors, each on a block of its own."""
+    global hits
+    with recycling.lock:
+        recycling.settle()
+        table, book = recycling.table, ledger.current()
+        if book is None:
+            return None
+        found = []
+        for number, nbytes in references:
+            block = table.get(number)
+            if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
+                return None
+            found.append(block)
+        flags, now = _flags(), time.monotonic()
+        tensors = []
+        for block, geometry in zip(found, geometries, strict=True):
+            kind = block.kind
+            tensor = recycling.template(block, geometry).detach()
+            book.count_got(block.number, flags[kind])
+            if kind == MAPPED:
+                block.used_at = now
+                recycling.watch(tensor, block)
+            tensors.append(tensor)
+        hits += len(tensors)
+        return tensors
 
 
 def _flags() -> tuple[int, int, int, int]:

@@ -216,7 +216,7 @@ class Ledger:
         words = self._words
         index = self._column + 2 * (number & _LOW)
         word = words[index]
-        generation, row = number >> 32, number & _LOW
+        generation = number >> 32
         if word >> 32 == generation and word & _COUNT != _COUNT:
             words[index] = word + _ONE  # if it is not current, nobody believes the word
             return
