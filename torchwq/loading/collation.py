@@ -8,19 +8,23 @@ replaced by one that stacks them into a block of the pool. That also serves coll
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from ..marshalling.tensors import is_unusual
 from ..memory import sharing, storages
-from ..memory.block import Block
+from ..memory.block import Block, Geometry
 from ..memory.recycling import block_of
 from . import internals
 
-#: The blocks that this worker has stacked a batch's tensors into, since it was cleared. Nobody else has tensors on them,
-#: so these tensors may go by reference.
+#: The blocks that this worker has stacked a batch's tensors into, since it was cleared. Nobody else has tensors on
+#: them, so these tensors may go by reference.
 made: set[Block] = set()
+
+#: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
+_stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
+_MOST_STACKS: Final = 1024
 
 
 def install() -> None:
@@ -34,19 +38,21 @@ def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None)
     first = batch[0]
     if type(first) is not torch.Tensor or is_unusual(first):
         return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
-    size = (len(batch), *first.shape)
-    elements = len(batch) * first.numel()
-    out = None
-    if elements:
-        stride, strides = elements, []
-        for length in size:
-            stride //= length
-            strides.append(stride)
-        geometry = storages.CODES[first.dtype], 0, size, tuple(strides)
-        out = sharing.new(geometry, elements * first.element_size())
+    key = first.dtype, len(batch), first.shape
+    geometry, nbytes = _stacks.get(key) or _stack(*key)
+    out = sharing.new(geometry, nbytes) if nbytes else None
     if out is None:
         return torch.stack(tuple(batch), 0)
     block = block_of(out.untyped_storage())
     if block is not None:
         made.add(block)
     return torch.stack(tuple(batch), 0, out=out)
+
+
+def _stack(dtype: torch.dtype, count: int, shape: torch.Size) -> tuple[Geometry, int]:
+    if len(_stacks) >= _MOST_STACKS:
+        _stacks.clear()
+    meta = torch.empty((count, *shape), dtype=dtype, device="meta")
+    found = (storages.CODES[dtype], 0, meta.size(), meta.stride()), meta.numel() * meta.element_size()
+    _stacks[dtype, count, shape] = found
+    return found

@@ -110,6 +110,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         try:
             for worker_id in range(self._num_workers):
                 self._hire(worker_id, Snapshot() if resume is None else resume.snapshots[worker_id])
+            # torch draws one more here, although its workers have been given the first.
+            internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             if self._pin_memory:
                 self._pinner = Pinner(self._receive_message, self._pin_memory_device)
             self._begin(resume)
@@ -368,6 +370,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 try:
                     received = hand.take()
                     if received is None:
+                        hand.flush()  # so nobody waits for an answer to what was not asked
                         began = time.perf_counter_ns()
                         received = hand.waiter.wait(hand.take, deadline)
                         self._meter.waited += time.perf_counter_ns() - began
@@ -392,6 +395,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     if began:
                         self._meter.waited += time.perf_counter_ns() - began
                     return hand, received
+            self._flush()
             began = began or time.perf_counter_ns()
             poll = select.poll()
             for hand in busy:

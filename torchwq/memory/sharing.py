@@ -25,6 +25,9 @@ from ..transport.process import reset_in_child
 from . import limits, pool, recycling, storages
 from .block import MAPPED, Block, Geometry
 
+#: A view is copied without what is between its elements if that is so many times as much, and so many bytes.
+_SPARSE: Final = 16
+_LARGE: Final = 1 << 20
 #: Up to so many bytes are copied in less time than another thread needs to wake up.
 _AT_ONCE: Final = 64 * 1024
 
@@ -136,11 +139,11 @@ def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geo
 def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
     """A block with the values of a dense CPU tensor of at least one element: block, storage, how the copy lies on it.
 
-    The copy has the tensor's strides, unless there are large gaps between its elements. Returns None, with one warning,
+    The copy has the tensor's strides, unless there is much more between its elements than in them. Returns None, with one warning,
     if there is no descriptor for it. Raises ResourceError if there is no memory.
     """
     span = storages.span(tensor)
-    if span > 2 * tensor.numel():
+    if span > _SPARSE * tensor.numel() and span * tensor.element_size() > _LARGE:
         tensor = tensor.detach().contiguous()
         span = tensor.numel()
     code, _, size, stride = storages.geometry(tensor)

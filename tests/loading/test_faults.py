@@ -1,0 +1,349 @@
+"""Failures, deaths, timeouts, and ends of all kinds: nothing hangs, nothing is left behind, and the error tells all."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import torchwq
+from tests.conftest import wait_until
+from torchwq.loading import crew
+
+from . import datasets
+from .datasets import same
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_failure_comes_with_type_traceback_and_index_and_the_loader_goes_on(method: str) -> None:
+    loader = torchwq.DataLoader(datasets.Failing({5, 13}), batch_size=4, num_workers=2, multiprocessing_context=method)
+    iterator = iter(loader)
+    found = []
+    errors = []
+    while True:
+        try:
+            found.append(next(iterator)[:, 0].tolist())
+        except StopIteration:
+            break
+        except KeyError as error:
+            errors.append(error)
+    assert found == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
+    assert [error.args for error in errors] == [("no sample 5",), ("no sample 13",)]
+    assert "__getitem__" in str(errors[0].__cause__)
+    if sys.version_info >= (3, 11):
+        assert errors[0].__notes__ == ["in DataLoader worker process 1, at index 5"]
+
+
+def test_a_failing_init_fn() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), batch_size=4, num_workers=2, worker_init_fn=datasets.fail_to_start)
+    with pytest.raises(OSError, match="worker 0 finds no data"):
+        next(iter(loader))
+
+
+def test_a_batch_that_cannot_travel_is_an_error_with_its_place() -> None:
+    loader = torchwq.DataLoader(
+        datasets.Plain(), batch_size=4, num_workers=1, collate_fn=lambda batch: {"it": (x for x in batch)}
+    )
+    with pytest.raises(torchwq.MarshalError, match=re.escape("batch['it']")):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_killed_worker_is_told_within_a_second(method: str) -> None:
+    loader = torchwq.DataLoader(datasets.Dying(9), batch_size=4, num_workers=2, multiprocessing_context=method)
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    began = time.monotonic()
+    with pytest.raises(torchwq.WorkerDied) as caught:
+        next(iterator)
+    assert time.monotonic() - began < 1.5
+    death = caught.value
+    assert death.mapid == 0
+    assert death.signal == signal.SIGKILL
+    assert death.pid
+    for words in ("DataLoader worker 0", f"pid {death.pid}", "SIGKILL", "[8, 9, 10, 11]", "memory"):
+        assert words in str(death)
+    with pytest.raises(torchwq.WorkerDied):
+        next(iterator)
+
+
+def test_a_worker_that_exits_is_a_death_too() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), batch_size=4, num_workers=1, collate_fn=lambda batch: os._exit(3))
+    with pytest.raises(torchwq.WorkerDied, match="exit status 3"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_restarted_worker_makes_the_same_batches(tmp_path: Any, method: str, persistent: bool) -> None:
+    def run(folder: Any, **more: Any) -> Any:
+        torch.manual_seed(5)
+        loader = torchwq.DataLoader(
+            datasets.Dying(9, folder),
+            batch_size=2,
+            shuffle=True,
+            num_workers=2,
+            multiprocessing_context=method,
+            persistent_workers=persistent,
+            **more,
+        )
+        return [batch for _ in range(2) for batch in loader], loader
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "9").touch()
+    (tmp_path / "killed").mkdir()
+    expected, _ = run(str(tmp_path / "whole"))
+    with pytest.warns(UserWarning, match=r"SIGKILL.*It is restarted \(1 of 3\)"):
+        found, loader = run(str(tmp_path / "killed"), on_worker_death="restart")
+    assert same(expected, found)
+    assert loader.stats().restarts == 1
+
+
+def test_restarts_are_limited() -> None:
+    loader = torchwq.DataLoader(
+        datasets.Dying(9), batch_size=4, num_workers=2, on_worker_death="restart", max_restarts=2
+    )
+    with pytest.warns(UserWarning, match="restarted"), pytest.raises(torchwq.WorkerDied, match="2 restarts were"):
+        list(loader)
+
+
+def test_timeout() -> None:
+    loader = torchwq.DataLoader(datasets.Slow(), num_workers=1, timeout=0.2)
+    iterator = iter(loader)
+    with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0.2 seconds"):
+        next(iterator)
+
+
+def children() -> set[int]:
+    import psutil
+
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("how", ["exhausted", "break", "garbage", "del in mid-epoch"])
+def test_no_worker_is_left(method: str, how: str) -> None:
+    before = children()
+    loader = torchwq.DataLoader(datasets.Plain(200), num_workers=2, multiprocessing_context=method)
+    if how == "exhausted":
+        list(loader)
+    elif how == "break":
+        for _ in loader:
+            break
+    else:
+        iterator = iter(loader)
+        next(iterator)
+        if how == "garbage":
+            cycle: list[Any] = [iterator]
+            cycle.append(cycle)
+            del iterator, cycle
+            gc.collect()
+        else:
+            del iterator
+    wait_until(lambda: children() <= before, what="the end of the workers")
+
+
+def test_a_busy_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "PATIENCE", 0.1)
+    before = children()
+    iterator = iter(torchwq.DataLoader(datasets.Slow(), num_workers=2))
+    began = time.monotonic()
+    del iterator
+    wait_until(lambda: children() <= before)
+    assert time.monotonic() - began < 10
+
+
+def test_kept_batches_stay_and_dropped_ones_are_used_again() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(400, 100), batch_size=4, num_workers=2, shuffle=False)
+    kept = list(loader)
+    for number, batch in enumerate(kept):
+        assert batch[:, 0].tolist() == list(range(4 * number, 4 * number + 4))
+    places = set()
+    for batch in loader:
+        places.add(batch.data_ptr())
+        del batch
+    assert len(places) < 40
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_batch_changed_in_place_harms_no_one(batch_size: int | None) -> None:
+    loader = torchwq.DataLoader(datasets.Cached(), batch_size=batch_size, num_workers=1, persistent_workers=True)
+    collate = torchwq.DataLoader(
+        datasets.Cached(), 2, num_workers=1, persistent_workers=True, collate_fn=lambda batch: batch[0]
+    )
+    for each in (loader, collate):
+        first = [(item.clone(), row.clone()) for item, row in each]
+        for item, row in each:
+            item.fill_(-1)
+            row.fill_(-1)
+        assert same(first, [(item.clone(), row.clone()) for item, row in each])
+
+
+def test_the_dataset_of_the_loaders_process_stays_private() -> None:
+    dataset = datasets.Cached()
+    list(torchwq.DataLoader(dataset, num_workers=1))
+    assert not dataset.items[0].is_shared()
+
+
+def test_an_iterator_goes_when_its_loader_goes() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), num_workers=1, persistent_workers=True)
+    iterator = iter(loader)
+    next(iterator)
+    alive = weakref.ref(iterator)
+    del iterator, loader
+    gc.collect()
+    assert alive() is None
+
+
+SCRIPT = """
+    import signal, sys, os, torch, torchwq
+    class Data(torch.utils.data.Dataset):
+        def __len__(self): return 1000
+        def __getitem__(self, index): return torch.ones(3) * index
+    iterator = iter(torchwq.DataLoader(Data(), batch_size=2, num_workers=2{more}))
+    next(iterator)
+    print("begun", flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("more", ["", ", multiprocessing_context='spawn'", ", persistent_workers=True"])
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("pass", 0),
+        ("raise ValueError('oops')", 1),
+        ("sys.exit(3)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+    ],
+)
+def test_exit_in_mid_epoch_is_clean(run_script: Any, end: str, code: int, more: str) -> None:
+    import psutil
+
+    done = run_script(SCRIPT.format(end=end, more=more), check=False)
+    assert done.returncode == code
+    assert done.stdout == "begun\n"
+    assert "oops" in done.stderr if code == 1 else not done.stderr
+    wait_until(
+        lambda: (
+            not [
+                each for each in psutil.process_iter(["cmdline"]) if "script.py" in " ".join(each.info["cmdline"] or [])
+            ]
+        )
+    )
+
+
+def test_ctrl_c_is_one_keyboard_interrupt(tmp_path: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, torchwq, time\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 10**9\n"
+        "    def __getitem__(self, index):\n"
+        "        time.sleep(0.01)\n"
+        "        return torch.ones(3)\n"
+        "for number, batch in enumerate(torchwq.DataLoader(Data(), num_workers=2)):\n"
+        "    if number == 3: print('begun', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_lambda_and_a_class_of_main_reach_clean_workers(run_script: Any) -> None:
+    done = run_script("""
+        import torch, torchwq
+        class Data(torch.utils.data.Dataset):
+            def __init__(self, table): self.table = table
+            def __len__(self): return 8
+            def __getitem__(self, index): return self.table[index] * scale
+        scale = 10
+        offset = torch.ones(1)
+        loader = torchwq.DataLoader(Data(torch.arange(8.0)), batch_size=4, num_workers=2,
+            multiprocessing_context="spawn", collate_fn=lambda batch: torch.stack(batch) + offset)
+        print([batch.tolist() for batch in loader])
+    """)
+    assert done.stdout.strip() == "[[1.0, 11.0, 21.0, 31.0], [41.0, 51.0, 61.0, 71.0]]"
+
+
+def test_a_dataset_that_cannot_travel_is_refused_with_its_place() -> None:
+    class Holding(datasets.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.file = open(os.devnull)  # noqa: SIM115
+
+    dataset = Holding()
+    loader = torchwq.DataLoader(dataset, num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(torchwq.MarshalError, match=r"the loader's\[0\]\.dataset\.file"):
+        iter(loader)
+    assert next(iter(torchwq.DataLoader(dataset, num_workers=1))).shape == (1, 3)
+    dataset.file.close()
+
+
+def test_the_data_of_clean_workers_are_in_memory_once(run_script: Any) -> None:
+    done = run_script(
+        """
+        import numpy as np, psutil, torch, torchwq
+        class Data(torch.utils.data.Dataset):
+            def __init__(self, mb):
+                self.tensor = torch.ones(mb, 1_000_000, dtype=torch.uint8)
+                self.array = np.ones((mb, 1_000_000), np.uint8)
+            def __len__(self): return len(self.tensor)
+            def __getitem__(self, index):
+                return self.tensor[index].sum(dtype=torch.int64) + int(self.array[index].sum(dtype=np.int64))
+        def used():
+            me = psutil.Process()
+            return sum(each.memory_full_info().pss for each in [me, *me.children(recursive=True)])
+        def run(mb):
+            loader = torchwq.DataLoader(Data(mb), batch_size=8, num_workers=4, multiprocessing_context="forkserver",
+                persistent_workers=True)
+            assert all(bool((batch == 2_000_000).all()) for batch in loader)
+            return used(), loader
+        import warnings; warnings.simplefilter("ignore")
+        small, _ = run(64)
+        del _
+        large, _ = run(464)
+        print((large - small) / 800e6)
+    """,
+        timeout=120,
+    )
+    # Once the tensors, twice the arrays: the loader's own, and one for all workers.
+    assert float(done.stdout) < 1.8
+
+
+def test_a_dataset_with_files_and_locks_works_in_forked_workers(run_script: Any) -> None:
+    """Workers that are forked see the dataset as it is."""
+    done = run_script("""
+        import torch, torchwq
+        class Data(torch.utils.data.Dataset):
+            lock = __import__("threading").Lock()
+            file = open("/dev/null")
+            def __len__(self): return 8
+            def __getitem__(self, index):
+                with self.lock:
+                    return self.file.fileno() >= 0, index
+        print([batch[1].tolist() for batch in torchwq.DataLoader(Data(), batch_size=4, num_workers=2)])
+    """)
+    assert done.stdout.strip() == "[[0, 1, 2, 3], [4, 5, 6, 7]]"
