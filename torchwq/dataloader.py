@@ -1,12 +1,13 @@
 """``DataLoader``: torch's, with the transport under its workers replaced.
 
 A subclass, so that frameworks which look for ``torch.utils.data.DataLoader`` take it, and everything that is not
-about workers stays torch's: argument checks, samplers, collation, ``num_workers=0``. Only ``_get_iterator`` gives another
-iterator, of :mod:`torchwq.loading`.
+about workers stays torch's: argument checks, samplers, collation, ``num_workers=0``. Only ``_get_iterator`` gives
+another iterator, of :mod:`torchwq.loading`.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 import weakref
@@ -33,8 +34,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     changed in place.
 
     Args:
-        dataset, batch_size, shuffle, sampler, batch_sampler, collate_fn, pin_memory, drop_last, timeout, worker_init_fn,
-            generator, prefetch_factor, persistent_workers, pin_memory_device, in_order: as for torch's DataLoader.
+        dataset, batch_size, shuffle, sampler, batch_sampler, collate_fn, pin_memory, drop_last, timeout,
+            worker_init_fn, generator, prefetch_factor, persistent_workers, pin_memory_device, in_order: as for torch's
+            DataLoader.
         num_workers: how many worker processes load batches; 0 loads in this process, by torch's own code; ``"auto"``
             begins with one and adds more while the consumer waits for batches and cores are idle (with an iterable
             dataset, whose parts depend on the number, one for each core from the start).
@@ -49,8 +51,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     Raises:
         ValueError: for combinations that make no sense, with torch's own words where torch has them.
-        MarshalError: (by iterating) workers begin clean, and something of the dataset cannot travel to them; the message
-            names its place.
+        MarshalError: (by iterating) workers begin clean, and something of the dataset cannot travel to them; the
+            message names its place.
         WorkerDied: (by iterating) a worker was killed; the message tells which, how, and what it had in hand.
 
     Source: ``torch.utils.data.DataLoader``; ``torchdata.stateful_dataloader`` for ``state_dict``.
@@ -84,12 +86,12 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
         most = 0
-        if num_workers == "auto":
+        if isinstance(num_workers, str):
+            if num_workers != "auto":
+                raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
             cores = _cores()
             most = 0 if iterable else cores
             num_workers = cores if iterable else 1
-        elif isinstance(num_workers, str):
-            raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
         if on_worker_death not in ("raise", "restart"):
             raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
         if max_restarts < 0:
@@ -149,7 +151,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def __iter__(self) -> Any:
         if self._loaded is not None and self._iterator is not None:
-            self._iterator._shutdown_workers()  # a state has been loaded: begin with new workers
+            iterator: Any = self._iterator
+            iterator._shutdown_workers()  # a state has been loaded: begin with new workers
             self._iterator = None
         elif self._iterator is not None and isinstance(self._iterator, Iterator) and self._iterator.is_closed:
             self._iterator = None
@@ -172,13 +175,14 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             iterator: Any = super()._get_iterator()
             samples = getattr(iterator._dataset_fetcher, "dataset_iter", None)
             if samples is None:
-                for _ in range(loaded.yielded):
-                    next(iterator._sampler_iter, None)
+                indices = itertools.islice(iterator._sampler_iter, loaded.yielded, None)
+                # The next one is drawn now, while the random numbers are those of the state.
+                iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
             elif snapshot.iterator is not None:
                 samples.load_state_dict(snapshot.iterator)
             elif snapshot.dataset is None:
-                for _ in range(loaded.yielded * (self.batch_size or 1)):
-                    next(samples, None)
+                for _ in itertools.islice(samples, loaded.yielded * (self.batch_size or 1)):
+                    pass
             iterator._num_yielded = loaded.yielded
         return iterator
 
@@ -242,8 +246,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             state_dict: what :meth:`state_dict` has returned, in this process or in another one.
 
         Raises:
-            ValueError: it is no state of a loader like this one; the message tells what it needs, for example the number
-                of workers.
+            ValueError: it is no state of a loader like this one; the message tells what it needs, for example the
+                number of workers.
 
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """

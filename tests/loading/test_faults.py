@@ -236,13 +236,11 @@ def test_exit_in_mid_epoch_is_clean(run_script: Any, end: str, code: int, more: 
     assert done.returncode == code
     assert done.stdout == "begun\n"
     assert "oops" in done.stderr if code == 1 else not done.stderr
-    wait_until(
-        lambda: (
-            not [
-                each for each in psutil.process_iter(["cmdline"]) if "script.py" in " ".join(each.info["cmdline"] or [])
-            ]
-        )
-    )
+
+    def left() -> list[Any]:
+        return [it for it in psutil.process_iter(["cmdline"]) if "script.py" in " ".join(it.info["cmdline"] or [])]
+
+    wait_until(lambda: not left(), what="the end of all processes")
 
 
 def test_ctrl_c_is_one_keyboard_interrupt(tmp_path: Any) -> None:

@@ -167,13 +167,19 @@ def served_main(context: child.Context) -> int:
     try:
         plan = codec.decode(*context.receive())
     except Exception as error:
-        failure = Failure(
-            exceptions.pack(error), "before its first batch: what the loader has sent cannot be rebuilt here"
-        )
+        failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
         Outbox(end).send(codec.encode(failure, end.max_message - TRAILER, upvalues=True))
         return 1
     Job(plan, part).run(end)
     return 0
+
+
+class Gone(Exception):
+    """The connection to a worker has ended."""
+
+    def __init__(self, hand: Hand) -> None:
+        super().__init__(hand.worker_id)
+        self.hand = hand
 
 
 class Hand:
@@ -229,16 +235,16 @@ class Hand:
 
     def consumed(self) -> None:
         """One more of its answers was taken: it may make one more batch."""
-        self._consumed += 1
-        self._flow[CONSUMED] = self._consumed
         with self._fence:
-            pass
+            self._consumed += 1
+            self._flow[CONSUMED] = self._consumed
         if self._flow[ASLEEP]:
             self.send(None)
 
-    def abandon_tasks(self) -> None:
-        """Nobody wants what it was asked for until now. Its answers will come, and are to be skipped."""
-        self.to_skip += len(self.tasks) - len(self._unsent)
+    def abandon_tasks(self, skip: bool) -> None:
+        """Nobody wants what it was asked for until now. Its answers will come; ``skip``: they are to be skipped."""
+        if skip:
+            self.to_skip += len(self.tasks) - len(self._unsent)
         self.tasks.clear()
         self._unsent.clear()
         self._generation += 1

@@ -94,8 +94,8 @@ def seeded(dataset: Any, shared_seed: int | None) -> Any:
 
 
 def can_be_drawn_ahead(sampler: Any) -> bool:
-    """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and draws from no random
-    number generator that others use after its first index."""
+    """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and after its first
+    index it draws from no random number generator that others use."""
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
     if type(sampler) is RandomSampler:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import select
 import time
 import warnings
 from collections import deque
@@ -28,13 +27,13 @@ from typing import Any, Final
 from ..errors import WorkerDied
 from ..marshalling import codec, exceptions
 from ..memory import recycling
-from ..transport.endpoint import Received
 from . import crew, internals, state
 from .counters import Counters
-from .crew import Hand
+from .crew import Gone, Hand
 from .job import Part, Plan
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 from .pinning import Pinner
+from .reception import Reception
 from .statistics import Meter
 
 log = logging.getLogger("torchwq")
@@ -85,7 +84,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._death: WorkerDied | None = None
         self._restarts = 0
         # How many indices more than are needed now are drawn, and how many are sent in one message.
-        bulk = self._in_order and internals.can_be_drawn_ahead(self._index_sampler)
+        bulk = self._in_order and not self._pin_memory and internals.can_be_drawn_ahead(self._index_sampler)
         self._ahead_of_need, self._bulk = (_AHEAD, _AHEAD // 2) if bulk else (0, 1)
         self._ahead: _Ahead | None = None
         if resume is not None:
@@ -106,6 +105,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             prefetch=self._prefetch,
             reader=recycling.slot(),
         )
+        self._reception = Reception(self._hands, self._in_order, meter)
         self._start = crew.starter(loader.multiprocessing_context, self._plan)
         try:
             for worker_id in range(self._num_workers):
@@ -113,7 +113,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             # torch draws one more here, although its workers have been given the first.
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             if self._pin_memory:
-                self._pinner = Pinner(self._receive_message, self._pin_memory_device)
+                self._pinner = Pinner(self._reception.wait, self._pin_memory_device)
             self._begin(resume)
         except BaseException:
             self.close()
@@ -191,9 +191,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
         for hand in self._hands:
-            hand.abandon_tasks()
+            hand.abandon_tasks(skip=self._pinner is None)
         if self._pinner is not None:
-            self._pinner.skip()
+            self._pinner.abandon()
 
     def _goes_on_ahead(self) -> bool:
         """Begin the epoch whose first batches are under way already, if it is the one that is wanted."""
@@ -330,11 +330,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 if self._pinner is not None:
                     hand, answer = self._pinner.get(deadline)
                 else:
-                    hand, received = self._receive(self._turns[0][0] if self._in_order else None, deadline)
+                    hand, received = self._reception.receive(self._turns[0][0], deadline)
                     answer = None if received is None else codec.decode(*received)
                     if received is None:
                         raise TimeoutError
-            except _Gone as gone:
+            except Gone as gone:
                 self._mend(gone.hand)
                 continue
             except TimeoutError:
@@ -353,58 +353,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     del self._turns[position]
                     break
 
-    def _receive_message(self, hand: Hand | None) -> tuple[Hand, Any]:
-        """For the thread that pins."""
-        found, received = self._receive(hand if self._in_order else None, None)
-        if received is None:
-            raise EOFError  # closed
-        return found, codec.decode(*received)
-
-    def _receive(self, hand: Hand | None, deadline: float | None) -> tuple[Hand, Received | None]:
-        """The next answer of one worker, or of any."""
-        while True:
-            if hand is None:
-                found, received = self._receive_any(deadline)
-            else:
-                found = hand
-                try:
-                    received = hand.take()
-                    if received is None:
-                        hand.flush()  # so nobody waits for an answer to what was not asked
-                        began = time.perf_counter_ns()
-                        received = hand.waiter.wait(hand.take, deadline)
-                        self._meter.waited += time.perf_counter_ns() - began
-                except EOFError:
-                    raise _Gone(hand) from None
-            if received is None or not found.to_skip:
-                return found, received
-            found.to_skip -= 1
-            found.consumed()
-            codec.discard(*received)
-
-    def _receive_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
-        busy = [hand for hand in self._hands if hand.tasks or hand.to_skip]
-        began = 0
-        while True:
-            for hand in busy:
-                try:
-                    received = hand.take()
-                except EOFError:
-                    raise _Gone(hand) from None
-                if received is not None:
-                    if began:
-                        self._meter.waited += time.perf_counter_ns() - began
-                    return hand, received
-            self._flush()
-            began = began or time.perf_counter_ns()
-            poll = select.poll()
-            for hand in busy:
-                poll.register(hand.end.fileno(), select.POLLIN)
-            left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
-            if left <= 0:
-                return busy[0], None
-            poll.poll(left * 1000)
-
     # Workers that die, and workers that are missing
 
     def _mend(self, hand: Hand) -> None:
@@ -420,6 +368,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._meter.restarts += 1
         warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
         hand.restart(self._shared_seed)
+        if self._pinner is not None:
+            self._pinner.mended()
 
     def _look_whether_to_hire(self) -> None:
         count = len(self._hands)
@@ -481,14 +431,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def __del__(self) -> None:
         if not self._closed and not crew.is_finalizing():
             self.close()
-
-
-class _Gone(Exception):
-    """The connection to a worker has ended."""
-
-    def __init__(self, hand: Hand) -> None:
-        super().__init__(hand.worker_id)
-        self.hand = hand
 
 
 def _epoch_of(sampler: Any) -> Any:

@@ -186,6 +186,8 @@ class Job:
         iterator: Any = getattr(self._fetcher, "dataset_iter", None)
         stateful = hasattr(iterator, "state_dict") or hasattr(self._dataset, "state_dict")
         self._wraps = plan.snapshots or (plan.kind == internals.ITERABLE and stateful)
+        if resume.ended:
+            self._fetcher.ended = True
         if resume.iterator is not None:
             iterator.load_state_dict(resume.iterator)
         elif plan.kind == internals.ITERABLE and resume.dataset is None:
@@ -234,6 +236,7 @@ class Job:
     def _snapshot(self) -> Snapshot:
         after = Snapshot(self._batches)
         if self._plan.kind == internals.ITERABLE:
+            after.ended = self._fetcher.ended
             iterator: Any = getattr(self._fetcher, "dataset_iter", None)
             if hasattr(iterator, "state_dict"):
                 after.iterator = iterator.state_dict()

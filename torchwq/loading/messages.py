@@ -1,16 +1,16 @@
 """What a loader and its workers say to each other, over one connection for each worker.
 
 To the worker: ``(generation, indices)``, as the sampler gave them, for each of which it makes one batch; or a
-:class:`NewEpoch`; or None, to wake it. To the loader: one answer for each index, in the order of the indices: the batch
-itself, or one of the other classes here. So who answers what needs no numbers, and a worker whose connection ends has in
-hand exactly what it has not answered.
+:class:`NewEpoch`; or None, to wake it. To the loader: one answer for each index, in the order of the indices: the
+batch itself, or one of the other classes here. So who answers what needs no numbers, and a worker whose connection ends
+has in hand exactly what it has not answered.
 
 Indices may be sent far ahead, many in a message. How far ahead *batches* are made is governed by shared words
 (``counters``), so that a consumer that takes a batch need not send anything:
 
 * The worker makes the next batch if it has made fewer than ``prefetch`` more than ``CONSUMED`` says.
-* Else it sets ``ASLEEP``, looks once more, and waits for a message. Whoever raises ``CONSUMED`` looks at ``ASLEEP`` after
-  that, and sends a message if it is set. Both have a fence in between, so one of them sees the other's store.
+* Else it sets ``ASLEEP``, looks once more, and waits for a message. Whoever raises ``CONSUMED`` looks at ``ASLEEP``
+  after that, and sends a message if it is set. Both have a fence in between, so one of them sees the other's store.
 * Tasks of another generation than ``GENERATION`` are not wanted any more. They are answered by ``End`` at once.
 """
 
@@ -26,14 +26,18 @@ from ..marshalling.exceptions import PackedException
 class Snapshot:
     """From where a worker can go on.
 
-    ``iterator`` and ``dataset`` are what their ``state_dict()`` gave, where they have one; ``random`` the states of the
-    random number generators; ``batches`` how many batches the worker has made in this epoch.
+    Attributes:
+        batches: how many batches the worker has made in this epoch.
+        iterator, dataset: what their ``state_dict()`` gave, where they have one.
+        random: the states of the random number generators.
+        ended: whether the last batch was not complete, because an iterable dataset had no more.
     """
 
     batches: int = 0
     iterator: Any = None
     dataset: Any = None
     random: Any = None
+    ended: bool = False
 
 
 @dataclass(slots=True)

@@ -2,6 +2,9 @@
 
 A batch is unpickled and pinned by the thread; the consumer finds it ready. The thread takes answers in the order in
 which the consumer will want them.
+
+Invariant: for each ``expect`` the thread receives one answer. Those that nobody wants any more are received too, and
+dropped by ``get``: which these are is known by counting, because each worker answers in order.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +20,22 @@ import torch
 
 from ..marshalling import exceptions
 from . import internals
-from .crew import Hand
+from .crew import Gone, Hand
 from .messages import Batch, End, Failure
 
 
 class Pinner:
     """The thread. ``receive(hand)`` takes the next answer; it raises what the consumer is to see."""
 
-    def __init__(self, receive: Callable[[Hand | None], tuple[Hand, Any]], device: Any) -> None:
+    def __init__(self, receive: Callable[[Hand], tuple[Hand, Any]], device: Any) -> None:
         self._receive = receive
         self._device = device
         self._expected: queue.SimpleQueue[Hand | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[tuple[int, Hand | None, Any]] = queue.SimpleQueue()
-        self._epoch = 0
+        #: Which generation each worker's next answers belong to.
+        self._generations: dict[Hand, deque[int]] = {}
+        self._generation = 0
+        self._ready: queue.SimpleQueue[tuple[Hand | None, Any]] = queue.SimpleQueue()
+        self._mended: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._stopped = False
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
@@ -36,30 +43,31 @@ class Pinner:
 
     def expect(self, hand: Hand) -> None:
         """One more answer of this worker will come."""
+        self._generations.setdefault(hand, deque()).append(self._generation)
         self._expected.put(hand)
 
-    def skip(self) -> None:
+    def abandon(self) -> None:
         """Nobody wants what was expected until now."""
-        self._epoch += 1
-        while True:
-            try:
-                self._expected.get_nowait()
-            except queue.Empty:
-                return
+        self._generation += 1
+
+    def mended(self) -> None:
+        """A worker that was gone has been replaced: what it was to answer will come."""
+        self._mended.put(True)
 
     def get(self, deadline: float | None) -> tuple[Hand, Any]:
         """The next answer, pinned. Raises TimeoutError after ``deadline`` (time.monotonic), or what has gone wrong."""
         while True:
             try:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                epoch, hand, answer = self._ready.get(timeout=left)
+                hand, answer = self._ready.get(
+                    timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+                )
             except queue.Empty:
                 raise TimeoutError from None
-            if epoch != self._epoch:
-                continue
             if hand is None:
                 raise answer
-            return hand, answer
+            if self._generations[hand].popleft() == self._generation:
+                return hand, answer
+            hand.consumed()
 
     def _run(self) -> None:
         torch.set_num_threads(1)
@@ -69,15 +77,19 @@ class Pinner:
             expected = self._expected.get()
             if expected is None:
                 return
-            epoch = self._epoch
-            try:
-                hand, answer = self._receive(expected)
-            except Exception as error:
-                if self._stopped:
+            while True:
+                try:
+                    hand, answer = self._receive(expected)
+                    break
+                except Gone as gone:
+                    self._ready.put((None, gone))
+                    if not self._mended.get():
+                        return
+                except Exception as error:
+                    if not self._stopped:
+                        self._ready.put((None, error))
                     return
-                self._ready.put((epoch, None, error))
-                continue
-            self._ready.put((epoch, hand, self._pin(answer)))
+            self._ready.put((hand, self._pin(answer)))
 
     def _pin(self, answer: Any) -> Any:
         try:
@@ -93,6 +105,7 @@ class Pinner:
         """End the thread as soon as what it waits for is closed."""
         self._stopped = True
         self._expected.put(None)
+        self._mended.put(False)
 
     def join(self) -> None:
         if self._thread is not threading.current_thread():

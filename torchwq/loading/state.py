@@ -1,10 +1,11 @@
 """What a loader saves, and how the same batches come out of it again.
 
 For a map-style dataset the state is the position in the sampler's sequence, and what makes the sequence come out the
-same: the state of the random number generator from which the sampler began to draw, or the sampler's own state if it has
-one. Going on means to draw and drop that many indices; nothing is fetched. For an iterable dataset it is the state of
-each worker's dataset or of its iterator, where they have one (``state_dict``, as in torchdata); else how far it had
-come, and it is iterated again up to there.
+same: the state of the random number generator from which the sampler began to draw, or the sampler's own state if it
+has one. Going on means to draw and drop that many indices; nothing is fetched.
+
+For an iterable dataset it is the state of each worker's dataset or of its iterator, where they have one
+(``state_dict``, as in torchdata); else how far it had come, and it is iterated again up to there.
 """
 
 from __future__ import annotations

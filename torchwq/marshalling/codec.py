@@ -245,8 +245,8 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
     A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
-    reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all` turns that
-    into a MarshalError that names the place.
+    reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all`
+    turns that into a MarshalError that names the place.
     """
     if type(obj) in _PLAIN:
         parcel = plain.encode(obj, limit, fresh)

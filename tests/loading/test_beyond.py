@@ -1,0 +1,217 @@
+"""What torch's DataLoader does not have: statistics, workers by need, prefetching across epochs; and pinning."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+import torchwq
+from torchwq.loading import internals, iterator, statistics
+
+from . import datasets
+from .datasets import same
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def test_statistics_add_up() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(400, 1000), batch_size=4, num_workers=2)
+    assert "no batch" in loader.stats().verdict
+    for _ in range(2):
+        list(loader)
+    stats = loader.stats()
+    assert stats.batches == 200
+    assert stats.bytes >= 2 * 400 * 1000 * 8
+    assert stats.num_workers == 2
+    assert stats.batches_per_second > 0
+    assert stats.workers_busy > 0
+    assert "bound" in stats.verdict
+
+
+def test_the_verdict() -> None:
+    verdict = statistics._verdict
+    assert verdict(5.0, 10.0, 0.1, 19.0, 9).startswith("data-bound")
+    assert "more of them may help" in verdict(5.0, 10.0, 0.1, 19.0, 9)
+    assert verdict(0.1, 10.0, 15.0, 4.0, 9).startswith("compute-bound")
+
+
+def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torchwq.dataloader
+
+    monkeypatch.setattr(torchwq.dataloader, "_cores", lambda: 3)
+    monkeypatch.setattr(iterator, "_LOOK_EVERY", 8)
+    monkeypatch.setattr(statistics.Meter, "since_last_look", lambda self: (0.5, True))
+    with caplog.at_level(logging.INFO, "torchwq"):
+        loader = torchwq.DataLoader(datasets.Plain(200), batch_size=2, num_workers="auto")
+        assert loader.num_workers == 1
+        found = [batch[:, 0].tolist() for batch in loader]
+    assert found == [[number, number + 1] for number in range(0, 200, 2)]
+    assert loader.stats().num_workers == 3
+    assert "3 workers now" in caplog.text
+    assert len(list(loader)) == 100
+    assert loader.num_workers == 3
+
+
+def test_an_automatic_number_of_workers_stays_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iterator, "_LOOK_EVERY", 8)
+    monkeypatch.setattr(statistics.Meter, "since_last_look", lambda self: (0.0, True))
+    loader = torchwq.DataLoader(datasets.Plain(100), batch_size=2, num_workers="auto")
+    list(loader)
+    assert loader.stats().num_workers == 1
+
+
+def test_automatic_workers_of_a_stream_are_as_many_as_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchwq.dataloader
+
+    monkeypatch.setattr(torchwq.dataloader, "_cores", lambda: 2)
+    loader = torchwq.DataLoader(datasets.Stream(), batch_size=3, num_workers="auto")
+    assert loader.num_workers == 2
+    assert sorted(int(number) for batch, _ in loader for number in batch) == sorted([*range(23), 1000])
+    with pytest.raises(ValueError, match="'auto'"):
+        torchwq.DataLoader(datasets.Plain(), num_workers="many")  # type: ignore[arg-type]
+
+
+def test_prefetching_across_epochs_brings_the_same_batches() -> None:
+    def run(**more: Any) -> Any:
+        torch.manual_seed(3)
+        loader = torchwq.DataLoader(
+            datasets.Plain(), 4, True, num_workers=2, persistent_workers=True, drop_last=True, **more
+        )
+        return [[batch for batch in loader] for _ in range(4)]  # noqa: C416
+
+    assert same(run(), run(prefetch_across_epochs=True))
+
+
+def test_workers_have_the_next_epoch_ready() -> None:
+    loader = torchwq.DataLoader(
+        datasets.Plain(), 4, num_workers=1, persistent_workers=True, prefetch_across_epochs=True
+    )
+    list(loader)
+    assert loader._iterator._turns  # type: ignore[union-attr]
+    assert len(list(loader)) == 10
+
+
+def test_set_epoch_between_epochs_is_heeded_although_batches_were_prefetched() -> None:
+    def run(cls: Any, **more: Any) -> Any:
+        dataset = datasets.Plain()
+        sampler = DistributedSampler(dataset, num_replicas=2, rank=0)
+        loader = cls(dataset, 4, sampler=sampler, num_workers=2, persistent_workers=True, **more)
+        out = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            out += list(loader)
+        return out
+
+    assert same(run(torch.utils.data.DataLoader), run(torchwq.DataLoader, prefetch_across_epochs=True))
+
+
+def test_breaking_off_with_prefetching_across_epochs() -> None:
+    loader = torchwq.DataLoader(
+        datasets.Plain(), 4, num_workers=2, persistent_workers=True, prefetch_across_epochs=True
+    )
+    for stop in (2, 8, 10, 3):
+        for number, batch in enumerate(loader):
+            assert batch[:, 0].tolist() == list(range(4 * number, min(4 * number + 4, 37)))
+            if number + 1 == stop:
+                break
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_workers": 2}, {"num_workers": 0}, {"dataset": datasets.Stream(), "num_workers": 1}],
+    ids=["no persistent workers", "no workers", "iterable"],
+)
+def test_prefetching_across_epochs_says_what_it_needs(arguments: dict[str, Any]) -> None:
+    arguments = {"dataset": datasets.Plain(), "prefetch_across_epochs": True, **arguments}
+    with pytest.raises(ValueError, match="persistent_workers=True"):
+        torchwq.DataLoader(**arguments)
+
+
+@pytest.mark.parametrize("bad", [{"on_worker_death": "shrug"}, {"max_restarts": -1}])
+def test_bad_arguments_of_our_own(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        torchwq.DataLoader(datasets.Plain(), **bad)
+
+
+class Pinned:
+    """Stands for an accelerator: marks what was pinned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+        monkeypatch.setattr(internals, "pin_memory", self.pin)
+
+    def pin(self, data: Any, device: Any) -> Any:
+        self.count += 1
+        assert device == "cuda"
+        return data.clone() if isinstance(data, torch.Tensor) else data
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_batches_are_pinned_in_a_thread(monkeypatch: pytest.MonkeyPatch, persistent: bool, in_order: bool) -> None:
+    pinned = Pinned(monkeypatch)
+    loader = torchwq.DataLoader(
+        datasets.Plain(), 4, num_workers=2, pin_memory=True, persistent_workers=persistent, in_order=in_order
+    )
+    for _ in range(2):
+        rows = [int(row[0]) for batch in loader for row in batch]
+        assert (rows if in_order else sorted(rows)) == list(range(37))
+    for number, _ in enumerate(loader):
+        if number == 2:
+            break
+    assert len(list(loader)) == 10
+    assert pinned.count >= 30
+
+
+def test_pinning_with_failures_deaths_streams_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pinned(monkeypatch)
+    failing = iter(torchwq.DataLoader(datasets.Failing({1}), 4, num_workers=2, pin_memory=True))
+    with pytest.raises(KeyError):
+        next(failing)
+    assert next(failing)[0, 0] == 4
+    del failing
+    with pytest.raises(torchwq.WorkerDied):
+        list(torchwq.DataLoader(datasets.Dying(9), 4, num_workers=2, pin_memory=True))
+    stream = torchwq.DataLoader(datasets.Stream(), 3, num_workers=3, pin_memory=True)
+    assert sorted(int(number) for batch, _ in stream for number in batch) == sorted([*range(23), 1000, 1000, 1001])
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2, pin_memory=True)
+    iterator = iter(loader)
+    next(iterator)
+    loader.load_state_dict(loader.state_dict())
+    del iterator
+    assert len(list(loader)) == 9
+
+
+def test_a_failing_pin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pinned(monkeypatch)
+
+    def fail(data: Any, device: Any) -> Any:
+        raise RuntimeError("no pages left")
+
+    monkeypatch.setattr(internals, "pin_memory", fail)
+    with pytest.raises(RuntimeError, match="no pages left"):
+        next(iter(torchwq.DataLoader(datasets.Plain(), num_workers=1, pin_memory=True)))
+
+
+def test_without_torchs_private_parts_torchs_own_transport_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "AVAILABLE", False)
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1)
+    with pytest.warns(RuntimeWarning, match="torch's own transport"):
+        assert len(list(loader)) == 10
+
+
+def test_the_profiler_sees_the_loader() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        list(loader)
+    assert any("enumerate(DataLoader)" in event.key for event in profile.key_averages())

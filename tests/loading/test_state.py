@@ -1,0 +1,217 @@
+"""A state taken anywhere brings exactly the batches that were left, in a new loader, as after a restart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import RandomSampler, Sampler
+
+import torchwq
+
+from . import datasets
+from .datasets import same
+
+pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.timeout(120)]
+
+
+def saved(state: Any) -> Any:
+    """What comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def check(make: Any, stop: int, epochs_before: int = 0, part: Any = lambda batch: batch) -> None:
+    """Interrupt after ``stop`` batches of an epoch; the rest must be what an uninterrupted run gives."""
+    torch.manual_seed(11)
+    whole = make()
+    for _ in range(epochs_before):
+        list(whole)
+    expected = [part(batch) for batch in whole]
+
+    torch.manual_seed(11)
+    loader = make()
+    for _ in range(epochs_before):
+        list(loader)
+    iterator = iter(loader)
+    found = [part(next(iterator)) for _ in range(stop)]
+    state = saved(loader.state_dict())
+    del iterator, loader
+
+    torch.manual_seed(999)
+    torch.rand(7)
+    before = torch.get_rng_state()
+    resumed = make()
+    resumed.load_state_dict(state)
+    found += [part(batch) for batch in resumed]
+    assert same(expected, found)
+    assert len(found) == len(expected)
+    del before
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 9])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in turn", "shuffled"])
+def test_map_style(workers: int, shuffle: bool, stop: int) -> None:
+    check(lambda: torchwq.DataLoader(datasets.Plain(), 4, shuffle, num_workers=workers), stop)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_in_a_later_epoch(persistent: bool) -> None:
+    check(
+        lambda: torchwq.DataLoader(datasets.Plain(), 4, True, num_workers=2, persistent_workers=persistent),
+        3,
+        epochs_before=2,
+    )
+
+
+def test_with_a_generator() -> None:
+    def make() -> Any:
+        return torchwq.DataLoader(datasets.Plain(), 4, True, num_workers=2, generator=torch.Generator().manual_seed(4))
+
+    check(make, 3)
+    dataset = datasets.Plain()
+    check(
+        lambda: torchwq.DataLoader(
+            dataset, 4, sampler=RandomSampler(dataset, generator=torch.Generator().manual_seed(4)), num_workers=2
+        ),
+        3,
+        epochs_before=1,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize("dataset", [datasets.Stream, datasets.StatefulStream])
+def test_iterable(dataset: Any, stop: int, workers: int) -> None:
+    def numbers(batch: Any) -> Any:
+        return (batch[0] if isinstance(batch, list) else batch[:, :1]).flatten().tolist()
+
+    check(lambda: torchwq.DataLoader(dataset(), 3, num_workers=workers), stop, part=numbers)
+
+
+def test_a_stateful_stream_is_not_iterated_again() -> None:
+    loader = torchwq.DataLoader(datasets.StatefulStream(), 3, num_workers=2)
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    state = loader.state_dict()
+    del iterator
+    resumed = torchwq.DataLoader(datasets.StatefulStream(), 3, num_workers=2)
+    resumed.load_state_dict(state)
+    made = next(iter(resumed))[:, 1].tolist()
+    assert made == [1, 2, 3], "the worker had made none before"
+
+
+def test_a_map_style_dataset_is_not_asked_for_the_batches_before() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1)
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = loader.state_dict()
+    del iterator
+    resumed = torchwq.DataLoader(datasets.Failing(set(range(20)), 37), 4, num_workers=1)
+    resumed.load_state_dict(state)
+    assert next(iter(resumed))[:, 0].tolist() == [20, 21, 22, 23]
+
+
+class Counting(Sampler[int]):
+    """A sampler with a state; counts what is drawn from it."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.drawn = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.next < 30:
+            self.next += 1
+            self.drawn += 1
+            yield self.next - 1
+        self.next = 0
+
+    def __len__(self) -> int:
+        return 30
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sampler_with_a_state_is_moved_by_it(workers: int) -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), None, sampler=Counting(), num_workers=workers)
+    iterator = iter(loader)
+    for _ in range(10):
+        next(iterator)
+    state = saved(loader.state_dict())
+    del iterator
+    sampler = Counting()
+    resumed = torchwq.DataLoader(datasets.Plain(), None, sampler=sampler, num_workers=workers)
+    resumed.load_state_dict(state)
+    assert [int(row[0]) for row in resumed] == list(range(10, 30))
+    assert sampler.drawn == 20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_random_numbers_of_workers_go_on_where_they_were(workers: int) -> None:
+    def make() -> Any:
+        loader = torchwq.DataLoader(datasets.Random(), 4, True, num_workers=workers)
+        loader.state_dict()  # from now on states have them
+        return loader
+
+    check(make, 3)
+
+
+def test_before_the_first_and_after_the_last_batch() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
+    fresh = saved(loader.state_dict())
+    list(loader)
+    over = saved(loader.state_dict())
+    for state in (fresh, over):
+        resumed = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
+        resumed.load_state_dict(state)
+        assert len(list(resumed)) == 10
+
+
+def test_loading_leaves_the_random_numbers_of_the_training_alone() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, True, num_workers=1)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    del iterator
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    loader.load_state_dict(state)
+    resumed = iter(loader)
+    torch.manual_seed(5)
+    next(resumed)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_epoch_after_a_resumed_one_is_whole() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2, persistent_workers=True)
+    iterator = iter(loader)
+    next(iterator)
+    loader.load_state_dict(loader.state_dict())
+    assert len(list(loader)) == 9
+    assert len(list(loader)) == 10
+
+
+def test_a_state_says_what_it_needs() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=r"num_workers=2 .* num_workers=3.*Make the loader with num_workers=2"):
+        torchwq.DataLoader(datasets.Plain(), 4, num_workers=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="map-style dataset, and this one has an iterable-style"):
+        torchwq.DataLoader(datasets.Stream(), 4, num_workers=2).load_state_dict(state)
+    for nonsense in ({}, {"_sampler_iter_state": 3}, None):
+        with pytest.raises(ValueError, match="no state of a torchwq"):
+            loader.load_state_dict(nonsense)  # type: ignore[arg-type]
