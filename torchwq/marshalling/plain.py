@@ -1,9 +1,9 @@
 """The shortest way for the commonest messages with tensors: plain dense ones, alone or in a flat dict, list or tuple.
 
-Such a message is the same pickle again and again, but for the numbers of the blocks, which are not in the pickle. So the
-pickle is made once for each *shape* (what the collection is, and how each tensor lies on its block), and recognised by
-its bytes at the reader, which then has nothing to unpickle. What either side does not know takes the general way; the
-bytes are those of the general way, too.
+Such a message is the same pickle again and again, but for the numbers of the blocks, which are not in the pickle. So
+the pickle is made once for each *shape* (what the collection is, and how each tensor lies on its block), and recognised
+by its bytes at the reader, which then has nothing to unpickle. What either side does not know takes the general way;
+the bytes are those of the general way, too.
 """
 
 from __future__ import annotations

@@ -73,8 +73,9 @@ _ONE: Final = 8
 _COUNT: Final = 0xFFFFFFFF - _FLAGS
 _LOW: Final = 0xFFFFFFFF
 
-# In words of 8 bytes: the head (how many slots were ever used, and where generations begin), for each row its
-# generation and, in the upper half, the last one that was given back while messages may have referred to its block, then for each slot its words, two for each row.
+# In words of 8 bytes: the head (how many slots were ever used, and where generations begin); for each row its
+# generation and, in the upper half, the last one that was given back while messages may have referred to its block;
+# then for each slot its words, two for each row.
 _USED: Final = 0
 _SALT: Final = 1
 _GENERATIONS: Final = 512

@@ -139,8 +139,8 @@ def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geo
 def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
     """A block with the values of a dense CPU tensor of at least one element: block, storage, how the copy lies on it.
 
-    The copy has the tensor's strides, unless there is much more between its elements than in them. Returns None, with one warning,
-    if there is no descriptor for it. Raises ResourceError if there is no memory.
+    The copy has the tensor's strides, unless there is much more between its elements than in them. Returns None, with
+    one warning, if there is no descriptor for it. Raises ResourceError if there is no memory.
     """
     span = storages.span(tensor)
     if span > _SPARSE * tensor.numel() and span * tensor.element_size() > _LARGE:
