@@ -1,4 +1,4 @@
-"""The contenders of the loader benchmark: each makes the same batches of the same dataset with the same number of workers.
+"""The contenders of the loader benchmark: each makes the same batches of one dataset with the same number of workers.
 
 Those of other projects are measured where they are installed (the extra `bench`), each set up as its documentation
 shows for a map-style dataset: indices in batches, fetched and collated by its workers.

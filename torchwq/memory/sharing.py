@@ -197,14 +197,13 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
 
 def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
     """A new tensor in a block of ``nbytes`` > 0 bytes, its values arbitrary. None if there is no descriptor for it."""
-    if nbytes <= _AT_ONCE:
-        with recycling.lock:
-            block = pool.borrow(nbytes)
-            if block is not None:
-                try:
-                    return recycling.template(block, geometry).detach()
-                finally:
-                    pool.restore(block)
+    with recycling.lock:
+        block = pool.borrow(nbytes)
+        if block is not None:
+            try:
+                return recycling.template(block, geometry).detach()
+            finally:
+                pool.restore(block)
     block = pool.take(nbytes)
     if block is None:
         return None
