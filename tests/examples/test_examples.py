@@ -78,3 +78,19 @@ def test_train_digits(tmp_path: Path) -> None:
     assert float(accuracy[1]) > 80
     assert status == (0 if float(accuracy[1]) >= 97 else 1)
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.timeout(120)
+def test_lightning_digits(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "lightning_digits.py")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained on 460 batches from 2 workers\n" in done.stdout
+    assert re.search(r"accuracy on held-out images: 9[5-9]|100", done.stdout)
