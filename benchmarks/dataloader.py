@@ -17,7 +17,7 @@ if not __package__:
 
 import contextlib
 import io
-import multiprocessing
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +33,6 @@ from benchmarks import _loaders
 from benchmarks._harness import Measure, Results, Target, conclude, environment, interleave, parser, show_results
 
 WORKERS = 2
-FORK = multiprocessing.get_context("fork")
 
 
 class Rows(Dataset[Any]):
@@ -194,24 +193,20 @@ def used() -> int:
 
 def added_memory(kind: str, method: str) -> float:
     """How many gigabytes four workers add, measured in a process of its own."""
-    answer = FORK.SimpleQueue()
+    program = f"from benchmarks import dataloader; print(dataloader.memory_of_workers({kind!r}, {method!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    return float(done.stdout)
 
-    def run() -> None:
-        torchwq.warm_up()
-        dataset = Large(kind)
-        before = used()
-        with quiet():
-            loader = torchwq.DataLoader(
-                dataset, 10, num_workers=4, multiprocessing_context=method, persistent_workers=True
-            )
-            for _ in loader:
-                pass
-            answer.put((used() - before) / 1e9)
 
-    process = FORK.Process(target=run)
-    process.start()
-    process.join()
-    return float(answer.get())
+def memory_of_workers(kind: str, method: str) -> float:
+    torchwq.warm_up()
+    dataset = Large(kind)
+    before = used()
+    with quiet():
+        loader = torchwq.DataLoader(dataset, 10, num_workers=4, multiprocessing_context=method, persistent_workers=True)
+        for _ in loader:
+            pass
+        return (used() - before) / 1e9
 
 
 # --- results ---

@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as npst
 
 from torchwq import MarshalError, ResourceError
 from torchwq.marshalling import codec
+from torchwq.marshalling.payload import OUT_OF_BAND
 from torchwq.memory.parcel import BLOCK, REFERENCES, Parcel
 
 from . import library
@@ -67,7 +68,7 @@ nested = st.recursive(
 #: Sizes at which something changes: the inline limit of a call and of a queue, a pickle frame, the out-of-band limit.
 EDGES = sorted(
     {0, 1, 3 << 20}
-    | {edge + delta for edge in (LIMIT, codec.OUT_OF_BAND, 32759, 1 << 16) for delta in (-40, -20, -10, -1, 0, 1, 10)}
+    | {edge + delta for edge in (LIMIT, OUT_OF_BAND, 32759, 1 << 16) for delta in (-40, -20, -10, -1, 0, 1, 10)}
 )
 
 
@@ -125,7 +126,7 @@ def test_small_content_is_a_bare_pickle() -> None:
 
 
 def test_a_table_of_very_many_arrays_respects_the_limit_of_a_message() -> None:
-    arrays = [np.full(codec.OUT_OF_BAND, index % 251, np.uint8) for index in range(1100)]
+    arrays = [np.full(OUT_OF_BAND, index % 251, np.uint8) for index in range(1100)]
     payload = codec.encode(arrays, LIMIT)
     assert isinstance(payload, Parcel)
     assert len(payload.data) <= LIMIT
@@ -133,7 +134,7 @@ def test_a_table_of_very_many_arrays_respects_the_limit_of_a_message() -> None:
 
 
 def test_very_many_arrays_reach_a_worker(peer: Peer) -> None:
-    arrays = [np.full(codec.OUT_OF_BAND, index % 251, np.uint8) for index in range(2200)]
+    arrays = [np.full(OUT_OF_BAND, index % 251, np.uint8) for index in range(2200)]
     assert peer.ask(sum_of_firsts, arrays) == sum(index % 251 for index in range(2200))
 
 

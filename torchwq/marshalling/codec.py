@@ -8,47 +8,33 @@ Large ``bytes`` reach the output as they are, without a copy: the pickler writes
 here is a list. Large numpy arrays leave out of band (protocol 5): each goes into a shared block, which the reader maps
 copy-on-write. A pickle that is too large for a message goes into a block, too.
 
-A message that refers to blocks ends with a list of them, before its trailer: number and size of each, and how many
-there are. Their descriptors are the message's last ones, in the same order. A large pickle's message refers to the
-block that the pickle is in, and all that has just been said of the message is said in there.
+What a message has beside the pickle is put together in ``payload``.
 """
 
 from __future__ import annotations
 
 import pickle
-import struct
 import types
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final
 
 import cloudpickle
 import torch
 
 from ..errors import ClosureError, MarshalError, ResourceError
-from ..memory import anonymous, content, pool, recycling
+from ..memory import recycling
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
-from ..memory.content import Buffer
-from ..memory.ledger import UNTRACKED
 from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
-from ..transport.endpoint import MAX_FDS
 from ..transport.sockets import close_fds
 from . import functions, locate, plain, reducers
+from .payload import HEAD, Attachments, arrivals_of, listed
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
 CALL_LIMIT: Final = 16 * 1024 - 64
-#: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
-OUT_OF_BAND: Final = 32 * 1024
-#: How long in its block the pickle is with the list of references behind it, and whether the descriptors are in a bag.
-_HEAD: Final = struct.Struct("=Q?")
 #: What may take the shortest way.
 _PLAIN: Final = frozenset({torch.Tensor, dict, list, tuple})
-#: Number and bytes of a block that a message refers to, and how many of these there are.
-_REFERENCE: Final = struct.Struct("=QQ")
-#: Set in the bytes of a block that is one of the pickle's buffers.
-_BUFFER: Final = 1 << 63
-_COUNT: Final = struct.Struct("=I")
 
 
 class _NeedsCloud(Exception):
@@ -64,101 +50,6 @@ class _Sink:
         self.write = write
 
 
-class _Attachments:
-    """What both encoders collect beside the pickle itself."""
-
-    def __init__(self) -> None:
-        self.chunks: list[Any] = []
-        self.fds: list[int] = []
-        self.keep: list[Any] = []
-        #: With their places in the message's list.
-        self.blocks: dict[Block | Buffer, int] = {}
-        #: Whether there is anything beside the pickle.
-        self.more = False
-        self.fresh: Container[Block] | None = None
-
-    def clear(self) -> None:
-        """Let go of everything; what has left in a payload is the payload's."""
-        self.chunks.clear()
-        self.fds, self.keep, self.blocks = [], [], {}
-        self.more = False
-        self.fresh = None
-
-    def attach(self, fd: int, owner: Any) -> int:
-        self.more = True
-        self.fds.append(fd)
-        self.keep.append(owner)
-        return len(self.fds) - 1
-
-    def refer(self, block: Block, storage: Any) -> int:
-        index = self.blocks.get(block)
-        if index is None:
-            self.more = True
-            if block.number == UNTRACKED:
-                recycling.prepare_to_send(block)
-            self.blocks[block] = index = len(self.blocks)
-            self.keep.append(storage)
-        return index
-
-    def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        """pickle's ``buffer_callback``: True leaves the buffer in the pickle."""
-        raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND:
-            return True
-        found = content.block_with([raw], raw.nbytes)
-        if found is None:
-            return True
-        block, storage = found
-        self.more = True
-        # A buffer of its own, also if a block has the content of two.
-        self.blocks[Buffer(block)] = len(self.blocks)
-        self.keep.append(storage)
-        return False
-
-    def payload(self, limit: int) -> bytes | Parcel:
-        """What was collected, as one payload of at most ``limit`` bytes."""
-        blocks = self.blocks
-        fds = self.fds + [block.fd for block in blocks]
-        in_bag = len(fds) > MAX_FDS - 4
-        # A large buffer that had to stay in the pickle was written to it as it is.
-        chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
-        size = sum(map(len, chunks))
-        if size + len(blocks) * _REFERENCE.size + _COUNT.size > limit or in_bag:
-            return self._large_payload(chunks, fds, in_bag)
-        if not blocks:
-            pickled = b"".join(chunks)
-            return Parcel(pickled, fds, self.keep) if fds else pickled
-        data = b"".join((*chunks, *_references(blocks)))
-        parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks], not self.fds)
-        parcel.nbytes += sum(block.nbytes for block in blocks)
-        return parcel
-
-    def _large_payload(self, pickled: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
-        numbers = [block.number for block in self.blocks]
-        chunks = [*pickled, *_references(self.blocks)]
-        size = sum(map(len, chunks))
-        if in_bag:
-            sack = bag.pack(fds)
-            fds, self.keep = [sack.fileno()], [*self.keep, sack]
-        found = content.block_with(chunks, pool.capacity_for(size))
-        if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
-            fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
-            self.keep.append(anonymous.Descriptor(fd))
-        else:
-            block, storage = found
-            fd, number, nbytes = block.fd, block.number, block.nbytes
-            self.keep.append(storage)
-        head = _HEAD.pack(size, in_bag) + _REFERENCE.pack(number, nbytes) + _COUNT.pack(1)
-        parcel = Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number], not (self.fds or in_bag))
-        parcel.nbytes += size + sum(block.nbytes for block in self.blocks)
-        return parcel
-
-
-def _references(blocks: Iterable[Block | Buffer]) -> list[bytes]:
-    parts = [_REFERENCE.pack(each.number, each.nbytes | _BUFFER * isinstance(each, Buffer)) for each in blocks]
-    return [*parts, _COUNT.pack(len(parts))]
-
-
 class _FastEncoder(pickle.Pickler):
     """C pickle. Used again and again: making a pickler costs more than pickling a small object.
 
@@ -167,7 +58,7 @@ class _FastEncoder(pickle.Pickler):
     """
 
     def __init__(self) -> None:
-        self.out = out = _Attachments()
+        self.out = out = Attachments()
         super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
 
     def reducer_override(self, obj: Any) -> Any:
@@ -185,7 +76,7 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle, with the closure rule in front of it."""
 
     def __init__(self, upvalues: bool) -> None:
-        self.out = out = _Attachments()
+        self.out = out = Attachments()
         super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
         self._upvalues = upvalues
 
@@ -228,7 +119,7 @@ class _ModuleGlobals:
         return functions.module_globals, (self._name,)
 
 
-class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], _Attachments]):
+class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attachments]):
     """What ``encode`` needs of an encoder, looked up once."""
 
     __slots__ = ()
@@ -256,7 +147,7 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
         tools = _idle.pop()
     except IndexError:
         tools = _Tools(_FastEncoder())
-    out: _Attachments | None
+    out: Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
         out.fresh = fresh
@@ -377,7 +268,7 @@ def decode(data: bytes, fds: list[int]) -> Any:
         if kind == REFERENCES:
             obj = plain.decode(data)
             if obj is None:
-                obj = _loads(data, _arrivals(data, len(data) - TRAILER, fds), fds)
+                obj = _loads(data, arrivals_of(data, len(data) - TRAILER, fds), fds)
                 plain.learn(obj)
             return obj
         if kind == BLOCK:
@@ -385,23 +276,6 @@ def decode(data: bytes, fds: list[int]) -> Any:
         return _loads(data, None, fds)
     finally:
         close_fds(fds)
-
-
-def _arrivals(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
-    """Take out the blocks that are listed in what ends at ``end``."""
-    references = _listed(data, end)
-    buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & _BUFFER]
-    if buffers:
-        references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
-    return Arrivals(references, fds and fds[len(fds) - len(references) :], buffers)
-
-
-def _listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
-    (count,) = _COUNT.unpack_from(data, end - _COUNT.size)
-    start = end - _COUNT.size - count * _REFERENCE.size
-    if count == 1:
-        return [_REFERENCE.unpack_from(data, start)]
-    return list(_REFERENCE.iter_unpack(data[start : start + count * _REFERENCE.size]))
 
 
 def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) -> Any:
@@ -416,14 +290,14 @@ def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) 
 
 
 def _decode_block(data: bytes, fds: list[int]) -> Any:
-    block = _arrivals(data, len(data) - TRAILER, fds)
+    block = arrivals_of(data, len(data) - TRAILER, fds)
     try:
-        size, in_bag = _HEAD.unpack_from(data)
+        size, in_bag = HEAD.unpack_from(data)
         memory = block.memory(0)[:size]
         if in_bag:
             sack, fds[0] = fds[0], -1
             fds[:1] = bag.unpack(sack)
-        return _loads(memory, _arrivals(memory, size, fds[:-1]), fds)
+        return _loads(memory, arrivals_of(memory, size, fds[:-1]), fds)
     finally:
         block.done()
 
@@ -432,11 +306,11 @@ def discard(data: bytes, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
     if data[-1] in (REFERENCES, BLOCK):
         try:
-            references = _listed(data, len(data) - TRAILER)
+            references = listed(data, len(data) - TRAILER)
             if data[-1] == BLOCK:
-                block = _arrivals(data, len(data) - TRAILER, fds)
+                block = arrivals_of(data, len(data) - TRAILER, fds)
                 try:
-                    references = _listed(block.memory(0), _HEAD.unpack_from(data)[0])
+                    references = listed(block.memory(0), HEAD.unpack_from(data)[0])
                 finally:
                     block.done()
             recycling.note_lost([number for number, _ in references])

@@ -22,11 +22,10 @@ from ..memory.ledger import UNTRACKED
 from ..memory.parcel import REFERENCES, TRAILER, Parcel
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
+from .payload import COUNT, REFERENCE
 from .tensors import is_unusual, rebuild
 
-#: Number and bytes of each block, and how many there are: as the general way lays them down.
-_REFERENCE: Final = struct.Struct("=QQ")
-_COUNT: Final = struct.Struct("=I")
+#: One block's number and bytes, and that it is the only one.
 _ONE: Final = struct.Struct("=QQI")
 #: How many different pickles are remembered, and how many tensors one may have.
 _MOST: Final = 1024
@@ -124,12 +123,12 @@ def _encode_all(
         storages.append(storage)
         numbers.append(block.number)
         places.append(where)
-        parts.append(_REFERENCE.pack(block.number, block.nbytes))
+        parts.append(REFERENCE.pack(block.number, block.nbytes))
         nbytes += block.nbytes
     if len(set(fds)) < len(fds):
         return None  # tensors that share a block, or the same tensor twice
     shape = (cls, keys, tuple(places))
-    data = b"".join((_pickles.get(shape) or _pickle_of(shape), *parts, _COUNT.pack(len(fds))))
+    data = b"".join((_pickles.get(shape) or _pickle_of(shape), *parts, COUNT.pack(len(fds))))
     if len(data) > limit:
         return None
     parcel = Parcel(data, fds, storages, REFERENCES, numbers, True)
@@ -169,17 +168,17 @@ def _block_for(
 
 def decode(data: bytes) -> Any:
     """What is in such a message, if its like was here before. Else None, and nothing is taken."""
-    end = len(data) - TRAILER - _COUNT.size
-    (count,) = _COUNT.unpack_from(data, end)
-    start = end - count * _REFERENCE.size
+    end = len(data) - TRAILER - COUNT.size
+    (count,) = COUNT.unpack_from(data, end)
+    start = end - count * REFERENCE.size
     shape = _shapes.get(data[:start])
     if shape is None:
         return None
     if count == 1:
-        number, nbytes = _REFERENCE.unpack_from(data, start)
+        number, nbytes = REFERENCE.unpack_from(data, start)
         tensor = take_tensor(number, nbytes, shape[2][0])
         return tensor if tensor is None or shape[0] is torch.Tensor else _build(shape, [tensor])
-    tensors = take_tensors(_REFERENCE.iter_unpack(data[start:end]), shape[2])
+    tensors = take_tensors(REFERENCE.iter_unpack(data[start:end]), shape[2])
     return None if tensors is None else _build(shape, tensors)
 
 

@@ -1,0 +1,144 @@
+"""What a message consists of beside its pickle, put together and taken apart.
+
+A message that refers to blocks ends with a list of them, before its trailer: number and size of each, and how many
+there are. Their descriptors are the message's last ones, in the same order. A large pickle's message refers to the
+block that the pickle is in, and all that has just been said of the message is said in there.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Container, Iterable
+from typing import Any, Final
+
+from ..memory import anonymous, content, pool, recycling
+from ..memory.arrivals import Arrivals
+from ..memory.block import Block
+from ..memory.content import Buffer
+from ..memory.ledger import UNTRACKED
+from ..memory.parcel import BLOCK, REFERENCES, Parcel
+from ..transport import bag
+from ..transport.endpoint import MAX_FDS
+
+#: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
+OUT_OF_BAND: Final = 32 * 1024
+#: How long in its block the pickle is with the list of references behind it, and whether the descriptors are in a bag.
+HEAD: Final = struct.Struct("=Q?")
+#: Number and bytes of a block that a message refers to, and how many of these there are.
+REFERENCE: Final = struct.Struct("=QQ")
+#: Set in the bytes of a block that is one of the pickle's buffers.
+BUFFER: Final = 1 << 63
+COUNT: Final = struct.Struct("=I")
+
+
+class Attachments:
+    """What both encoders collect beside the pickle itself."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.fds: list[int] = []
+        self.keep: list[Any] = []
+        #: With their places in the message's list.
+        self.blocks: dict[Block | Buffer, int] = {}
+        #: Whether there is anything beside the pickle.
+        self.more = False
+        self.fresh: Container[Block] | None = None
+
+    def clear(self) -> None:
+        """Let go of everything; what has left in a payload is the payload's."""
+        self.chunks.clear()
+        self.fds, self.keep, self.blocks = [], [], {}
+        self.more = False
+        self.fresh = None
+
+    def attach(self, fd: int, owner: Any) -> int:
+        self.more = True
+        self.fds.append(fd)
+        self.keep.append(owner)
+        return len(self.fds) - 1
+
+    def refer(self, block: Block, storage: Any) -> int:
+        index = self.blocks.get(block)
+        if index is None:
+            self.more = True
+            if block.number == UNTRACKED:
+                recycling.prepare_to_send(block)
+            self.blocks[block] = index = len(self.blocks)
+            self.keep.append(storage)
+        return index
+
+    def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """pickle's ``buffer_callback``: True leaves the buffer in the pickle."""
+        raw = buffer.raw()
+        if raw.nbytes < OUT_OF_BAND:
+            return True
+        found = content.block_with([raw], raw.nbytes)
+        if found is None:
+            return True
+        block, storage = found
+        self.more = True
+        # A buffer of its own, also if a block has the content of two.
+        self.blocks[Buffer(block)] = len(self.blocks)
+        self.keep.append(storage)
+        return False
+
+    def payload(self, limit: int) -> bytes | Parcel:
+        """What was collected, as one payload of at most ``limit`` bytes."""
+        blocks = self.blocks
+        fds = self.fds + [block.fd for block in blocks]
+        in_bag = len(fds) > MAX_FDS - 4
+        # A large buffer that had to stay in the pickle was written to it as it is.
+        chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
+        size = sum(map(len, chunks))
+        if size + len(blocks) * REFERENCE.size + COUNT.size > limit or in_bag:
+            return self._large_payload(chunks, fds, in_bag)
+        if not blocks:
+            pickled = b"".join(chunks)
+            return Parcel(pickled, fds, self.keep) if fds else pickled
+        data = b"".join((*chunks, *_references(blocks)))
+        parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks], not self.fds)
+        parcel.nbytes += sum(block.nbytes for block in blocks)
+        return parcel
+
+    def _large_payload(self, pickled: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
+        numbers = [block.number for block in self.blocks]
+        chunks = [*pickled, *_references(self.blocks)]
+        size = sum(map(len, chunks))
+        if in_bag:
+            sack = bag.pack(fds)
+            fds, self.keep = [sack.fileno()], [*self.keep, sack]
+        found = content.block_with(chunks, pool.capacity_for(size))
+        if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
+            fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
+            self.keep.append(anonymous.Descriptor(fd))
+        else:
+            block, storage = found
+            fd, number, nbytes = block.fd, block.number, block.nbytes
+            self.keep.append(storage)
+        head = HEAD.pack(size, in_bag) + REFERENCE.pack(number, nbytes) + COUNT.pack(1)
+        parcel = Parcel(head, [*fds, fd], self.keep, BLOCK, [*numbers, number], not (self.fds or in_bag))
+        parcel.nbytes += size + sum(block.nbytes for block in self.blocks)
+        return parcel
+
+
+def _references(blocks: Iterable[Block | Buffer]) -> list[bytes]:
+    parts = [REFERENCE.pack(each.number, each.nbytes | BUFFER * isinstance(each, Buffer)) for each in blocks]
+    return [*parts, COUNT.pack(len(parts))]
+
+
+def arrivals_of(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
+    """Take out the blocks that are listed in what ends at ``end``."""
+    references = listed(data, end)
+    buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & BUFFER]
+    if buffers:
+        references = [(number, nbytes & ~BUFFER) for number, nbytes in references]
+    return Arrivals(references, fds and fds[len(fds) - len(references) :], buffers)
+
+
+def listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
+    (count,) = COUNT.unpack_from(data, end - COUNT.size)
+    start = end - COUNT.size - count * REFERENCE.size
+    if count == 1:
+        return [REFERENCE.unpack_from(data, start)]
+    return list(REFERENCE.iter_unpack(data[start : start + count * REFERENCE.size]))
