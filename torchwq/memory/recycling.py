@@ -75,6 +75,7 @@ _notes: deque[Any] = deque()
 #: Mapped blocks that are used by something which is not watched.
 _unwatched: deque[Block] = deque()
 _ticking = False
+_ended = False
 _loss_at = 0.0
 
 
@@ -122,7 +123,7 @@ _on_tick: list[Callable[[float], None]] = []
 @reset_in_child
 def _forget() -> None:
     """The child's tensors stay what they are, on memory that the parent does not use again: see ``before_fork``."""
-    global lock, open_blocks, made_bytes, _ticking, _loss_at
+    global lock, open_blocks, made_bytes, _ticking, _ended, _loss_at
     lock = threading.RLock()
     for block in table.values():
         unmark(block)
@@ -131,7 +132,7 @@ def _forget() -> None:
     _inlets.clear()
     _notes.clear()
     _unwatched.clear()
-    open_blocks, made_bytes, _ticking, _loss_at = 0, 0, False, 0.0
+    open_blocks, made_bytes, _ticking, _ended, _loss_at = 0, 0, False, False, 0.0
 
 
 class Watch(weakref.ref[Any]):
@@ -426,6 +427,8 @@ def tick() -> None:
     """Look after the blocks, and again later, if there are any."""
     global _ticking
     with lock:
+        if _ended:
+            return
         try:
             settle()
             look_at_unwatched(AT_ONCE)
@@ -437,6 +440,17 @@ def tick() -> None:
             _ticking = False
             if open_blocks or table:
                 _start_ticking()
+
+
+def end() -> None:
+    """Look after nothing any more: the interpreter is about to end.
+
+    A thread that is in torch's C++ when the interpreter ends, and wants the GIL back there, would end the process by
+    ``std::terminate``. Behind this call the reactor's thread is not in ``tick``, and will not be.
+    """
+    global _ended
+    with lock:
+        _ended = True
 
 
 _before_fork: list[Callable[[], None]] = []

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from ..memory import recycling
 from ..transport import directory, namespace
 from ..transport.process import reset_in_child
 from . import client, worker
@@ -67,6 +68,7 @@ def run() -> None:
     directory.close()
     client.close()
     namespace.remove()
+    recycling.end()
 
 
 def end_workers(grace: float) -> None:
