@@ -46,7 +46,7 @@ def _services() -> None:
         pass
     directory.here()
     ledger.current()
-    # Every test collects garbage twice: torch's own heap need not be looked through each time.
+    # torch's own heap need not be looked through each time that garbage is collected.
     gc.collect()
     gc.freeze()
 
@@ -106,17 +106,16 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(_services: None) -> Iterator[None]:
-    gc.collect()
     trim()
     before = Footprint()
     yield
     until = time.monotonic() + SETTLE
     while True:
-        gc.collect()
         trim()
         left = before.new_in(Footprint())
         if not left or time.monotonic() > until:
             break
+        gc.collect()  # takes longer than most tests: only if there is a need
         time.sleep(0.02)
     assert not left, f"left behind: {left}"
 

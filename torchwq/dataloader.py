@@ -47,7 +47,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             hand again. The batches of a map-style dataset stay the same, bit for bit.
         max_restarts: how often that is done in the life of an iterator.
         prefetch_across_epochs: when the sampler has no more indices, workers go on with the first batches of the next
-            epoch. Needs ``persistent_workers=True`` and a map-style dataset.
+            epoch. Needs ``persistent_workers=True``, ``in_order=True`` and a map-style dataset.
 
     Raises:
         ValueError: for combinations that make no sense, with torch's own words where torch has them.
@@ -101,6 +101,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
                 "prefetch_across_epochs needs workers that stay (num_workers > 0, persistent_workers=True) and a "
                 "map-style dataset"
             )
+        if prefetch_across_epochs and not in_order:
+            raise ValueError("prefetch_across_epochs needs in_order=True: batches of two epochs would be mixed")
         super().__init__(
             dataset,
             batch_size,
@@ -120,12 +122,32 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
-        restarts = max_restarts if on_worker_death == "restart" else 0
-        self._options = Options(restarts, prefetch_across_epochs, most)
-        self._meter = Meter(num_workers)
+        # Under the names of the arguments: frameworks make loaders anew from such attributes.
+        self.on_worker_death = on_worker_death
+        self.max_restarts = max_restarts
+        self.prefetch_across_epochs = prefetch_across_epochs
+        self._most_workers = most
+        self._snapshots = False
         self._loaded: state.State | None = None
-        self._last: Callable[[], Any] = lambda: None
+        self._forget_iterators()
+
+    def _forget_iterators(self) -> None:
+        self._meter = Meter(self.num_workers)
+        #: The last iterator: with workers, weakly; else as it is, for it costs nothing to keep.
+        self._last: Any = None
         self._random_at_start: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the arguments, not the workers."""
+        kept = self.__dict__.copy()
+        for name in ("_meter", "_last", "_random_at_start"):
+            del kept[name]
+        kept["_iterator"] = None
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        self._forget_iterators()
 
     def _get_iterator(self) -> Any:
         if not internals.AVAILABLE:
@@ -138,16 +160,22 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             return super()._get_iterator()
         loaded, self._loaded = self._loaded, None
         if loaded is not None and loaded.finished:
+            state.restore_generators(self._index_sampler, self.generator, loaded.random)
             loaded = None
         if self.num_workers == 0:
-            iterator = self._here(loaded)
-        else:
-            if not self._options.most_workers:
-                self.check_worker_number_rationality()
+            return self._here(loaded)
+        if self._most_workers:
             self.num_workers = max(self.num_workers, self._meter.workers)
-            iterator = Iterator(self, self._options, self._meter, loaded)
-        self._last = weakref.ref(iterator)
-        return iterator
+        else:
+            self.check_worker_number_rationality()
+        self._meter.workers, self._meter.state = self.num_workers, None
+        options = Options(
+            restarts=self.max_restarts if self.on_worker_death == "restart" else 0,
+            prefetch_across_epochs=self.prefetch_across_epochs,
+            most_workers=self._most_workers,
+            snapshots=self._snapshots,
+        )
+        return Iterator(self, options, self._meter, loaded)
 
     def __iter__(self) -> Any:
         if self._loaded is not None and self._iterator is not None:
@@ -157,7 +185,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         elif self._iterator is not None and isinstance(self._iterator, Iterator) and self._iterator.is_closed:
             self._iterator = None
         iterator = super().__iter__()
-        self._last = weakref.ref(iterator)
+        self._last = weakref.ref(iterator) if isinstance(iterator, Iterator) else iterator
         return iterator
 
     def _here(self, loaded: state.State | None) -> Any:
@@ -165,19 +193,24 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         sampler = self._index_sampler
         if loaded is None:
             self._random_at_start = state.random_state(sampler, self.generator)
-            return super()._get_iterator()
+            return _IteratorHere(self)
         self._random_at_start = loaded.random
+        stateful = state.stateful_sampler(sampler)
+        if stateful is not None and loaded.sampler is not None:
+            stateful.load_state_dict(loaded.sampler)
         snapshot = loaded.snapshots[0]
         dataset: Any = self.dataset
         if snapshot.dataset is not None:
             dataset.load_state_dict(snapshot.dataset)
         with state.restored(sampler, self.generator, loaded.random):
-            iterator: Any = super()._get_iterator()
+            iterator: Any = _IteratorHere(self)
             samples = getattr(iterator._dataset_fetcher, "dataset_iter", None)
-            if samples is None:
+            if samples is None and loaded.sampler is None:
                 indices = itertools.islice(iterator._sampler_iter, loaded.yielded, None)
                 # The next one is drawn now, while the random numbers are those of the state.
                 iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
+            elif samples is None:
+                pass
             elif snapshot.iterator is not None:
                 samples.load_state_dict(snapshot.iterator)
             elif snapshot.dataset is None:
@@ -190,8 +223,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         """From where the loader can go on: after the batch that its iterator has handed out last.
 
         Returns:
-            Plain data, which can be saved with a checkpoint. Before the first epoch and after the end of one it stands
-            for the beginning of the next.
+            Plain data, which can be saved with a checkpoint. Before the first epoch, and after the end of one was
+            reached (StopIteration), it stands for the beginning of the next.
 
         The random numbers that a dataset draws in its workers go on where they were only if the loader was made with
         ``on_worker_death="restart"``, or was given a state or asked for one before: noting their state costs workers
@@ -199,8 +232,12 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
-        iterator = self._last()
-        self._options.snapshots = True
+        self._snapshots = True
+        if self._loaded is not None:
+            return self._loaded.to_dict()
+        if self._meter.state is not None:
+            return self._meter.state.to_dict()  # type: ignore[no-any-return]
+        iterator = self._last() if isinstance(self._last, weakref.ref) else self._last
         if isinstance(iterator, Iterator):
             return iterator.capture().to_dict()
         return self._capture_here(iterator).to_dict()
@@ -214,27 +251,20 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             snapshot.iterator = samples.state_dict()
         elif samples is not None and hasattr(dataset, "state_dict"):
             snapshot.dataset = dataset.state_dict()
+        finished = not isinstance(iterator, _IteratorHere) or iterator.finished
+        stateful = state.stateful_sampler(self._index_sampler)
         return state.State(
             iterable=isinstance(self.dataset, IterableDataset),
             num_workers=self.num_workers,
             base_seed=iterator._base_seed if iterator is not None else 0,
             yielded=snapshot.batches,
-            finished=iterator is None or self._is_over(iterator),
-            random=self._random_at_start,
-            sampler=None,
+            finished=finished,
+            random=state.random_state(self._index_sampler, self.generator) if finished else self._random_at_start,
+            sampler=None if stateful is None or finished else stateful.state_dict(),
             snapshots=[snapshot],
             active=[True],
             next_worker=0,
         )
-
-    def _is_over(self, iterator: Any) -> bool:
-        fetcher = iterator._dataset_fetcher
-        if hasattr(fetcher, "dataset_iter"):
-            return bool(fetcher.ended)
-        try:
-            return bool(iterator._num_yielded >= len(self._index_sampler))
-        except TypeError:
-            return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
@@ -252,9 +282,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """
         loaded = state.State.from_dict(state_dict)
+        if self._most_workers:
+            self.num_workers = loaded.num_workers
         loaded.check(isinstance(self.dataset, IterableDataset), self.num_workers)
         self._loaded = loaded
-        self._options.snapshots = True
+        self._snapshots = True
 
     def stats(self) -> LoaderStatistics:
         """Tell what the loader has done so far, and whether it or the training that it feeds is the slower one.
@@ -262,6 +294,19 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         With ``num_workers=0`` nothing is counted.
         """
         return self._meter.read()
+
+
+class _IteratorHere(internals.SingleProcessIterator):  # type: ignore[misc]
+    """torch's own iterator for this process, which knows whether it has come to its end."""
+
+    finished = False
+
+    def _next_data(self) -> Any:
+        try:
+            return super()._next_data()
+        except StopIteration:
+            self.finished = True
+            raise
 
 
 def _cores() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import warnings
 from typing import Any
 
 import pytest
@@ -124,12 +127,17 @@ def test_breaking_off_with_prefetching_across_epochs() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"num_workers": 2}, {"num_workers": 0}, {"dataset": datasets.Stream(), "num_workers": 1}],
-    ids=["no persistent workers", "no workers", "iterable"],
+    [
+        {"num_workers": 2},
+        {"num_workers": 0},
+        {"dataset": datasets.Stream(), "num_workers": 1},
+        {"num_workers": 1, "persistent_workers": True, "in_order": False},
+    ],
+    ids=["no persistent workers", "no workers", "iterable", "out of order"],
 )
 def test_prefetching_across_epochs_says_what_it_needs(arguments: dict[str, Any]) -> None:
     arguments = {"dataset": datasets.Plain(), "prefetch_across_epochs": True, **arguments}
-    with pytest.raises(ValueError, match="persistent_workers=True"):
+    with pytest.raises(ValueError, match="prefetch_across_epochs needs"):
         torchwq.DataLoader(**arguments)
 
 
@@ -190,6 +198,22 @@ def test_pinning_with_failures_deaths_streams_and_states(monkeypatch: pytest.Mon
     loader.load_state_dict(loader.state_dict())
     del iterator
     assert len(list(loader)) == 9
+
+
+def test_a_worker_restarted_while_an_abandoned_epoch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pinned(monkeypatch)
+    loader = torchwq.DataLoader(
+        datasets.Plain(40), 1, num_workers=2, pin_memory=True, persistent_workers=True, on_worker_death="restart"
+    )
+    for number, _ in enumerate(loader):
+        if number == 3:
+            break
+    pid = loader._iterator._hands[0].process.pid  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGKILL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert [int(batch[0, 0]) for batch in loader] == list(range(40))
+    assert len(list(loader)) == 40
 
 
 def test_a_failing_pin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

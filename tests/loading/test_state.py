@@ -205,9 +205,84 @@ def test_the_epoch_after_a_resumed_one_is_whole() -> None:
     assert len(list(loader)) == 10
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_after_breaking_off(workers: int) -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=workers)
+    for number, _ in enumerate(loader):
+        if number == 4:
+            break
+    state = saved(loader.state_dict())
+    resumed = torchwq.DataLoader(datasets.Plain(), 4, num_workers=workers)
+    resumed.load_state_dict(state)
+    assert saved(resumed.state_dict())["yielded"] == 5, "it can be saved before it was used"
+    assert next(iter(resumed))[:, 0].tolist() == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_sampler_with_a_state_in_a_batch_sampler(workers: int) -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 3, sampler=Counting(), num_workers=workers)
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    state = saved(loader.state_dict())
+    del iterator
+    sampler = Counting()
+    resumed = torchwq.DataLoader(datasets.Plain(), 3, sampler=sampler, num_workers=workers)
+    resumed.load_state_dict(state)
+    assert [int(row[0]) for batch in resumed for row in batch] == list(range(12, 30))
+    assert sampler.drawn == 18
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dataset", [datasets.Plain, datasets.Stream])
+def test_after_the_last_batch_and_before_the_end_nothing_is_left(dataset: Any, workers: int) -> None:
+    loader = torchwq.DataLoader(dataset(), 4, num_workers=workers)
+    states = [saved(loader.state_dict()) for _ in loader]
+    resumed = torchwq.DataLoader(dataset(), 4, num_workers=workers)
+    resumed.load_state_dict(states[-1])
+    assert len(list(resumed)) == 0
+    assert len(list(resumed)) == len(states)
+
+
+def test_the_end_of_an_epoch_keeps_the_generator() -> None:
+    def make() -> Any:
+        return torchwq.DataLoader(datasets.Plain(), 4, True, num_workers=1, generator=torch.Generator().manual_seed(4))
+
+    loader = make()
+    list(loader)
+    state = saved(loader.state_dict())
+    expected = list(loader)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert same(expected, list(resumed))
+
+
+def test_states_with_prefetching_across_epochs() -> None:
+    check(
+        lambda: torchwq.DataLoader(
+            datasets.Plain(), 4, True, num_workers=2, persistent_workers=True, prefetch_across_epochs=True
+        ),
+        9,
+        epochs_before=0,
+    )
+
+
+def test_an_automatic_number_of_workers_is_that_of_the_state() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    del iterator
+    resumed = torchwq.DataLoader(datasets.Plain(), 4, num_workers="auto")
+    resumed.load_state_dict(state)
+    assert len(list(resumed)) == 9
+
+
 def test_a_state_says_what_it_needs() -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
+    iterator = iter(loader)
     state = loader.state_dict()
+    del iterator
     with pytest.raises(ValueError, match=r"num_workers=2 .* num_workers=3.*Make the loader with num_workers=2"):
         torchwq.DataLoader(datasets.Plain(), 4, num_workers=3).load_state_dict(state)
     with pytest.raises(ValueError, match="map-style dataset, and this one has an iterable-style"):

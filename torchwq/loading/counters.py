@@ -1,7 +1,7 @@
 """What a loader and its workers count, in shared memory, so that looking at it costs no message.
 
 Each worker has a line of words. In a loader's statistics only the worker writes to its line. In the line that governs
-the *flow*, the iterator writes ``CONSUMED`` and ``GENERATION``, and the worker ``ASLEEP``.
+the *flow*, the iterator writes ``CONSUMED``, ``GENERATION`` and ``LIMIT``, and the worker ``ASLEEP``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ..memory import anonymous
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
 BUSY, WAITED, BATCHES, NBYTES = range(4)
 #: Words that govern the flow: how many of the worker's answers were taken; which tasks are still wanted, counted by how
-#: often others were abandoned; whether the worker sleeps until CONSUMED has grown.
-CONSUMED, GENERATION, ASLEEP = range(3)
+#: often others were abandoned; whether the worker sleeps until CONSUMED has grown; up to which of its answers it makes
+#: batches that nobody wants any more.
+CONSUMED, GENERATION, ASLEEP, LIMIT = range(4)
 _WORDS: Final = 8  # a cache line for each worker
 _NBYTES: Final = 8 * _WORDS * 1024
 

@@ -28,7 +28,7 @@ from typing import Any, Final, Protocol
 import torch.multiprocessing
 
 from ..errors import WorkerDied
-from ..marshalling import codec, exceptions, reducers
+from ..marshalling import codec, exceptions, functions, reducers
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint
@@ -37,7 +37,7 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, worker
-from .counters import ASLEEP, CONSUMED, GENERATION
+from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
 
@@ -138,8 +138,11 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
 
 
 def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
-    # Ctrl-C is the loader's to handle; the worker ends with its connection.
+    # Ctrl-C is the loader's to handle; the worker ends with its connection. Handlers of the user's are not for it.
     signal.signal(signal.SIGINT, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    functions.main_is_shared = True
     Job(plan, part).run(endpoint.adopt(ticket))
 
 
@@ -198,8 +201,8 @@ class Hand:
         self.to_skip = 0
         #: False if its part of an iterable dataset has come to its end in this epoch.
         self.active = True
-        #: From where it would go on after the last answer that was received.
-        self.snapshot = part.resume
+        #: From where it would go on after the last answer that was handed out, and that was received.
+        self.snapshot = self.received = part.resume
         self._open(part)
 
     def _open(self, part: Part) -> None:
@@ -216,10 +219,11 @@ class Hand:
             theirs.close()
         self.end = ours
         self.outbox = Outbox(ours)
-        self.take: Callable[[], Received | None] = ours.try_receive
-        self.waiter = Waiter(ours, Alarm())
+        self._take = ours.try_receive
+        self._waiter = Waiter(ours, Alarm())
         self.max_payload = ours.max_message - TRAILER
         self._consumed = 0
+        self._sent = self._received = 0
         self._closed = False
 
     def assign(self, index: Any) -> None:
@@ -231,6 +235,7 @@ class Hand:
         """Send it the indices that it does not know of, if they are so many."""
         if len(self._unsent) >= at_least:
             unsent, self._unsent = self._unsent, []
+            self._sent += len(unsent)
             self.send((self._generation, unsent))
 
     def consumed(self) -> None:
@@ -241,10 +246,15 @@ class Hand:
         if self._flow[ASLEEP]:
             self.send(None)
 
-    def abandon_tasks(self, skip: bool) -> None:
-        """Nobody wants what it was asked for until now. Its answers will come; ``skip``: they are to be skipped."""
+    def abandon_tasks(self, skip: bool, prefetch: int) -> None:
+        """Nobody wants what it was asked for until now. Its answers will come; ``skip``: they are to be skipped.
+
+        The first ``prefetch`` of them are made all the same, as torch's loader makes them, so that the dataset's random
+        numbers afterwards do not depend on how far the worker had come.
+        """
         if skip:
             self.to_skip += len(self.tasks) - len(self._unsent)
+        self._flow[LIMIT] = self._consumed + prefetch
         self.tasks.clear()
         self._unsent.clear()
         self._generation += 1
@@ -255,9 +265,21 @@ class Hand:
         with contextlib.suppress(BrokenPipeError):
             self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
 
+    @property
+    def unreceived(self) -> int:
+        """How many answers will still come."""
+        return self._sent - self._received
+
+    def take(self) -> Received | None:
+        """The next answer, if it is here. Raises EOFError if none will come."""
+        received = self._take()
+        if received is not None:
+            self._received += 1
+        return received
+
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic) or ``close``. Raises EOFError if none will come."""
-        return self.take() or self.waiter.wait(self.take, deadline)
+        return self._waiter.wait(self.take, deadline)
 
     def mark(self) -> int:
         """See ``recycling.Inlet``."""
@@ -281,16 +303,23 @@ class Hand:
     def restart(self, shared_seed: int | None) -> None:
         """Put a new process in the place of a dead one, which goes on where that one was."""
         self._disconnect()
-        self._part.resume, self._part.shared_seed = self.snapshot, shared_seed
-        self._flow[CONSUMED] = self._flow[ASLEEP] = 0
+        self._part.resume, self._part.shared_seed = self.received, shared_seed
+        self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
+        missing = self.unreceived
+        wanted = list(self.tasks)[max(0, len(self.tasks) - len(self._unsent) - missing) :]
+        # What nobody wants any more, and a thread still counts on, is answered too.
+        stale = 0 if self.to_skip else missing - (len(wanted) - len(self._unsent))
         self.to_skip = 0
         self._open(self._part)
-        self._unsent = list(self.tasks)
+        if stale:
+            self._sent += stale
+            self.send((-1, [None] * stale))
+        self._unsent = wanted
         self.flush()
 
     def _disconnect(self) -> None:
         self._closed = True
-        self.waiter.close()
+        self._waiter.close()
         self.outbox.abandon()
         self.end.close()
 

@@ -30,6 +30,7 @@ try:
     from torch.utils.data._utils import worker as _worker
 
     BaseIterator: Any = dataloader._BaseDataLoaderIter
+    SingleProcessIterator: Any = dataloader._SingleProcessDataLoaderIter
     _kinds: Any = dataloader._DatasetKind
     _generate_state: Any = _worker._generate_state
     _sharding_init: Any = dataloader._sharding_worker_init_fn
@@ -51,7 +52,7 @@ try:
     _profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
     AVAILABLE = True
 except (ImportError, AttributeError):
-    BaseIterator = object
+    BaseIterator = SingleProcessIterator = object
     AVAILABLE = False
 
 
@@ -99,9 +100,7 @@ def can_be_drawn_ahead(sampler: Any) -> bool:
     if type(sampler) is BatchSampler:
         sampler = sampler.sampler
     if type(sampler) is RandomSampler:
-        return sampler.generator is None or (
-            not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
-        )
+        return sampler.generator is None or (not sampler.replacement and sampler.num_samples < len(sampler.data_source))
     return type(sampler) in _DRAWN_AT_ONCE
 
 

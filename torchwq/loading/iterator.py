@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 import warnings
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..errors import WorkerDied
-from ..marshalling import codec, exceptions
+from ..marshalling import exceptions
 from ..memory import recycling
+from ..workers import shutdown
 from . import crew, internals, state
 from .counters import Counters
 from .crew import Gone, Hand
@@ -38,6 +41,8 @@ from .statistics import Meter
 
 log = logging.getLogger("torchwq")
 
+#: Seconds that workers may take to end by themselves when the interpreter ends.
+_PATIENCE_AT_EXIT: Final = 0.5
 #: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
 #: anyone: a message then brings several.
 _AHEAD: Final = 8
@@ -63,7 +68,6 @@ class _Ahead:
     sampler: Any
     random: Any
     epoch: Any
-    drawn: int = 0
 
 
 class Iterator(internals.BaseIterator):  # type: ignore[misc]
@@ -71,7 +75,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def __init__(self, loader: Any, options: Options, meter: Meter, resume: state.State | None = None) -> None:
         self._hands: list[Hand] = []
-        self._closed = False
+        self._closed = self._begun = False
+        self._pid = os.getpid()
+        self._keep_state = meter
         self._pinner: Pinner | None = None
         super().__init__(loader)
         if loader.prefetch_factor <= 0:
@@ -115,6 +121,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if self._pin_memory:
                 self._pinner = Pinner(self._reception.wait, self._pin_memory_device)
             self._begin(resume)
+            self._begun = True
+            _open.add(self)
         except BaseException:
             self.close()
             raise
@@ -138,7 +146,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
         self._abandon_tasks()
         for hand in self._hands:
-            hand.snapshot = Snapshot(random=hand.snapshot.random)
+            hand.snapshot = hand.received = Snapshot(random=hand.received.random)
             hand.send(NewEpoch(self._shared_seed))
         self._begin(None)
 
@@ -147,14 +155,13 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._epoch = 0
         self._ahead = None
         self._num_yielded = 0
+        self._finished = False
         self._next_hand = 0
         self._sampler_ended = False
         #: States of a sampler that has some, after each index under way.
         self._sampler_states: deque[Any] = deque()
         self._sampler_state: Any = None
-        self._sampler_is_stateful = hasattr(self._index_sampler, "state_dict") and hasattr(
-            self._index_sampler, "load_state_dict"
-        )
+        self._stateful_sampler = state.stateful_sampler(self._index_sampler)
         for hand in self._hands:
             hand.active = True
         self._random = state.random_state(self._index_sampler, self._loader_generator)
@@ -167,8 +174,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._next_hand = resume.next_worker
         self._random = resume.random
         with state.restored(self._index_sampler, self._loader_generator, resume.random):
-            if resume.sampler is not None:
-                self._index_sampler.load_state_dict(resume.sampler)
+            if resume.sampler is not None and self._stateful_sampler is not None:
+                self._stateful_sampler.load_state_dict(resume.sampler)
                 self._sampler_state = resume.sampler
                 self._sampler_iter = iter(self._index_sampler)
             else:
@@ -191,7 +198,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
         for hand in self._hands:
-            hand.abandon_tasks(skip=self._pinner is None)
+            hand.abandon_tasks(self._pinner is None, self._prefetch)
         if self._pinner is not None:
             self._pinner.abandon()
 
@@ -206,6 +213,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._sampler_iter, self._sampler_ended = ahead.sampler, False
         self._random = ahead.random
         self._num_yielded = 0
+        self._finished = False
         return True
 
     # Indices
@@ -223,14 +231,16 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 self._flush()
                 if self._options.prefetch_across_epochs:
                     sampler = self._index_sampler
-                    self._ahead = _Ahead(
-                        iter(sampler), state.random_state(sampler, self._loader_generator), _epoch_of(sampler)
-                    )
+                    random = state.random_state(sampler, self._loader_generator)
+                    self._ahead = _Ahead(iter(sampler), random, _epoch_of(sampler))
                     self._put_index_ahead()
             return
-        if self._sampler_is_stateful:
-            self._sampler_states.append(self._index_sampler.state_dict())
+        self._note_sampler_state()
         self._assign(index, self._epoch)
+
+    def _note_sampler_state(self) -> None:
+        if self._stateful_sampler is not None:
+            self._sampler_states.append(self._stateful_sampler.state_dict())
 
     def _put_index_ahead(self) -> None:
         assert self._ahead is not None
@@ -239,7 +249,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         except StopIteration:
             self._flush()
             return
-        self._ahead.drawn += 1
+        self._note_sampler_state()
         self._assign(index, self._epoch + 1)
 
     def _assign(self, index: Any, epoch: int) -> None:
@@ -291,6 +301,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise self._death
         while True:
             if not self._turns or self._turns[0][1] != self._epoch:
+                self._finished = True
                 if not self._persistent_workers:
                     self.close()
                 raise StopIteration
@@ -303,7 +314,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 hand.active = False
                 self._put_index()
                 continue
-            else:
+            elif type(answer) is not Failure:
                 hand.snapshot.batches += 1
             if self._sampler_states:
                 self._sampler_state = self._sampler_states.popleft()
@@ -331,9 +342,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     hand, answer = self._pinner.get(deadline)
                 else:
                     hand, received = self._reception.receive(self._turns[0][0], deadline)
-                    answer = None if received is None else codec.decode(*received)
                     if received is None:
                         raise TimeoutError
+                    answer = self._reception.unpack(hand, received)
             except Gone as gone:
                 self._mend(gone.hand)
                 continue
@@ -391,24 +402,33 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def capture(self) -> state.State:
         """From where the loader can go on after the batch that was handed out last."""
-        finished = not any(epoch == self._epoch for _, epoch in self._turns)
+        if self._closed:
+            return self._last_state
+        random = self._random
+        if self._finished:  # the next epoch begins with what these generators draw next
+            random = state.random_state(self._index_sampler, self._loader_generator)
         return state.State(
             iterable=self._dataset_kind == internals.ITERABLE,
             num_workers=len(self._hands),
             base_seed=self._base_seed,
             yielded=self._num_yielded,
-            finished=finished,
-            random=self._random,
+            finished=self._finished,
+            random=random,
             sampler=self._sampler_state,
             snapshots=[hand.snapshot for hand in self._hands],
             active=[hand.active for hand in self._hands],
             next_worker=self._turns[0][0].worker_id if self._turns else 0,
         )
 
-    def close(self) -> None:
+    def close(self, patience: float = crew.PATIENCE) -> None:
         """End the workers. May be called again."""
         if self._closed:
             return
+        if os.getpid() != self._pid:  # of a fork: the workers are the parent's
+            self._closed = True
+            return
+        if self._begun:
+            self._last_state = self._keep_state.state = self.capture()
         self._closed = True
         if self._pinner is not None:
             self._pinner.stop()
@@ -418,7 +438,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._pinner is not None:
             self._pinner.join()
         self._turns = deque()
-        crew.end(hands)
+        crew.end(hands, patience)
 
     @property
     def is_closed(self) -> bool:
@@ -431,6 +451,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def __del__(self) -> None:
         if not self._closed and not crew.is_finalizing():
             self.close()
+
+
+_open: weakref.WeakSet[Iterator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """At exit, before multiprocessing waits for its children."""
+    for iterator in list(_open):
+        iterator.close(_PATIENCE_AT_EXIT)
+
+
+shutdown.at_close(_close_all)
 
 
 def _epoch_of(sampler: Any) -> Any:

@@ -34,7 +34,7 @@ from ..transport.endpoint import Endpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from . import collation, internals
-from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, NBYTES, WAITED, Counters
+from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, NBYTES, WAITED, Counters
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 
 #: How often a worker that is far enough ahead looks whether it still is before it sleeps.
@@ -115,12 +115,15 @@ class Job:
                     self._begin(task.shared_seed)
                     continue
                 generation, index = task
-                wanted = generation == flow[GENERATION]
-                if wanted and self._made - flow[CONSUMED] >= prefetch:
-                    self._wait_until_consumed()
+                while True:
+                    wanted = generation == flow[GENERATION]
+                    made = wanted or (generation >= 0 and self._made < flow[LIMIT])
+                    if not made or self._made - flow[CONSUMED] < prefetch:
+                        break
+                    self._wait_until_consumed()  # after which it may not be wanted any more
                 began = time.perf_counter_ns()
                 words[WAITED] += began - since
-                payload = self._answer(index) if wanted else self._encode(End())
+                payload = self._answer(index) if made else self._encode(End())
                 del task, index
                 outbox.send(payload)
                 self._made += 1

@@ -11,7 +11,8 @@ Indices may be sent far ahead, many in a message. How far ahead *batches* are ma
 * The worker makes the next batch if it has made fewer than ``prefetch`` more than ``CONSUMED`` says.
 * Else it sets ``ASLEEP``, looks once more, and waits for a message. Whoever raises ``CONSUMED`` looks at ``ASLEEP``
   after that, and sends a message if it is set. Both have a fence in between, so one of them sees the other's store.
-* Tasks of another generation than ``GENERATION`` are not wanted any more. They are answered by ``End`` at once.
+* Tasks of another generation than ``GENERATION`` are not wanted any more. They are answered by ``End`` at once, but for
+  those up to the answer ``LIMIT``, which torch's loader would have had made.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import select
 import time
 from typing import Any
 
-from ..marshalling import codec
+from ..marshalling import codec, exceptions
 from ..transport.endpoint import Received
 from .crew import Gone, Hand
+from .messages import Batch, End, Failure
 from .statistics import Meter
 
 
@@ -28,7 +29,17 @@ class Reception:
         found, received = self.receive(hand, None)
         if received is None:
             raise EOFError
-        return found, codec.decode(*received)
+        return found, self.unpack(found, received)
+
+    def unpack(self, hand: Hand, received: Received) -> Any:
+        """The answer in a message. If it cannot be rebuilt here, that is a Failure."""
+        try:
+            answer = codec.decode(*received)
+        except Exception as error:
+            return Failure(exceptions.pack(error), "where its batch could not be rebuilt in the loader's process")
+        if type(answer) in (Batch, End, Failure) and answer.after is not None:
+            hand.received = answer.after
+        return answer
 
     def receive(self, hand: Hand, deadline: float | None) -> tuple[Hand, Received | None]:
         """The next answer that is not to be skipped; None after ``deadline`` (time.monotonic)."""
@@ -46,16 +57,16 @@ class Reception:
             if received is None:
                 hand.flush()  # so nobody waits for an answer to what was not asked
                 began = time.perf_counter_ns()
-                received = hand.waiter.wait(hand.take, deadline)
+                received = hand.wait(deadline)
                 self._meter.waited += time.perf_counter_ns() - began
         except EOFError:
             raise Gone(hand) from None
         return hand, received
 
     def _from_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
-        busy = [hand for hand in self._hands if hand.tasks or hand.to_skip]
         began = 0
         while True:
+            busy = [hand for hand in self._hands if hand.unreceived]
             for hand in busy:
                 try:
                     received = hand.take()
@@ -67,10 +78,14 @@ class Reception:
                     return hand, received
             began = began or time.perf_counter_ns()
             poll = select.poll()
-            for hand in busy:
+            for hand in self._hands:
                 hand.flush()
+            for hand in busy:
+                if hand.end.fileno() < 0:
+                    return hand, None
                 poll.register(hand.end.fileno(), select.POLLIN)
-            left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+            longest = 0.5 if busy else 0.01
+            left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left <= 0:
-                return busy[0], None
+                return self._hands[0], None
             poll.poll(left * 1000)

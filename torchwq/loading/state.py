@@ -65,12 +65,27 @@ class State:
                 f"this state was taken from a loader with {kinds[self.iterable]} dataset, and this one has "
                 f"{kinds[iterable]} one: load it into a loader made like the first"
             )
-        if self.num_workers != num_workers:
+        if self.num_workers != num_workers and not self.finished:
             raise ValueError(
                 f"this state was taken with num_workers={self.num_workers} and this loader has "
                 f"num_workers={num_workers}: which worker makes which batch, and with which random numbers, depends on "
                 f"that. Make the loader with num_workers={self.num_workers}, or begin the epoch anew"
             )
+
+
+def stateful_sampler(sampler: Any) -> Any:
+    """The batch sampler, or the sampler in it, if it has a state of its own; else None."""
+    for each in (sampler, getattr(sampler, "sampler", None)):
+        if hasattr(each, "state_dict") and hasattr(each, "load_state_dict"):
+            return each
+    return None
+
+
+def restore_generators(sampler: Any, generator: Any, states: list[Any]) -> None:
+    """Give generators of the loader's own the states that they had; torch's global one is left alone."""
+    for each, state in zip(_generators(sampler, generator), states, strict=False):
+        if each is not None:
+            each.set_state(state)
 
 
 def _generators(sampler: Any, generator: Any) -> list[Any]:

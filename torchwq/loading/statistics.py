@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
 
@@ -40,8 +41,10 @@ class Meter:
     """What is counted for one loader, over all its iterators."""
 
     def __init__(self, workers: int) -> None:
-        self.counters = Counters()
+        self._counters: Counters | None = None
         self.workers = workers
+        #: From where an iterator that is gone could have gone on.
+        self.state: Any = None
         self.restarts = 0
         #: Nanoseconds for which the consumer has waited.
         self.waited = 0
@@ -49,6 +52,13 @@ class Meter:
         self._began = time.perf_counter_ns()
         self._looked_at = (self._began, 0)
         self._idle_at = _idle_time()
+
+    @property
+    def counters(self) -> Counters:
+        """Made when they are needed: they take a descriptor."""
+        if self._counters is None:
+            self._counters = Counters()
+        return self._counters
 
     def since_last_look(self) -> tuple[float, bool]:
         """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
@@ -60,13 +70,15 @@ class Meter:
 
     def read(self) -> LoaderStatistics:
         seconds = (time.perf_counter_ns() - self._began) / 1e9
-        counters = self.counters
-        waited, idle, busy = self.waited / 1e9, counters.sum(WAITED) / 1e9, counters.sum(BUSY) / 1e9
-        batches = counters.sum(BATCHES)
+        counters = self._counters
+        waited, idle, busy, batches, nbytes = self.waited / 1e9, 0.0, 0.0, 0, 0
+        if counters is not None:
+            idle, busy = counters.sum(WAITED) / 1e9, counters.sum(BUSY) / 1e9
+            batches, nbytes = counters.sum(BATCHES), counters.sum(NBYTES)
         return LoaderStatistics(
             batches=batches,
             batches_per_second=self.handed_out / seconds if seconds else 0.0,
-            bytes=counters.sum(NBYTES),
+            bytes=nbytes,
             consumer_waited=waited,
             workers_waited=idle,
             workers_busy=busy,

@@ -49,11 +49,17 @@ _WRITERS: Final = frozenset({dataclasses.__file__, collections.__file__, enum.__
 _DATACLASS_CELLS: Final = ("__dataclass_", "_type_", "_dflt_", "_HAS_DEFAULT_FACTORY", "MISSING")
 
 
+#: Whether whoever reads what this process writes has the same ``__main__``: it was forked from it.
+main_is_shared = False
+
+
 def goes_by_name(obj: Any) -> bool:
     """Whether ``obj`` is what its importable module has under its name."""
     module = sys.modules.get(getattr(obj, "__module__", None) or "")
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    if module is None or module.__name__ == "__main__" or not isinstance(name, str):
+    if module is None or not isinstance(name, str):
+        return False
+    if module is sys.modules.get("__main__") and not main_is_shared:
         return False
     return _find(module, name) is obj
 
