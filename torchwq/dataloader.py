@@ -235,11 +235,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self._snapshots = True
         if self._loaded is not None:
             return self._loaded.to_dict()
-        if self._meter.state is not None:
-            return self._meter.state.to_dict()  # type: ignore[no-any-return]
         iterator = self._last() if isinstance(self._last, weakref.ref) else self._last
         if isinstance(iterator, Iterator):
             return iterator.capture().to_dict()
+        if self._meter.state is not None:
+            return self._meter.state.to_dict()  # type: ignore[no-any-return]
         return self._capture_here(iterator).to_dict()
 
     def _capture_here(self, iterator: Any) -> state.State:

@@ -218,6 +218,19 @@ def test_a_state_after_breaking_off(workers: int) -> None:
     assert next(iter(resumed))[:, 0].tolist() == [20, 21, 22, 23]
 
 
+def test_an_older_iterator_that_goes_does_not_count() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1)
+    older = iter(loader)
+    next(older)
+    newer = iter(loader)
+    for _ in range(3):
+        next(newer)
+    del older
+    assert loader.state_dict()["yielded"] == 3
+    del newer
+    assert loader.state_dict()["yielded"] == 3
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_sampler_with_a_state_in_a_batch_sampler(workers: int) -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 3, sampler=Counting(), num_workers=workers)

@@ -151,6 +151,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._begin(None)
 
     def _begin(self, resume: state.State | None) -> None:
+        self._meter.start()
         self._turns: deque[tuple[Hand, int]] = deque()
         self._epoch = 0
         self._ahead = None
@@ -214,6 +215,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._random = ahead.random
         self._num_yielded = 0
         self._finished = False
+        self._meter.start()
         return True
 
     # Indices
@@ -302,6 +304,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         while True:
             if not self._turns or self._turns[0][1] != self._epoch:
                 self._finished = True
+                self._meter.stop()
                 if not self._persistent_workers:
                     self.close()
                 raise StopIteration
@@ -430,6 +433,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._begun:
             self._last_state = self._keep_state.state = self.capture()
         self._closed = True
+        self._meter.stop()
         if self._pinner is not None:
             self._pinner.stop()
         hands = self._hands

@@ -49,8 +49,9 @@ class Meter:
         #: Nanoseconds for which the consumer has waited.
         self.waited = 0
         self.handed_out = 0
-        self._began = time.perf_counter_ns()
-        self._looked_at = (self._began, 0)
+        #: Nanoseconds for which the loader was iterated over, and since when it is now; 0 if it is not.
+        self._iterated = self._since = 0
+        self._looked_at = (time.perf_counter_ns(), 0)
         self._idle_at = _idle_time()
 
     @property
@@ -59,6 +60,16 @@ class Meter:
         if self._counters is None:
             self._counters = Counters()
         return self._counters
+
+    def start(self) -> None:
+        """The loader is iterated over."""
+        self._since = self._since or time.perf_counter_ns()
+
+    def stop(self) -> None:
+        """It is not any more."""
+        if self._since:
+            self._iterated += time.perf_counter_ns() - self._since
+            self._since = 0
 
     def since_last_look(self) -> tuple[float, bool]:
         """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
@@ -69,7 +80,8 @@ class Meter:
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
     def read(self) -> LoaderStatistics:
-        seconds = (time.perf_counter_ns() - self._began) / 1e9
+        now = time.perf_counter_ns()
+        seconds = (self._iterated + (now - self._since if self._since else 0)) / 1e9
         counters = self._counters
         waited, idle, busy, batches, nbytes = self.waited / 1e9, 0.0, 0.0, 0, 0
         if counters is not None:
@@ -91,7 +103,7 @@ class Meter:
 def _verdict(waited: float, seconds: float, idle: float, busy: float, batches: int) -> str:
     if not batches:
         return "no batch was made by a worker yet"
-    part, spare = waited / seconds, idle / max(idle + busy, 1e-9)
+    part, spare = waited / max(seconds, 1e-9), idle / max(idle + busy, 1e-9)
     if part > 0.1 and spare < 0.5:
         return f"data-bound: the consumer waited {part:.0%} of the time and workers were busy; more of them may help"
     if part > 0.1:
