@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -189,7 +190,6 @@ def test_a_forked_child_cannot_use_its_parents_handles() -> None:
 
 
 def test_a_process_started_by_multiprocessing_opens_the_queue_by_name() -> None:
-    import multiprocessing
 
     with torchwq.workqueue("from multiprocessing") as owner:
         process = multiprocessing.get_context("fork").Process(target=jobs.echo, args=("from multiprocessing",))
@@ -205,3 +205,24 @@ def test_unrelated_processes_do_not_see_the_name(run_script: object) -> None:
     with torchwq.workqueue("mine"):
         done = run_script("import torchwq; print(torchwq.workqueue('mine').creator)")  # type: ignore[operator]
     assert done.stdout == "True\n"
+
+
+def test_a_closed_handle_that_is_not_collected_does_not_spoil_a_fork() -> None:
+    """The child must not take itself for its parent: at its exit it would end the parent's namespace and workers."""
+    handles = []
+    with torchwq.workqueue("spoil") as owner:
+        thread = threading.Thread(target=lambda: handles.append(torchwq.workqueue("spoil")))
+        thread.start()
+        thread.join()
+        handles[0].close()
+        process = multiprocessing.get_context("fork").Process(target=int)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        process.close()
+        workers = torchwq.map(1, jobs.echo, "spoil")
+        owner.write("still there")
+        assert owner.read(timeout=20) == "still there"
+        owner.write(None)
+        workers.join(20)
+    del handles

@@ -161,8 +161,9 @@ class WorkerSide(Role):
 
     def abandon(self) -> None:
         super().abandon()
-        os.close(self._board.fd)
-        self._board.fd = -1
+        fd, self._board.fd = self._board.fd, -1
+        if fd >= 0:  # else the handle was closed before the fork, and is garbage that was not collected yet
+            os.close(fd)
 
     @property
     def last_taken(self) -> int:

@@ -39,10 +39,15 @@ def reset_in_child(reset: Callable[[], None]) -> Callable[[], None]:
 def _after_fork_in_child() -> None:
     global _owners
     owners, _owners = list(_owners), weakref.WeakSet()
-    for owner in owners:
-        owner.abandon()
-    for reset in _resets:
-        reset()
+    # All of it, whatever one of them runs into: a child with some of the parent's state would act for the parent.
+    failure: Exception | None = None
+    for step in [*(owner.abandon for owner in owners), *_resets]:
+        try:
+            step()
+        except Exception as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure  # the interpreter reports it and goes on
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
