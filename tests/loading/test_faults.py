@@ -284,14 +284,16 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("more", ["", ", multiprocessing_context='spawn'", ", persistent_workers=True"])
 @pytest.mark.parametrize(
-    ("end", "code"),
+    ("end", "code", "more"),
     [
-        ("pass", 0),
-        ("raise ValueError('oops')", 1),
-        ("sys.exit(3)", 3),
-        ("os.kill(os.getpid(), signal.SIGKILL)", -9),
+        ("pass", 0, ""),
+        ("pass", 0, ", multiprocessing_context='spawn'"),
+        ("pass", 0, ", persistent_workers=True"),
+        ("raise ValueError('oops')", 1, ""),
+        ("sys.exit(3)", 3, ", multiprocessing_context='spawn'"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -9, ", multiprocessing_context='spawn'"),
     ],
 )
 def test_exit_in_mid_epoch_is_clean(run_script: Any, end: str, code: int, more: str) -> None:
