@@ -76,15 +76,21 @@ def answer_queue(q: torchwq.WorkQueue) -> None:
         q.write(question)
 
 
-def start_torchwq() -> Peer:
+def open_queue(work: Callable[[torchwq.WorkQueue], None]) -> tuple[torchwq.WorkQueue, Callable[[], None]]:
+    """A queue with one worker that runs `work`, and what ends both."""
     q = torchwq.workqueue()
-    workers = torchwq.map(1, answer_queue, q)
+    workers = torchwq.map(1, work, q)
 
     def close() -> None:
         q.write(None)
         workers.join()
         q.close()
 
+    return q, close
+
+
+def start_torchwq() -> Peer:
+    q, close = open_queue(answer_queue)
     return Peer("torchwq", q.write, q.read, close)
 
 

@@ -32,6 +32,7 @@ import torch.multiprocessing
 
 import torchwq
 from benchmarks._harness import Measure, Results, Target, conclude, environment, interleave, parser, show_results
+from benchmarks._peers import open_queue
 
 FORK = torch.multiprocessing.get_context("fork")
 MB = 1_000_000
@@ -131,14 +132,7 @@ def answer_queue(q: torchwq.WorkQueue) -> None:
 
 
 def start_torchwq() -> Peer:
-    q = torchwq.workqueue()
-    workers = torchwq.map(1, answer_queue, q)
-
-    def close() -> None:
-        q.write(None)
-        workers.join()
-        q.close()
-
+    q, close = open_queue(answer_queue)
     return Peer("torchwq", q.write, q.read, close)
 
 

@@ -8,7 +8,6 @@ another iterator, of :mod:`torchwq.loading`.
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from .loading import internals, state
 from .loading.iterator import Iterator, Options
 from .loading.messages import Snapshot
 from .loading.statistics import LoaderStatistics, Meter
+from .transport.waiting import cores
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -89,9 +89,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if isinstance(num_workers, str):
             if num_workers != "auto":
                 raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
-            cores = _cores()
-            most = 0 if iterable else cores
-            num_workers = cores if iterable else 1
+            most = 0 if iterable else cores()
+            num_workers = cores() if iterable else 1
         if on_worker_death not in ("raise", "restart"):
             raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
         if max_restarts < 0:
@@ -205,12 +204,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         with state.restored(sampler, self.generator, loaded.random):
             iterator: Any = _IteratorHere(self)
             samples = getattr(iterator._dataset_fetcher, "dataset_iter", None)
-            if samples is None and loaded.sampler is None:
-                indices = itertools.islice(iterator._sampler_iter, loaded.yielded, None)
-                # The next one is drawn now, while the random numbers are those of the state.
-                iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
-            elif samples is None:
-                pass
+            if samples is None:
+                if loaded.sampler is None:
+                    indices = itertools.islice(iterator._sampler_iter, loaded.yielded, None)
+                    # The next one is drawn now, while the random numbers are those of the state.
+                    iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
             elif snapshot.iterator is not None:
                 samples.load_state_dict(snapshot.iterator)
             elif snapshot.dataset is None:
@@ -307,10 +305,3 @@ class _IteratorHere(internals.SingleProcessIterator):  # type: ignore[misc]
         except StopIteration:
             self.finished = True
             raise
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1

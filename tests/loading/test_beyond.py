@@ -47,7 +47,7 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
 ) -> None:
     import torchwq.dataloader
 
-    monkeypatch.setattr(torchwq.dataloader, "_cores", lambda: 3)
+    monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 3)
     monkeypatch.setattr(iterator, "_LOOK_EVERY", 8)
     monkeypatch.setattr(statistics.Meter, "since_last_look", lambda self: (0.5, True))
     with caplog.at_level(logging.INFO, "torchwq"):
@@ -72,7 +72,7 @@ def test_an_automatic_number_of_workers_stays_where_nobody_waits(monkeypatch: py
 def test_automatic_workers_of_a_stream_are_as_many_as_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torchwq.dataloader
 
-    monkeypatch.setattr(torchwq.dataloader, "_cores", lambda: 2)
+    monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 2)
     loader = torchwq.DataLoader(datasets.Stream(), batch_size=3, num_workers="auto")
     assert loader.num_workers == 2
     assert sorted(int(number) for batch, _ in loader for number in batch) == sorted([*range(23), 1000])

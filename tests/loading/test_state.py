@@ -26,6 +26,14 @@ def saved(state: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+def state_after(loader: Any, batches: int) -> Any:
+    """The state of an iterator that has handed out so many batches and is gone."""
+    iterator = iter(loader)
+    for _ in range(batches):
+        next(iterator)
+    return loader.state_dict()
+
+
 def check(make: Any, stop: int, epochs_before: int = 0, part: Any = lambda batch: batch) -> None:
     """Interrupt after ``stop`` batches of an epoch; the rest must be what an uninterrupted run gives."""
     torch.manual_seed(11)
@@ -97,11 +105,7 @@ def test_iterable(dataset: Any, stop: int, workers: int) -> None:
 
 def test_a_stateful_stream_is_not_iterated_again() -> None:
     loader = torchwq.DataLoader(datasets.StatefulStream(), 3, num_workers=2)
-    iterator = iter(loader)
-    for _ in range(4):
-        next(iterator)
-    state = loader.state_dict()
-    del iterator
+    state = state_after(loader, 4)
     resumed = torchwq.DataLoader(datasets.StatefulStream(), 3, num_workers=2)
     resumed.load_state_dict(state)
     made = next(iter(resumed))[:, 1].tolist()
@@ -110,11 +114,7 @@ def test_a_stateful_stream_is_not_iterated_again() -> None:
 
 def test_a_map_style_dataset_is_not_asked_for_the_batches_before() -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1)
-    iterator = iter(loader)
-    for _ in range(5):
-        next(iterator)
-    state = loader.state_dict()
-    del iterator
+    state = state_after(loader, 5)
     resumed = torchwq.DataLoader(datasets.Failing(set(range(20)), 37), 4, num_workers=1)
     resumed.load_state_dict(state)
     assert next(iter(resumed))[:, 0].tolist() == [20, 21, 22, 23]
@@ -147,11 +147,7 @@ class Counting(Sampler[int]):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_sampler_with_a_state_is_moved_by_it(workers: int) -> None:
     loader = torchwq.DataLoader(datasets.Plain(), None, sampler=Counting(), num_workers=workers)
-    iterator = iter(loader)
-    for _ in range(10):
-        next(iterator)
-    state = saved(loader.state_dict())
-    del iterator
+    state = saved(state_after(loader, 10))
     sampler = Counting()
     resumed = torchwq.DataLoader(datasets.Plain(), None, sampler=sampler, num_workers=workers)
     resumed.load_state_dict(state)
@@ -182,10 +178,7 @@ def test_before_the_first_and_after_the_last_batch() -> None:
 
 def test_loading_leaves_the_random_numbers_of_the_training_alone() -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 4, True, num_workers=1)
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    del iterator
+    state = state_after(loader, 1)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -234,11 +227,7 @@ def test_an_older_iterator_that_goes_does_not_count() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_sampler_with_a_state_in_a_batch_sampler(workers: int) -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 3, sampler=Counting(), num_workers=workers)
-    iterator = iter(loader)
-    for _ in range(4):
-        next(iterator)
-    state = saved(loader.state_dict())
-    del iterator
+    state = saved(state_after(loader, 4))
     sampler = Counting()
     resumed = torchwq.DataLoader(datasets.Plain(), 3, sampler=sampler, num_workers=workers)
     resumed.load_state_dict(state)
@@ -282,10 +271,7 @@ def test_states_with_prefetching_across_epochs() -> None:
 
 def test_an_automatic_number_of_workers_is_that_of_the_state() -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    del iterator
+    state = state_after(loader, 1)
     resumed = torchwq.DataLoader(datasets.Plain(), 4, num_workers="auto")
     resumed.load_state_dict(state)
     assert len(list(resumed)) == 9

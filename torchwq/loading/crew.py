@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -138,10 +136,7 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
 
 
 def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
-    # Ctrl-C is the loader's to handle; the worker ends with its connection. Handlers of the user's are not for it.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    child.set_signal_handlers()
     functions.main_is_shared = True
     Job(plan, part).run(endpoint.adopt(ticket))
 
@@ -348,8 +343,3 @@ def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
             if not hand.process.wait(1.0):
                 hand.process.kill(signal.SIGKILL)
                 hand.process.wait(1.0)
-
-
-def is_finalizing() -> bool:
-    """Whether the interpreter is going away, and with it what ``end`` needs."""
-    return sys.is_finalizing() or multiprocessing.current_process() is None

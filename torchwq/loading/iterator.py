@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -77,7 +78,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._hands: list[Hand] = []
         self._closed = self._begun = False
         self._pid = os.getpid()
-        self._keep_state = meter
+        self._meter = meter
         self._pinner: Pinner | None = None
         super().__init__(loader)
         if loader.prefetch_factor <= 0:
@@ -86,7 +87,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._in_order = loader.in_order
         self._loader_generator = loader.generator
         self._options = options
-        self._meter = meter
         self._death: WorkerDied | None = None
         self._restarts = 0
         # How many indices more than are needed now are drawn, and how many are sent in one message.
@@ -96,6 +96,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if resume is not None:
             self._base_seed = resume.base_seed
         init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
+        if options.most_workers:
+            meter.since_last_look()  # from now on
         self._plan = Plan(
             kind=self._dataset_kind,
             dataset=self._dataset,
@@ -282,12 +284,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._meter.handed_out += 1
         self._num_yielded += 1
         if self._IterableDataset_len_called is not None and self._num_yielded > self._IterableDataset_len_called:
-            self._num_yielded -= 1
-            self._count_one_too_many()
+            self._warn_of_length()
         return data
 
-    def _count_one_too_many(self) -> None:
-        self._num_yielded += 1
+    def _warn_of_length(self) -> None:
         if self._dataset_kind == internals.ITERABLE:
             warnings.warn(
                 f"Length of IterableDataset {self._dataset} was reported to be {self._IterableDataset_len_called}"
@@ -431,18 +431,15 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._closed = True
             return
         if self._begun:
-            self._last_state = self._keep_state.state = self.capture()
+            self._last_state = self._meter.state = self.capture()
         self._closed = True
         self._meter.stop()
         if self._pinner is not None:
             self._pinner.stop()
-        hands = self._hands
-        for hand in hands:
-            hand.close()
+        self._turns = deque()
+        crew.end(self._hands, patience)
         if self._pinner is not None:
             self._pinner.join()
-        self._turns = deque()
-        crew.end(hands, patience)
 
     @property
     def is_closed(self) -> bool:
@@ -453,7 +450,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     _shutdown_workers = close
 
     def __del__(self) -> None:
-        if not self._closed and not crew.is_finalizing():
+        if not self._closed and not sys.is_finalizing():
             self.close()
 
 

@@ -89,9 +89,9 @@ def restore_generators(sampler: Any, generator: Any, states: list[Any]) -> None:
 
 
 def _generators(sampler: Any, generator: Any) -> list[Any]:
-    """The generators that a sampler may draw from: None stands for torch's global one."""
-    own = [getattr(each, "generator", None) for each in (sampler, getattr(sampler, "sampler", None), generator)]
-    return [None, *(each for each in (*own[:2], generator) if isinstance(each, torch.Generator))]
+    """The generators that a sampler may draw from. The first is None, which stands for torch's global one."""
+    own = [getattr(each, "generator", None) for each in (sampler, getattr(sampler, "sampler", None))]
+    return [None, *(each for each in (*own, generator) if isinstance(each, torch.Generator))]
 
 
 def random_state(sampler: Any, generator: Any) -> list[Any]:
@@ -103,11 +103,8 @@ def random_state(sampler: Any, generator: Any) -> list[Any]:
 def restored(sampler: Any, generator: Any, states: list[Any]) -> Iterator[None]:
     """Within it these generators have these states; torch's global one is as before afterwards."""
     before = torch.get_rng_state()
-    for each, state in zip(_generators(sampler, generator), states, strict=False):
-        if each is None:
-            torch.set_rng_state(state)
-        else:
-            each.set_state(state)
+    torch.set_rng_state(states[0])
+    restore_generators(sampler, generator, states)
     try:
         yield
     finally:

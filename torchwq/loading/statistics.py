@@ -12,7 +12,7 @@ from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
 
 @dataclass(frozen=True, slots=True)
 class LoaderStatistics:
-    """What a loader has done since it was made, or since its statistics were reset.
+    """What a loader has done since it was made.
 
     Attributes:
         batches: batches that workers have made.
@@ -51,8 +51,8 @@ class Meter:
         self.handed_out = 0
         #: Nanoseconds for which the loader was iterated over, and since when it is now; 0 if it is not.
         self._iterated = self._since = 0
-        self._looked_at = (time.perf_counter_ns(), 0)
-        self._idle_at = _idle_time()
+        # Of the last look: when, how long the consumer had waited, how long cores had been idle.
+        self._looked_at = 0, 0, 0.0
 
     @property
     def counters(self) -> Counters:
@@ -74,12 +74,13 @@ class Meter:
     def since_last_look(self) -> tuple[float, bool]:
         """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
         now, waited, idle = time.perf_counter_ns(), self.waited, _idle_time()
-        then, waited_then = self._looked_at
-        idle_cores = (idle - self._idle_at) * 1e9 / max(1, now - then)
-        self._looked_at, self._idle_at = (now, waited), idle
+        then, waited_then, idle_then = self._looked_at
+        idle_cores = (idle - idle_then) * 1e9 / max(1, now - then)
+        self._looked_at = now, waited, idle
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
     def read(self) -> LoaderStatistics:
+        """All that was counted until now."""
         now = time.perf_counter_ns()
         seconds = (self._iterated + (now - self._since if self._since else 0)) / 1e9
         counters = self._counters

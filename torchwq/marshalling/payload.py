@@ -137,6 +137,7 @@ def arrivals_of(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
 
 
 def listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
+    """The list of references that ends at ``end``: number and bytes, with the mark of a buffer in the bytes."""
     (count,) = COUNT.unpack_from(data, end - COUNT.size)
     start = end - COUNT.size - count * REFERENCE.size
     if count == 1:

@@ -144,7 +144,7 @@ def _block_for(
         return None
     storage = tensor.untyped_storage()
     block = block_of(storage)
-    if fresh is not None and (block is None or block not in fresh):
+    if sharing.goes_by_value(block, fresh):
         found = sharing.copy(tensor) if tensor.numel() else None
         if found is None:
             return None

@@ -43,12 +43,11 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         return _reduce_unusual(tensor)
     storage = tensor.untyped_storage()
     block = block_of(storage)
-    if encoder.fresh is not None and (block is None or block not in encoder.fresh):
+    if sharing.goes_by_value(block, encoder.fresh):
         return _reduce_by_value(encoder, tensor)
     if block is None or not sharing.is_current(block):
         if storage.nbytes() == 0 or sharing.is_for_torch(storage):
-            code, offset, size, stride = geometry(tensor)
-            return _rebuild_dense, (type(tensor), storage, code, offset, tuple(size), stride, tensor.requires_grad)
+            return _reduce_with_storage(tensor, tensor)
         del storage
         block = sharing.share(tensor)
         if block is None:
@@ -64,12 +63,18 @@ def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
     return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, tuple(size), stride)
 
 
+def _reduce_with_storage(tensor: torch.Tensor, data: torch.Tensor) -> Any:
+    """As what ``tensor`` is, on the storage of ``data``, which pickle meets next."""
+    code, offset, size, stride = geometry(data)
+    where = code, offset, tuple(size), stride
+    return _rebuild_dense, (type(tensor), data.untyped_storage(), *where, tensor.requires_grad)
+
+
 def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if not tensor.numel():
-        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-        code, offset, size, stride = geometry(empty)
-        storage = empty.untyped_storage()
-        return _rebuild_dense, (type(tensor), storage, code, offset, tuple(size), stride, tensor.requires_grad)
+        return _reduce_with_storage(
+            tensor, torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        )
     copied = sharing.copy(tensor)
     if copied is None:
         return _reduce_to_copy(tensor)
@@ -196,17 +201,15 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
     if storage.nbytes() == 0:
         return torch.UntypedStorage, (0,)
     block = block_of(storage)
-    if encoder.fresh is not None and (block is None or block not in encoder.fresh):
+    if sharing.goes_by_value(block, encoder.fresh):
         copied = sharing.copy(storages.place(storage, storages.CODES[torch.uint8], 0, (storage.nbytes(),), (1,)))
-        if copied is None:
-            return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
-        return _open_storage, (encoder.refer(copied[0], copied[1]),)
-    if block is None or not sharing.is_current(block):
+        block, storage = (None, storage) if copied is None else copied[:2]
+    elif block is None or not sharing.is_current(block):
         if sharing.is_for_torch(storage):
             return reductions.reduce_storage(storage)
         block = sharing.share_storage(storage)
-        if block is None:
-            return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
+    if block is None:
+        return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
     return _open_storage, (encoder.refer(block, storage),)
 
 

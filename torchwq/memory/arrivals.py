@@ -194,12 +194,11 @@ def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage
         storage = _map(fd, nbytes) if fd >= 0 else _lost()
     if storage is None:
         storage = _copy_out(fd, nbytes)
-    else:
-        if tracked:
-            block = Block(MAPPED, storage, storages.descriptor(storage))
-            block.number = number
-            recycling.add(block)
-            return block, storage
+    elif tracked:
+        block = Block(MAPPED, storage, storages.descriptor(storage))
+        block.number = number
+        recycling.add(block)
+        return block, storage
     return Block(PLAIN, storage, -1), storage
 
 

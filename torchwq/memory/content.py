@@ -11,6 +11,7 @@ Invariant: a block with ``content`` set is not written to until the pool has tak
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -55,21 +56,22 @@ def block_with(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block,
             storage = _if_it_has(block, pieces)
             if storage is not None:
                 return block, storage
-    taken = pool.take(nbytes)
-    if taken is None:
-        return None
-    try:
-        storage, address = taken.storage, taken.address
-        for _, start, size in pieces:
-            ctypes.memmove(address, start, size)
-            address += size
-        taken.content = True
-    finally:
-        pool.lend(taken)
-    recycling.prepare_to_send(taken)
-    if taken.kind == MADE:
-        _last.append(taken)
-    return taken, storage
+    filled = pool.use(nbytes, functools.partial(_write, pieces))
+    if filled is not None:
+        block, _ = filled
+        recycling.prepare_to_send(block)
+        if block.kind == MADE:
+            _last.append(block)
+    return filled
+
+
+def _write(pieces: Sequence[tuple[Any, int, int]], block: Block) -> tuple[Block, Any]:
+    storage, address = block.storage, block.address
+    for _, start, size in pieces:
+        ctypes.memmove(address, start, size)
+        address += size
+    block.content = True
+    return block, storage
 
 
 def _piece(part: bytes | memoryview) -> tuple[Any, int, int]:

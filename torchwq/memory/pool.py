@@ -22,12 +22,15 @@ import contextlib
 import errno
 import time
 from collections import deque
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 from ..errors import ResourceError
 from ..transport.process import reset_in_child
 from . import anonymous, limits, recycling, storages
 from .block import MADE, Block
+
+T = TypeVar("T")
 
 #: How many blocks at the head of a ring are looked at, and how many rings of other sizes.
 _LOOKS: Final = 4
@@ -38,7 +41,7 @@ _FINE: Final = 64 * 1024
 
 #: Blocks by the memory they have, then by the bytes their storage shows.
 _rings: dict[int, dict[int, deque[Block]]] = {}
-#: Blocks between ``take`` and ``lend``, and whether this process was forked meanwhile.
+#: Blocks between ``_take`` and ``_lend``, and whether this process was forked meanwhile.
 _taken: dict[Block, bool] = {}
 
 
@@ -62,11 +65,42 @@ def capacity_for(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-def take(nbytes: int) -> Block | None:
-    """A block whose storage has ``nbytes`` bytes, more than 0, for the caller alone; what is in it is arbitrary.
+def use(nbytes: int, fill: Callable[[Block], T]) -> T | None:
+    """What ``fill(block)`` gives, which may fill the block and let something use it.
 
-    Returns None if no descriptor can be had. Raises ResourceError if there is no memory.
+    The block's storage has ``nbytes`` bytes, more than 0, with arbitrary values, and nobody else has the block. Returns
+    None if no descriptor can be had. Raises ResourceError if there is no memory.
     """
+    block = _take(nbytes)
+    if block is None:
+        return None
+    try:
+        return fill(block)
+    finally:
+        _lend(block)
+
+
+def use_at_once(nbytes: int, fill: Callable[[Block], T]) -> T | None:
+    """The same, if a block of just this size is free; else None. Under the lock, which ``fill`` must not let go.
+
+    The block stays in its ring: a user of its own keeps finalizers that run meanwhile from taking it.
+    """
+    recycling.settle()
+    rings = _rings.get(capacity_for(nbytes))
+    ring = rings.get(nbytes) if rings else None
+    block = _free_one(ring)
+    if ring is None or block is None:
+        return None
+    block.users += 1
+    block.used_at = time.monotonic()
+    ring.append(block)
+    try:
+        return fill(block)
+    finally:
+        block.users -= 1
+
+
+def _take(nbytes: int) -> Block | None:
     capacity = capacity_for(nbytes)
     with recycling.lock:
         recycling.settle()
@@ -84,28 +118,6 @@ def take(nbytes: int) -> Block | None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return None
         raise
-
-
-def borrow(nbytes: int) -> Block | None:
-    """One of the blocks that are free most likely, if one is. It stays in its ring; until ``restore`` nobody else gets
-    it. Under the lock, which must not be let go in between.
-    """
-    recycling.settle()
-    rings = _rings.get(capacity_for(nbytes))
-    ring = rings.get(nbytes) if rings else None
-    if ring:
-        block = _free_one(ring)
-        if block is not None:
-            block.users += 1
-            block.used_at = time.monotonic()
-            ring.append(block)
-            return block
-    return None
-
-
-def restore(block: Block) -> None:
-    """End of ``borrow``: whatever uses the block now decides when it is free. Under the lock."""
-    block.users -= 1
 
 
 def _free_one(ring: deque[Block] | None) -> Block | None:
@@ -171,7 +183,7 @@ def _add(block: Block) -> None:
         _taken[block] = False
 
 
-def lend(block: Block) -> None:
+def _lend(block: Block) -> None:
     """The block is in the ring again: whatever uses it now decides when it is free."""
     with recycling.lock:
         forked = _taken.pop(block, None)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import threading
+from collections.abc import Container
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
@@ -79,12 +81,8 @@ def share(tensor: torch.Tensor) -> Block | None:
             return block
         movable = not storage.is_shared() and storages.is_sole_owner(tensor, storage)
         if movable and storage.nbytes() <= _AT_ONCE and storage._cdata not in _moving:
-            block = pool.borrow(storage.nbytes())
+            block = pool.use_at_once(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is not None:
-                try:
-                    _move(tensor, storage, block, geometry)
-                finally:
-                    pool.restore(block)
                 return block
         key = storage._cdata
         del storage  # two threads that look at the same tensor must not take each other for owners
@@ -101,12 +99,7 @@ def share(tensor: torch.Tensor) -> Block | None:
         if block is not None:
             return block
         if movable:
-            block = pool.take(storage.nbytes())
-            if block is not None:
-                try:
-                    _move(tensor, storage, block, geometry)
-                finally:
-                    pool.lend(block)
+            block = pool.use(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
         else:
             del tensor
             block = _share_storage(storage)
@@ -132,8 +125,14 @@ def _finish(key: int, mover: _Mover) -> None:
     mover.done.set()
 
 
-def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, block: Block, geometry: Geometry) -> None:
+def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, geometry: Geometry, block: Block) -> Block:
     block.keep(storages.move(tensor, recycling.template(block, geometry), storage, block.address))
+    return block
+
+
+def goes_by_value(block: Block | None, fresh: Container[Block] | None) -> bool:
+    """Whether what is on this block, or on none, is to be copied: if ``fresh`` is given and does not have the block."""
+    return fresh is not None and (block is None or block not in fresh)
 
 
 def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
@@ -149,26 +148,22 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
     code, _, size, stride = storages.geometry(tensor)
     geometry = code, 0, size, stride
     nbytes = span * tensor.element_size()
+    fill = functools.partial(_copy, tensor, nbytes)
+    copied = None
     if nbytes <= _AT_ONCE:
         with recycling.lock:
-            block = pool.borrow(nbytes)
-            if block is not None:
-                try:
-                    storage = block.storage
-                    ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
-                finally:
-                    pool.restore(block)
-                return block, storage, geometry
-    block = pool.take(nbytes)
-    if block is None:
+            copied = pool.use_at_once(nbytes, fill)
+    copied = copied or pool.use(nbytes, fill)
+    if copied is None:
         limits.warn_of_copies()
         return None
-    try:
-        storage = block.storage
-        ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
-    finally:
-        pool.lend(block)
-    return block, storage, geometry
+    return *copied, geometry
+
+
+def _copy(tensor: torch.Tensor, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
+    storage = block.storage
+    ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
+    return block, storage
 
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:
@@ -197,20 +192,14 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
 
 def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
     """A new tensor in a block of ``nbytes`` > 0 bytes, its values arbitrary. None if there is no descriptor for it."""
+    place = functools.partial(_place, geometry)
     with recycling.lock:
-        block = pool.borrow(nbytes)
-        if block is not None:
-            try:
-                return recycling.template(block, geometry).detach()
-            finally:
-                pool.restore(block)
-    block = pool.take(nbytes)
-    if block is None:
-        return None
-    try:
-        return recycling.template(block, geometry).detach()
-    finally:
-        pool.lend(block)
+        tensor = pool.use_at_once(nbytes, place)
+    return pool.use(nbytes, place) if tensor is None else tensor
+
+
+def _place(geometry: Geometry, block: Block) -> torch.Tensor:
+    return recycling.template(block, geometry).detach()
 
 
 def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:

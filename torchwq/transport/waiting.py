@@ -37,7 +37,8 @@ _SHORT_SLEEP: Final = 400_000
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -58,7 +59,7 @@ class Waiter:
     def __init__(self, source: _HasFileno, alarm: Alarm) -> None:
         self._source = source
         self._alarm = alarm
-        self._can_spin = _cores() > 1
+        self._can_spin = cores() > 1
         self._spin = _MAX_SPIN if self._can_spin else 0
         self._guard = threading.Lock()
         self._sleepers = 0

@@ -68,11 +68,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     _die_with_the_server()
     sys.modules["__main__"] = types.ModuleType("__main__")
     _standard_streams(stdout, stderr)
-    # Python's default handler would print a traceback for a Ctrl-C that is the owner's to handle. A handler, and
-    # not SIG_IGN, because programs that the worker starts would inherit that.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    set_signal_handlers()
     gc.enable()
     client.born_with(server)
     context = Context(endpoint.adopt(control))
@@ -83,6 +79,15 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     finally:
         _end(context)
     return code
+
+
+def set_signal_handlers() -> None:
+    """Leave Ctrl-C to the owner; let everything else end the worker, whatever handlers it was born with."""
+    # Python's default handler would print a traceback for a Ctrl-C that is the owner's to handle. A handler, and
+    # not SIG_IGN, because programs that the worker starts would inherit that.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _die_with_the_server() -> None:
