@@ -229,7 +229,8 @@ class Job:
             return self._fail(error, index)
 
     def _encode(self, answer: Any) -> bytes | Parcel:
-        return codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+        payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+        return payload
 
     def _fail(self, error: Exception, index: Any) -> bytes | Parcel:
         after = self._snapshot() if self._wraps else None

@@ -16,10 +16,9 @@ from __future__ import annotations
 import pickle
 import types
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, overload
 
 import cloudpickle
-import torch
 
 from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory import recycling
@@ -27,14 +26,20 @@ from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
+from ..transport.endpoint import NO_FDS
 from ..transport.sockets import close_fds
 from . import functions, locate, plain, reducers
+from .letter import ENCLOSED, Letter
 from .payload import HEAD, Attachments, arrivals_of, listed
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
 CALL_LIMIT: Final = 16 * 1024 - 64
-#: What may take the shortest way.
-_PLAIN: Final = frozenset({torch.Tensor, dict, list, tuple})
+#: What has no size that it must keep to: a message that stays in this process.
+UNLIMITED: Final = 1 << 62
+
+Payload = bytes | Parcel | Letter
+#: ``bytes | Parcel``, or, if it stays here, any ``Payload``.
+Encoded: TypeAlias = Any
 
 
 class _NeedsCloud(Exception):
@@ -132,14 +137,31 @@ class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attac
 _idle: list[_Tools] = []
 
 
-def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None) -> bytes | Parcel:
+@overload
+def encode(
+    obj: Any,
+    limit: int,
+    *,
+    upvalues: bool = False,
+    fresh: Container[Block] | None = None,
+    here: Literal[False] = False,
+) -> bytes | Parcel: ...
+@overload
+def encode(
+    obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None, here: bool
+) -> Payload: ...
+def encode(
+    obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None, here: bool = False
+) -> Payload:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
+
+    If the message stays ``here``, in this process, it may be of any size, and its tensors stay where they are.
 
     A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
     reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all`
     turns that into a MarshalError that names the place.
     """
-    if type(obj) in _PLAIN:
+    if not here and plain.may_be(obj):
         parcel = plain.encode(obj, limit, fresh)
         if parcel is not None:
             return parcel
@@ -151,6 +173,7 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
     dump, clear_memo, chunks, out = tools
     try:
         out.fresh = fresh
+        out.here = here
         dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
@@ -159,10 +182,11 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
     if out is None:
         cloud = _CloudEncoder(upvalues)
         cloud.out.fresh = fresh
+        cloud.out.here = here
         cloud.dump(obj)
-        return cloud.out.payload(limit)
+        return cloud.out.letter() if here else cloud.out.payload(limit)
     if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
-        payload: bytes | Parcel = out.payload(limit)
+        payload: Payload = out.letter() if here else out.payload(limit)
         out.clear()
     else:
         payload = chunks.pop()
@@ -171,7 +195,9 @@ def encode(obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Blo
     return payload
 
 
-def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args") -> list[bytes | Parcel]:
+def encode_all(
+    objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args", here: bool = False
+) -> list[Encoded]:
     """Encode each of ``objs``, all before the first is used.
 
     Raises MarshalError, with the place of what cannot travel (``args[0]['model'].hook``), or ResourceError.
@@ -179,49 +205,51 @@ def encode_all(objs: Sequence[Any], limit: int, *, upvalues: bool = False, root:
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(encode(obj, limit, upvalues=upvalues))
+            payloads.append(encode(obj, limit, upvalues=upvalues, here=here))
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues)  # noqa: B904 - it has its cause already
+            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, here)  # noqa: B904 - it has its cause already
     return payloads
 
 
-def encode_one(obj: Any, limit: int, root: str, *, fresh: Container[Block] | None = None) -> bytes | Parcel:
+def encode_one(
+    obj: Any, limit: int, root: str, *, fresh: Container[Block] | None = None, here: bool = False
+) -> Encoded:
     """Encode ``obj``; functions in it may be closures. ``fresh`` as for :func:`encode`.
 
     Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode(obj, limit, upvalues=True, fresh=fresh)
+        return encode(obj, limit, upvalues=True, fresh=fresh, here=here)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, obj, root, limit, True)  # noqa: B904 - it has its cause already
+        raise _located(error, obj, root, limit, True, here)  # noqa: B904 - it has its cause already
 
 
-def encode_result(value: Any, limit: int, root: str) -> bytes | Parcel:
+def encode_result(value: Any, limit: int, root: str, *, here: bool = False) -> Encoded:
     """Encode ``(value, None)``, what a worker sends when its function has returned ``value``.
 
     Raises MarshalError, which names the place in ``value`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode((value, None), limit)
+        return encode((value, None), limit, here=here)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, value, root, limit, False)  # noqa: B904 - it has its cause already
+        raise _located(error, value, root, limit, False, here)  # noqa: B904 - it has its cause already
 
 
 def encode_call(
-    function: Any, args: Sequence[Any], extra: Any, limit: int, *, upvalues: bool = False
-) -> bytes | Parcel:
+    function: Any, args: Sequence[Any], extra: Any, limit: int, *, upvalues: bool = False, here: bool = False
+) -> Encoded:
     """Encode ``(function, args, extra)`` as one payload, so that what they share stays shared.
 
     Raises MarshalError, which names the place (``args[0]['model'].hook``), or ResourceError.
     """
     try:
-        return encode((function, tuple(args), extra), limit, upvalues=upvalues)
+        return encode((function, tuple(args), extra), limit, upvalues=upvalues, here=here)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
@@ -229,16 +257,16 @@ def encode_call(
         what = f"function {name}" if callable(function) else f"the {name}"
         for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(part, limit, upvalues=upvalues)
+                encode(part, limit, upvalues=upvalues, here=here)
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues)  # noqa: B904 - it has its cause already
-        raise _located(error, extra, "the call", limit, upvalues)  # noqa: B904 - it has its cause already
+                raise _located(found, part, place, limit, upvalues, here)  # noqa: B904 - it has its cause already
+        raise _located(error, extra, "the call", limit, upvalues, here)  # noqa: B904 - it has its cause already
 
 
-def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) -> MarshalError:
+def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool, here: bool) -> MarshalError:
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(candidate, limit, upvalues=upvalues)
+            encode(candidate, limit, upvalues=upvalues, here=here)
         except Exception as raised:
             return raised
         return None
@@ -256,11 +284,31 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool) 
     return located
 
 
-def decode(data: bytes, fds: list[int]) -> Any:
+def received(payload: Payload) -> tuple[Any, list[int]]:
+    """A payload that stays here as its reader gets it, for ``decode``."""
+    if isinstance(payload, bytes):
+        return payload, NO_FDS
+    if isinstance(payload, Letter):
+        return payload, ENCLOSED
+    return payload.copy()
+
+
+def for_others(payload: Payload, limit: int) -> Encoded:
+    """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
+    if isinstance(payload, Letter):
+        return encode_one(payload.copy().open(), limit, "an object that was written before", here=False)
+    if isinstance(payload, bytes) and len(payload) > limit:
+        return encode(pickle.loads(payload), limit)
+    return payload
+
+
+def decode(data: bytes | Letter, fds: list[int]) -> Any:
     """The object in a message, with its trailer if it has one. Takes over ``fds``.
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
+    if isinstance(data, Letter):
+        return data.open()
     kind = data[-1]
     if not fds and kind not in (REFERENCES, BLOCK):
         return pickle.loads(data)
@@ -302,8 +350,10 @@ def _decode_block(data: bytes, fds: list[int]) -> Any:
         block.done()
 
 
-def discard(data: bytes, fds: list[int]) -> None:
+def discard(data: bytes | Letter, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
+    if isinstance(data, Letter):
+        return
     if data[-1] in (REFERENCES, BLOCK):
         try:
             references = listed(data, len(data) - TRAILER)

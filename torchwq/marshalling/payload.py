@@ -20,6 +20,7 @@ from ..memory.ledger import UNTRACKED
 from ..memory.parcel import BLOCK, REFERENCES, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
+from .letter import Letter
 
 #: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
 OUT_OF_BAND: Final = 32 * 1024
@@ -44,6 +45,9 @@ class Attachments:
         #: Whether there is anything beside the pickle.
         self.more = False
         self.fresh: Container[Block] | None = None
+        self.here = False
+        self.enclosed: list[Any] = []
+        self._copies: list[bytearray] = []
 
     def clear(self) -> None:
         """Let go of everything; what has left in a payload is the payload's."""
@@ -51,6 +55,13 @@ class Attachments:
         self.fds, self.keep, self.blocks = [], [], {}
         self.more = False
         self.fresh = None
+        self.here = False
+        self.enclosed, self._copies = [], []
+
+    def enclose(self, obj: Any) -> int:
+        self.more = True
+        self.enclosed.append(obj)
+        return len(self.enclosed) - 1
 
     def attach(self, fd: int, owner: Any) -> int:
         self.more = True
@@ -73,6 +84,10 @@ class Attachments:
         raw = buffer.raw()
         if raw.nbytes < OUT_OF_BAND:
             return True
+        if self.here:
+            self.more = True
+            self._copies.append(bytearray(raw))
+            return False
         found = content.block_with([raw], raw.nbytes)
         if found is None:
             return True
@@ -82,6 +97,11 @@ class Attachments:
         self.blocks[Buffer(block)] = len(self.blocks)
         self.keep.append(storage)
         return False
+
+    def letter(self) -> bytes | Letter:
+        """What was collected ``here``."""
+        pickled = b"".join(self.chunks)
+        return Letter(pickled, self.enclosed, self._copies) if self.more else pickled
 
     def payload(self, limit: int) -> bytes | Parcel:
         """What was collected, as one payload of at most ``limit`` bytes."""

@@ -88,6 +88,16 @@ def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | No
     return keys, values
 
 
+def may_be(obj: Any) -> bool:
+    """Whether it is worth looking at ``obj``: a tensor, or a collection that begins with one."""
+    cls = type(obj)
+    if cls is torch.Tensor:
+        return True
+    if cls is tuple or cls is list:
+        return bool(obj) and type(obj[0]) is torch.Tensor
+    return cls is dict and bool(obj) and type(next(iter(obj.values()))) is torch.Tensor
+
+
 def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parcel | None:
     """The payload of a message with a tensor, dict, list or tuple; None if it has to take the general way.
 

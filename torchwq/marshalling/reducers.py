@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import threading
 import types
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ from ..memory.block import Block
 class Encoder(Protocol):
     #: If not None, tensors travel by value, but for those on these blocks.
     fresh: Container[Block] | None
+    #: Whether the message stays in this process: then it may enclose what others have to rebuild.
+    here: bool
 
     def attach(self, fd: int, owner: Any) -> int:
         """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
@@ -29,6 +31,10 @@ class Encoder(Protocol):
 
     def refer(self, block: Block, storage: Any) -> int:
         """Let a reference to ``block`` travel with the message; ``storage`` is its. Returns its index."""
+        ...
+
+    def enclose(self, obj: Any) -> int:
+        """Let ``obj`` itself travel with a message that stays ``here``. Returns its index."""
         ...
 
 
@@ -63,13 +69,14 @@ _inbound = threading.local()
 
 
 class Unpacking:
-    """The descriptors and the blocks of the message that this thread is unpickling."""
+    """The descriptors and the blocks of the message that this thread is unpickling, or what a letter encloses."""
 
-    __slots__ = ("_outer", "arrivals", "fds")
+    __slots__ = ("_outer", "arrivals", "enclosed", "fds")
 
-    def __init__(self, fds: list[int], arrivals: Arrivals | None) -> None:
+    def __init__(self, fds: list[int], arrivals: Arrivals | None, enclosed: Sequence[Any] = ()) -> None:
         self.fds = fds
         self.arrivals = arrivals
+        self.enclosed = enclosed
 
     def __enter__(self) -> Unpacking:
         self._outer = getattr(_inbound, "message", None)
@@ -84,6 +91,11 @@ def inbound() -> Arrivals:
     """The blocks of the message being unpickled."""
     arrivals: Arrivals = _inbound.message.arrivals
     return arrivals
+
+
+def enclosed(index: int) -> Any:
+    """What the letter being unpickled encloses under this index."""
+    return _inbound.message.enclosed[index]
 
 
 def take_inbound_fd(index: int) -> int:

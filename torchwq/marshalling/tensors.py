@@ -20,7 +20,7 @@ from ..memory import sharing, storages
 from ..memory.block import Geometry
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
-from .reducers import Encoder, inbound, rebuilders, register, register_family
+from .reducers import Encoder, enclosed, inbound, rebuilders, register, register_family
 
 
 def is_unusual(tensor: torch.Tensor) -> bool:
@@ -39,6 +39,8 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if tensor.requires_grad:
         _refuse_non_leaf(tensor)
         warn_if_has_hooks(tensor)
+    if encoder.here:
+        return _alias, (encoder.enclose(tensor), type(tensor), tensor.requires_grad)
     if is_unusual(tensor):
         return _reduce_unusual(tensor)
     storage = tensor.untyped_storage()
@@ -54,6 +56,11 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
             return _reduce_to_copy(tensor)
         storage = tensor.untyped_storage()
     return _refer(tensor, encoder.refer(block, storage), geometry(tensor))
+
+
+def _alias(index: int, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    """Another tensor on the same memory. Only now, so that until then the writer's may be its storage's sole owner."""
+    return _as_leaf(enclosed(index).detach(), cls, requires_grad)
 
 
 def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
@@ -196,6 +203,8 @@ def _rebuild_sparse(
 
 
 def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
+    if encoder.here:
+        return enclosed, (encoder.enclose(storage),)
     if storage.device.type != "cpu":
         return reductions.reduce_storage(storage)
     if storage.nbytes() == 0:
@@ -240,4 +249,4 @@ register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
-rebuilders.update((rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage))
+rebuilders.update((_alias, enclosed, rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage))
