@@ -4,6 +4,7 @@ The public face: what is not named here is internal.
 """
 
 from .background import BackgroundTask
+from .channels import Channel, ChannelState, ChannelStatistics, channel
 from .dataloader import DataLoader
 from .errors import (
     ClosureError,
@@ -29,6 +30,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackgroundTask",
     "BackgroundTaskPool",
+    "Channel",
+    "ChannelState",
+    "ChannelStatistics",
     "ClosureError",
     "DataLoader",
     "LoaderStatistics",
@@ -45,6 +49,7 @@ __all__ = [
     "WorkQueue",
     "WorkerDied",
     "WorkerInfo",
+    "channel",
     "empty",
     "empty_like",
     "map",

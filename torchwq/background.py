@@ -24,12 +24,13 @@ from typing import Any, Final, TypeVar, final
 from torch.utils.data import Dataset
 
 from .errors import MarshalError, QueueClosed, WorkerDied
-from .mapping import check_backend, exit_status
+from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
 from .transport import reactor
 from .transport.process import reset_in_child
-from .workers import child, shutdown, worker
+from .workers import child, shutdown, starting, worker
+from .workers.starting import check_backend
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ class BackgroundTask(concurrent.futures.Future[T]):
             payload = codec.encode_call(f, args, (self._queue, iterable), codec.CALL_LIMIT, upvalues=upvalues)
             self.set_running_or_notify_cancel()
             events: queue.SimpleQueue[tuple[bytes, list[int]] | None] = queue.SimpleQueue()
-            (self._worker,) = worker.start(
+            (self._worker,) = starting.start(
                 1, _ENTRY, lambda _, data, fds: events.put((data, fds)), lambda _: events.put(None)
             )
         except BaseException:

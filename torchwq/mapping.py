@@ -14,17 +14,10 @@ from typing import Any, final
 
 from .errors import QueueClosed
 from .marshalling import codec, exceptions
-from .workers import child, worker
+from .workers import child, starting, worker
+from .workers.starting import check_backend
 
 _ENTRY = "torchwq.mapping:run_worker"
-
-
-def check_backend(backend: str) -> None:
-    """Raise unless ``backend`` names one that exists."""
-    if backend == "thread":
-        raise NotImplementedError("backend='thread' is not in this release: use backend='process'")
-    if backend != "process":
-        raise ValueError(f"backend must be 'process', not {backend!r}")
 
 
 @final
@@ -45,7 +38,7 @@ class Map:
         self._workers: list[worker.Worker] = []
 
     def _start(self, payloads: list[Any]) -> None:
-        self._workers = worker.start(len(payloads), _ENTRY, self._on_message, self._on_end)
+        self._workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end)
         for process, payload in zip(self._workers, payloads, strict=True):
             process.send(payload)
 

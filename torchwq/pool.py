@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
-from .mapping import check_backend, exit_status
+from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .memory.parcel import Parcel
 from .transport.process import reset_in_child
-from .workers import child, shutdown, worker
+from .workers import child, shutdown, starting, worker
+from .workers.starting import check_backend
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class _Pool(threading.Thread):
     def _start_worker(self) -> None:
         mapid = next(number for number in range(self.n) if number not in self._workers)
         try:
-            (process,) = worker.start(1, _ENTRY, self._on_message, self._on_end, first_mapid=mapid, of=self.n)
+            (process,) = starting.start(1, _ENTRY, self._on_message, self._on_end, first_mapid=mapid, of=self.n)
         except OSError as error:
             self._break(error)
             return

@@ -34,7 +34,7 @@ from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
-from ..workers import child, deaths, worker
+from ..workers import child, deaths, starting, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
@@ -143,7 +143,7 @@ def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
 
 def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
     own = codec.encode((part, _Ticket(end)), codec.CALL_LIMIT, upvalues=True)
-    (process,) = worker.start(
+    (process,) = starting.start(
         1, f"{__name__}:served_main", _close_message, _nothing, first_mapid=part.worker_id, of=part.num_workers
     )
     process.send(own)

@@ -249,4 +249,6 @@ register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
-rebuilders.update((_alias, enclosed, rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage))
+rebuilders.update(
+    (_alias, enclosed, rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage)
+)

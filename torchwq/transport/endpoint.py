@@ -59,6 +59,19 @@ class Endpoint(Protocol):
         """From now on the other side's sends raise BrokenPipeError; this side can still send."""
         ...
 
+    def stop_sending(self) -> None:
+        """From now on nobody can send from this end, in any process; the other side gets EOFError when it has received
+        all that was sent before."""
+        ...
+
+    def has_arrived(self) -> bool:
+        """Whether there is something to receive, were it the end."""
+        ...
+
+    def set_room(self, nbytes: int) -> None:
+        """How much may be under way from this end, in bytes, as far as the system allows."""
+        ...
+
     def fileno(self) -> int: ...
 
     def handover(self) -> list[int]:

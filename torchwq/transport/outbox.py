@@ -54,6 +54,9 @@ class Outbox:
             tag of a numbered message is its number, that of any other the thread that sent it.
         lock: the outbox's lock, where its user needs it for more.
         refusal: makes the error that ``send`` raises when nobody can receive any more.
+        keeping: called under ``lock``, with True before the first message waits here, which it does not if the answer
+            is False: it is refused then; with False when nothing waits any more.
+        emptied: called after that, without the lock.
     """
 
     def __init__(
@@ -64,15 +67,20 @@ class Outbox:
         sent: Sent | None = None,
         lock: threading.Lock | None = None,
         refusal: Callable[[], Exception] = BrokenPipeError,
+        keeping: Callable[[bool], bool] | None = None,
+        emptied: Callable[[], None] | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._try_send = endpoint.try_send
         self._numbered = numbered
         self._sent = sent
         self._refusal = refusal
+        self._keeping = keeping
+        self._emptied = emptied
         self._lock = lock or threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._pending: deque[tuple[bytes, Payload | None, int]] = deque()
+        #: What waits here. Changed by this object only.
+        self.pending: deque[tuple[bytes, Payload | None, int]] = deque()
         self._stopped = False
         self._closing = False
         self._then: Callable[[], None]
@@ -83,7 +91,7 @@ class Outbox:
         closed_in_child(self)
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self.pending)
 
     def send(self, payload: bytes | Payload) -> None:
         """Send, or keep for later, one payload. It stays alive until it is sent.
@@ -113,7 +121,7 @@ class Outbox:
                 else:
                     data = parcel.data + _TRAILER(0, parcel.kind)
                     tag = get_ident()
-            if not self._pending:
+            if not self.pending:
                 try:
                     is_sent = self._try_send(data, () if parcel is None else parcel.descriptors(self.reader))
                 except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
@@ -125,20 +133,26 @@ class Outbox:
                     if self._sent is not None:
                         self._sent(tag, data)
                     return
+                if self._keeping is not None and not self._keeping(True):
+                    if parcel is not None:
+                        parcel.come_back()
+                    raise self._refusal()
                 reactor.get().set_writer(self._endpoint.fileno(), self.flush)
-            self._pending.append((data, parcel, tag))
+            self.pending.append((data, parcel, tag))
 
     def _drop(self) -> None:
         self._stopped = True
-        for _, parcel, _ in self._pending:
+        for _, parcel, _ in self.pending:
             if parcel is not None:
                 parcel.come_back()
-        self._pending.clear()
+        self.pending.clear()
         self._stop_watching()
 
     def _stop_watching(self) -> None:
         if self._endpoint.fileno() >= 0:
             reactor.get().set_writer(self._endpoint.fileno(), None)
+        if self._keeping is not None:
+            self._keeping(False)
         self._changed.notify_all()
         if self._closing:
             self._then()
@@ -146,25 +160,35 @@ class Outbox:
     def flush(self) -> None:
         """Send what the socket takes of what waits. Never blocks, never raises for a closed queue."""
         with self._lock:
-            if not self._pending:
+            if not self.pending:
                 return
             try:
-                while self._pending:
-                    data, parcel, tag = self._pending[0]
+                while self.pending:
+                    data, parcel, tag = self.pending[0]
                     if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
                         return
-                    self._pending.popleft()
+                    self.pending.popleft()
                     if self._sent is not None:
                         self._sent(tag, data)
             except BrokenPipeError:
                 self._drop()
-                return
+            else:
+                self._stop_watching()
+        if self._emptied is not None:
+            self._emptied()
+
+    def withdraw(self) -> list[tuple[bytes, Payload | None]]:
+        """What waits here, in order; it is the caller's now, who sends it in another way."""
+        with self._lock:
+            waiting = [(data, parcel) for data, parcel, _ in self.pending]
+            self.pending.clear()
             self._stop_watching()
+        return waiting
 
     def wait_empty(self, timeout: float | None = None) -> bool:
         """Wait until nothing waits here any more, because it was sent or because the other side is gone."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._pending, timeout)
+            return self._changed.wait_for(lambda: not self.pending, timeout)
 
     def close_when_sent(self, then: Callable[[], None]) -> None:
         """Take nothing more, and call ``then`` as soon as nothing waits. Returns at once."""
@@ -173,9 +197,9 @@ class Outbox:
                 return
             self._closing = self._stopped = True
             self._then = then
-            if not self._pending:
+            if not self.pending:
                 then()
 
     def abandon(self) -> None:
-        self._pending.clear()
+        self.pending.clear()
         self._stopped = True

@@ -101,6 +101,15 @@ class SeqpacketEndpoint:
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)
 
+    def stop_sending(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def has_arrived(self) -> bool:
+        return waiting(self._socket) > 0
+
+    def set_room(self, nbytes: int) -> None:
+        send_buffer(self._socket, nbytes)
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

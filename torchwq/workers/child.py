@@ -39,6 +39,10 @@ _PR_SET_PDEATHSIG: Final = 1
 class Context:
     """The connection of a worker to its owner, as an entry function uses it."""
 
+    #: Whether the worker is a thread of its owner's process.
+    here = False
+    max_payload: int
+
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._endpoint = end
         self._outbox = Outbox(end)
@@ -77,6 +81,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
         code = _set_up(context)(context)
         context.finish()
     finally:
+        shutdown.failed = bool(code)
         _end(context)
     return code
 

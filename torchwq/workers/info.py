@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 
@@ -12,8 +13,9 @@ class WorkerInfo:
     Attributes:
         mapid: its number, from 0.
         num_workers: how many were started together.
-        seed: what ``random``, ``numpy.random`` and ``torch`` were seeded with in this worker; different in each, and
-            the same again in a run in which the owner has called ``torch.manual_seed`` with the same value.
+        seed: what ``random``, ``numpy.random`` and ``torch`` were seeded with in this worker process; different in
+            each, and the same again in a run in which the owner has called ``torch.manual_seed`` with the same value.
+            Threads share these generators: there it is a seed for one of the worker's own.
     """
 
     mapid: int
@@ -22,17 +24,23 @@ class WorkerInfo:
 
 
 _info: WorkerInfo | None = None
+_of_thread = threading.local()
 
 
 def worker_info() -> WorkerInfo | None:
     """Tell which worker this is.
 
     Returns:
-        A :class:`WorkerInfo` in a worker process; None in any other process.
+        A :class:`WorkerInfo` in a worker, be it a process or a thread; None anywhere else.
 
     Source: ``torch.utils.data.get_worker_info``.
     """
-    return _info
+    info: WorkerInfo | None = getattr(_of_thread, "info", _info)
+    return info
+
+
+def set_info_of_thread(info: WorkerInfo) -> None:
+    _of_thread.info = info
 
 
 def set_info(info: WorkerInfo | None) -> None:

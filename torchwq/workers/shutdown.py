@@ -29,6 +29,8 @@ _GRACE: Final = 0.3
 _finish: list[Callable[[], None]] = []
 _close: list[Callable[[], None]] = []
 _done = False
+#: Whether this process is a worker that ends with an error.
+failed = False
 
 
 @reset_in_child

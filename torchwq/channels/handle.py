@@ -1,0 +1,324 @@
+"""``Channel``: what users hold. It marshals, and leaves the rest to what all handles of its process share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pickle import loads
+from types import TracebackType
+from typing import Any, Final, final
+
+from ..marshalling import codec, reducers
+from ..marshalling.codec import encode
+from ..memory.parcel import BLOCK, REFERENCES
+from ..transport import awaiting
+from ..transport.endpoint import Received
+from ..workers import shutdown, threads
+from . import core as cores
+from .core import LOOK_EVERY, Core
+from .state import ChannelState
+
+#: Messages that are more than a pickle although they may come without descriptors.
+_WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
+_OPEN: Final = ChannelState.OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """A snapshot of a channel's traffic.
+
+    Attributes:
+        written: items that this process has written.
+        read: items that this process has read.
+        unsent: items that wait in this process because the channel's socket is full.
+        num_items: items that nobody has read yet, whoever has written them.
+    """
+
+    written: int
+    read: int
+    unsent: int
+    num_items: int
+
+
+@final
+class Channel:
+    """Carries items from any number of writers to any number of readers. Made by :func:`torchwq.channel`.
+
+    Writers and readers may be in any process and any thread. Each item is read once, first in, first out; the items of
+    one writer keep their order. A channel reaches other workers as an argument of :func:`torchwq.map`, or inside a
+    message, also that of another channel.
+
+    Plain objects travel by value, torch tensors and storages by reference, as with a :class:`WorkQueue`.
+
+    A channel is OPEN until somebody closes it, then CLOSED until its last item has been read, then DRAINED. A pipeline
+    closes in a cascade: each stage reads until its source is drained, and then closes what it writes to::
+
+        with sink:
+            for item in source:
+                sink.write(work(item))
+
+    Source: torch-ipc's ``ipc.channel``.
+    """
+
+    __slots__ = ("__weakref__", "_core")
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        core.handles.add(self)
+        threads.belongs_here(self)
+
+    @property
+    def capacity(self) -> int | None:
+        """How many items may wait to be read before ``write`` blocks; None: any number."""
+        return self._core.capacity
+
+    def write(self, *objs: Any) -> ChannelState:
+        """Write each of ``objs``, if the channel is open.
+
+        All of them are marshalled before the first is sent, so a failing write leaves the channel as it was. Never
+        blocks for long unless the channel has a ``capacity``, which then counts for all writers together.
+
+        Args:
+            *objs: any objects; each takes one ``read``.
+
+        Returns:
+            OPEN if all were written. CLOSED or DRAINED if the channel was closed: what is left was not written.
+
+        Raises:
+            MarshalError: an object cannot travel; the message names its place, e.g. ``args[0]['model'].hook``.
+            ClosureError: a function or class captures data; see :meth:`writeup`.
+            WorkerDied: only with ``capacity``: a worker that has read from the channel died.
+            ResourceError: memory or file descriptors have run out.
+            QueueClosed: the channel was inherited by a fork.
+
+        Source: torch-ipc's ``c:write``.
+        """
+        way = self._core.way
+        if len(objs) == 1:
+            try:
+                payload = encode(objs[0], way.max_payload, here=way.here)
+            except Exception:
+                pass
+            else:
+                return _OPEN if way.send(payload) else way.state()
+        return self._send_all(objs, upvalues=False)
+
+    def writeup(self, *objs: Any) -> ChannelState:
+        """Like :meth:`write`, but functions may be closures: what they capture travels with them.
+
+        Returns:
+            As for :meth:`write`.
+
+        Raises:
+            MarshalError, WorkerDied, ResourceError, QueueClosed: as for :meth:`write`.
+        """
+        return self._send_all(objs, upvalues=True)
+
+    def _send_all(self, objs: Sequence[Any], upvalues: bool) -> ChannelState:
+        self._core.check_fork()
+        way = self._core.way
+        for payload in codec.encode_all(objs, way.max_payload, upvalues=upvalues, here=way.here):
+            if not way.send(payload):
+                return way.state()
+        return _OPEN if objs else way.state()
+
+    def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
+        """Read the next item.
+
+        Args:
+            nonblocking: do not wait for one.
+            timeout: how long to wait at most, in seconds; None waits for ever.
+
+        Returns:
+            The state of the channel and the item: ``(OPEN, item)`` or ``(CLOSED, item)``. ``(DRAINED, None)``, at once,
+            if the channel is closed and everything in it has been read. If ``nonblocking`` and nothing is there,
+            ``(OPEN, None)``; an item may be None too, :meth:`num_items` tells.
+
+        Raises:
+            queue.Empty: nothing came within ``timeout``.
+            WorkerDied: while waiting: a worker that had written to the channel died, or failed (once for each); or
+                everybody who had the channel has dropped it, and nobody is left who could write.
+            QueueClosed: the channel was inherited by a fork.
+
+        A Ctrl-C that ends the wait takes nothing from the channel.
+
+        Source: torch-ipc's ``c:read``; ``queue.Queue.get`` for ``queue.Empty``.
+        """
+        core = self._core
+        received = core.way.take()
+        if received is None:
+            received = core.wait(self, nonblocking, timeout)
+            if received is None:
+                return core.way.state(), None
+        return self._open(received)
+
+    def _open(self, received: Received) -> tuple[ChannelState, Any]:
+        data, fds = received
+        obj = codec.decode(data, fds) if fds or data[-1] in _WITH_BLOCKS else loads(data)
+        return ChannelState.CLOSED if self._core.way.is_closed else _OPEN, obj
+
+    async def aread(self, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
+        """Read the next item on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
+
+        A task that is cancelled takes nothing from the channel.
+
+        Raises:
+            TimeoutError: nothing came within ``timeout`` seconds. (``asyncio.TimeoutError`` is the same.)
+            WorkerDied, QueueClosed: as for :meth:`read`.
+        """
+        core = self._core
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            received = core.way.take()
+            if received is not None:
+                return self._open(received)
+            core.check_fork()
+            if core.way.state() is ChannelState.DRAINED:
+                return ChannelState.DRAINED, None
+            core.look(self)
+            left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"nothing came within {timeout} s")
+            await awaiting.readable(core.fileno(), left)
+
+    def close(self) -> None:
+        """Close the channel, for everybody. May be called again.
+
+        What was written before is still read. Whoever waits to read from an empty channel, or for room to write,
+        wakes up. Never blocks.
+
+        Source: torch-ipc's ``c:close``.
+        """
+        self._core.check_fork()
+        self._core.close()
+
+    def closed(self) -> bool:
+        """Whether the channel is closed, drained or not."""
+        return self._core.way.state() is not _OPEN
+
+    def drained(self) -> bool:
+        """Whether the channel is closed, and everything in it has been read."""
+        return self._core.way.state() is ChannelState.DRAINED
+
+    def num_items(self) -> int:
+        """How many items have been written and not read. While others write or read, it is a guess."""
+        return self._core.way.num_items()
+
+    def fileno(self) -> int:
+        """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.
+
+        With several readers another may be faster: read with ``nonblocking=True``. The channel closes it.
+        """
+        return self._core.fileno()
+
+    def statistics(self) -> ChannelStatistics:
+        """Count what has passed through the channel, as far as this process knows."""
+        way = self._core.way
+        return ChannelStatistics(*way.counts(), way.num_items())
+
+    def _is_ready(self) -> bool:
+        return self._core.is_ready(self)
+
+    def worker_ended(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
+        self._core.leave(self, worker.info.mapid, failed)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read until the channel is drained."""
+        while True:
+            state, item = self.read()
+            if state is ChannelState.DRAINED:
+                return
+            yield item
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Read until the channel is drained, with :meth:`aread`."""
+        while True:
+            state, item = await self.aread()
+            if state is ChannelState.DRAINED:
+                return
+            yield item
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._core.forked:
+            return "<torchwq.Channel, of another process>"
+        capacity = "" if self.capacity is None else f", capacity={self.capacity}"
+        return f"<torchwq.Channel, {self._core.way.state().value}, {self.num_items()} items{capacity}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Channel can only be sent by torchwq: as an argument of torchwq.map, BackgroundTask or a pool's task, or "
+            "inside a message of a queue or channel"
+        )
+
+
+def channel(capacity: int | None = None) -> Channel:
+    """Make a channel.
+
+    Args:
+        capacity: how many items may wait to be read before ``write`` blocks; None: any number.
+
+    Returns:
+        A :class:`Channel`, usable as a context manager that closes it.
+
+    Raises:
+        ValueError: ``capacity`` is less than 1.
+
+    Source: torch-ipc's ``ipc.channel``.
+    """
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
+    return Channel(cores.new(capacity))
+
+
+class _Invitation:
+    """A handle under way within this process."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        core.invited += 1
+        core.under_way += 1
+        self._accepted = False
+
+    def accept(self) -> Channel:
+        handle = Channel(self._core)
+        self._settle()
+        return handle
+
+    def _settle(self) -> None:
+        if not self._accepted:
+            self._accepted = True
+            self._core.under_way -= 1
+
+    __del__ = _settle
+
+
+def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
+    core = handle._core
+    core.check_fork()
+    if encoder.here:
+        return _accept, (encoder.enclose(_Invitation(core)),)
+    indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
+    return _rebuild, (core.name, core.capacity, indices)
+
+
+def _accept(index: int) -> Channel:
+    invitation: _Invitation = reducers.enclosed(index)
+    return invitation.accept()
+
+
+def _rebuild(name: bytes, capacity: int | None, indices: Sequence[int]) -> Channel:
+    return Channel(cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices]))
+
+
+reducers.register(Channel, _reduce)
+shutdown.at_close(lambda: cores.leave_all(shutdown.failed))

@@ -1,0 +1,122 @@
+"""The way of a channel that no other process has: a mailbox."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ..marshalling import codec
+from ..transport.endpoint import Received
+from ..transport.mailbox import Mailbox
+from .state import ChannelState
+
+
+class Here:
+    """Items between threads.
+
+    Invariant: ``lock`` covers "is it closed, or gone elsewhere?" and putting. So nothing comes after the closing, and
+    nothing is left behind when the items move to a line.
+    """
+
+    here = True
+    max_payload = codec.UNLIMITED
+
+    def __init__(self, capacity: int | None) -> None:
+        self.lock = threading.RLock()
+        self.box: Mailbox[Received] = Mailbox()
+        #: Where the items have gone, if another process has the channel now.
+        self.next: Any = None
+        self._capacity = capacity
+        self._room = threading.Condition(self.lock)
+        self._closed = False
+        self._written = 0
+        #: The thread that has written last.
+        self.last_writer = 0
+
+    def send(self, payload: Any) -> bool:
+        if self._capacity is not None:
+            return self._send_if_room(payload)
+        with self.lock:
+            if self.next is None:
+                return self._put(payload)
+        return self._pass_on(payload)
+
+    def _put(self, payload: Any) -> bool:
+        if self._closed:
+            return False
+        self.last_writer = threading.get_ident()
+        self._written += 1
+        self.box.put(codec.received(payload))
+        return True
+
+    def _pass_on(self, payload: Any) -> bool:
+        sent: bool = self.next.send(codec.for_others(payload, self.next.max_payload))
+        return sent
+
+    def _send_if_room(self, payload: Any) -> bool:
+        assert self._capacity is not None
+        with self._room:
+            while not self._closed and self.next is None and len(self.box) >= self._capacity:
+                self._room.wait()
+            if self.next is None:
+                return self._put(payload)
+        return self._pass_on(payload)
+
+    def take(self) -> Received | None:
+        received = self.box.take()
+        if received is not None:
+            if self._capacity is not None:
+                with self._room:
+                    self._room.notify()
+        elif self.next is not None:
+            return self.next.take()  # type: ignore[no-any-return]
+        return received
+
+    def sleep(self, deadline: float) -> Received | None:
+        if self._closed or self.next is not None:
+            return self.take()
+        return self.box.wait(self.take, deadline)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def state(self) -> ChannelState:
+        if not self._closed:
+            return ChannelState.OPEN
+        return ChannelState.CLOSED if len(self.box) else ChannelState.DRAINED
+
+    def num_items(self) -> int:
+        return len(self.box)
+
+    def close(self) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+        self.box.wake_all()
+
+    def counts(self) -> tuple[int, int, int]:
+        return self._written, self._written - len(self.box), 0
+
+    def empty_into(self, line: Any) -> None:
+        """Send all items on a line, and everything that comes later. Raises, and changes nothing, if one cannot go.
+
+        Called with the lock held.
+        """
+        items = []
+        while (received := self.box.take()) is not None:
+            items.append(received)
+        try:
+            payloads = [codec.for_others(data, line.max_payload) for data, _ in items]
+        except BaseException:
+            for received in items:
+                self.box.put(received)
+            raise
+        line.begin(self._written - len(items))
+        for payload in payloads:
+            line.send(payload)
+        if self._closed:
+            line.close()
+        self.next = line
+        self._room.notify_all()
+        self.box.wake_all()

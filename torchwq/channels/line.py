@@ -1,0 +1,444 @@
+"""The way of a channel between processes: one socket that all write to and all read from, and a roster.
+
+Every process that has the channel has both ends of the socket. The kernel keeps the items, hands each to one reader and
+wakes one sleeper for it; and when somebody shuts the socket down, everybody, in whatever process, gets what is left and
+then the end. So closing needs no messages, and a process that is killed leaves nothing to repair.
+
+What the socket does not take waits in the process that wrote it, its *backlog*. A process that leaves sends its backlog
+as one item, a *bundle*, for which room is kept; whoever receives it sends what is in it on, as its own backlog.
+
+Invariants:
+
+* Items of one writer are read in the order in which they were written: they leave through one outbox; a bundle leaves
+  when everything before it has.
+* The socket is shut down, under the roster's lock, when ``CLOSED`` is set and no living seat has a ``BACKLOG``. A
+  writer sets ``BACKLOG`` and then looks at ``CLOSED``; whoever closes sets ``CLOSED`` and then looks at each
+  ``BACKLOG``; with a fence in between. So one of them sees the other, and what was written before the closing, be it
+  in a backlog, is still read, and nothing is written after it.
+* ``SENT`` and ``TAKEN`` are counted after the fact. A process that is killed in between has sent one that is not
+  counted, or taken one that still is. So counts are believed only as long as the socket is not empty.
+* Lock order: the roster's lock, then the outbox's. ``emptied`` is called without the outbox's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import struct
+import threading
+import time
+from _thread import get_ident
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from ..errors import ResourceError
+from ..marshalling import codec
+from ..memory import anonymous, recycling
+from ..memory.parcel import BARE, TRAILER
+from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
+from ..transport import bag, endpoint, reactor
+from ..transport.alarm import Alarm
+from ..transport.endpoint import Received
+from ..transport.outbox import Outbox
+from ..transport.process import closed_in_child, reset_in_child
+from ..transport.sockets import close_fds
+from ..transport.waiting import Waiter
+from .state import ChannelState
+
+#: Words of the roster's head: whether the channel is closed; whether a writer waits for room.
+CLOSED, ASKED = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 2)
+#: Words of a seat: items sent and taken, also by those who had it before; whether a backlog waits; handles sent to
+#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken.
+SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 7)
+
+#: Kind of a message (see ``parcel``) that is a bundle.
+_BUNDLE: Final = 3
+#: What may be under way, in bytes: normally, and when a bundle has to leave.
+_ROOM: Final = 128 * 1024
+_ROOM_FOR_BUNDLE: Final = 1 << 20
+#: How long, in seconds, a writer that is faster than its readers waits for room before its items become a backlog.
+_PATIENCE: Final = 0.002
+#: How long a bundle may wait for room.
+_LAST_PATIENCE: Final = 2.0
+#: Whoever waits for room looks at least so often, in seconds.
+_GLANCE: Final = 0.02
+
+_TRAILER: Final = struct.Struct("<QB")
+
+#: Lines that are open, or have a backlog. What exit has to take care of.
+open_lines: set[Line] = set()
+
+
+@reset_in_child
+def _forget() -> None:
+    open_lines.clear()
+
+
+class Line:
+    """One process's part of it. Takes over ``fds``: those of ``ticket``, or none to make a new one.
+
+    Raises ResourceError if descriptors or memory have run out.
+    """
+
+    here = False
+
+    def __init__(self, fds: Sequence[int] = (), capacity: int | None = None) -> None:
+        size = endpoint.handover_size()
+        self.capacity = capacity
+        try:
+            if fds:
+                self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
+            else:
+                self._in, self._out = endpoint.pair()
+                self._in.set_room(_ROOM)
+            self.roster = Roster(fds[2 * size] if fds else None)
+            #: Readable when there may be room again.
+            self._room = -1
+            if capacity is not None and hasattr(os, "eventfd"):
+                self._room = fds[2 * size + 1] if fds else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise anonymous.exhausted(error) from error
+        self.max_payload = self._in.max_message - TRAILER
+        self._words = self.roster.words
+        first = self.roster.index(self.roster.seat)
+        self._sent_at, self._taken_at = first + SENT, first + TAKEN
+        self._first = first
+        self._words[first + SENT_BEFORE] = self._sent = int(self._words[self._sent_at])
+        self._words[first + TAKEN_BEFORE] = self._taken = int(self._words[self._taken_at])
+        self._writing = threading.Lock()
+        self._taking = threading.Lock()
+        self._outbox = Outbox(
+            self._in, sent=self._count_sent, lock=self._writing, keeping=self._keep_backlog, emptied=self._emptied
+        )
+        self._fence = threading.Lock()
+        self._try_send = self._in.try_send
+        self._try_receive = self._out.try_receive
+        self._pending = self._outbox.pending
+        #: What came in a bundle and can go nowhere else.
+        self._kept: deque[Received] = deque()
+        #: Whether a wait for room has been worth while.
+        self._flows = True
+        self._at_end = False
+        self._retiring = False
+        self.left = False
+        self.last_writer = 0
+        self.alarm = Alarm()
+        self._waiter: Waiter | None = None
+        self._guard = threading.Lock()
+        closed_in_child(self)
+        open_lines.add(self)
+        if fds:
+            self._add(REDEEMED, 1)
+
+    # Writing
+
+    def begin(self, sent: int) -> None:
+        """So many items have been written and read before."""
+        self._sent += sent
+        self._taken += sent
+        self._words[self._sent_at], self._words[self._taken_at] = self._sent, self._taken
+
+    def send(self, payload: Any) -> bool:
+        if self.capacity is not None:
+            return self._send_if_room(payload)
+        if type(payload) is bytes:
+            with self._writing:
+                if not self._pending:
+                    try:
+                        if self._try_send(payload):
+                            self._sent += 1
+                            self._words[self._sent_at] = self._sent
+                            self.last_writer = get_ident()
+                            return True
+                    except BrokenPipeError:
+                        return False
+            if self._flows and not self._pending:
+                self._wait_for_room(_PATIENCE)
+        return self._send_or_keep(payload)
+
+    def _send_or_keep(self, payload: Any) -> bool:
+        """Send it now, or as soon as there is room."""
+        self.last_writer = get_ident()
+        try:
+            self._outbox.send(payload)
+        except BrokenPipeError:
+            return False
+        if self._pending:
+            self._flows = False
+        return True
+
+    def _keep_backlog(self, any_: bool) -> bool:
+        """Announce a backlog, or that there is none any more. Called with the outbox's lock held."""
+        if self.left:
+            return False
+        self._words[self._first + BACKLOG] = int(any_)
+        with self._fence:
+            pass
+        if any_ and self._words[CLOSED]:
+            self._words[self._first + BACKLOG] = 0
+            return False
+        return True
+
+    def _wait_for_room(self, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(self._in.fileno(), select.POLLOUT)
+        poll.poll(seconds * 1000)
+
+    def _send_if_room(self, payload: Any) -> bool:
+        assert self.capacity is not None
+        while True:
+            with self.roster.locked():
+                if self.left or self._words[CLOSED]:
+                    return False
+                if self.num_items() < self.capacity:
+                    return self._send_or_keep(payload)
+                self._words[ASKED] = 1
+            poll = select.poll()
+            if self._room >= 0:
+                poll.register(self._room, select.POLLIN)
+            if poll.poll(_GLANCE * 1000):
+                with contextlib.suppress(OSError):
+                    os.read(self._room, 8)
+            if self.on_wait_for_room is not None:
+                self.on_wait_for_room()
+
+    #: Called by a writer that waits for room, now and then; may raise.
+    on_wait_for_room: Callable[[], None] | None = None
+
+    def _count_sent(self, tag: int, data: bytes) -> None:
+        self._sent += 1
+        self._words[self._sent_at] = self._sent
+
+    def _emptied(self) -> None:
+        """The backlog has left, or nobody can receive it."""
+        self._flows = True
+        self.finish_closing()
+        if self._retiring:
+            reactor.get().call_later(0, self.retire)
+
+    # Reading
+
+    def take(self) -> Received | None:
+        with self._taking:
+            if self._kept:
+                return self._kept.popleft()
+            try:
+                received = self._try_receive()
+            except EOFError:
+                self._at_end = True
+                self.alarm.set()
+                return None
+            if received is None:
+                return None
+            if received[1] and received[0][-1] == _BUNDLE:
+                received = self._unpack(received)
+                if received is None:
+                    return None
+            words = self._words
+            self._taken += 1
+            words[self._taken_at] = self._taken
+        if words[ASKED]:
+            self._give_room()
+        return received
+
+    def _give_room(self) -> None:
+        self._words[ASKED] = 0
+        with contextlib.suppress(OSError):
+            os.write(self._room, (1).to_bytes(8, "little"))
+
+    def outlet(self) -> int:
+        """The descriptor that is readable while there are items, or the end."""
+        return self._out.fileno()
+
+    def sleep(self, deadline: float) -> Received | None:
+        if self._at_end or self.left:
+            return self.take() if self._kept else None
+        waiter = self._waiter
+        if waiter is None:
+            with self._guard:
+                waiter = self._waiter = self._waiter or Waiter(self._out, self.alarm)
+        return waiter.wait(self.take, deadline)
+
+    # Closing
+
+    def close(self) -> None:
+        with self.roster.locked():
+            if self.left or self._words[CLOSED]:
+                return
+            self._words[CLOSED] = 1
+        self.finish_closing()
+        if self.capacity is not None:
+            self._give_room()
+
+    def finish_closing(self) -> None:
+        """Shut the socket down if the channel is closed and nothing is to be written any more.
+
+        Whoever waits calls this now and then: the one who has closed may be dead.
+        """
+        with self.roster.locked():
+            if not self.left and self._words[CLOSED] and not self._has_backlog():
+                with contextlib.suppress(OSError):
+                    self._in.stop_sending()
+
+    def _has_backlog(self) -> bool:
+        return any(
+            self._words[self.roster.index(seat) + BACKLOG] and self.roster.lives(seat) for seat in self.roster.taken()
+        )
+
+    @property
+    def is_closed(self) -> bool:
+        return self.left or bool(self._words[CLOSED])
+
+    def state(self) -> ChannelState:
+        if not self.is_closed:
+            return ChannelState.OPEN
+        return ChannelState.CLOSED if self.num_items() else ChannelState.DRAINED
+
+    def num_items(self) -> int:
+        if self.left:
+            return 0
+        if self._at_end or not (self._out.has_arrived() or self._has_backlog()):
+            return len(self._kept)
+        return max(1, self.roster.sum(SENT) + len(self._pending) - self.roster.sum(TAKEN)) + len(self._kept)
+
+    def counts(self) -> tuple[int, int, int]:
+        if self.left:
+            return self._sent, self._taken, 0
+        before = int(self._words[self._first + SENT_BEFORE]), int(self._words[self._first + TAKEN_BEFORE])
+        return self._sent - before[0] + len(self._pending), self._taken - before[1], len(self._pending)
+
+    # Coming and going
+
+    def _add(self, word: int, number: int) -> None:
+        self._words[self._first + word] += number
+
+    def ticket(self) -> list[anonymous.Descriptor]:
+        """Descriptors from which another process makes its part."""
+        with self.roster.locked():
+            self._add(ISSUED, 1)
+            fds = [*self._in.handover(), *self._out.handover(), self.roster.fd]
+            if self._room >= 0:
+                fds.append(self._room)
+            try:
+                return [anonymous.Descriptor(os.dup(fd)) for fd in fds]
+            except OSError as error:
+                raise anonymous.exhausted(error) from error
+
+    def received_again(self) -> None:
+        """A ticket came to a process that has its part already."""
+        with self.roster.locked():
+            self._add(REDEEMED, 1)
+
+    def retire(self) -> None:
+        """Leave as soon as there is no backlog. Called by the reactor."""
+        self._retiring = True
+        if not self._pending:
+            self.leave()
+
+    def leave(self, *, failed: bool = False) -> None:
+        """Give up this process's part; what it has written is still read. ``failed``: see ``Roster.leave``.
+
+        A backlog leaves at once, as a bundle.
+        """
+        with self.roster.locked():
+            if self.left:
+                return
+            if self._pending:
+                self._send_bundle()
+            self.finish_closing()
+            self.left = True
+        recycling.suspect_losses()
+        open_lines.discard(self)
+        for each in self._kept:
+            codec.discard(*each)
+        with self._guard:
+            if self._waiter is not None:
+                self._waiter.close()
+            else:
+                self.alarm.close()
+        with self._taking, self._writing:
+            self._outbox.abandon()
+            self._in.close()
+            self._out.close()
+            if self._room >= 0:
+                os.close(self._room)
+                self._room = -1
+            self.roster.leave(failed=failed)
+
+    def _send_bundle(self) -> None:
+        """Send the backlog as one item; give it up if nobody is there who could read it."""
+        backlog = self._outbox.withdraw()
+        fds: list[int] = []
+        parts = []
+        for data, parcel in backlog:
+            own = list(parcel.descriptors(-1)) if parcel is not None else []
+            fds += own
+            parts.append((data, len(own)))
+        try:
+            fd = anonymous.fill([pickle.dumps(parts)])
+            with bag.pack([fd, *fds]) as sack, contextlib.closing(anonymous.Descriptor(fd)):
+                self._in.set_room(_ROOM_FOR_BUNDLE)
+                until = time.monotonic() + _LAST_PATIENCE
+                message = _TRAILER.pack(0, _BUNDLE)
+                while not self._in.try_send(message, [sack.fileno()]):
+                    if time.monotonic() > until or not any(lives for _, lives in self.roster.others()):
+                        break
+                    self._wait_for_room(_GLANCE)
+                self._in.set_room(_ROOM)
+        except (BrokenPipeError, ResourceError):
+            pass
+        self._sent += len(parts)
+        self._words[self._sent_at] = self._sent
+
+    def _unpack(self, bundle: Received) -> Received | None:
+        """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
+        fds = bag.unpack(bundle[1][0])
+        with contextlib.closing(anonymous.Descriptor(fds.pop(0))) as memory:
+            parts = pickle.loads(anonymous.map_private(memory.fd))
+        items: deque[Received] = deque()
+        for data, count in parts:
+            items.append((data, fds[:count]))
+            del fds[:count]
+        self._taken += len(items) - 1
+        first = items.popleft()
+        while items:
+            data, own = items[0]
+            try:
+                self._outbox.send(_Forwarded(data, own) if own or data[-1] != BARE else data)
+            except BrokenPipeError:  # the channel was closed
+                break
+            items.popleft()
+        self._kept += items
+        return first
+
+    def abandon(self) -> None:
+        self.left = True
+        if self._room >= 0:
+            os.close(self._room)
+            self._room = -1
+
+
+class _Forwarded:
+    """An item that is sent on as it came."""
+
+    __slots__ = ("_fds", "data", "kind")
+
+    def __init__(self, data: bytes, fds: list[int]) -> None:
+        self.data = data[:-TRAILER]
+        self.kind = data[-1]
+        self._fds = fds
+
+    def depart(self) -> None:
+        """It was counted by the ledger when its writer sent it."""
+
+    def descriptors(self, reader: int) -> Sequence[int]:
+        return self._fds
+
+    def come_back(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        close_fds(self._fds)

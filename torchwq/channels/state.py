@@ -1,0 +1,60 @@
+"""The three states of a channel, and what both its ways share."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Protocol
+
+from ..transport.endpoint import Received
+
+
+class ChannelState(enum.Enum):
+    """What state a channel is in.
+
+    Attributes:
+        OPEN: it can be written to and read from.
+        CLOSED: nothing more can be written; items that were written before are there to be read.
+        DRAINED: it is closed, and all of its items have been read.
+
+    Source: torch-ipc's ``ipc.channel.OPEN``, ``CLOSED`` and ``DRAINED``.
+    """
+
+    OPEN = "open"
+    CLOSED = "closed"
+    DRAINED = "drained"
+
+    def __repr__(self) -> str:
+        return f"<ChannelState.{self.name}>"
+
+
+class Way(Protocol):
+    """How items get from writers to readers. Safe to use from several threads."""
+
+    #: Whether they stay in this process, and how large one may be.
+    here: bool
+    max_payload: int
+
+    def send(self, payload: Any) -> bool:
+        """Send one item; False, and it is not sent, if the channel is closed. Blocks only for want of capacity."""
+        ...
+
+    def take(self) -> Received | None:
+        """The next item, if there is one."""
+        ...
+
+    def sleep(self, deadline: float) -> Received | None:
+        """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier."""
+        ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def state(self) -> ChannelState: ...
+
+    def num_items(self) -> int: ...
+
+    def close(self) -> None: ...
+
+    def counts(self) -> tuple[int, int, int]:
+        """Items written and read by this process, and of those written how many have not left it yet."""
+        ...

@@ -1,0 +1,206 @@
+"""Who has something open, in memory shared by all who do: a seat for each process, and a few words of it to count in.
+
+For what belongs to no process in particular, as channels and locks do not: nobody is there whom the others could tell
+of their coming and going. So each tells it in the roster, and the kernel tells of those who could not: a seat is held
+by a lock on the roster's memory, which ends with the process that has it, however it ends.
+
+Invariants:
+
+* A seat's words are written by its holder only. Words are 8 bytes and aligned, so a reader sees an old or a new one.
+* A seat is taken, and words of the head are changed, under the lock of the head. That lock, too, ends with its holder:
+  what is changed under it is changed word by word, such that it may end after any of them.
+* A seat that is left is FREE, and keeps its counts: they go on counting under the next holder, so that sums over all
+  seats stay true. A seat that is not FREE and not held is a dead process's. It stays so, for all to see.
+* Locks belong to an *open file description* of their own, in which no other process has a part: not one that was sent a
+  descriptor, nor, but for a moment, one that was forked. Where the system has no such locks they belong to the
+  process, and closing any descriptor of the memory gives them up; there they are taken again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from ..errors import ResourceError
+from ..transport.process import closed_in_child
+from . import anonymous
+
+SEATS: Final = 4096
+_WORDS: Final = 8  # per seat: a cache line
+_NBYTES: Final = (SEATS + 1) * _WORDS * 8
+
+#: Words of the head: how many seats were ever taken, and how often one was. The others are the user's.
+_TAKEN, _CAME = range(2)
+#: Words of a seat: its holder's process id, 0 if it is FREE, with FAILED set if it has failed. The others are the
+#: user's.
+_HOLDER: Final = 0
+_FAILED: Final = 1 << 62
+#: The first words that the user may use, of the head and of a seat.
+FIRST_OF_HEAD, FIRST_OF_SEAT = 2, 1
+
+_OWN_FILE: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
+_FLOCK: Final = struct.Struct("@hhqqi0q")
+
+
+class Roster:
+    """One process's mapping of a roster, with its seat. Takes over ``fd``. Safe to use from several threads.
+
+    Raises ResourceError if descriptors or memory have run out, or seats.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = anonymous.create(_NBYTES) if fd is None else fd
+        self._lock_fd = -1
+        try:
+            self._mapping = mmap.mmap(self.fd, _NBYTES)
+            self._lock_fd = self._open_locks()
+        except OSError as error:
+            os.close(self.fd)
+            raise anonymous.exhausted(error) from error
+        self._thread_lock = threading.RLock()
+        self._depth = 0
+        self.words = memoryview(self._mapping).cast("Q")
+        self.seat = -1
+        closed_in_child(self)
+        try:
+            self.seat = self._sit_down()
+        except BaseException:
+            self.leave()
+            raise
+
+    def _open_locks(self) -> int:
+        if _OWN_FILE:
+            try:
+                return os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                pass
+        return os.dup(self.fd)
+
+    def _sit_down(self) -> int:
+        with self.locked():
+            for seat in range(SEATS):
+                holder = self.index(seat) + _HOLDER
+                if not self.words[holder] and self._lock(seat, wait=False):
+                    self.words[_TAKEN] = max(int(self.words[_TAKEN]), seat + 1)
+                    self.words[_CAME] += 1
+                    self.words[holder] = os.getpid()
+                    return seat
+        raise ResourceError(0, f"a channel or mutex cannot be open in more than {SEATS} processes at a time")
+
+    # Locks. Byte 0 is the head's, and byte 1 + n seat n's.
+
+    def _call(self, command: int, kind: int, byte: int) -> tuple[int, ...]:
+        packed = fcntl.fcntl(self._lock_fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+        return _FLOCK.unpack(packed)
+
+    def _lock(self, seat: int, *, wait: bool) -> bool:
+        try:
+            if _OWN_FILE:
+                self._call(fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, fcntl.F_WRLCK, seat + 1)
+            else:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, seat + 1)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        return True
+
+    def _unlock(self, seat: int) -> None:
+        if _OWN_FILE:
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, seat + 1)
+        else:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, seat + 1)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the head, which is for moments only. Reentrant."""
+        with self._thread_lock:
+            if not self._depth and self._lock_fd >= 0:
+                self._lock(-1, wait=True)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth and self._lock_fd >= 0:
+                    self._unlock(-1)
+
+    # Seats
+
+    @staticmethod
+    def index(seat: int) -> int:
+        """Where the words of a seat begin; the head's are those of seat -1."""
+        return (seat + 1) * _WORDS
+
+    def taken(self) -> range:
+        """Every seat that was ever taken."""
+        return range(int(self.words[_TAKEN]))
+
+    def pid(self, seat: int) -> int:
+        """Who has it; 0 if nobody has."""
+        return int(self.words[self.index(seat) + _HOLDER]) & ~_FAILED
+
+    def others_came(self) -> bool:
+        """Whether it was ever open in another process."""
+        return int(self.words[_CAME]) > 1
+
+    def others(self) -> Iterator[tuple[int, bool]]:
+        """The seats of other processes that have it open, and those that died or failed: seat, and whether it lives."""
+        for seat in self.taken():
+            if seat != self.seat and self.words[self.index(seat) + _HOLDER]:
+                yield seat, self.lives(seat)
+
+    def has_failed(self, seat: int) -> bool:
+        """Whether a seat that does not live was left by a worker that ended with an error, and was not killed."""
+        return bool(self.words[self.index(seat) + _HOLDER] & _FAILED)
+
+    def lives(self, seat: int) -> bool:
+        """Whether its holder lives and has it open."""
+        if seat == self.seat:
+            return True
+        if self.has_failed(seat):
+            return False
+        if _OWN_FILE:
+            kind = self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, seat + 1)[0]
+            return kind != fcntl.F_UNLCK
+        with self._thread_lock:
+            if self._lock(seat, wait=False):
+                self._unlock(seat)
+                return False
+        return True
+
+    def sum(self, word: int) -> int:
+        """Sum of a word over all seats."""
+        taken = int(self.words[_TAKEN])
+        first = _WORDS + word
+        return sum(self.words[first : first + taken * _WORDS : _WORDS]) if taken else 0
+
+    def leave(self, *, failed: bool = False) -> None:
+        """Give up the seat and the memory. ``failed``: as one who cannot do what others wait for. May be called again.
+
+        A seat that was not given up is a dead process's.
+        """
+        with self._thread_lock:
+            if self.fd < 0:
+                return
+            if self.seat >= 0:
+                self.words[self.index(self.seat) + _HOLDER] = os.getpid() | _FAILED if failed else 0
+            self.words.release()
+            self._close()
+
+    def _close(self) -> None:
+        fds, self.fd, self._lock_fd = (self.fd, self._lock_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def abandon(self) -> None:
+        self._close()

@@ -1,0 +1,121 @@
+"""Messages between the threads of one process: a deque, and those who sleep until there is something in it.
+
+``queue.SimpleQueue`` does as much, but cannot wake its sleepers for another reason than a message, and cannot be
+watched together with sockets. Neither putting nor taking holds a lock: a finalizer that runs in the middle of either,
+and puts or takes itself, waits for nobody.
+
+Invariants:
+
+* A sleeper is in ``_asleep`` before it looks for the last time, and whoever puts a message looks there after it has put
+  it. So a message is seen by its reader, or the reader by its writer.
+* Whoever takes a sleeper out of ``_asleep`` wakes it. One that was woken and does not take the message that is there
+  wakes the next one.
+* The bell, once there is one, is rung while there are messages: after each change, whoever made it looks again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from .alarm import Alarm
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Mailbox(Generic[T]):
+    """A first-in-first-out queue for any number of threads. Its messages must not be None."""
+
+    def __init__(self) -> None:
+        self._messages: deque[T] = deque()
+        self._asleep: deque[threading.Lock] = deque()
+        self._bell: Alarm | None = None
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def put(self, message: T) -> None:
+        self._messages.append(message)
+        if self._asleep:
+            self._wake_one()
+        if self._bell is not None:
+            self._ring_or_hush(self._bell)
+
+    def take(self) -> T | None:
+        """The next message; None if there is none."""
+        if not self._messages:
+            return None
+        try:
+            message = self._messages.popleft()
+        except IndexError:
+            return None
+        if self._bell is not None:
+            self._ring_or_hush(self._bell)
+        return message
+
+    def wait(self, attempt: Callable[[], R | None], deadline: float | None) -> R | None:
+        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or after
+        ``wake_all``, or for no reason: the caller looks at the state of things and waits again.
+
+        A KeyboardInterrupt that ends the wait takes nothing.
+        """
+        latch = threading.Lock()
+        latch.acquire()
+        self._asleep.append(latch)
+        try:
+            found = attempt()
+            if found is None:
+                latch.acquire(True, -1 if deadline is None else max(0.0, deadline - time.monotonic()))
+        finally:
+            try:
+                self._asleep.remove(latch)
+                chosen = False
+            except ValueError:
+                chosen = True
+            if chosen and found is not None and self._messages:
+                self._wake_one()
+        if found is None:
+            try:
+                found = attempt()
+            finally:
+                if chosen and self._messages:
+                    self._wake_one()
+        return found
+
+    def wake_all(self) -> None:
+        """Let everyone who waits look at the state of things."""
+        while self._asleep:
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        try:
+            latch = self._asleep.popleft()
+        except IndexError:
+            return
+        latch.release()
+
+    def bell(self) -> Alarm:
+        """An alarm that is set while there are messages."""
+        if self._bell is None:
+            self._bell = Alarm()
+            self._ring_or_hush(self._bell)
+        return self._bell
+
+    def _ring_or_hush(self, bell: Alarm) -> None:
+        while bool(self._messages) != bell.is_set():
+            if self._messages:
+                bell.set()
+            else:
+                bell.clear()
+            if bell.fileno() < 0:
+                return
+
+    def close(self) -> None:
+        """Give up the bell's descriptor."""
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            bell.close()

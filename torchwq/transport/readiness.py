@@ -1,0 +1,73 @@
+"""One descriptor that is readable when any of several is: what ``fileno()`` of a queue or channel gives.
+
+Where messages come from may change while somebody watches the descriptor, for example when a queue that only threads
+used is first opened by a process. So it is one of its own, and only what it stands for changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import selectors
+import threading
+from typing import Any, Final
+
+from .process import closed_in_child
+
+_EPOLL: Final = hasattr(select, "epoll")
+_IN: Final = select.EPOLLIN if _EPOLL else selectors.EVENT_READ
+
+
+def _kqueue() -> Any:
+    """The same for the BSDs and macOS: a selector that is a kqueue can itself be watched."""
+    return selectors.KqueueSelector()  # type: ignore[attr-defined,unused-ignore]
+
+
+class Readiness:
+    """A set of descriptors, and one that stands for all of them. Opened when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fds: set[int] = set()
+        self._poll: Any = None
+        closed_in_child(self)
+
+    @property
+    def is_watched(self) -> bool:
+        return self._poll is not None
+
+    def set(self, *fds: int) -> None:
+        """Stand for these descriptors from now on."""
+        with self._lock:
+            for fd in self._fds.difference(fds):
+                self._remove(fd)
+            for fd in set(fds) - self._fds:
+                self._add(fd)
+            self._fds = set(fds)
+
+    def fileno(self) -> int:
+        with self._lock:
+            if self._poll is None:
+                self._poll = select.epoll() if _EPOLL else _kqueue()
+                for fd in self._fds:
+                    self._add(fd)
+            fd = int(self._poll.fileno())
+            return fd
+
+    def _add(self, fd: int) -> None:
+        if self._poll is not None:
+            self._poll.register(fd, _IN)
+
+    def _remove(self, fd: int) -> None:
+        if self._poll is not None:
+            with contextlib.suppress(OSError):  # closed already
+                self._poll.unregister(fd)
+
+    def close(self) -> None:
+        with self._lock:
+            self.abandon()
+
+    def abandon(self) -> None:
+        poll, self._poll = self._poll, None
+        if poll is not None:
+            poll.close()

@@ -1,0 +1,141 @@
+"""A worker that is a process.
+
+Two sources tell about it: its control connection brings its messages, the fork server its end.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from typing import Any
+
+from ..memory import anonymous
+from ..memory.parcel import Parcel
+from ..transport import endpoint, namespace, reactor
+from ..transport.outbox import Outbox
+from . import client
+from .info import WorkerInfo
+from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_started
+
+
+class ProcessWorker(Worker):
+    """A worker that is a process."""
+
+    def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
+        super().__init__(info, on_message, on_end, group)
+        self._kill_at_start: signal.Signals | None = None
+        self._endpoint, theirs = endpoint.pair()
+        self._outbox = Outbox(self._endpoint)
+        reactor.get().set_reader(self._endpoint.fileno(), self._ready)
+        self._order(theirs)
+        self._send_setup(entry)
+
+    def _order(self, theirs: endpoint.Endpoint) -> None:
+        note_ordered(self)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fds = [*theirs.handover(), *(fd if _is_open(fd) else null for fd in (1, 2))]
+            try:
+                client.connect().order(self, fds)
+            except BrokenPipeError:
+                client.connect().order(self, fds)  # the server had died unnoticed; this is another one
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            os.close(null)
+            theirs.close()
+
+    def _send_setup(self, entry: str) -> None:
+        setup = pickle.dumps(_environment(self.info, entry))
+        if len(setup) <= self._endpoint.max_message:
+            self._outbox.send(setup)
+        else:
+            fd = anonymous.fill([setup])
+            self._outbox.send(Parcel(b"", [fd], [anonymous.Descriptor(fd)]))
+
+    def send(self, payload: bytes | Parcel) -> bool:
+        try:
+            self._outbox.send(payload)
+        except BrokenPipeError:
+            return False
+        return True
+
+    def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
+        with self._lock:
+            if self.pid is None:
+                self._kill_at_start = number
+                return
+        if not self.ended_event.is_set():
+            client.connect().kill(self.pid, number)
+
+    def started(self, pid: int) -> None:
+        with self._lock:
+            self.pid = pid
+        note_started(self, pid)
+        if self._kill_at_start is not None:
+            self.kill(self._kill_at_start)
+
+    def ended(self, status: int | None, reason: str) -> None:
+        self._ready()  # what it said before it ended
+        self.exitcode = None if status is None else os.waitstatus_to_exitcode(status)
+        self.reason = reason
+        note_ended(self)
+        reactor.get().remove(self._endpoint.fileno())
+        self._outbox.close_when_sent(lambda: None)
+        self._endpoint.close()
+        self._tell_end()
+
+    def _ready(self) -> None:
+        while not self.ended_event.is_set():
+            try:
+                received = self._endpoint.try_receive()
+            except EOFError:
+                if self._endpoint.fileno() >= 0:
+                    reactor.get().remove(self._endpoint.fileno())
+                return
+            if received is None:
+                return
+            self._on_message(self, *received)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
+    """What a worker takes over from its owner as it is now."""
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:
+        directory = "/"
+    return {
+        "info": info,
+        "entry": entry,
+        "directory": directory,
+        "environment": dict(os.environ),
+        "namespace": namespace.current().path,
+        "path": list(sys.path),
+        "argv": list(getattr(sys, "argv", [])),
+        "started_ns": time.monotonic_ns(),
+        "filters": _warning_filters(),
+    }
+
+
+def _warning_filters() -> list[tuple[Any, ...]]:
+    """The warning filters, their categories by name: no worker has to import a module only to ignore its warnings."""
+    filters = []
+    for action, message_, category, module, line in warnings.filters:
+        if not isinstance(category, type):
+            continue
+        texts = [getattr(text, "pattern", text) or "" for text in (message_, module)]
+        filters.append((str(action), str(texts[0]), category.__module__, category.__qualname__, str(texts[1]), line))
+    return filters

@@ -1,0 +1,62 @@
+"""Starts workers, of either kind."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from typing import Final
+
+import torch
+
+from ..memory import anonymous
+from .info import WorkerInfo
+from .processes import ProcessWorker
+from .threads import ThreadWorker
+from .worker import OnEnd, OnMessage, Worker
+
+#: What ``backend`` may be.
+BACKENDS: Final[dict[str, type[ProcessWorker] | type[ThreadWorker]]] = {
+    "process": ProcessWorker,
+    "thread": ThreadWorker,
+}
+
+_started = itertools.count()
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless ``backend`` names one that exists."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'process' or 'thread', not {backend!r}")
+
+
+def start(
+    n: int,
+    entry: str,
+    on_message: OnMessage,
+    on_end: OnEnd,
+    *,
+    backend: str = "process",
+    first_mapid: int = 0,
+    of: int | None = None,
+) -> list[Worker]:
+    """Start ``n`` workers that run ``entry`` (``module:function``), numbered from ``first_mapid``, of ``of`` in all.
+
+    Raises ResourceError if descriptors or threads have run out.
+    """
+    group = next(_started)
+    seed = _base_seed(group)
+    workers: list[Worker] = []
+    make = BACKENDS[backend]
+    try:
+        for mapid in range(first_mapid, first_mapid + n):
+            workers.append(make(WorkerInfo(mapid, of or n, (seed + mapid) % 2**63), entry, on_message, on_end, group))
+    except OSError as error:
+        for worker in workers:
+            worker.kill(signal.SIGKILL)
+        raise anonymous.exhausted(error) from error
+    return workers
+
+
+def _base_seed(group: int) -> int:
+    """Different for each start, and reproducible if the owner has seeded torch. Leaves torch's generator alone."""
+    return (torch.initial_seed() * 6364136223846793005 + (group + 1) * 1442695040888963407) % 2**62

@@ -1,0 +1,129 @@
+"""A worker that is a thread of this process.
+
+It runs the same entry functions as a process does, and what it has opened is closed when it ends, as the end of a
+process would close it: so nobody waits for a worker that has left.
+
+Invariants:
+
+* The worker's own thread calls ``on_message`` and ``on_end``. Before its end is told, everything that belongs to it has
+  been closed.
+* A thread cannot be killed. It ends when its function does; what wakes a function that waits is that the queues and
+  channels are closed from which it reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import queue
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from . import info
+from .child import Context
+from .info import WorkerInfo
+from .worker import OnEnd, OnMessage, Worker, note_ordered
+
+#: Stands where descriptors would in a message that stays in this process; see ``marshalling.letter``.
+_NO_FDS: Final[list[int]] = []
+
+
+class Belonging(Protocol):
+    """Something that a worker has opened."""
+
+    def worker_ended(self, worker: ThreadWorker, failed: bool) -> None:
+        """Close it, or let go of it. ``failed``: the worker has ended with an error."""
+        ...
+
+
+class ThreadWorker(Worker):
+    """A worker that is a thread. Starts at once. Raises OSError if the system allows no more threads."""
+
+    here = True
+
+    def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
+        super().__init__(info, on_message, on_end, group)
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.belongings: weakref.WeakSet[Belonging] = weakref.WeakSet()
+        self.thread = threading.Thread(
+            target=self._run, args=(entry,), name=f"torchwq-worker-{info.mapid}", daemon=True
+        )
+        note_ordered(self)
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            self._forget()
+            raise OSError(11, f"{error}: a limit on threads (RLIMIT_NPROC or the cgroup's pids.max)") from error
+
+    @property
+    def identity(self) -> object:
+        return self.thread
+
+    def send(self, payload: Any) -> bool:
+        self._inbox.put(payload)
+        return not self.ended_event.is_set()
+
+    def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
+        pass
+
+    def _run(self, entry: str) -> None:
+        _current.worker = self
+        info.set_info_of_thread(self.info)
+        code = 1
+        try:
+            module_name, _, function = entry.partition(":")
+            run: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
+            code = run(_ThreadContext(self))
+        except BaseException:
+            if not sys.is_finalizing():
+                print("torchwq: internal error in a worker's thread", file=sys.stderr)
+                traceback.print_exc()
+        finally:
+            self._close(failed=bool(code))
+            self.exitcode = code
+            self._tell_end()
+
+    def _close(self, failed: bool) -> None:
+        for each in list(self.belongings):
+            each.worker_ended(self, failed)
+
+
+class _ThreadContext(Context):
+    """What a worker's entry function has of its owner, for a thread."""
+
+    here = True
+    max_payload = 1 << 62
+
+    def __init__(self, worker: ThreadWorker) -> None:
+        self._receive = worker._inbox.get
+        self._on_message = functools.partial(worker._on_message, worker)
+
+    def receive(self) -> Any:
+        return self._receive()
+
+    def send(self, payload: Any) -> None:
+        self._on_message(payload, _NO_FDS)
+
+    def finish(self) -> None:
+        pass
+
+
+_current = threading.local()
+
+
+def current() -> ThreadWorker | None:
+    """The worker that this thread is; None if it is none."""
+    worker: ThreadWorker | None = getattr(_current, "worker", None)
+    return worker
+
+
+def belongs_here(belonging: Belonging) -> None:
+    """What was opened in this thread is closed when the thread ends, if it is a worker."""
+    worker = current()
+    if worker is not None:
+        worker.belongings.add(belonging)
