@@ -61,7 +61,8 @@ class BackgroundTask(concurrent.futures.Future[T]):
             index 0 to its end. It gets no ``mapid``. It travels as code; see ``upvalues``.
         *args: its arguments.
         prefetch: how many items may be ready and not taken; at least 1.
-        backend: ``"process"``.
+        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`. A producer that is a thread ends when it next
+            asks for leave to produce, not in the middle of an item.
         upvalues: whether ``f`` may be a closure and use global data of ``__main__``: these are then copied to the
             worker.
 
@@ -101,11 +102,17 @@ class BackgroundTask(concurrent.futures.Future[T]):
         self._queue = workqueue()
         try:
             self._queue.write(*range(prefetch))
-            payload = codec.encode_call(f, args, (self._queue, iterable), codec.CALL_LIMIT, upvalues=upvalues)
+            payload = codec.encode_call(
+                f, args, (self._queue, iterable), codec.CALL_LIMIT, upvalues=upvalues, here=backend == "thread"
+            )
             self.set_running_or_notify_cancel()
-            events: queue.SimpleQueue[tuple[bytes, list[int]] | None] = queue.SimpleQueue()
+            events: queue.SimpleQueue[tuple[Any, list[int]] | None] = queue.SimpleQueue()
             (self._worker,) = starting.start(
-                1, _ENTRY, lambda _, data, fds: events.put((data, fds)), lambda _: events.put(None)
+                1,
+                _ENTRY,
+                lambda _, data, fds: events.put((data, fds)),
+                lambda _: events.put(None),
+                backend=backend,
             )
         except BaseException:
             self._queue.close()
@@ -217,7 +224,7 @@ class _Completion(threading.Thread):
         self,
         task: BackgroundTask[Any],
         process: worker.Worker,
-        events: queue.SimpleQueue[tuple[bytes, list[int]] | None],
+        events: queue.SimpleQueue[tuple[Any, list[int]] | None],
     ) -> None:
         super().__init__(name="torchwq-task", daemon=True)
         self._task: BackgroundTask[Any] | weakref.ref[BackgroundTask[Any]] = task
@@ -297,14 +304,14 @@ def run_worker(context: child.Context) -> int:
             with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
                 items.write((_NO_ITERATOR, type(produced).__name__))
             value = produced
-        payload = codec.encode_result(value, limit, "the task's result")
+        payload = codec.encode_result(value, limit, "the task's result", here=context.here)
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
         return exit_status(stop)
     except BaseException as error:
         failed = True
-        payload = exceptions.encode(error, limit)
+        payload = exceptions.encode(error, limit, here=context.here)
         _tell(items, error)
     context.send(payload)
     return int(failed)

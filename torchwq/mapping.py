@@ -30,19 +30,19 @@ class Map:
     def __init__(self, n: int) -> None:
         self._changed = threading.Condition()
         self._ended = 0
-        self._answers: dict[int, tuple[bytes, list[int]]] = {}
+        self._answers: dict[int, tuple[Any, list[int]]] = {}
         self._values: dict[int, Any] = {}
         self._errors: dict[int, BaseException] = {}
         self._consumed: set[int] = set()
         self._n = n
         self._workers: list[worker.Worker] = []
 
-    def _start(self, payloads: list[Any]) -> None:
-        self._workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end)
+    def _start(self, payloads: list[Any], backend: str) -> None:
+        self._workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
         for process, payload in zip(self._workers, payloads, strict=True):
             process.send(payload)
 
-    def _on_message(self, process: worker.Worker, data: bytes, fds: list[int]) -> None:
+    def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         self._answers[process.info.mapid] = (data, fds)
 
     def _on_end(self, process: worker.Worker) -> None:
@@ -125,7 +125,7 @@ class Map:
 
     @property
     def pids(self) -> list[int | None]:
-        """Process ids of the workers, in the order of mapid; None for one that has not started yet."""
+        """Process ids of the workers, in the order of mapid; None for one that has not started yet, or is a thread."""
         return [process.pid for process in self._workers]
 
     def __len__(self) -> int:
@@ -144,11 +144,16 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     work. ``sys.path``, the working directory, environment variables and warning filters are the owner's;
     ``torch.set_num_threads(1)`` is set.
 
+    With ``backend="thread"`` the workers are daemon threads of this process, and everything else is as it is with
+    processes: arguments and results are copied, but for tensors, closures are refused, and the first error is raised by
+    ``join``. Tensors are not moved to shared memory. Threads cannot be killed; they pay where the work releases the
+    GIL, or waits.
+
     Args:
         n: number of workers.
         f: the function. It travels as code; see ``upvalues``.
         *args: its arguments; a :class:`WorkQueue` among them arrives as a worker's handle.
-        backend: ``"process"``.
+        backend: ``"process"`` or ``"thread"``.
         upvalues: whether ``f`` may be a closure, and use global data of ``__main__``: these are then copied to the
             workers.
 
@@ -161,6 +166,8 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
         ClosureError: ``f`` drags data along.
         MarshalError: ``f`` or an argument cannot travel.
         ResourceError: a limit of the system does not allow so many workers.
+
+    See also: "Processes or threads" in the documentation.
 
     Source: torch-ipc's ``ipc.map``.
     """
@@ -175,9 +182,9 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     for mapid in range(n):
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
-        payloads.append(codec.encode_call(f, positional, keywords, limit, upvalues=upvalues))
+        payloads.append(codec.encode_call(f, positional, keywords, limit, upvalues=upvalues, here=backend == "thread"))
     started = Map(n)
-    started._start(payloads)
+    started._start(payloads, backend)
     return started
 
 
@@ -213,14 +220,14 @@ def run_worker(context: child.Context) -> int:
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
-        payload = codec.encode_result(value, context.max_payload, "the worker's result")
+        payload = codec.encode_result(value, context.max_payload, "the worker's result", here=context.here)
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
         return exit_status(stop)
     except BaseException as error:
         failed = True
-        payload = exceptions.encode(error, context.max_payload)
+        payload = exceptions.encode(error, context.max_payload, here=context.here)
     context.send(payload)
     return int(failed)
 

@@ -20,7 +20,6 @@ from typing import Any, Final, TypeVar, final
 
 from .mapping import exit_status
 from .marshalling import codec, exceptions
-from .memory.parcel import Parcel
 from .transport.process import reset_in_child
 from .workers import child, shutdown, starting, worker
 from .workers.starting import check_backend
@@ -33,7 +32,7 @@ _ENTRY: Final = "torchwq.pool:run_worker"
 @dataclass(slots=True, eq=False)
 class _Task:
     future: concurrent.futures.Future[Any]
-    payload: bytes | Parcel
+    payload: codec.Encoded
     name: str
     #: Whether its future is running already: a worker that was dead could not take it.
     started: bool = False
@@ -42,7 +41,7 @@ class _Task:
 class _Pool(threading.Thread):
     """The pool itself. ``events`` brings it (kind, worker, message); everything else only this thread touches."""
 
-    def __init__(self, n: int, setup: bytes | Parcel) -> None:
+    def __init__(self, n: int, setup: codec.Encoded, backend: str) -> None:
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
@@ -52,6 +51,7 @@ class _Pool(threading.Thread):
         self.closing = False
         self.broken: BaseException | None = None
         self._setup = setup
+        self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
         self._in_hand: dict[int, _Task] = {}
@@ -98,7 +98,9 @@ class _Pool(threading.Thread):
     def _start_worker(self) -> None:
         mapid = next(number for number in range(self.n) if number not in self._workers)
         try:
-            (process,) = starting.start(1, _ENTRY, self._on_message, self._on_end, first_mapid=mapid, of=self.n)
+            (process,) = starting.start(
+                1, _ENTRY, self._on_message, self._on_end, backend=self._backend, first_mapid=mapid, of=self.n
+            )
         except OSError as error:
             self._break(error)
             return
@@ -106,13 +108,13 @@ class _Pool(threading.Thread):
         self._starting.add(mapid)
         process.send(self._setup)
 
-    def _on_message(self, process: worker.Worker, data: bytes, fds: list[int]) -> None:
+    def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         self.events.put(("message", process, (data, fds)))
 
     def _on_end(self, process: worker.Worker) -> None:
         self.events.put(("end", process, None))
 
-    def _hear(self, process: worker.Worker, data: bytes, fds: list[int]) -> None:
+    def _hear(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
         try:
             value, packed = codec.decode(data, fds)
@@ -217,7 +219,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
     Args:
         n: the largest number of workers.
-        backend: ``"process"``.
+        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`.
         upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each
             time.
         initializer: a function that each worker runs before its first task.
@@ -245,8 +247,9 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues
-        setup = codec.encode_call(initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues)
-        self._pool = _Pool(n, setup)
+        self._here = backend == "thread"
+        setup = codec.encode_call(initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, here=self._here)
+        self._pool = _Pool(n, setup, backend)
         _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
@@ -268,7 +271,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         Source: ``concurrent.futures.Executor.submit``.
         """
         pool = self._pool
-        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues)
+        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=self._here)
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with pool.lock:
             if pool.broken is not None:
@@ -319,10 +322,10 @@ def run_worker(context: child.Context) -> int:
                 return 0
             function, args, kwargs = call
             value = None if function is None else function(*args, **(kwargs or {}))
-            payload = codec.encode_result(value, limit, "the task's result")
+            payload = codec.encode_result(value, limit, "the task's result", here=context.here)
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:
-            payload = exceptions.encode(error, limit)
+            payload = exceptions.encode(error, limit, here=context.here)
         value = function = args = kwargs = call = None
         context.send(payload)

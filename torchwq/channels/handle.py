@@ -220,7 +220,7 @@ class Channel:
     def _is_ready(self) -> bool:
         return self._core.is_ready(self)
 
-    def worker_ended(self, worker: threads.ThreadWorker, failed: bool) -> None:
+    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker.info.mapid, failed)
 

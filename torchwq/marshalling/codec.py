@@ -172,8 +172,8 @@ def encode(
     out: Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
-        out.fresh = fresh
-        out.here = here
+        if here or fresh is not None:
+            out.here, out.fresh = here, fresh
         dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
@@ -190,6 +190,8 @@ def encode(
         out.clear()
     else:
         payload = chunks.pop()
+        if here or fresh is not None:
+            out.here, out.fresh = False, None
     clear_memo()
     _idle.append(tools)
     return payload

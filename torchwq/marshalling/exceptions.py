@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..errors import RemoteError, RemoteTraceback
 from ..memory.parcel import Parcel
 from . import codec
+from .letter import Letter
 
 #: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
 _NO_LIMIT = 2**62
@@ -47,13 +48,20 @@ def pack(error: BaseException) -> PackedException:
     return PackedException(pickled, whole, kind, summary, text)
 
 
-def encode(error: BaseException, limit: int) -> bytes | Parcel:
-    """The payload with which a worker tells its owner that it has failed: no value, and the packed exception."""
+def encode(error: BaseException, limit: int, *, here: bool = False) -> codec.Encoded:
+    """The payload with which a worker tells its owner that it has failed: no value, and the packed exception.
+
+    A worker that is ``here``, a thread, has no need to pack it: it is the exception itself.
+    """
+    if here:
+        return Letter(None, [(None, error)])
     return codec.encode((None, pack(error)), limit, upvalues=True)
 
 
-def unpack(packed: PackedException) -> BaseException:
-    """The exception, with the worker's traceback as its cause."""
+def unpack(packed: PackedException | BaseException) -> BaseException:
+    """The exception, with the worker's traceback: as its cause, or, from a thread, its own."""
+    if isinstance(packed, BaseException):
+        return packed
     error: object = packed.whole
     if packed.pickled is not None:
         try:

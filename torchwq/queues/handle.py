@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pickle import loads
 from types import TracebackType
@@ -13,12 +14,14 @@ from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
 from ..memory.parcel import BLOCK, REFERENCES
-from ..transport import reactor
-from ..transport.endpoint import handover_size
+from ..transport import awaiting, reactor
+from ..transport.endpoint import Received, handover_size
 from ..transport.link import Link
+from ..transport.waiting import SLICE
 from ..workers import shutdown
 from .owner import Owner
 from .role import open_roles
+from .thread import Invitation, ThreadSide
 from .worker import WorkerSide, accept
 
 #: Messages that are more than a pickle although they may come without descriptors.
@@ -58,7 +61,7 @@ class WorkQueue:
 
     __slots__ = ("__weakref__", "_name", "_role")
 
-    def __init__(self, role: Owner | WorkerSide, name: str | None) -> None:
+    def __init__(self, role: Owner | WorkerSide | ThreadSide, name: str | None) -> None:
         self._role = role
         self._name = name
 
@@ -103,16 +106,17 @@ class WorkQueue:
         Source: torch-ipc's ``q:write``.
         """
         role = self._role
+        send = role.send
         if len(objs) == 1:
             try:
-                payload = encode(objs[0], role.max_payload)
+                payload = encode(objs[0], role.max_payload, here=role.here)
             except Exception:
                 pass
             else:
-                role.send(payload)
+                send(payload)
                 return
-        for payload in codec.encode_all(objs, role.max_payload):
-            role.send(payload)
+        for payload in codec.encode_all(objs, role.max_payload, here=role.here):
+            send(payload)
 
     def writeup(self, *objs: Any) -> None:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them.
@@ -125,8 +129,9 @@ class WorkQueue:
         Source: torch-ipc's ``q:writeup``.
         """
         role = self._role
-        for payload in codec.encode_all(objs, role.max_payload, upvalues=True):
-            role.send(payload)
+        send = role.send
+        for payload in codec.encode_all(objs, role.max_payload, upvalues=True, here=role.here):
+            send(payload)
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> Any:
         """Read the next object: an answer, if this is the owner's handle, else a question. First in, first out.
@@ -153,10 +158,50 @@ class WorkQueue:
             received = role.wait(nonblocking, timeout)
             if received is None:
                 return None
+        return self._open(received)
+
+    def _open(self, received: Received) -> Any:
         data, fds = received
         if fds or data[-1] in _WITH_BLOCKS:
             return codec.decode(data, fds)
         return loads(data)
+
+    async def aread(self, *, timeout: float | None = None) -> Any:
+        """Read the next object on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
+
+        A task that is cancelled takes nothing from the queue.
+
+        Raises:
+            TimeoutError: nothing came within ``timeout`` seconds. (``asyncio.TimeoutError`` is the same.)
+            QueueClosed, WorkerDied: as for :meth:`read`.
+        """
+        role = self._role
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            received = role.take()
+            if received is not None:
+                return self._open(received)
+            if role.closed:
+                raise QueueClosed(role.closed)
+            if role.is_troubled():
+                role.raise_trouble()
+            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"nothing came within {timeout} s")
+            await awaiting.readable(role.fileno(), left)
+
+    def fileno(self) -> int:
+        """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.
+
+        With several readers another may be faster: read with ``nonblocking=True``. The queue closes it.
+
+        Raises:
+            QueueClosed: this handle is closed.
+        """
+        return self._role.fileno()
+
+    def _is_ready(self) -> bool:
+        return self._role.is_ready()
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every question written so far has its answer waiting here.
@@ -192,8 +237,8 @@ class WorkQueue:
         role = self._role
         if isinstance(role, Owner):
             written, untaken, handles = role.counts()
-            return QueueStatistics(written, written - untaken, len(role.outbox), handles)
-        return QueueStatistics(role.written, role.last_taken, len(role.outbox), 0)
+            return QueueStatistics(written, written - untaken, role.unsent, handles)
+        return QueueStatistics(role.written, role.last_taken, role.unsent, 0)
 
     def __iter__(self) -> Iterator[Any]:
         """Read until None or until the queue is closed.
@@ -204,6 +249,19 @@ class WorkQueue:
         while True:
             try:
                 obj = self.read()
+            except QueueClosed:
+                if "fork" in self._role.closed:
+                    raise
+                return
+            if obj is None:
+                return
+            yield obj
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Read until None or until the queue is closed, with :meth:`aread`."""
+        while True:
+            try:
+                obj = await self.aread()
             except QueueClosed:
                 if "fork" in self._role.closed:
                     raise
@@ -246,8 +304,21 @@ def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:
     role = handle._role
     if role.closed:
         raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
+    if encoder.here:
+        enclosed = (
+            handle if isinstance(role, WorkerSide) else Invitation(role if isinstance(role, Owner) else role.owner)
+        )
+        return _accept_here, (encoder.enclose(enclosed), handle._name)
     indices = [encoder.attach(ticket.fd, ticket) for ticket in role.ticket()]
     return _rebuild, (indices, handle._name)
+
+
+def _accept_here(index: int, name: str | None) -> WorkQueue:
+    enclosed = reducers.enclosed(index)
+    if isinstance(enclosed, Invitation):
+        return WorkQueue(enclosed.accept(), name)
+    fds = [ticket.detach() for ticket in enclosed._role.ticket()]
+    return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
 
 
 def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:

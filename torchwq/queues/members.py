@@ -10,6 +10,7 @@ from typing import Final
 from ..memory.board import Slot
 from ..transport.link import Link
 from ..workers import worker
+from .thread import Notes
 
 #: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
 #: were started together with one that came, and any others.
@@ -19,20 +20,21 @@ _JUST_STARTED: Final = 3.0
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One open handle. ``pid`` is None as long as the handle is a ticket that nobody has used yet."""
+    """One open handle. ``pid`` is None as long as the handle is a ticket that nobody has used yet, and for a thread of
+    the owner's process, which has no link either."""
 
     number: int
-    slot: Slot
-    link: Link
+    slot: Slot | Notes
+    link: Link | None
     pid: int | None = None
     leaving: bool = False
 
 
-def patience(came: Container[int | None], groups: Container[int]) -> float:
+def patience(came: Container[object], groups: Container[int]) -> float:
     """For how many more seconds a worker of this process may be on its way to a queue; at most 0 if none is.
 
     Args:
-        came: the processes that have opened the queue already.
+        came: the identities of the workers that have opened the queue already.
         groups: the groups of workers they were started in.
     """
     now = time.monotonic()
@@ -40,7 +42,7 @@ def patience(came: Container[int | None], groups: Container[int]) -> float:
         (
             (_WITH_ANOTHER if process.group in groups else _JUST_STARTED) - (now - process.ordered_at)
             for process in worker.living()
-            if process.pid not in came
+            if process.identity not in came
         ),
         default=0.0,
     )

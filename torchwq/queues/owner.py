@@ -13,7 +13,10 @@ Invariants:
 * Questions are numbered in the order in which they enter the socket, from 1.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
-* Lock order: the outbox's lock, then ``_lock``. ``_lock`` is never held while sending on the queue.
+* Lock order: ``_gate``, ``taking``, the outbox's lock, then ``_lock``. ``_lock`` is never held while sending.
+* As long as no other process has a handle, questions are in ``questions`` and not in the socket. ``_gate`` covers "is
+  it still there?" and putting a question, ``taking`` "is it still there?" and taking one; both are held while the
+  questions move to the socket. They never move back.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import functools
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -29,18 +33,23 @@ from typing import Final
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
 from ..memory import recycling
-from ..memory.anonymous import Descriptor
+from ..memory.anonymous import Descriptor, exhausted
 from ..memory.board import SLOTS, Board
-from ..memory.parcel import Parcel
+from ..memory.parcel import TRAILER
 from ..transport import endpoint, reactor
 from ..transport import link as links
-from ..transport.endpoint import Received
+from ..transport.alarm import Alarm
+from ..transport.endpoint import NO_FDS, Endpoint, Received
 from ..transport.link import Link
-from ..workers import deaths, worker
+from ..transport.mailbox import Mailbox
+from ..transport.readiness import Readiness
+from ..transport.waiting import SLICE, Waiter
+from ..workers import deaths, threads, worker
 from .history import History
 from .members import Member, patience
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
-from .role import Role, open_roles
+from .role import ENDED, SocketRole
+from .thread import Notes
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
 _GLANCE: Final = 0.02
@@ -48,16 +57,33 @@ _GLANCE: Final = 0.02
 _LOST_AFTER: Final = 0.2
 
 
-class Owner(Role, worker.EndListener):
+class Owner(SocketRole, worker.EndListener):
     """The owner's role. ``on_close(owner)`` runs once, when it is closed, before its ends are."""
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         ours, self._theirs = endpoint.pair()
         super().__init__(ours, True, self._note_sent, threading.Lock())
         self._receive = ours.try_receive
+        self._for_others = self.max_payload
+        self.here, self.max_payload = True, codec.UNLIMITED
         self.capacity = capacity
-        if capacity is not None:
-            self.send = self._send_if_room
+        self.send = self._send_here if capacity is None else self._send_if_room
+        #: Questions for threads of this process; None once another process has had a handle.
+        self.questions: Mailbox[Received] | None = Mailbox()
+        #: Answers of threads of this process.
+        self.answers: Mailbox[Received] = Mailbox()
+        self._gate = threading.RLock()
+        self.taking = threading.RLock()
+        #: Of the question that a thread of this process has taken last.
+        self.number_taken = 0
+        self.someone_waits_for_room = False
+        #: Handles under way to threads of this process.
+        self.invited = 0
+        self._last_side = 0
+        #: What threads of this process take questions from once these are in the socket; its end.
+        self._inner: Endpoint | None = None
+        self._inner_waiter: Waiter | None = None
+        self._inner_ended = False
         self.board = Board()
         self._on_close = on_close
         self._receiving = threading.Lock()
@@ -73,7 +99,7 @@ class Owner(Role, worker.EndListener):
         self._free = deque(range(64))
         self._taken_by_gone = 0
         self._possibly_lost = 0
-        self._pids: set[int] = set()
+        self._pids: set[object] = set()
         self._groups: set[int] = set()
         self._will_look = False
         self._deaths: deque[WorkerDied] = deque()
@@ -83,9 +109,50 @@ class Owner(Role, worker.EndListener):
 
     # Writing
 
-    def _send_if_room(self, payload: bytes | Parcel) -> None:
+    def _send_here(self, payload: codec.Encoded) -> None:
+        with self._gate:
+            questions = self.questions
+            if questions is not None:
+                if self.closed:
+                    raise QueueClosed(self.closed)
+                self.outbox.number = self._last_sent = self._last_sent + 1
+                questions.put((payload, NO_FDS) if type(payload) is bytes else codec.received(payload))
+                return
+        self.outbox.send(codec.for_others(payload, self._for_others))
+
+    def _send_if_room(self, payload: codec.Encoded) -> None:
         self._wait_for_room()
-        self.outbox.send(payload)
+        self._send_here(payload)
+
+    def open_to_processes(self) -> None:
+        """Move the questions that are here to the socket, where other processes find them. May be called again.
+
+        Raises MarshalError or ResourceError, and changes nothing, if one of them cannot travel.
+        """
+        with self._gate, self.taking:
+            questions = self.questions
+            if questions is None:
+                return
+            waiting = []
+            while (received := questions.take()) is not None:
+                waiting.append(received)
+            try:
+                payloads = [codec.for_others(data, self._for_others) for data, _ in waiting]
+            except BaseException:
+                for received in waiting:
+                    questions.put(received)
+                raise
+            self._open_inner()
+            self.outbox.number -= len(waiting)
+            self.here, self.max_payload = False, self._for_others
+            if self.capacity is None:
+                self.send = self.outbox.send
+            self.questions = None
+            for payload in payloads:
+                self.outbox.send(payload)
+        questions.wake_all()
+        questions.close()
+        self.answers.wake_all()
 
     def _note_sent(self, number: int, data: bytes) -> None:
         self._last_sent = number
@@ -99,16 +166,21 @@ class Owner(Role, worker.EndListener):
             return
         with self._taken:
             self.board.set_asked(True)
+            self.someone_waits_for_room = True
             try:
                 while not self.closed and self._untaken() >= self.capacity:
                     if self.alarm.is_set():
                         self.raise_trouble()
                     self._taken.wait(_GLANCE)
             finally:
+                self.someone_waits_for_room = False
                 if not self.closed:
                     self.board.set_asked(False)
 
     def _untaken(self) -> int:
+        questions = self.questions
+        if questions is not None:
+            return len(questions)
         waiting = self.outbox.number - self._last_sent
         with self._lock:
             in_socket = self._last_sent - self._count_taken() if not self.closed else 0
@@ -122,10 +194,27 @@ class Owner(Role, worker.EndListener):
     # Reading
 
     def take(self) -> Received | None:
+        if self.questions is not None and not self._inbox:
+            return None if self.closed else self.answers.take()
         with self._receiving:
             if self._inbox:
                 return self._inbox.popleft()
-            return self._take_from_socket()
+            return self.answers.take() or self._take_from_socket()
+
+    def sleep(self, deadline: float | None) -> Received | None:
+        if self.questions is None:
+            return super().sleep(deadline)
+        return self.answers.wait(self.take, deadline)
+
+    def has_message(self) -> bool:
+        return bool(self._inbox or len(self.answers)) or super().has_message()
+
+    def settle(self) -> None:
+        with self._lock:
+            self._update_alarm()
+
+    def watch(self) -> None:
+        self._readiness.set(self.end.fileno(), self.alarm.fileno(), self.answers.bell().fileno())
 
     def _take_from_socket(self) -> Received | None:
         try:
@@ -134,10 +223,10 @@ class Owner(Role, worker.EndListener):
             return None  # closed by another thread; the caller looks at that
 
     def _absorb(self) -> bool | None:
-        """Move what is in the socket to the inbox; True if there was anything."""
+        """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
         found = None
         with self._receiving:
-            while (received := self._take_from_socket()) is not None:
+            while (received := self.answers.take() or self._take_from_socket()) is not None:
                 self._inbox.append(received)
                 self._absorbed += 1
                 found = True
@@ -196,13 +285,16 @@ class Owner(Role, worker.EndListener):
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"the queue was not drained within {timeout} s")
-            if self.waiter.wait(self._absorb, now + _GLANCE if deadline is None else min(now + _GLANCE, deadline)):
+            until = now + _GLANCE if deadline is None else min(now + _GLANCE, deadline)
+            wait = self.waiter.wait if self.questions is None else self.answers.wait
+            if wait(self._absorb, until):
                 quiet_since = time.monotonic()
 
     def _is_drained(self, mark: int, quiet: float) -> bool:
         if self._last_sent < mark:
             return False
-        unread = self.end.unread()
+        questions = self.questions
+        unread = self.end.unread() if questions is None else len(questions)
         with self._lock:
             missing = mark - self._count_taken()
             if missing > 0 and (unread or missing > self._possibly_lost or quiet < _LOST_AFTER):
@@ -217,6 +309,7 @@ class Owner(Role, worker.EndListener):
     # Members
 
     def ticket(self) -> list[Descriptor]:
+        self.open_to_processes()
         ours, theirs = links.pair()
         with self._lock:
             tickets = [Descriptor(theirs)]
@@ -232,7 +325,23 @@ class Owner(Role, worker.EndListener):
                 self._admit(link, pid, [*self._theirs.handover(), self.board.fd])
             except (BrokenPipeError, ResourceError):
                 link.close()
-            return True
+                return True
+        if self.questions is not None:
+            # Not in the reactor's thread, which pickles nothing.
+            threading.Thread(target=self._open_or_close, name="torchwq-open", daemon=True).start()
+        return True
+
+    def _open_or_close(self) -> None:
+        """A process has opened the queue by its name. What cannot travel to it cannot be had any more, either."""
+        try:
+            self.open_to_processes()
+        except Exception as error:
+            warnings.warn(
+                f"a queue is closed: a process has opened it, and what was written to it cannot travel there: {error}",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            self.close()
 
     def _admit(self, link: Link, pid: int | None, fds: Sequence[int] = ()) -> None:
         """Make the process at the other end of ``link`` a member, and tell it its slot. Takes ``link`` over."""
@@ -247,8 +356,9 @@ class Owner(Role, worker.EndListener):
                     raise ResourceError(f"a queue cannot have more than {SLOTS} handles at a time: close some")
                 self._free.extend(range(next_free, min(2 * next_free, SLOTS)))
             number = self._free.popleft()
-            member = Member(number, self.board.slot(number), link)
-            member.slot.clear()
+            slot = self.board.slot(number)
+            slot.clear()
+            member = Member(number, slot, link)
             self._members[number] = member
             if pid is not None:
                 self._arrive(member, pid)
@@ -258,12 +368,126 @@ class Owner(Role, worker.EndListener):
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid
-        self._came += 1
-        self._pids.add(pid)
         process = worker.find(pid)
-        if process is not None:
-            self._groups.add(process.group)
+        self._note_arrival(pid, None if process is None else process.group)
+
+    def _note_arrival(self, identity: object, group: int | None) -> None:
+        self._came += 1
+        self._pids.add(identity)
+        if group is not None:
+            self._groups.add(group)
         self._update_alarm()
+
+    # Members that are threads of this process
+
+    def admit_here(self, notes: Notes) -> int:
+        """Make a thread of this process a member; returns its number. Raises QueueClosed."""
+        process = threads.current()
+        with self.taking, self._lock:
+            if self.closed and self.has_no_more_questions():
+                raise QueueClosed(self.closed)
+            if self.questions is None and not self.closed:
+                self._open_inner(wanted=True)
+            self._last_side -= 1
+            number = self._last_side
+            self._members[number] = Member(number, notes, None)
+            identity = threading.current_thread() if process is None else process.identity
+            self._note_arrival(identity, None if process is None else process.group)
+            return number
+
+    def dismiss_here(self, number: int) -> None:
+        member = self._members.get(number)
+        if member is not None:
+            self._remove(member)
+        self.answers.wake_all()
+        self.wake_sides()
+        self.see_off()
+
+    def _open_inner(self, wanted: bool = False) -> None:
+        """Have an end of their own for threads of this process; it must outlive this owner's."""
+        wanted = wanted or self.invited > 0 or any(number < 0 for number in self._members)
+        if self._inner is None and wanted:
+            try:
+                self._inner = endpoint.adopt([os.dup(fd) for fd in self._theirs.handover()])
+            except OSError as error:
+                raise exhausted(error) from error
+            self._inner_waiter = Waiter(self._inner, Alarm())
+
+    def see_off(self) -> None:
+        """Let go of what only threads of this process need, if none of them is left."""
+        with self.taking, self._lock:
+            if self.invited or any(number < 0 for number in self._members):
+                return
+            if self.closed and self.questions is not None:
+                while self.questions.take() is not None:
+                    pass
+            if self._inner is not None:
+                inner, self._inner = self._inner, None
+                assert self._inner_waiter is not None
+                self._inner_waiter.close()
+                self._inner_waiter = None
+                self._inner_ended = bool(self.closed)
+                inner.close()
+
+    def take_question(self) -> Received | None:
+        """Called with ``taking`` held."""
+        questions = self.questions
+        if questions is not None:
+            received = questions.take()
+            if received is not None:
+                self.number_taken += 1
+            return received
+        if self._inner is None:
+            return None
+        try:
+            received = self._inner.try_receive()
+        except EOFError:
+            self._inner_ended = True
+            return None
+        if received is not None:
+            self.number_taken = int.from_bytes(received[0][-TRAILER:-1], "little")
+        return received
+
+    def has_question(self) -> bool:
+        questions, inner = self.questions, self._inner
+        return bool(len(questions) if questions is not None else inner is not None and inner.has_arrived())
+
+    def has_no_more_questions(self) -> bool:
+        questions = self.questions
+        return bool(self.closed) and not len(questions) if questions is not None else self._inner_ended
+
+    def sleep_for_question(self, attempt: Callable[[], Received | None], deadline: float | None) -> Received | None:
+        questions, waiter = self.questions, self._inner_waiter
+        if questions is not None:
+            return questions.wait(attempt, deadline)
+        if waiter is None or self._inner_ended:
+            return attempt()
+        slice_ = time.monotonic() + SLICE
+        return waiter.wait(attempt, slice_ if deadline is None else min(slice_, deadline))
+
+    def wake_sides(self) -> None:
+        questions = self.questions
+        if questions is not None:
+            questions.wake_all()
+
+    def watch_questions(self, readiness: Readiness) -> None:
+        questions, inner = self.questions, self._inner
+        if questions is not None:
+            readiness.set(questions.bell().fileno())
+        elif inner is not None:
+            readiness.set(inner.fileno())
+
+    def answer(self, received: Received) -> None:
+        """Take an answer from a thread of this process. Raises QueueClosed."""
+        if self.closed:
+            raise QueueClosed(ENDED)
+        self.answers.put(received)
+        if self.questions is None:
+            self.alarm.set()
+
+    def note_taken(self) -> None:
+        with self._taken:
+            self._taken.notify_all()
 
     def _hear(self, member: Member, data: bytes, fds: list[int]) -> None:
         what = data[:1]
@@ -297,11 +521,13 @@ class Owner(Role, worker.EndListener):
                 self._taken_by_gone += member.slot.taken
                 if member.slot.busy:
                     in_hand = self._history.describe(member.slot.number)
-                self._free.append(member.number)
+                if member.number >= 0:
+                    self._free.append(member.number)
             self._update_alarm()
             self._watch_for_leavers()
             self._taken.notify_all()
-        member.link.close()
+        if member.link is not None:
+            member.link.close()
         return in_hand
 
     def _watch_for_leavers(self) -> None:
@@ -352,7 +578,7 @@ class Owner(Role, worker.EndListener):
             self._update_alarm()
 
     def _nobody_left(self) -> bool:
-        return self._came > 0 and not self._ending and not self._members and not self._expected()
+        return self._came > 0 and not self._ending and not self._members and not self.invited and not self._expected()
 
     def _expected(self) -> bool:
         """Whether a worker may still be on its way; if so, the alarm is looked at again when it should have come."""
@@ -371,37 +597,54 @@ class Owner(Role, worker.EndListener):
     def _update_alarm(self) -> None:
         if self.closed or self._deaths or self._nobody_left():
             self.alarm.set()
+            self.answers.wake_all()
         else:
             self.alarm.clear()
+            if self.questions is None and len(self.answers):
+                self.alarm.set()  # a thread's answer came in between
 
     # Closing
 
     def close(self) -> None:
+        questions = self.questions
+        if not self.closed and questions and any(not each.here for each in worker.living()):
+            try:
+                self.open_to_processes()  # one that is on its way may still open the queue by its name
+            except Exception:
+                pass  # then only threads of this process can read what is left
         with self._lock:
             if self.closed:
                 return
             self.closed = "the queue is closed"
-            members, self._members = list(self._members.values()), {}
+            members = [member for member in self._members.values() if member.number >= 0]
+            self._members = {number: member for number, member in self._members.items() if number < 0}
             self._history.clear()
             unread, self._inbox = self._inbox, deque()
             self._taken.notify_all()
         for message in unread:  # not under the lock: it takes that of the memory
             codec.discard(*message)
+        while self.answers.take() is not None:
+            pass
+        self.answers.wake_all()
+        self.wake_sides()
         self._on_close(self)
         recycling.suspect_losses()
         self.waiter.close()
         for member in members:
-            member.link.close()
+            if member.link is not None:
+                member.link.close()
         reactor.get().set_reader(self.end.fileno(), None)
         try:
             self.end.stop_receiving()
         except OSError:
             pass  # nobody holds the other end any more
-        open_roles.discard(self)
+        self._retire()
+        self.answers.close()
+        self.see_off()
         self.outbox.close_when_sent(self.end.close)
 
     def has_leftovers(self) -> bool:
-        """Whether questions are still there that nobody has taken."""
+        """Whether questions are still in the socket, or on their way to it, that nobody has taken."""
         return bool(len(self.outbox) or self.end.unread())
 
     def release(self) -> None:
@@ -410,8 +653,9 @@ class Owner(Role, worker.EndListener):
             self._theirs.close()
             self.board.close()
             for member in self._members.values():
-                member.link.close()
-            self._members.clear()
+                if member.link is not None:
+                    member.link.close()
+            self._members = {number: member for number, member in self._members.items() if number < 0}
 
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""

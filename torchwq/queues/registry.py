@@ -15,12 +15,13 @@ import weakref
 from dataclasses import dataclass
 
 from ..errors import QueueClosed
-from ..transport import directory, link
+from ..transport import directory
 from ..transport.process import reset_in_child
 from ..workers import worker
 from .handle import WorkQueue
 from .owner import Owner
-from .worker import WorkerSide, accept, seated
+from .thread import ThreadSide
+from .worker import WorkerSide, seated
 
 
 @dataclass(slots=True)
@@ -93,8 +94,7 @@ def _open_here(name: str) -> WorkQueue | None:
         return None
     if owned.thread == threading.get_ident():
         return handle
-    fds = [ticket.detach() for ticket in owned.owner.ticket()]
-    return WorkQueue(accept(fds[:-1], link.Link(fds[-1])), name)
+    return WorkQueue(ThreadSide(owned.owner), name)
 
 
 def _open_elsewhere(name: str) -> WorkQueue | None:

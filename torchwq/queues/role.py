@@ -1,4 +1,4 @@
-"""What the two roles of a queue share: the loop of a blocking read, and what a fork does."""
+"""What all sides of a queue share: the loop of a blocking read, what a fork does, what the end of a thread does."""
 
 from __future__ import annotations
 
@@ -7,17 +7,25 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, Final
 
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import TRAILER
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
+from ..transport.readiness import Readiness
 from ..transport.waiting import Waiter
+from ..workers import threads
 
-ENDED = "the queue is closed: its owner has closed it, or has ended"
+ENDED: Final = "the queue is closed: its owner has closed it, or has ended"
+CLOSED_HERE: Final = "this handle is closed"
+WAS_FORKED: Final = (
+    "this handle was made before a fork and belongs to the parent process: "
+    "open the queue by its name here, or pass it to workers started by torchwq"
+)
 
 #: Every role that is not closed yet, or has something left to send. What exit has to take care of.
 open_roles: set[Role] = set()
@@ -34,25 +42,36 @@ class Role(abc.ABC):
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
     """
 
-    def __init__(self, end: Endpoint, numbered: bool, sent: Sent, lock: threading.Lock) -> None:
-        self.end = end
+    #: Whether what is written stays in this process, and how large a message may be.
+    here: bool
+    max_payload: int
+    capacity: int | None
+    #: Send one payload, now or as soon as there is room. Raises QueueClosed. Whoever encodes looks it up before
+    #: ``here``: it takes what was encoded for the one or the other.
+    send: Callable[[Any], None]
+
+    def __init__(self) -> None:
         self.closed = ""
-        self.max_payload = end.max_message - TRAILER
-        self.alarm = Alarm()
-        self.waiter = Waiter(end, self.alarm)
-        self.outbox = Outbox(end, numbered=numbered, sent=sent, lock=lock, refusal=self.closed_error)
-        #: Send one payload, now or as soon as there is room. Raises QueueClosed.
-        self.send: Callable[[bytes | Parcel], None] = self.outbox.send
+        self._readiness = Readiness()
         closed_in_child(self)
         open_roles.add(self)
+        threads.belongs_here(self)
 
     @abc.abstractmethod
     def take(self) -> Received | None:
         """Take the next message if there is one."""
 
     @abc.abstractmethod
+    def sleep(self, deadline: float | None) -> Received | None:
+        """The next message; None after ``deadline`` (time.monotonic), or if there may be trouble."""
+
+    @abc.abstractmethod
+    def is_troubled(self) -> bool:
+        """Whether there may be a reason to raise instead of waiting."""
+
+    @abc.abstractmethod
     def raise_trouble(self) -> None:
-        """Called when the alarm is set and no message is there: raise what it stands for, or return to go on."""
+        """Called when there may be trouble and no message is there: raise it, or return to go on."""
 
     @abc.abstractmethod
     def ticket(self) -> list[Descriptor]:
@@ -61,32 +80,100 @@ class Role(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None: ...
 
+    @abc.abstractmethod
+    def has_message(self) -> bool:
+        """Whether there is something to take."""
+
+    @abc.abstractmethod
+    def watch(self) -> None:
+        """Let the readiness stand for messages and trouble."""
+
+    @property
+    @abc.abstractmethod
+    def unsent(self) -> int:
+        """How many messages wait in this process."""
+
     def wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
         """The next message, after ``take`` has found none; None if ``nonblocking``. Raises queue.Empty."""
         if self.closed:
             raise QueueClosed(self.closed)
         if nonblocking:
+            self.settle()
             return None
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self.alarm.is_set():
+            if self.is_troubled():
                 received = self.take()
                 if received is not None:
                     return received
                 self.raise_trouble()
-            received = self.waiter.wait(self.take, deadline)
+            received = self.sleep(deadline)
             if received is not None:
                 return received
             if self.closed:
                 raise QueueClosed(self.closed)
-            if deadline is not None and time.monotonic() >= deadline and not self.alarm.is_set():
+            if deadline is not None and time.monotonic() >= deadline and not self.is_troubled():
                 raise queue.Empty
+
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """Let the readiness show what there is, after somebody was told that there is something, and has looked."""
+
+    def fileno(self) -> int:
+        """Readable when ``read`` would not have to wait."""
+        if self.closed:
+            raise QueueClosed(self.closed)
+        if not self._readiness.is_watched:
+            self.watch()
+        return self._readiness.fileno()
+
+    def is_ready(self) -> bool:
+        """Whether ``read`` would not have to wait."""
+        if self.closed or self.has_message():
+            return True
+        self.settle()
+        return self.is_troubled()
+
+    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.Belonging``."""
+        self.close()
 
     def closed_error(self) -> QueueClosed:
         return QueueClosed(self.closed or ENDED)
 
     def abandon(self) -> None:
-        self.closed = (
-            "this handle was made before a fork and belongs to the parent process: "
-            "open the queue by its name here, or pass it to workers started by torchwq"
-        )
+        self.closed = WAS_FORKED
+
+    def _retire(self) -> None:
+        """It is closed, and has nothing left to do."""
+        open_roles.discard(self)
+        self._readiness.close()
+
+
+class SocketRole(Role):
+    """A side that holds an end of the queue's connection."""
+
+    def __init__(self, end: Endpoint, numbered: bool, sent: Sent, lock: threading.Lock) -> None:
+        super().__init__()
+        self.end = end
+        self.here = False
+        self.max_payload = end.max_message - TRAILER
+        self.alarm = Alarm()
+        self.waiter = Waiter(end, self.alarm)
+        self.outbox = Outbox(end, numbered=numbered, sent=sent, lock=lock, refusal=self.closed_error)
+        self.send = self.outbox.send
+
+    def sleep(self, deadline: float | None) -> Received | None:
+        return self.waiter.wait(self.take, deadline)
+
+    def is_troubled(self) -> bool:
+        return self.alarm.is_set()
+
+    def has_message(self) -> bool:
+        return self.end.has_arrived()
+
+    def watch(self) -> None:
+        self._readiness.set(self.end.fileno(), self.alarm.fileno())
+
+    @property
+    def unsent(self) -> int:
+        return len(self.outbox)

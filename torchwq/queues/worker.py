@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from _thread import get_ident
 from collections.abc import Sequence
 
@@ -24,26 +23,14 @@ from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
+from .presence import Presence
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
-from .role import ENDED, Role, open_roles
+from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
 
 
-class _Presence:
-    """Lives as long as its thread: a thread that ends is not busy any more."""
-
-    def __init__(self, side: WorkerSide, ident: int) -> None:
-        self._side = weakref.ref(side)
-        self._ident = ident
-
-    def __del__(self) -> None:
-        side = self._side()
-        if side is not None:
-            side.thread_ended(self._ident)
-
-
-class WorkerSide(Role):
+class WorkerSide(SocketRole):
     """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
@@ -91,7 +78,7 @@ class WorkerSide(Role):
     def _meet(self, ident: int) -> None:
         """See to it that a thread which ends is not busy any more."""
         self._known.add(ident)
-        self._threads.presence = _Presence(self, ident)
+        self._threads.presence = Presence(self, ident)
 
     def _answered(self, ident: int, data: bytes) -> None:
         """An answer of the thread ``ident`` has left. Called with the lock held."""
@@ -135,9 +122,9 @@ class WorkerSide(Role):
 
     def close(self) -> None:
         with self._lock:
-            if self._board.fd < 0 or self.closed == "this handle is closed":
+            if self._board.fd < 0 or self.closed == CLOSED_HERE:
                 return
-            self.closed = "this handle is closed"
+            self.closed = CLOSED_HERE
             self.alarm.set()
         if len(self.outbox):
             # The owner may be waiting for this worker to end, and not be reading.
@@ -155,7 +142,7 @@ class WorkerSide(Role):
         self._tell(GOODBYE)
         self._link.close()
         self.waiter.close()
-        open_roles.discard(self)
+        self._retire()
         self.end.close()
         self._board.close()
 

@@ -30,13 +30,13 @@ from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, note_ordered
 
 #: Stands where descriptors would in a message that stays in this process; see ``marshalling.letter``.
-_NO_FDS: Final[list[int]] = []
+_STAYS: Final = [-1]
 
 
 class Belonging(Protocol):
     """Something that a worker has opened."""
 
-    def worker_ended(self, worker: ThreadWorker, failed: bool) -> None:
+    def let_go(self, worker: ThreadWorker, failed: bool) -> None:
         """Close it, or let go of it. ``failed``: the worker has ended with an error."""
         ...
 
@@ -90,7 +90,7 @@ class ThreadWorker(Worker):
 
     def _close(self, failed: bool) -> None:
         for each in list(self.belongings):
-            each.worker_ended(self, failed)
+            each.let_go(self, failed)
 
 
 class _ThreadContext(Context):
@@ -100,14 +100,14 @@ class _ThreadContext(Context):
     max_payload = 1 << 62
 
     def __init__(self, worker: ThreadWorker) -> None:
-        self._receive = worker._inbox.get
+        self._get = worker._inbox.get
         self._on_message = functools.partial(worker._on_message, worker)
 
     def receive(self) -> Any:
-        return self._receive()
+        return self._get(), _STAYS
 
     def send(self, payload: Any) -> None:
-        self._on_message(payload, _NO_FDS)
+        self._on_message(payload, _STAYS)
 
     def finish(self) -> None:
         pass

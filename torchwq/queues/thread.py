@@ -1,0 +1,149 @@
+"""A worker's side of a queue, in the process of its owner: questions and answers pass without a socket.
+
+As long as no other process has a handle, questions wait in the owner's mailbox. Once one has, they wait in the socket
+that all workers share, and these read from it too. Answers always go straight to the owner.
+
+Invariants are those of ``worker``: each question taken is noted before it is handed out, in the order of the questions,
+and a thread is busy from taking a question until it answers, takes another, or ends. The notes are here instead of on
+the board, and ``Owner.taking`` is the lock over taking and noting, for all these sides together.
+"""
+
+from __future__ import annotations
+
+import threading
+from _thread import get_ident
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QueueClosed
+from ..marshalling import codec
+from ..memory.anonymous import Descriptor
+from ..transport.endpoint import NO_FDS, Received
+from .presence import Presence
+from .role import CLOSED_HERE, ENDED, Role
+
+if TYPE_CHECKING:
+    from .owner import Owner
+
+
+class Notes:
+    """What the owner knows of one such side: as ``board.Slot``."""
+
+    __slots__ = ("busy_threads", "number", "taken")
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.taken = 0
+        self.busy_threads: set[int] = set()
+
+    @property
+    def busy(self) -> int:
+        return len(self.busy_threads)
+
+
+class ThreadSide(Role):
+    """A worker's role, for threads of the owner's process."""
+
+    here = True
+    max_payload = codec.UNLIMITED
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.capacity = owner.capacity
+        self.notes = Notes()
+        self.written = 0
+        self._busy = self.notes.busy_threads
+        self._known: set[int] = set()
+        self._threads = threading.local()
+        self.number = owner.admit_here(self.notes)
+        super().__init__()
+
+    def take(self) -> Received | None:
+        owner, ident, notes = self.owner, get_ident(), self.notes
+        with owner.taking:
+            if self.closed:
+                return None
+            received = owner.take_question()
+            if received is None:
+                if owner.has_no_more_questions():
+                    self.closed = ENDED
+                return None
+            notes.number = owner.number_taken
+            notes.taken += 1
+            self._busy.add(ident)
+        if ident not in self._known:
+            self._known.add(ident)
+            self._threads.presence = Presence(self, ident)
+        if owner.someone_waits_for_room:
+            owner.note_taken()
+        return received
+
+    def send(self, payload: Any) -> None:
+        if self.closed:
+            raise self.closed_error()
+        self.owner.answer((payload, NO_FDS) if type(payload) is bytes else codec.received(payload))
+        self.written += 1
+        self._busy.discard(get_ident())
+
+    def thread_ended(self, ident: int) -> None:
+        self._known.discard(ident)
+        self._busy.discard(ident)
+        self.owner.answers.wake_all()  # drain looks at who is busy
+
+    def sleep(self, deadline: float | None) -> Received | None:
+        return self.owner.sleep_for_question(self.take, deadline)
+
+    def is_troubled(self) -> bool:
+        return bool(self.closed) or self.owner.has_no_more_questions()
+
+    def raise_trouble(self) -> None:
+        if self.closed:
+            raise QueueClosed(self.closed)
+
+    def ticket(self) -> list[Descriptor]:
+        return self.owner.ticket()
+
+    def has_message(self) -> bool:
+        return self.owner.has_question()
+
+    def watch(self) -> None:
+        self.owner.watch_questions(self._readiness)
+
+    def close(self) -> None:
+        with self.owner.taking:
+            if self.closed == CLOSED_HERE:
+                return
+            self.closed = CLOSED_HERE
+        self.owner.dismiss_here(self.number)
+        self._retire()
+
+    @property
+    def unsent(self) -> int:
+        return 0
+
+    @property
+    def last_taken(self) -> int:
+        """Which of the owner's questions this handle has taken last; they count from 1."""
+        return self.notes.number
+
+
+class Invitation:
+    """A worker's handle under way to a thread of the owner's process."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._accepted = False
+        owner.invited += 1
+
+    def accept(self) -> ThreadSide:
+        """Raises QueueClosed if the owner has closed the queue, and it is empty."""
+        side = ThreadSide(self._owner)
+        self._settle()
+        return side
+
+    def _settle(self) -> None:
+        if not self._accepted:
+            self._accepted = True
+            self._owner.invited -= 1
+            self._owner.see_off()
+
+    __del__ = _settle
