@@ -19,8 +19,10 @@ from .errors import (
 )
 from .loading.statistics import LoaderStatistics
 from .mapping import Map, map
+from .marshalled import Marshalled, marshal
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
+from .selecting import select
 from .shared import MemoryStats, empty, empty_like, memory_stats, set_memory_limit, share_, zeros
 from .workers.client import warm_up
 from .workers.info import WorkerInfo, worker_info
@@ -38,6 +40,7 @@ __all__ = [
     "LoaderStatistics",
     "Map",
     "MarshalError",
+    "Marshalled",
     "MemoryStats",
     "NamespaceError",
     "QueueClosed",
@@ -53,7 +56,9 @@ __all__ = [
     "empty",
     "empty_like",
     "map",
+    "marshal",
     "memory_stats",
+    "select",
     "set_memory_limit",
     "share_",
     "warm_up",

@@ -281,23 +281,23 @@ def channel(capacity: int | None = None) -> Channel:
 
 
 class _Invitation:
-    """A handle under way within this process."""
+    """A handle under way within this process. It may be accepted more than once."""
 
     def __init__(self, core: Core) -> None:
-        self._core = core
+        self.core = core
         core.invited += 1
         core.under_way += 1
         self._accepted = False
 
     def accept(self) -> Channel:
-        handle = Channel(self._core)
+        handle = Channel(self.core)
         self._settle()
         return handle
 
     def _settle(self) -> None:
         if not self._accepted:
             self._accepted = True
-            self._core.under_way -= 1
+            self.core.under_way -= 1
 
     __del__ = _settle
 
@@ -311,14 +311,31 @@ def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
     return _rebuild, (core.name, core.capacity, indices)
 
 
+def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
+    core = invitation.core
+    if encoder.here:
+        return reducers.enclosed, (encoder.enclose(_Invitation(core)),)
+    indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
+    return _rebuild_invitation, (core.name, core.capacity, indices)
+
+
+def _rebuild_invitation(name: bytes, capacity: int | None, indices: Sequence[int]) -> _Invitation:
+    return _Invitation(_open(name, capacity, indices))
+
+
 def _accept(index: int) -> Channel:
     invitation: _Invitation = reducers.enclosed(index)
     return invitation.accept()
 
 
 def _rebuild(name: bytes, capacity: int | None, indices: Sequence[int]) -> Channel:
-    return Channel(cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices]))
+    return Channel(_open(name, capacity, indices))
+
+
+def _open(name: bytes, capacity: int | None, indices: Sequence[int]) -> Core:
+    return cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
 
 
 reducers.register(Channel, _reduce)
+reducers.register(_Invitation, _reduce_invitation)
 shutdown.at_close(lambda: cores.leave_all(shutdown.failed))

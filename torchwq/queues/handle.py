@@ -327,7 +327,16 @@ def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:
     return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
 
 
+def _reduce_invitation(encoder: reducers.Encoder, invitation: Invitation) -> Any:
+    """One that goes on to another process is a worker's handle there, of which ``_accept_here`` makes others."""
+    if encoder.here:
+        return reducers.enclosed, (encoder.enclose(Invitation(invitation.owner)),)
+    indices = [encoder.attach(ticket.fd, ticket) for ticket in invitation.owner.ticket()]
+    return _rebuild, (indices, None)
+
+
 reducers.register(WorkQueue, _reduce)
+reducers.register(Invitation, _reduce_invitation)
 
 
 def _close_all() -> None:

@@ -127,23 +127,23 @@ class ThreadSide(Role):
 
 
 class Invitation:
-    """A worker's handle under way to a thread of the owner's process."""
+    """A worker's handle under way to a thread of the owner's process. It may be accepted more than once."""
 
     def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+        self.owner = owner
         self._accepted = False
         owner.invited += 1
 
     def accept(self) -> ThreadSide:
         """Raises QueueClosed if the owner has closed the queue, and it is empty."""
-        side = ThreadSide(self._owner)
+        side = ThreadSide(self.owner)
         self._settle()
         return side
 
     def _settle(self) -> None:
         if not self._accepted:
             self._accepted = True
-            self._owner.invited -= 1
-            self._owner.see_off()
+            self.owner.invited -= 1
+            self.owner.see_off()
 
     __del__ = _settle

@@ -1,0 +1,82 @@
+"""``torchwq.marshal``: an object marshalled once, to be read many times.
+
+It is a letter to this process that is never used up: what it encloses is sent on as what it is when the letter itself
+travels, tensors by reference, and each reading opens a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import numpy as np
+
+from .marshalling import codec, reducers
+from .marshalling.letter import Letter
+
+
+@final
+class Marshalled:
+    """An object that was marshalled by :func:`torchwq.marshal`. Can be sent as any other object can.
+
+    Source: what torch-ipc's ``ipc.marshal`` returns.
+    """
+
+    __slots__ = ("_letter",)
+
+    def __init__(self, letter: Letter) -> None:
+        self._letter = letter
+
+    def read(self) -> Any:
+        """The object: values are a new copy each time, tensors are on the memory of those that were marshalled.
+
+        Raises whatever unpickling the object raises.
+
+        Source: torch-ipc's ``read`` of a marshalled object.
+        """
+        return self._letter.copy().open()
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes, without the tensors."""
+        return len(self._letter.data or b"") + sum(map(len, self._letter.buffers))
+
+    def __repr__(self) -> str:
+        return f"<torchwq.Marshalled, {self.nbytes} bytes, {len(self._letter.enclosed)} tensors and handles>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("what torchwq.marshal has made can only be sent by torchwq, in a message or as an argument")
+
+
+def marshal(obj: Any, upvalues: bool = False) -> Marshalled:
+    """Marshal an object now, to be read as often as you like, in this process and in any worker that gets it.
+
+    Pays for an object that is sent to many workers, or restored again and again: pickling it is done once.
+
+    Args:
+        obj: any object that a queue's ``write`` takes.
+        upvalues: whether functions in it may be closures, as with ``writeup``.
+
+    Returns:
+        A :class:`Marshalled`; its ``read()`` gives the object.
+
+    Raises:
+        MarshalError: something in the object cannot travel; the message names its place.
+        ClosureError: a function in it captures data, and ``upvalues`` is False.
+
+    Source: torch-ipc's ``ipc.marshal``.
+    """
+    (payload,) = codec.encode_all([obj], codec.UNLIMITED, upvalues=upvalues, root="obj", here=True)
+    return Marshalled(payload if isinstance(payload, Letter) else Letter(payload, ()))
+
+
+def _reduce(encoder: reducers.Encoder, marshalled: Marshalled) -> Any:
+    letter = marshalled._letter
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in letter.buffers]
+    return _rebuild, (letter.data, list(letter.enclosed), buffers)
+
+
+def _rebuild(data: bytes, enclosed: list[Any], buffers: list[Any]) -> Marshalled:
+    return Marshalled(Letter(data, enclosed, [bytearray(buffer) for buffer in buffers]))
+
+
+reducers.register(Marshalled, _reduce)
