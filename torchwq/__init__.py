@@ -9,6 +9,7 @@ from .dataloader import DataLoader
 from .errors import (
     ClosureError,
     MarshalError,
+    MutexError,
     NamespaceError,
     QueueClosed,
     RemoteError,
@@ -18,6 +19,7 @@ from .errors import (
     WorkerDied,
 )
 from .loading.statistics import LoaderStatistics
+from .locking import Mutex, mutex
 from .mapping import Map, map
 from .marshalled import Marshalled, marshal
 from .pool import BackgroundTaskPool
@@ -42,6 +44,8 @@ __all__ = [
     "MarshalError",
     "Marshalled",
     "MemoryStats",
+    "Mutex",
+    "MutexError",
     "NamespaceError",
     "QueueClosed",
     "QueueStatistics",
@@ -58,6 +62,7 @@ __all__ = [
     "map",
     "marshal",
     "memory_stats",
+    "mutex",
     "select",
     "set_memory_limit",
     "share_",

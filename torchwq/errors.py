@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "ClosureError",
     "MarshalError",
+    "MutexError",
     "NamespaceError",
     "QueueClosed",
     "RemoteError",
@@ -45,6 +46,10 @@ class ClosureError(MarshalError):
 
 class QueueClosed(TorchwqError, RuntimeError):
     """The queue was closed: by its owner, because its owner has ended, or this handle was closed in this process."""
+
+
+class MutexError(TorchwqError, RuntimeError):
+    """A mutex was released by a thread that does not hold it, taken again by one that does, or inherited by a fork."""
 
 
 class NamespaceError(TorchwqError, OSError):

@@ -6,9 +6,10 @@ line too, so that there is one order, and one way.
 
 Nobody owns a channel, and anybody may write. So when is a blocked reader told that it waits in vain? Invariants:
 
-* It is told, once, of each process that died, or failed as a worker, and had written to the channel: items that it was
-  to write may be missing. Of one that had neither written nor read, if no other process has written either. One that
-  had only read is nothing to a reader. For a writer that waits for room it is the other way round.
+* It is told, once, of each process that has died since it was sent the channel, or failed as a worker, and had written
+  to it: items that it was to write may be missing. Of one that had neither written nor read, if no other process has
+  written either. One that had only read is nothing to a reader. For a writer that waits for room it is the other way
+  round.
 * It is told, each time, if others have had the channel, and nobody has it any more who could write: no process, no
   other handle in this one, no handle under way to a worker that lives; and the last one to write was not another
   thread of this process.
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..errors import QueueClosed, WorkerDied
@@ -33,7 +34,8 @@ from ..transport.endpoint import Received
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from ..transport.sockets import close_fds
-from ..workers import deaths, info, worker
+from ..workers import info, worker
+from ..workers.losses import lost
 from .here import Here
 from .line import ISSUED, REDEEMED, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, Line, open_lines
 from .state import ChannelState, Way
@@ -49,7 +51,7 @@ FORKED: Final = (
 class Core:
     """A process's part of a channel."""
 
-    def __init__(self, name: bytes, capacity: int | None, line: Line | None = None) -> None:
+    def __init__(self, name: bytes, capacity: int | None, line: Line | None = None, told: Sequence[int] = ()) -> None:
         self.name = name
         self.capacity = capacity
         self.line = line
@@ -60,7 +62,7 @@ class Core:
         self.handles: weakref.WeakSet[Any] = weakref.WeakSet()
         self.invited = 0
         self.under_way = 0
-        self._told: set[int] = set()
+        self._told = set(told)
         self._failures: list[WorkerDied] = []
         self._trouble = Alarm()
         self._readiness = Readiness()
@@ -144,21 +146,7 @@ class Core:
                     unknown.append(seat)
         for seat in gone or (() if someone_does else unknown):
             self._told.add(seat)
-            raise self._death(seat)
-
-    def _death(self, seat: int) -> WorkerDied:
-        assert self.line is not None
-        roster = self.line.roster
-        pid = roster.pid(seat)
-        if roster.has_failed(seat):
-            return WorkerDied(
-                f"a worker (pid {pid}) that had this channel ended with an error: join() of its map raises it", pid=pid
-            )
-        process = worker.find(pid)
-        if process is None:
-            return deaths.died(pid=pid, reason="its process ended without having closed this channel")
-        process.ended_event.wait(1.0)
-        return process.died()
+            raise lost(roster, seat, "this channel")
 
     def _is_alone(self, reader: Any) -> bool:
         if any(handle is not reader for handle in self.handles) or self.under_way:
@@ -194,6 +182,12 @@ class Core:
                     self._watch()
         assert self.line is not None
         return self.line.ticket()
+
+    def dead(self) -> list[int]:
+        """The seats of those that are dead now: whoever is sent a handle need not be told of them."""
+        if self.line is None or self.line.left:
+            return []
+        return [seat for seat, lives in self.line.roster.others() if not lives]
 
     def leave(self, handle: Any, mapid: int, failed: bool) -> None:
         """Worker ``mapid``, which is a thread, has ended, and its handle with it."""
@@ -306,12 +300,15 @@ def new(capacity: int | None) -> Core:
     return Core(secrets.token_bytes(16), capacity)
 
 
-def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
-    """This process's part of the channel that these descriptors are of. Takes them over."""
+def open_(name: bytes, capacity: int | None, told: Sequence[int], fds: list[int]) -> Core:
+    """This process's part of the channel that these descriptors are of; it need not be ``told`` of these dead.
+
+    Takes the descriptors over.
+    """
     with _guard:
         core = _cores.get(name)
         if core is None or core.line is None or core.line.left:
-            return Core(name, capacity, Line(fds, capacity))
+            return Core(name, capacity, Line(fds, capacity), told)
     close_fds(fds)
     core.line.received_again()
     return core

@@ -308,7 +308,7 @@ def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
     if encoder.here:
         return _accept, (encoder.enclose(_Invitation(core)),)
     indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return _rebuild, (core.name, core.capacity, indices)
+    return _rebuild, (core.name, core.capacity, core.dead(), indices)
 
 
 def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
@@ -316,11 +316,11 @@ def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> An
     if encoder.here:
         return reducers.enclosed, (encoder.enclose(_Invitation(core)),)
     indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return _rebuild_invitation, (core.name, core.capacity, indices)
+    return _rebuild_invitation, (core.name, core.capacity, core.dead(), indices)
 
 
-def _rebuild_invitation(name: bytes, capacity: int | None, indices: Sequence[int]) -> _Invitation:
-    return _Invitation(_open(name, capacity, indices))
+def _rebuild_invitation(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> _Invitation:
+    return _Invitation(_open(name, capacity, told, indices))
 
 
 def _accept(index: int) -> Channel:
@@ -328,12 +328,12 @@ def _accept(index: int) -> Channel:
     return invitation.accept()
 
 
-def _rebuild(name: bytes, capacity: int | None, indices: Sequence[int]) -> Channel:
-    return Channel(_open(name, capacity, indices))
+def _rebuild(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> Channel:
+    return Channel(_open(name, capacity, told, indices))
 
 
-def _open(name: bytes, capacity: int | None, indices: Sequence[int]) -> Core:
-    return cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
+def _open(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> Core:
+    return cores.open_(name, capacity, told, [reducers.take_inbound_fd(index) for index in indices])
 
 
 reducers.register(Channel, _reduce)

@@ -95,7 +95,7 @@ class Roster:
                     return seat
         raise ResourceError(0, f"a channel or mutex cannot be open in more than {SEATS} processes at a time")
 
-    # Locks. Byte 0 is the head's, and byte 1 + n seat n's.
+    # Locks. Byte 0 is the head's, byte 1 + n seat n's, and the one after the last seat's is the user's.
 
     def _call(self, command: int, kind: int, byte: int) -> tuple[int, ...]:
         packed = fcntl.fcntl(self._lock_fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
@@ -118,6 +118,13 @@ class Roster:
             self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, seat + 1)
         else:
             fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, seat + 1)
+
+    def lock_extra(self, *, wait: bool) -> bool:
+        """Take a lock that is its user's, as a process: its threads must see to it that only one of them does."""
+        return self._lock(SEATS, wait=wait)
+
+    def unlock_extra(self) -> None:
+        self._unlock(SEATS)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
