@@ -21,6 +21,7 @@ from .loading.iterator import Iterator, Options
 from .loading.messages import Snapshot
 from .loading.statistics import LoaderStatistics, Meter
 from .transport.waiting import cores
+from .workers.starting import check_backend
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -48,6 +49,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         max_restarts: how often that is done in the life of an iterator.
         prefetch_across_epochs: when the sampler has no more indices, workers go on with the first batches of the next
             epoch. Needs ``persistent_workers=True``, ``in_order=True`` and a map-style dataset.
+        backend: ``"process"``, or ``"thread"``: workers are threads of this process. They start at once, share the
+            dataset (each has a shallow copy of it, so that setting its attributes is each worker's own affair), and
+            their batches are not copied. That pays where loading waits, or releases the GIL. They also share the global
+            generators of random numbers: with the same seeds the batches are the same only if the dataset draws
+            from none of these, but for example from one made with ``get_worker_info().seed``.
 
     Raises:
         ValueError: for combinations that make no sense, with torch's own words where torch has them.
@@ -83,7 +89,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         on_worker_death: Literal["raise", "restart"] = "raise",
         max_restarts: int = 3,
         prefetch_across_epochs: bool = False,
+        backend: Literal["process", "thread"] = "process",
     ) -> None:
+        check_backend(backend)
+        if backend == "thread" and multiprocessing_context is not None:
+            raise ValueError("multiprocessing_context is for processes: leave it out with backend='thread'")
         iterable = isinstance(dataset, IterableDataset)
         most = 0
         if isinstance(num_workers, str):
@@ -125,6 +135,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.on_worker_death = on_worker_death
         self.max_restarts = max_restarts
         self.prefetch_across_epochs = prefetch_across_epochs
+        self.backend = backend
         self._most_workers = most
         self._snapshots = False
         self._loaded: state.State | None = None
@@ -173,6 +184,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             prefetch_across_epochs=self.prefetch_across_epochs,
             most_workers=self._most_workers,
             snapshots=self._snapshots,
+            backend=self.backend,
         )
         return Iterator(self, options, self._meter, loaded)
 

@@ -218,7 +218,7 @@ class _Core:
         if words[BROKEN] == number + 1:
             self._raise_news(told)
             raise WorkerDied(
-                "the barrier cannot be completed: a worker that had this mutex has gone, and all that still have it wait here"
+                "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
             )
         return position
 

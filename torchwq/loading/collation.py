@@ -3,10 +3,13 @@
 torch's default collation looks up in a map what to do with samples of a type. In a worker, the entry for tensors is
 replaced by one that stacks them into a block of the pool. That also serves collate functions of a user's own that call
 ``default_collate``, and arrays, which torch collates as tensors.
+
+A worker that is a thread shares that map with its process: there the entry does so in workers' threads only.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -18,17 +21,25 @@ from ..memory.block import Block, Geometry
 from ..memory.recycling import block_of
 from . import internals
 
-#: The blocks that this worker has stacked a batch's tensors into, since it was cleared. Nobody else has tensors on
-#: them, so these tensors may go by reference.
+#: The blocks that this worker, a process, has stacked a batch's tensors into, since it was cleared. Nobody else has
+#: tensors on them, so these tensors may go by reference.
 made: set[Block] = set()
+
+_whole_process = False
+_of_thread = threading.local()
 
 #: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
 _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
 _MOST_STACKS: Final = 1024
 
 
-def install() -> None:
-    """From now on default collation in this process, which is a worker, makes shared tensors."""
+def install(*, here: bool) -> None:
+    """From now on default collation in this process, which is a worker, makes shared tensors; or in this thread."""
+    global _whole_process
+    if here:
+        _of_thread.is_worker = True
+    else:
+        _whole_process = True
     if internals.default_collate_fn_map.get(torch.Tensor) is internals.collate_tensor_fn:
         internals.default_collate_fn_map[torch.Tensor] = collate_tensor
 
@@ -36,6 +47,8 @@ def install() -> None:
 def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> Any:
     """Stack tensors as torch's default collation does."""
     first = batch[0]
+    if not (_whole_process or getattr(_of_thread, "is_worker", False)):
+        return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
     if type(first) is not torch.Tensor or is_unusual(first):
         return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
     key = first.dtype, len(batch), first.shape
@@ -44,7 +57,7 @@ def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None)
     if out is None:
         return torch.stack(tuple(batch), 0)
     block = block_of(out.untyped_storage())
-    if block is not None:
+    if block is not None and _whole_process:
         made.add(block)
     return torch.stack(tuple(batch), 0, out=out)
 

@@ -1,9 +1,10 @@
-"""Worker processes of a loader: how they are started, talked to, watched and ended.
+"""Workers of a loader: how they are started, talked to, watched and ended.
 
-Two ways to start one. *Forked*, by multiprocessing, where torch would fork: the worker has the dataset as it is, with
-open files, locks and database handles. *Served*, by torchwq's warm fork server, where torch would spawn: the worker
-begins clean, and what it needs is marshalled once for all of them, tensors by reference. Either way one connection
-leads to it, and its other end is in no other process: so the connection ends with the worker.
+Two ways to start a process. *Forked*, by multiprocessing, where torch would fork: the worker has the dataset as it is,
+with open files, locks and database handles. *Served*, by torchwq's warm fork server, where torch would spawn: the
+worker begins clean, and what it needs is marshalled once for all of them, tensors by reference. Either way one
+connection leads to it, and its other end is in no other process: so the connection ends with the worker. A worker that
+is a thread has a connection of the same kind within this process, and the dataset and its batches pass as they are.
 
 Invariants:
 
@@ -27,11 +28,13 @@ import torch.multiprocessing
 
 from ..errors import WorkerDied
 from ..marshalling import codec, exceptions, functions, reducers
+from ..marshalling.letter import Letter
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
-from ..transport import endpoint
+from ..transport import endpoint, local
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
+from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, starting, worker
@@ -44,7 +47,10 @@ PATIENCE: Final = 5.0
 
 
 class Process(Protocol):
-    """A worker's process, however it was started."""
+    """A worker's process or thread, however it was started."""
+
+    #: Whether it is a thread.
+    here: bool
 
     @property
     def pid(self) -> int | None: ...
@@ -55,6 +61,8 @@ class Process(Protocol):
 
 
 class _Forked:
+    here = False
+
     def __init__(self, process: Any) -> None:
         self._process = process
         self.pid: int | None = process.pid
@@ -76,6 +84,7 @@ class _Forked:
 class _Served:
     def __init__(self, process: worker.Worker) -> None:
         self._process = process
+        self.here = process.here
 
     @property
     def pid(self) -> int | None:
@@ -109,14 +118,16 @@ def _accept(indices: Sequence[int]) -> Endpoint:
 
 reducers.register(_Ticket, _reduce_ticket)
 
-Start = Callable[[Part, Endpoint], Process]
+Start = Callable[[Part, Any], Process]
 
 
-def starter(context: Any, plan: Plan) -> Start:
-    """How the workers of ``plan`` are started: as torch would on this platform, or as ``context`` says.
+def starter(context: Any, plan: Plan, backend: str) -> Start:
+    """How the workers of ``plan`` are started: as torch would on this platform, or as ``context`` or ``backend`` say.
 
     Raises MarshalError if they are to be served and something of the plan cannot travel; its message names the place.
     """
+    if backend == "thread":
+        return functools.partial(_start_thread, plan)
     context = context or torch.multiprocessing
     if context.get_start_method() == "fork":
         return functools.partial(_fork, context, plan)
@@ -151,7 +162,31 @@ def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
     return _Served(process)
 
 
-def _close_message(process: worker.Worker, data: bytes, fds: list[int]) -> None:
+def _start_thread(plan: Plan, part: Part, end: LocalEndpoint) -> Process:
+    (thread,) = starting.start(
+        1,
+        f"{__name__}:thread_main",
+        _close_message,
+        _nothing,
+        backend="thread",
+        first_mapid=part.worker_id,
+        of=part.num_workers,
+    )
+    thread.send(Letter(None, [(plan, part, end)]))
+    return _Served(thread)
+
+
+def thread_main(context: child.Context) -> int:
+    """Entry of a worker that is a thread."""
+    plan, part, end = codec.decode(*context.receive())
+    try:
+        Job(plan, part).run_here(end)
+    except SystemExit as stop:
+        return int(stop.code) if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _close_message(process: worker.Worker, data: Any, fds: list[int]) -> None:
     codec.discard(data, fds)
 
 
@@ -183,8 +218,9 @@ class Gone(Exception):
 class Hand:
     """One worker as its loader sees it."""
 
-    def __init__(self, start: Start, part: Part, flow: memoryview) -> None:
+    def __init__(self, start: Start, part: Part, flow: memoryview, backend: str) -> None:
         self.worker_id = part.worker_id
+        self._backend = backend
         self._start = start
         self._part = part
         self._flow = flow
@@ -201,6 +237,16 @@ class Hand:
         self._open(part)
 
     def _open(self, part: Part) -> None:
+        if self._backend == "thread":
+            self._open_here(part)
+        else:
+            self._open_process(part)
+        self._take = self.end.try_receive
+        self._consumed = 0
+        self._sent = self._received = 0
+        self._closed = False
+
+    def _open_process(self, part: Part) -> None:
         try:
             ours, theirs = endpoint.pair()
         except OSError as error:
@@ -212,14 +258,19 @@ class Hand:
             raise
         finally:
             theirs.close()
-        self.end = ours
+        self.end: Endpoint | LocalEndpoint = ours
         self.outbox = Outbox(ours)
-        self._take = ours.try_receive
-        self._waiter = Waiter(ours, Alarm())
+        self._waiter: Waiter | LocalEndpoint = Waiter(ours, Alarm())
         self.max_payload = ours.max_message - TRAILER
-        self._consumed = 0
-        self._sent = self._received = 0
-        self._closed = False
+
+    def _open_here(self, part: Part) -> None:
+        ours, theirs = local.pair()
+        try:
+            self.process = self._start(part, theirs)
+        except BaseException:
+            ours.close()
+            raise
+        self.end = self._waiter = ours
 
     def assign(self, index: Any) -> None:
         """Let it make a batch for this index. It does not know of it before ``flush``."""
@@ -258,6 +309,9 @@ class Hand:
     def send(self, message: Any) -> None:
         """Send a message. One that is dead does not get it: that shows when its answer is waited for."""
         with contextlib.suppress(BrokenPipeError):
+            if isinstance(self.end, LocalEndpoint):
+                self.end.send(Letter(None, [message]))
+                return
             self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
 
     @property
@@ -274,7 +328,12 @@ class Hand:
 
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic) or ``close``. Raises EOFError if none will come."""
-        return self._waiter.wait(self.take, deadline)
+        while True:
+            received = self._waiter.wait(self.take, deadline)
+            if received is not None or isinstance(self._waiter, Waiter) or self._closed:
+                return received
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
 
     def mark(self) -> int:
         """See ``recycling.Inlet``."""
@@ -315,7 +374,8 @@ class Hand:
     def _disconnect(self) -> None:
         self._closed = True
         self._waiter.close()
-        self.outbox.abandon()
+        if self._backend == "process":
+            self.outbox.abandon()
         self.end.close()
 
     def close(self) -> None:
@@ -333,12 +393,14 @@ class Hand:
 
 
 def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
-    """End workers: by closing their connections, and, if that does not do in time, by force."""
+    """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape."""
     for hand in hands:
         hand.close()
     until = time.monotonic() + patience
     for hand in hands:
         if not hand.process.wait(max(0.0, until - time.monotonic())):
+            if hand.process.here:
+                continue
             hand.process.kill(signal.SIGTERM)
             if not hand.process.wait(1.0):
                 hand.process.kill(signal.SIGKILL)

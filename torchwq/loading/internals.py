@@ -8,6 +8,7 @@ these is missing, ``AVAILABLE`` is False and the loader leaves everything to tor
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, Final
 
 import torch
@@ -69,6 +70,25 @@ def make_fetcher(kind: int, dataset: Any, auto_collation: bool, collate_fn: Any,
 def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:
     """What ``torch.utils.data.get_worker_info()`` gives in this process from now on."""
     _worker._worker_info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+_of_thread = threading.local()
+
+
+def set_worker_info_of_thread(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:
+    """The same, in this thread only.
+
+    ``get_worker_info`` looks into a variable of its module. Users have it imported under names of their own, so what
+    can be replaced is its code.
+    """
+    if _worker.get_worker_info.__code__ is not _get_worker_info.__code__:
+        vars(_worker)["_torchwq_of_thread"] = _of_thread
+        _worker.get_worker_info.__code__ = _get_worker_info.__code__
+    _of_thread.info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+
+
+def _get_worker_info() -> Any:
+    return getattr(_torchwq_of_thread, "info", _worker_info)  # type: ignore[name-defined]  # noqa: F821 - torch's globals
 
 
 def sharding_init(dataset: Any, init_fn: Any, world_size: int, rank: int) -> Any:

@@ -60,6 +60,7 @@ class Options:
     prefetch_across_epochs: bool = False
     most_workers: int = 0
     snapshots: bool = False
+    backend: str = "process"
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             reader=recycling.slot(),
         )
         self._reception = Reception(self._hands, self._in_order, meter)
-        self._start = crew.starter(loader.multiprocessing_context, self._plan)
+        self._start = crew.starter(loader.multiprocessing_context, self._plan, options.backend)
         try:
             for worker_id in range(self._num_workers):
                 self._hire(worker_id, Snapshot() if resume is None else resume.snapshots[worker_id])
@@ -131,7 +132,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _hire(self, worker_id: int, resume: Snapshot) -> Hand:
         part = Part(worker_id, self._num_workers, self._shared_seed, resume)
-        hand = Hand(self._start, part, self._plan.flow.of(worker_id))
+        hand = Hand(self._start, part, self._plan.flow.of(worker_id), self._options.backend)
         self._hands.append(hand)
         recycling.add_inlet(hand)
         return hand
@@ -333,7 +334,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _error(self, hand: Hand, failure: Failure) -> BaseException:
         error = exceptions.unpack(failure.error)
         if hasattr(error, "add_note"):
-            error.add_note(f"in DataLoader worker process {hand.worker_id}, {failure.where}")
+            error.add_note(f"in DataLoader worker {self._options.backend} {hand.worker_id}, {failure.where}")
         return error
 
     def _next_answer(self) -> tuple[Hand, Any]:

@@ -7,13 +7,16 @@ Invariants:
 
 * Each index gets exactly one answer, in order.
 * A batch travels by value, in shared memory: a tensor goes by reference only if this worker has just collated it, and
-  nobody else has it. So whatever the consumer does with a batch, the dataset does not see it.
+  nobody else has it. So whatever the consumer does with a batch, the dataset does not see it. From a thread it goes as
+  it is, as it does without workers.
 * The worker ends when its connection does, whoever has closed it and however: within ``_GRACE`` also in the middle of a
   batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import os
 import random
@@ -21,6 +24,7 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,9 +32,11 @@ import numpy as np
 import torch
 
 from ..marshalling import codec, exceptions
+from ..marshalling.letter import Letter
 from ..memory.parcel import TRAILER, Parcel
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint
+from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from . import collation, internals
@@ -93,16 +99,32 @@ class Job:
         self._words = plan.counters.of(part.worker_id)
         self._flow = plan.flow.of(part.worker_id)
         self._fence = threading.Lock()
+        self._here = False
+        self._looks = _LOOKS
 
     def run(self, end: Endpoint) -> None:
-        """Answer until the loader closes the connection."""
+        """Answer until the loader closes the connection. In a process of its own."""
         _end_with(end)
         self._limit = end.max_message - TRAILER
         outbox = Outbox(end)
         outbox.reader = self._plan.reader
-        self._end = end
-        self._waiter = Waiter(end, Alarm())
+        self._end: Endpoint | LocalEndpoint = end
+        self._waiter: Waiter | LocalEndpoint = Waiter(end, Alarm())
         self._set_up()
+        self._work(outbox.send)
+
+    def run_here(self, end: LocalEndpoint) -> None:
+        """The same in a thread of the loader's process."""
+        self._here = True
+        self._looks = 0
+        self._end = self._waiter = end
+        self._set_up_here()
+        try:
+            self._work(end.send)
+        finally:
+            end.close()
+
+    def _work(self, send: Callable[[Any], None]) -> None:
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._plan.prefetch
         since = time.perf_counter_ns()
         try:
@@ -125,19 +147,20 @@ class Job:
                 words[WAITED] += began - since
                 payload = self._answer(index) if made else self._encode(End())
                 del task, index
-                outbox.send(payload)
+                send(payload)
                 self._made += 1
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[BATCHES] += 1
-                words[NBYTES] += payload.nbytes if isinstance(payload, Parcel) else len(payload)
+                words[NBYTES] += payload.nbytes if isinstance(payload, Parcel) else _size(payload)
                 del payload
         except (EOFError, BrokenPipeError):
             pass  # the loader is gone, or has no use for more
 
     def _receive(self) -> None:
-        received = self._end.try_receive() or self._waiter.wait(self._end.try_receive, None)
-        assert received is not None
+        received = None
+        while received is None:
+            received = self._end.try_receive() or self._waiter.wait(self._end.try_receive, None)
         message = codec.decode(*received)
         if type(message) is NewEpoch:
             self._tasks.append(message)
@@ -147,7 +170,7 @@ class Job:
 
     def _wait_until_consumed(self) -> None:
         flow, enough = self._flow, self._made - self._plan.prefetch
-        for _ in range(_LOOKS):
+        for _ in range(self._looks):
             os.sched_yield()
             if flow[CONSUMED] > enough:
                 return
@@ -165,16 +188,31 @@ class Job:
         random.seed(seed)
         torch.manual_seed(seed)
         np.random.seed(internals.numpy_seed(plan.base_seed, part.worker_id))
-        collation.install()
+        collation.install(here=False)
         self._dataset = internals.seeded(plan.dataset, part.shared_seed)
         internals.set_worker_info(part.worker_id, part.num_workers, seed, self._dataset)
+        self._begin_work()
+
+    def _set_up_here(self) -> None:
+        """Threads share the generators of random numbers, and the dataset's data, but not its attributes."""
+        plan, part = self._plan, self._part
+        collation.install(here=True)
+        with contextlib.suppress(Exception):
+            self._dataset = copy.copy(plan.dataset)
+        self._dataset = internals.seeded(self._dataset, part.shared_seed)
+        seed = plan.base_seed + part.worker_id
+        internals.set_worker_info_of_thread(part.worker_id, part.num_workers, seed, self._dataset)
+        self._begin_work()
+
+    def _begin_work(self) -> None:
+        plan, part = self._plan, self._part
         try:
             if plan.init_fn is not None:
                 plan.init_fn(part.worker_id)
             self._make_fetcher(part.resume)
         except Exception as error:
             self._failure = error
-        if part.resume.random is not None:
+        if part.resume.random is not None and not self._here:
             _set_random_state(part.resume.random)
 
     def _make_fetcher(self, resume: Snapshot) -> None:
@@ -206,7 +244,7 @@ class Job:
         except Exception as error:
             self._failure = error
 
-    def _answer(self, index: Any) -> bytes | Parcel:
+    def _answer(self, index: Any) -> Any:
         collation.made.clear()
         try:
             if self._failure is not None:
@@ -228,12 +266,16 @@ class Job:
         except Exception as error:
             return self._fail(error, index)
 
-    def _encode(self, answer: Any) -> bytes | Parcel:
+    def _encode(self, answer: Any) -> Any:
+        if self._here:
+            return Letter(None, [answer])
         payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
         return payload
 
-    def _fail(self, error: Exception, index: Any) -> bytes | Parcel:
+    def _fail(self, error: Exception, index: Any) -> Any:
         after = self._snapshot() if self._wraps else None
+        if self._here:
+            return Letter(None, [Failure(error, _place(error, index), after)])
         failure = Failure(exceptions.pack(error), _place(error, index), after)
         return codec.encode(failure, self._limit, upvalues=True)
 
@@ -246,9 +288,27 @@ class Job:
                 after.iterator = iterator.state_dict()
             elif hasattr(self._dataset, "state_dict"):
                 after.dataset = self._dataset.state_dict()
-        if self._plan.snapshots:
+        if self._plan.snapshots and not self._here:
             after.random = _random_state()
         return after
+
+
+def _size(payload: bytes | Letter) -> int:
+    """Bytes of a message that is not a parcel. Of a thread's, which are not copied, those of its tensors."""
+    return len(payload) if isinstance(payload, bytes) else nbytes_of(payload.enclosed[0])
+
+
+def nbytes_of(batch: Any) -> int:
+    """Bytes of the tensors in a batch."""
+    if isinstance(batch, torch.Tensor):
+        return batch.nbytes
+    if isinstance(batch, Batch):
+        return nbytes_of(batch.data)
+    if isinstance(batch, dict):
+        return sum(map(nbytes_of, batch.values()))
+    if isinstance(batch, (list, tuple)):
+        return sum(map(nbytes_of, batch))
+    return 0
 
 
 def _random_state() -> Any:

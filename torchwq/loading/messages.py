@@ -67,6 +67,6 @@ class End:
 class Failure:
     """The dataset, or what was made of its samples, has raised; at this index, as far as that is known."""
 
-    error: PackedException
+    error: PackedException | BaseException
     where: str
     after: Snapshot | None = None

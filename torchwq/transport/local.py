@@ -1,0 +1,72 @@
+"""Two connected ends in one process: what passes between threads where a socket would connect processes.
+
+Messages are whatever was sent, not copied. The rest is the interface of :class:`~torchwq.transport.endpoint.Endpoint`,
+as far as a connection between two threads has a use for it, and of :class:`~torchwq.transport.waiting.Waiter`: the
+threads of one process share an interpreter, so whoever waits for another one must not spin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from .mailbox import Mailbox
+
+T = TypeVar("T")
+
+#: Stands where descriptors would.
+_NO_FDS: Final[list[int]] = [-1]
+
+
+class LocalEndpoint:
+    """One end. Safe to use from several threads."""
+
+    max_message: Final = 1 << 62
+
+    def __init__(self, inbox: Mailbox[Any]) -> None:
+        self._inbox = inbox
+        self._peer: LocalEndpoint
+        self._closed = False
+
+    def send(self, message: Any) -> None:
+        """Send a message. Raises BrokenPipeError if nobody can receive it."""
+        if self._closed or self._peer._closed:
+            raise BrokenPipeError("the other side is closed")
+        self._peer._inbox.put(message)
+
+    def try_receive(self) -> tuple[Any, list[int]] | None:
+        """Take one message; None if there is none now. Raises EOFError if none will come."""
+        message = self._inbox.take()
+        if message is not None:
+            return message, _NO_FDS
+        if self._closed or (self._peer._closed and not len(self._inbox)):
+            raise EOFError
+        return None
+
+    def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
+        """What ``attempt`` gives, or raises, as soon as it does; None after ``deadline``, or for no reason."""
+        return self._inbox.wait(attempt, deadline)
+
+    def fileno(self) -> int:
+        """Readable while there are messages; -1 once it is closed."""
+        return -1 if self._closed else self._inbox.bell().fileno()
+
+    def mark(self) -> int:
+        """No descriptor is left out between threads: see ``recycling.Inlet``."""
+        return 0
+
+    def has_passed(self, mark: int) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._closed = True
+        self._inbox.wake_all()
+        self._peer._inbox.wake_all()
+        self._inbox.close()
+
+
+def pair() -> tuple[LocalEndpoint, LocalEndpoint]:
+    """Two connected ends."""
+    ours, theirs = LocalEndpoint(Mailbox()), LocalEndpoint(Mailbox())
+    ours._peer, theirs._peer = theirs, ours
+    return ours, theirs
