@@ -1,4 +1,4 @@
-"""``WorkQueue`` as the contract has it: roles, order, close, timeouts, drain, capacity."""
+"""``WorkQueue`` as the contract has it: roles, order, close, timeouts, drain, capacity; for processes and threads."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from tests.queues import jobs
+from torchwq.queues.worker import accept
+from torchwq.transport.link import Link
 
 T = TypeVar("T")
 
@@ -40,13 +42,22 @@ def in_thread(f: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def worker_handle(name: str) -> torchwq.WorkQueue:
-    return in_thread(lambda: torchwq.workqueue(name))
+def worker_handle(owner: torchwq.WorkQueue, backend: str) -> torchwq.WorkQueue:
+    """A worker's handle as a worker of this kind would get it, in this process."""
+    if backend == "thread":
+        return in_thread(lambda: torchwq.workqueue(owner.name))
+    fds = [ticket.detach() for ticket in owner._role.ticket()]
+    return torchwq.WorkQueue(accept(fds[:-1], Link(fds[-1])), owner.name)
 
 
-def test_questions_and_answers_through_a_named_queue() -> None:
+@pytest.fixture(params=["process", "thread"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_questions_and_answers_through_a_named_queue(backend: str) -> None:
     with torchwq.workqueue("named") as queue:
-        workers = torchwq.map(2, jobs.echo, "named")
+        workers = torchwq.map(2, jobs.echo, "named", backend=backend)
         queue.write(1, "two", [3.0])
         queue.write({"four": (4, b"4")})
         queue.write(None, None)
@@ -55,9 +66,9 @@ def test_questions_and_answers_through_a_named_queue() -> None:
         assert sum(workers.join(20)) == 4
 
 
-def test_an_anonymous_queue_travels_as_argument_and_inside_a_message() -> None:
+def test_an_anonymous_queue_travels_as_argument_and_inside_a_message(backend: str) -> None:
     with torchwq.workqueue() as outer, torchwq.workqueue() as inner:
-        torchwq.map(1, jobs.echo, outer)
+        torchwq.map(1, jobs.echo, outer, backend=backend)
         outer.write({"deep": [inner]})
         echoed = outer.read()["deep"][0]  # a worker passed its worker's handle on
         assert not echoed.creator
@@ -68,19 +79,19 @@ def test_an_anonymous_queue_travels_as_argument_and_inside_a_message() -> None:
         echoed.close()
 
 
-def test_a_worker_hands_its_handle_to_its_own_worker() -> None:
+def test_a_worker_hands_its_handle_to_its_own_worker(backend: str) -> None:
     with torchwq.workqueue() as queue, torchwq.workqueue() as inner:
-        workers = torchwq.map(1, jobs.pass_on, queue, inner)
+        workers = torchwq.map(1, jobs.pass_on, queue, inner, backend=backend)
         inner.write("a", "b", None)
         assert [inner.read(), inner.read()] == ["a", "b"]
         assert workers.join(30) == [[2]]
 
 
-def test_roles_belong_to_handles() -> None:
+def test_roles_belong_to_handles(backend: str) -> None:
     with torchwq.workqueue("roles") as owner:
         assert owner.creator
         assert torchwq.workqueue("roles") is owner, "the creating thread gets its own handle again"
-        worker = worker_handle("roles")
+        worker = worker_handle(owner, backend)
         assert not worker.creator
         assert owner.name == worker.name == "roles"
         owner.write("q")
@@ -92,9 +103,9 @@ def test_roles_belong_to_handles() -> None:
         worker.close()
 
 
-def test_first_in_first_out_and_multi_write() -> None:
+def test_first_in_first_out_and_multi_write(backend: str) -> None:
     with torchwq.workqueue("fifo") as owner:
-        worker = worker_handle("fifo")
+        worker = worker_handle(owner, backend)
         owner.write(*range(100))
         owner.write()
         owner.write(100, 101)
@@ -102,9 +113,9 @@ def test_first_in_first_out_and_multi_write() -> None:
         assert worker.read(True) is None
 
 
-def test_a_failing_multi_write_leaves_the_queue_as_it_was() -> None:
+def test_a_failing_multi_write_leaves_the_queue_as_it_was(backend: str) -> None:
     with torchwq.workqueue("atomic") as owner:
-        worker = worker_handle("atomic")
+        worker = worker_handle(owner, backend)
         with pytest.raises(torchwq.MarshalError, match=r"args\[1\]\['lock'\]"):
             owner.write(1, {"lock": threading.Lock()}, 3)
         assert worker.read(nonblocking=True) is None
@@ -116,19 +127,19 @@ def test_a_failing_multi_write_leaves_the_queue_as_it_was() -> None:
         assert worker.read(True) is None
 
 
-def test_writeup_carries_what_a_closure_captures() -> None:
+def test_writeup_carries_what_a_closure_captures(backend: str) -> None:
     captured = {"weight": 42}
     with torchwq.workqueue("upvalues") as owner:
-        worker = worker_handle("upvalues")
+        worker = worker_handle(owner, backend)
         with pytest.raises(torchwq.ClosureError, match=r"captured.*dict.*\n.*writeup"):
             owner.write(lambda: captured["weight"])
         owner.writeup(lambda: captured["weight"])
         assert worker.read()() == 42
 
 
-def test_values_are_copied_and_tensors_shared() -> None:
+def test_values_are_copied_and_tensors_shared(backend: str) -> None:
     with torchwq.workqueue("values") as owner:
-        worker = worker_handle("values")
+        worker = worker_handle(owner, backend)
         data = {"list": [1, 2], "tensor": torch.zeros(4), "array": np.zeros(4)}
         owner.write(data)
         got = worker.read()
@@ -143,9 +154,9 @@ def test_values_are_copied_and_tensors_shared() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_000, 17_000, 32_700, 33_000, 5_000_000])
-def test_messages_of_any_size(size: int) -> None:
+def test_messages_of_any_size(size: int, backend: str) -> None:
     with torchwq.workqueue() as owner:
-        torchwq.map(1, jobs.echo, owner)
+        torchwq.map(1, jobs.echo, owner, backend=backend)
         data, array = os.urandom(size), np.arange(size, dtype=np.uint8)
         owner.write((data, array))
         got, got_array = owner.read()
@@ -154,23 +165,23 @@ def test_messages_of_any_size(size: int) -> None:
         assert got_array.flags.writeable
 
 
-def test_reading_times_out_and_can_be_tried_again() -> None:
+def test_reading_times_out_and_can_be_tried_again(backend: str) -> None:
     with torchwq.workqueue("slow") as owner:
         assert owner.read(True) is None
         started = time.monotonic()
         with pytest.raises(stdqueue.Empty):
             owner.read(timeout=0.05)
         assert 0.05 <= time.monotonic() - started < 5
-        worker = worker_handle("slow")
+        worker = worker_handle(owner, backend)
         with pytest.raises(stdqueue.Empty):
             worker.read(timeout=0)
         worker.write(1)
         assert owner.read(timeout=5) == 1
 
 
-def test_what_was_written_before_closing_is_still_read() -> None:
+def test_what_was_written_before_closing_is_still_read(backend: str) -> None:
     with torchwq.workqueue("closing") as owner:
-        worker = worker_handle("closing")
+        worker = worker_handle(owner, backend)
         owner.write("last")
         worker.write("unread answer")
         owner.close()
@@ -185,9 +196,9 @@ def test_what_was_written_before_closing_is_still_read() -> None:
                 use()
 
 
-def test_closing_wakes_blocked_readers_on_both_sides() -> None:
+def test_closing_wakes_blocked_readers_on_both_sides(backend: str) -> None:
     owner = torchwq.workqueue("wake")
-    worker = worker_handle("wake")
+    worker = worker_handle(owner, backend)
     errors: list[BaseException] = []
 
     def read(handle: torchwq.WorkQueue) -> None:
@@ -205,9 +216,9 @@ def test_closing_wakes_blocked_readers_on_both_sides() -> None:
     assert len(errors) == 3
 
 
-def test_a_closed_worker_handle_is_closed_for_itself_only() -> None:
+def test_a_closed_worker_handle_is_closed_for_itself_only(backend: str) -> None:
     with torchwq.workqueue("one of two") as owner:
-        first, second = worker_handle("one of two"), worker_handle("one of two")
+        first, second = worker_handle(owner, backend), worker_handle(owner, backend)
         first.close()
         with pytest.raises(torchwq.QueueClosed):
             first.read()
@@ -216,20 +227,20 @@ def test_a_closed_worker_handle_is_closed_for_itself_only() -> None:
         wait_until(lambda: owner.statistics().handles == 1)
 
 
-def test_iterating_reads_until_none_or_close() -> None:
+def test_iterating_reads_until_none_or_close(backend: str) -> None:
     with torchwq.workqueue("iterate") as owner:
-        worker = worker_handle("iterate")
+        worker = worker_handle(owner, backend)
         owner.write(1, 2, None, 3)
         assert list(worker) == [1, 2]
         owner.close()
         assert list(worker) == [3]
 
 
-def test_a_name_can_be_created_again_after_closing() -> None:
+def test_a_name_can_be_created_again_after_closing(backend: str) -> None:
     for _ in range(3):
         with torchwq.workqueue("again") as owner:
             assert owner.creator
-            worker = worker_handle("again")
+            worker = worker_handle(owner, backend)
             owner.write(1)
             assert worker.read() == 1
 
@@ -259,26 +270,26 @@ def test_bad_arguments() -> None:
             other.write(queue)
 
 
-def test_an_owner_that_writes_much_before_it_reads_does_not_block() -> None:
+def test_an_owner_that_writes_much_before_it_reads_does_not_block(backend: str) -> None:
     with torchwq.workqueue() as owner:
-        workers = torchwq.map(2, jobs.echo, owner)
+        workers = torchwq.map(2, jobs.echo, owner, backend=backend)
         owner.write(*range(30_000))
         owner.write(None, None)
         assert sorted(owner.read() for _ in range(30_000)) == list(range(30_000))
         assert sum(workers.join(20)) == 30_000
 
 
-def test_questions_flow_while_the_owner_does_something_else() -> None:
+def test_questions_flow_while_the_owner_does_something_else(backend: str) -> None:
     with torchwq.workqueue() as owner:
-        workers = torchwq.map(1, jobs.consume, owner)
+        workers = torchwq.map(1, jobs.consume, owner, backend=backend)
         owner.write(*range(20_000))
         owner.write(None)
         assert workers.join(20) == [20_000]
 
 
-def test_a_worker_ends_though_nobody_reads_its_answers() -> None:
+def test_a_worker_ends_though_nobody_reads_its_answers(backend: str) -> None:
     with torchwq.workqueue() as owner:
-        workers = torchwq.map(2, jobs.answer_many, owner, 20_000)
+        workers = torchwq.map(2, jobs.answer_many, owner, 20_000, backend=backend)
         assert workers.join(30) == ["written", "written"]
         answers = [owner.read() for _ in range(40_000)]
         assert sorted(answers) == sorted([*range(20_000)] * 2)
@@ -286,9 +297,9 @@ def test_a_worker_ends_though_nobody_reads_its_answers() -> None:
             owner.read()
 
 
-def test_drain_waits_for_every_answer() -> None:
+def test_drain_waits_for_every_answer(backend: str) -> None:
     with torchwq.workqueue() as owner:
-        torchwq.map(2, jobs.echo, owner)
+        torchwq.map(2, jobs.echo, owner, backend=backend)
         for _ in range(5):
             owner.write(*range(200))
             owner.drain(20)
@@ -297,9 +308,9 @@ def test_drain_waits_for_every_answer() -> None:
         owner.drain(1)
 
 
-def test_drain_times_out_and_can_be_called_again() -> None:
+def test_drain_times_out_and_can_be_called_again(backend: str) -> None:
     with torchwq.workqueue() as owner, torchwq.workqueue() as gate:
-        torchwq.map(1, jobs.take_and_wait, owner, gate)
+        torchwq.map(1, jobs.take_and_wait, owner, gate, backend=backend)
         owner.write("question")
         with pytest.raises(TimeoutError):
             owner.drain(0.3)
@@ -308,9 +319,9 @@ def test_drain_times_out_and_can_be_called_again() -> None:
         assert owner.read(True) == "question"
 
 
-def test_drain_does_not_wait_for_a_taker_that_has_taken_another() -> None:
+def test_drain_does_not_wait_for_a_taker_that_has_taken_another(backend: str) -> None:
     with torchwq.workqueue() as owner:
-        torchwq.map(1, jobs.take_two_answer_one, owner)
+        torchwq.map(1, jobs.take_two_answer_one, owner, backend=backend)
         owner.write("no answer", "answer")
         owner.drain(10)
         assert owner.read(True) == "answer"
@@ -324,9 +335,9 @@ def test_drain_does_not_wait_for_a_taker_that_has_taken_another() -> None:
         assert owner_saw is None or "no worker" in str(owner_saw)
 
 
-def test_capacity_gives_back_pressure() -> None:
+def test_capacity_gives_back_pressure(backend: str) -> None:
     with torchwq.workqueue("tight", capacity=3) as owner:
-        worker = worker_handle("tight")
+        worker = worker_handle(owner, backend)
         owner.write(1, 2, 3)
         blocked = threading.Thread(target=owner.write, args=(4,))
         blocked.start()
@@ -338,9 +349,9 @@ def test_capacity_gives_back_pressure() -> None:
         assert [worker.read() for _ in range(3)] == [2, 3, 4]
 
 
-def test_capacity_with_workers_loses_nothing() -> None:
+def test_capacity_with_workers_loses_nothing(backend: str) -> None:
     with torchwq.workqueue(capacity=2) as owner:
-        workers = torchwq.map(2, jobs.echo, owner)
+        workers = torchwq.map(2, jobs.echo, owner, backend=backend)
         for number in range(500):
             owner.write(number)
         owner.write(None, None)
@@ -348,9 +359,9 @@ def test_capacity_with_workers_loses_nothing() -> None:
         assert sorted(owner.read() for _ in range(500)) == list(range(500))
 
 
-def test_statistics_and_repr() -> None:
+def test_statistics_and_repr(backend: str) -> None:
     with torchwq.workqueue("seen") as owner:
-        worker = worker_handle("seen")
+        worker = worker_handle(owner, backend)
         owner.write(1, 2)
         worker.read()
         worker.write("x")
@@ -362,9 +373,9 @@ def test_statistics_and_repr() -> None:
         assert "closed" in repr(owner)
 
 
-def test_many_threads_share_one_handle() -> None:
+def test_many_threads_share_one_handle(backend: str) -> None:
     with torchwq.workqueue("shared") as owner:
-        worker = worker_handle("shared")
+        worker = worker_handle(owner, backend)
         got: list[int] = []
 
         def work() -> None:
