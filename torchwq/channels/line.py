@@ -147,6 +147,8 @@ class Line:
         if type(payload) is bytes:
             with self._writing:
                 if not self._pending:
+                    if self._words[CLOSED]:
+                        return False
                     try:
                         if self._try_send(payload):
                             self._sent += 1
@@ -161,6 +163,8 @@ class Line:
 
     def _send_or_keep(self, payload: Any) -> bool:
         """Send it now, or as soon as there is room."""
+        if self.left or self._words[CLOSED]:
+            return False
         self.last_writer = get_ident()
         try:
             self._outbox.send(payload)
@@ -406,9 +410,12 @@ class Line:
         first = items.popleft()
         while items:
             data, own = items[0]
+            item = _Forwarded(data, own) if own or data[-1] != BARE else data
             try:
-                self._outbox.send(_Forwarded(data, own) if own or data[-1] != BARE else data)
+                self._outbox.send(item)
             except BrokenPipeError:  # the channel was closed
+                if isinstance(item, _Forwarded):
+                    item.fds = []
                 break
             items.popleft()
         self._kept += items
@@ -424,21 +431,22 @@ class Line:
 class _Forwarded:
     """An item that is sent on as it came."""
 
-    __slots__ = ("_fds", "data", "kind")
+    __slots__ = ("data", "fds", "kind")
 
     def __init__(self, data: bytes, fds: list[int]) -> None:
         self.data = data[:-TRAILER]
         self.kind = data[-1]
-        self._fds = fds
+        #: Closed when it has been sent.
+        self.fds = fds
 
     def depart(self) -> None:
         """It was counted by the ledger when its writer sent it."""
 
     def descriptors(self, reader: int) -> Sequence[int]:
-        return self._fds
+        return self.fds
 
     def come_back(self) -> None:
         pass
 
     def __del__(self) -> None:
-        close_fds(self._fds)
+        close_fds(self.fds)

@@ -1,0 +1,91 @@
+"""What workers run in the tests of channels. Importable, so it travels by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+
+import torchwq
+from torchwq import Channel, ChannelState
+
+OPEN = ChannelState.OPEN
+
+
+def produce(channel: Channel, count: int, mapid: int) -> int:
+    """Write ``(mapid, number)``; returns how many were taken."""
+    return sum(channel.write((mapid, number)) is OPEN for number in range(count))
+
+
+def produce_large(channel: Channel, count: int, mapid: int) -> None:
+    """Tensors and bytes, some of them too large for a message."""
+    for number in range(count):
+        channel.write((mapid, number, torch.full((50,), float(number)), bytes(20_000)))
+
+
+def consume(channel: Channel) -> list[Any]:
+    return list(channel)
+
+
+def consume_sizes(channel: Channel) -> list[tuple[int, int, float, int]]:
+    return [(mapid, number, float(tensor.sum()), len(data)) for mapid, number, tensor, data in channel]
+
+
+def double(source: Channel, sink: Channel) -> None:
+    with sink:
+        for item in source:
+            sink.write(item * 2)
+
+
+def fail_after(source: Channel, sink: Channel, count: int) -> None:
+    for _ in range(count):
+        sink.write(source.read()[1])
+    raise ValueError("no more")
+
+
+def relay_inside(outer: Channel) -> None:
+    """Answer on the channel that comes with each request."""
+    for reply, value in outer:
+        reply.write(value + 1)
+
+
+def pass_channel(outer: Channel) -> None:
+    inner = torchwq.channel()
+    inner.write("from", "inside")
+    outer.write({"deep": [inner]})
+
+
+def read_until_closed(channel: Channel) -> tuple[ChannelState, Any]:
+    return channel.read()
+
+
+def write_until_closed(channel: Channel) -> ChannelState:
+    while (state := channel.write("item")) is OPEN:
+        pass
+    return state
+
+
+def write_and_die(channel: Channel, number: int) -> None:
+    channel.write(os.getpid())
+    os.kill(os.getpid(), number)
+
+
+def read_and_die(channel: Channel) -> None:
+    channel.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(channel: Channel) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hold(channel: Channel, gate: Channel) -> None:
+    gate.read()
+
+
+def add_one(source: Channel, sink: Channel) -> None:
+    for tensor in source:
+        tensor += 1
+        sink.write(tensor)

@@ -1,0 +1,202 @@
+"""Deaths, failures, forks: a reader of a channel is told when it waits in vain, and only then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import torchwq
+from tests.channels import jobs
+from tests.conftest import wait_until
+from torchwq import ChannelState
+
+OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
+
+
+def test_a_reader_is_told_of_a_writers_death_within_a_second_after_its_items() -> None:
+    channel = torchwq.channel()
+    workers = torchwq.map(1, jobs.write_and_die, channel, signal.SIGKILL)
+    pid = channel.read(timeout=20)[1]
+    started = time.monotonic()
+    with pytest.raises(torchwq.WorkerDied, match="SIGKILL") as caught:
+        channel.read(timeout=20)
+    assert time.monotonic() - started < 1.5
+    assert (caught.value.pid, caught.value.mapid, caught.value.signal) == (pid, 0, signal.SIGKILL)
+    with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
+        channel.read(timeout=20)
+    with pytest.raises(torchwq.WorkerDied):
+        workers.join(20)
+
+
+def test_a_death_is_told_once_while_others_can_still_write() -> None:
+    channel, gate = torchwq.channel(), torchwq.channel()
+    holder = torchwq.map(1, jobs.hold, channel, gate)
+    wait_until(lambda: any(True for _ in channel._core.line.roster.others()))  # type: ignore[union-attr]
+    torchwq.map(1, jobs.write_and_die, channel, signal.SIGSEGV)
+    assert channel.read(timeout=20)[0] is OPEN
+    with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
+        channel.read(timeout=20)
+    with pytest.raises(Exception, match=r"^$"):  # queue.Empty
+        channel.read(timeout=0.8)
+    gate.write("go")
+    holder.join(20)
+
+
+def test_other_readers_go_on_when_a_reader_is_killed() -> None:
+    channel = torchwq.channel()
+    victim = torchwq.map(1, jobs.read_and_die, channel)
+    channel.write("deadly")
+    with pytest.raises(torchwq.WorkerDied):
+        victim.join(20)
+    reader = torchwq.map(1, jobs.consume, channel)
+    channel.write(1, 2)
+    wait_until(lambda: channel.num_items() == 0)
+    time.sleep(0.6)  # longer than a reader sleeps between two looks: it must not raise
+    channel.write(3)
+    channel.close()
+    assert reader.join(20) == [[1, 2, 3]]
+
+
+def test_a_worker_that_dies_before_it_has_written_is_reported() -> None:
+    channel = torchwq.channel()
+    torchwq.map(1, jobs.die, channel)
+    with pytest.raises(torchwq.WorkerDied, match=r"SIGKILL|nobody is left"):
+        channel.read(timeout=20)
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_a_stage_that_fails_ends_the_wait_for_it(backend: str) -> None:
+    source, sink = torchwq.channel(), torchwq.channel()
+    stage = torchwq.map(1, jobs.fail_after, source, sink, 2, backend=backend)
+    source.write(1, 2, 3)
+    assert [sink.read(timeout=20)[1] for _ in range(2)] == [1, 2]
+    with pytest.raises(torchwq.WorkerDied, match="ended with an error"):
+        sink.read(timeout=20)
+    with pytest.raises(ValueError, match="no more"):
+        stage.join(20)
+
+
+def test_workers_that_end_leave_nobody_to_wait_for() -> None:
+    channel = torchwq.channel()
+    workers = torchwq.map(2, jobs.produce, channel, 3)
+    assert len([channel.read(timeout=20) for _ in range(6)]) == 6
+    with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
+        channel.read(timeout=20)
+    workers.join(20)
+    assert channel.write("to myself") is OPEN
+    assert channel.read() == (OPEN, "to myself")
+
+
+def test_thread_workers_that_end_leave_nobody_to_wait_for() -> None:
+    channel = torchwq.channel()
+    torchwq.map(2, jobs.produce, channel, 3, backend="thread").join(20)
+    assert len([channel.read(timeout=20) for _ in range(6)]) == 6
+    with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
+        channel.read(timeout=20)
+
+
+def test_before_anybody_has_come_a_reader_waits() -> None:
+    channel = torchwq.channel()
+    timer = threading.Timer(0.6, channel.write, ["late"])
+    timer.start()
+    assert channel.read(timeout=20) == (OPEN, "late")
+    timer.join()
+
+
+def test_a_thread_that_writes_now_and_then_keeps_the_channel_alive() -> None:
+    channel, stop = torchwq.channel(), threading.Event()
+    torchwq.map(1, jobs.produce, channel, 1).join(20)
+
+    def write() -> None:
+        channel.write("first")
+        stop.wait(0.8)
+        channel.write("second")
+
+    assert channel.read() == (OPEN, (0, 0))
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert channel.read(timeout=20) == (OPEN, "first")
+    assert channel.read(timeout=20) == (OPEN, "second")
+    thread.join()
+
+
+def test_a_writer_that_waits_for_room_is_told_of_a_readers_death() -> None:
+    channel = torchwq.channel(capacity=1)
+    torchwq.map(1, jobs.read_and_die, channel)
+    with pytest.raises(torchwq.WorkerDied, match="SIGKILL"):
+        for number in range(10):
+            channel.write(number)
+
+
+def test_killed_writers_leave_the_channel_usable() -> None:
+    channel = torchwq.channel(capacity=2)
+    for _ in range(5):
+        torchwq.map(1, jobs.write_and_die, channel, signal.SIGKILL)
+        assert isinstance(channel.read(timeout=20)[1], int)
+        with pytest.raises(torchwq.WorkerDied):
+            channel.read(timeout=20)
+    assert channel.write(1, 2) is OPEN
+    assert [channel.read()[1], channel.read()[1]] == [1, 2]
+
+
+def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
+    channel = torchwq.channel()
+    for _ in range(3):
+        workers = torchwq.map(1, jobs.read_until_closed, channel)
+        wait_until(lambda: any(lives for _, lives in channel._core.line.roster.others()))  # type: ignore[union-attr]
+        assert workers.pids[0] is not None
+        os.kill(workers.pids[0], signal.SIGKILL)
+        with pytest.raises(torchwq.WorkerDied):
+            workers.join(20)
+    channel.write(1)
+    assert channel.read() == (OPEN, 1)
+
+
+@pytest.mark.parametrize("kind", ["here", "line"])
+def test_a_forked_child_cannot_use_its_parents_channel(kind: str) -> None:
+    channel = torchwq.channel()
+    channel.write(1)
+    if kind == "line":
+        for ticket in channel._core.ticket():
+            ticket.close()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        results = []
+        for use in (lambda: channel.write(0), channel.read, lambda: channel.read(True), channel.close):
+            try:
+                use()
+                results.append("nothing raised")
+            except torchwq.QueueClosed as error:
+                results.append("ok" if "fork" in str(error) else str(error))
+        os.write(write_end, ";".join(results).encode())
+        os._exit(0)
+    os.close(write_end)
+    os.waitpid(pid, 0)
+    with os.fdopen(read_end) as pipe:
+        assert pipe.read() == "ok;ok;ok;ok"
+    assert channel.read(timeout=5) == (OPEN, 1)
+
+
+def test_a_program_that_leaves_channels_open_ends(run_script: object) -> None:
+    done = run_script(  # type: ignore[operator]
+        """
+        import torchwq
+
+        def read(channel):
+            for item in channel:
+                pass
+
+        channel = torchwq.channel()
+        processes = torchwq.map(2, read, channel)
+        threads = torchwq.map(2, read, channel, backend="thread")
+        channel.write(*range(1000))
+        print("end")
+        """
+    )
+    assert done.stdout == "end\n"
+    assert done.stderr == ""
