@@ -41,7 +41,7 @@ demo: $(call extra,examples) ## train a small CNN on images that background work
 
 test: $(call extra,test) $(call extra,examples) ## run the tests, those of the queues on both transports
 	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest $(PYTEST_ARGS)
-	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest tests/transport tests/queues $(PYTEST_ARGS)
+	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest tests/transport tests/queues tests/channels $(PYTEST_ARGS)
 
 lint: style types imports ## check style, types and layers
 

@@ -24,6 +24,7 @@ import struct
 import tempfile
 import termios
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,19 @@ def _locks_of(fd: int) -> _Locks:
         return _locks.setdefault((stat.st_dev, stat.st_ino), _Locks())
 
 
+def _lock(fd: int, byte: int) -> None:
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX, 1, byte)
+            return
+        except OSError as error:
+            # The kernel counts locks by process: two processes whose threads hold and await different ones look like a
+            # deadlock to it. None is: whoever holds one of these waits for nothing.
+            if error.errno != errno.EDEADLK:
+                raise
+            time.sleep(0)
+
+
 class StreamEndpoint:
     """One end of a stream socket pair with its lock file; takes both descriptors over."""
 
@@ -106,7 +120,7 @@ class StreamEndpoint:
         with lock:
             if self._lock_fd < 0:
                 raise EOFError
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX, 1, byte)
+            _lock(self._lock_fd, byte)
             try:
                 yield
             finally:
