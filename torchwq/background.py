@@ -311,6 +311,7 @@ def run_worker(context: child.Context) -> int:
         return exit_status(stop)
     except BaseException as error:
         failed = True
+        context.note_failure()
         payload = exceptions.encode(error, limit, here=context.here)
         _tell(items, error)
     context.send(payload)

@@ -91,6 +91,8 @@ class _Core:
         self._thread = threading.local()
         self.abandoned: WorkerDied | None = None
         self.handles: weakref.WeakSet[Mutex] = weakref.WeakSet()
+        #: Threads of this process that have come to the barrier.
+        self._users: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.invited = self.under_way = 0
         self.forked = self.left = False
         if fds:
@@ -192,6 +194,7 @@ class _Core:
 
     def barrier(self, n: int, timeout: float | None, told: _News) -> int:
         self.check()
+        self._users.add(threading.current_thread())
         deadline = None if timeout is None else time.monotonic() + timeout
         words = self._words
         with self.roster.locked():
@@ -272,7 +275,8 @@ class _Core:
             )
 
     def _nobody_comes(self) -> bool:
-        """Whether some that had the mutex have gone, and all that have it wait here already."""
+        """Whether some that had the mutex have gone, and all that have it wait here already. A thread of this process that
+        has never come to the barrier is not known."""
         seats = [seat for seat, lives in self.roster.others() if lives]
         if self.under_way or any(not self._words[self.roster.index(seat) + WAITING] for seat in seats):
             return False
@@ -283,8 +287,8 @@ class _Core:
         if issued > redeemed and (worker.living() or info.worker_info() is not None):
             return False
         came = self.roster.others_came() or self.invited or issued
-        mine = sum(not thread.name.startswith("torchwq-") for thread in threading.enumerate())
-        return bool(came) and mine <= max(1, waiting)
+        known = sum(thread.is_alive() for thread in self._users)
+        return bool(came) and known <= max(1, waiting)
 
     # Coming and going
 
@@ -447,8 +451,8 @@ class Mutex:
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
-        if core is not None and not len(core.handles) and not sys.is_finalizing():
-            reactor.get().call_later(0, lambda: _leave_if_unused(core))
+        if core is not None:
+            _leave_later(core)
 
     def __repr__(self) -> str:
         core = self._core
@@ -461,10 +465,15 @@ class Mutex:
         raise TypeError("a Mutex can only be sent by torchwq: as an argument of torchwq.map, or inside a message")
 
 
+def _leave_later(core: _Core) -> None:
+    if not core.left and not core.forked and not sys.is_finalizing():
+        reactor.get().call_later(0, lambda: _leave_if_unused(core))
+
+
 def _leave_if_unused(core: _Core) -> None:
     with _guard:
         if not len(core.handles) and not core.under_way:
-            core.leave()
+            core.leave(shutdown.failed)
 
 
 def mutex() -> Mutex:
@@ -500,6 +509,7 @@ class _Invitation:
         if not self._accepted:
             self._accepted = True
             self.core.under_way -= 1
+            _leave_later(self.core)
 
     __del__ = _settle
 

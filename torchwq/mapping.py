@@ -227,6 +227,7 @@ def run_worker(context: child.Context) -> int:
         return exit_status(stop)
     except BaseException as error:
         failed = True
+        context.note_failure()
         payload = exceptions.encode(error, context.max_payload, here=context.here)
     context.send(payload)
     return int(failed)

@@ -65,7 +65,7 @@ def marshal(obj: Any, upvalues: bool = False) -> Marshalled:
 
     Source: torch-ipc's ``ipc.marshal``.
     """
-    (payload,) = codec.encode_all([obj], codec.UNLIMITED, upvalues=upvalues, root="obj", here=True)
+    payload = codec.encode_one(obj, codec.UNLIMITED, "obj", upvalues=upvalues, here=True)
     return Marshalled(payload if isinstance(payload, Letter) else Letter(payload, ()))
 
 

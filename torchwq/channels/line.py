@@ -46,6 +46,7 @@ from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import close_fds
 from ..transport.waiting import Waiter
+from ..workers import shutdown
 from .state import ChannelState
 
 #: Words of the roster's head: whether the channel is closed; whether a writer waits for room.
@@ -340,7 +341,7 @@ class Line:
         """Leave as soon as there is no backlog. Called by the reactor."""
         self._retiring = True
         if not self._pending:
-            self.leave()
+            self.leave(failed=shutdown.failed)
 
     def leave(self, *, failed: bool = False) -> None:
         """Give up this process's part; what it has written is still read. ``failed``: see ``Roster.leave``.

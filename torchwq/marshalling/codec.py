@@ -216,18 +216,24 @@ def encode_all(
 
 
 def encode_one(
-    obj: Any, limit: int, root: str, *, fresh: Container[Block] | None = None, here: bool = False
+    obj: Any,
+    limit: int,
+    root: str,
+    *,
+    upvalues: bool = True,
+    fresh: Container[Block] | None = None,
+    here: bool = False,
 ) -> Encoded:
-    """Encode ``obj``; functions in it may be closures. ``fresh`` as for :func:`encode`.
+    """Encode ``obj``, as :func:`encode` does.
 
     Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode(obj, limit, upvalues=True, fresh=fresh, here=here)
+        return encode(obj, limit, upvalues=upvalues, fresh=fresh, here=here)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, obj, root, limit, True, here)  # noqa: B904 - it has its cause already
+        raise _located(error, obj, root, limit, upvalues, here)  # noqa: B904 - it has its cause already
 
 
 def encode_result(value: Any, limit: int, root: str, *, here: bool = False) -> Encoded:

@@ -62,6 +62,10 @@ class Context:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
         self._outbox.send(payload)
 
+    def note_failure(self) -> None:
+        """The worker will end, with an error: what it had open from now on is left as by one that failed."""
+        shutdown.failed = True
+
     def finish(self) -> None:
         """Wait until everything is sent."""
         self._outbox.wait_empty()

@@ -109,6 +109,9 @@ class _ThreadContext(Context):
     def send(self, payload: Any) -> None:
         self._on_message(payload, _STAYS)
 
+    def note_failure(self) -> None:
+        """Its belongings are told when it ends."""
+
     def finish(self) -> None:
         pass
 
