@@ -275,8 +275,10 @@ class _Core:
             )
 
     def _nobody_comes(self) -> bool:
-        """Whether some that had the mutex have gone, and all that have it wait here already. A thread of this process that
-        has never come to the barrier is not known."""
+        """Whether some that had the mutex have gone, and all that have it wait here already.
+
+        A thread of this process that has never come to the barrier is not known.
+        """
         seats = [seat for seat, lives in self.roster.others() if lives]
         if self.under_way or any(not self._words[self.roster.index(seat) + WAITING] for seat in seats):
             return False

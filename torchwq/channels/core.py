@@ -101,21 +101,28 @@ class Core:
             slept, now = slept + time.monotonic() - now, time.monotonic()
             if slept >= LOOK_EVERY or self._failures:
                 slept = 0.0
-                received = way.take()  # what a dead one has written is there
-                if received is not None:
-                    return received
                 self.look(reader)
             if deadline is not None and now >= deadline:
                 raise queue.Empty
 
     def look(self, reader: Any) -> None:
-        """Raise WorkerDied if someone who waits to read is to be told of something."""
-        if self._failures:
-            raise self._failures.pop(0)
+        """Raise WorkerDied if someone who waits to read is to be told of something, unless there are items.
+
+        They are looked for last: what those have written that have gone since is there.
+        """
         if self.line is not None:
             self.line.finish_closing()
-            self._look_for_deaths(SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE)
-        if self._is_alone(reader):
+            if not self._failures:
+                try:
+                    self._look_for_deaths(SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE)
+                except WorkerDied as death:
+                    self._failures.append(death)
+        alone = not self._failures and self._is_alone(reader)
+        if self.way.num_items():
+            return
+        if self._failures:
+            raise self._failures.pop(0)
+        if alone:
             raise WorkerDied(
                 "nobody is left to write to this channel: every worker that had it has ended or dropped it. If one of "
                 "them failed, join() of its map raises its error"
@@ -168,6 +175,12 @@ class Core:
 
     def ticket(self) -> list[Any]:
         """Descriptors for another process. Raises ResourceError; or MarshalError, for an item that cannot go there."""
+        self.open_to_processes()
+        assert self.line is not None
+        return self.line.ticket()
+
+    def open_to_processes(self) -> None:
+        """Have a line, and let what waits here go on it. Raises as ``ticket``, and changes nothing then."""
         self.check_fork()
         if self.line is None:
             with self._here.lock:
@@ -180,8 +193,6 @@ class Core:
                         raise
                     self._use(line)
                     self._watch()
-        assert self.line is not None
-        return self.line.ticket()
 
     def dead(self) -> list[int]:
         """The seats of those that are dead now: whoever is sent a handle need not be told of them."""

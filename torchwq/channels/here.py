@@ -75,7 +75,10 @@ class Here:
     def sleep(self, deadline: float) -> Received | None:
         if self._closed or self.next is not None:
             return self.take()
-        return self.box.wait(self.take, deadline)
+        return self.box.wait(self.take, deadline, self._has_ended)
+
+    def _has_ended(self) -> bool:
+        return self._closed or self.next is not None
 
     @property
     def is_closed(self) -> bool:
@@ -93,7 +96,7 @@ class Here:
         with self._room:
             self._closed = True
             self._room.notify_all()
-        self.box.wake_all()
+        self.box.end()
 
     def counts(self) -> tuple[int, int, int]:
         return self._written, self._written - len(self.box), 0

@@ -13,6 +13,7 @@ from typing import Any, Final, final
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
+from ..memory.anonymous import Descriptor
 from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, reactor
 from ..transport.endpoint import Received, handover_size
@@ -305,20 +306,11 @@ def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:
     if role.closed:
         raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
     if encoder.here:
-        enclosed = (
-            handle if isinstance(role, WorkerSide) else Invitation(role if isinstance(role, Owner) else role.owner)
-        )
-        return _accept_here, (encoder.enclose(enclosed), handle._name)
+        inside = role.owner if isinstance(role, ThreadSide) else role
+        invitation = Invitation(inside) if isinstance(inside, Owner) else _Ticket(inside.ticket(), inside)
+        return _accept_here, (encoder.enclose(invitation), handle._name)
     indices = [encoder.attach(ticket.fd, ticket) for ticket in role.ticket()]
     return _rebuild, (indices, handle._name)
-
-
-def _accept_here(index: int, name: str | None) -> WorkQueue:
-    enclosed = reducers.enclosed(index)
-    if isinstance(enclosed, Invitation):
-        return WorkQueue(enclosed.accept(), name)
-    fds = [ticket.detach() for ticket in enclosed._role.ticket()]
-    return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
 
 
 def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:
@@ -327,16 +319,58 @@ def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:
     return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
 
 
+class _Ticket:
+    """The handle of a worker, which has its owner in another process, under way within this one.
+
+    It was made when the message was written, so that it holds although the handle may be closed meanwhile.
+    """
+
+    def __init__(self, fds: list[Descriptor], role: WorkerSide | None) -> None:
+        self._fds = fds
+        self._role = role
+
+    def accept(self) -> WorkerSide:
+        """May be called again, as long as the handle that it was made from, or the first one made from it, is open.
+
+        Raises QueueClosed.
+        """
+        fds = [ticket.detach() for ticket in self.take()]
+        side = accept(fds[:-1], Link(fds[-1]))
+        self._role = self._role or side
+        return side
+
+    def take(self) -> list[Descriptor]:
+        fds, self._fds = self._fds, []
+        if fds:
+            return fds
+        if self._role is None or self._role.closed:
+            raise QueueClosed("the handle that was sent is closed")
+        return self._role.ticket()
+
+
+def _accept_here(index: int, name: str | None) -> WorkQueue:
+    return WorkQueue(reducers.enclosed(index).accept(), name)
+
+
+def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
+    if encoder.here:
+        return reducers.enclosed, (encoder.enclose(ticket),)
+    return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in ticket.take()],)
+
+
+def _rebuild_ticket(indices: Sequence[int]) -> _Ticket:
+    return _Ticket([Descriptor(reducers.take_inbound_fd(index)) for index in indices], None)
+
+
 def _reduce_invitation(encoder: reducers.Encoder, invitation: Invitation) -> Any:
-    """One that goes on to another process is a worker's handle there, of which ``_accept_here`` makes others."""
     if encoder.here:
         return reducers.enclosed, (encoder.enclose(Invitation(invitation.owner)),)
-    indices = [encoder.attach(ticket.fd, ticket) for ticket in invitation.owner.ticket()]
-    return _rebuild, (indices, None)
+    return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in invitation.owner.ticket()],)
 
 
 reducers.register(WorkQueue, _reduce)
 reducers.register(Invitation, _reduce_invitation)
+reducers.register(_Ticket, _reduce_ticket)
 
 
 def _close_all() -> None:

@@ -26,6 +26,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -49,7 +50,7 @@ from .history import History
 from .members import Member, patience
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import ENDED, SocketRole
-from .thread import Notes
+from .thread import Notes, ThreadSide
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
 _GLANCE: Final = 0.02
@@ -77,9 +78,11 @@ class Owner(SocketRole, worker.EndListener):
         #: Of the question that a thread of this process has taken last.
         self.number_taken = 0
         self.someone_waits_for_room = False
-        #: Handles under way to threads of this process.
+        #: Handles under way to threads of this process, and those that they have.
         self.invited = 0
+        self.sides: weakref.WeakSet[ThreadSide] = weakref.WeakSet()
         self._last_side = 0
+        self._is_released = False
         #: What threads of this process take questions from once these are in the socket; its end.
         self._inner: Endpoint | None = None
         self._inner_waiter: Waiter | None = None
@@ -150,7 +153,9 @@ class Owner(SocketRole, worker.EndListener):
             self.questions = None
             for payload in payloads:
                 self.outbox.send(payload)
-        questions.wake_all()
+        for side in list(self.sides):
+            side.rewatch()
+        questions.end()
         questions.close()
         self.answers.wake_all()
 
@@ -204,7 +209,10 @@ class Owner(SocketRole, worker.EndListener):
     def sleep(self, deadline: float | None) -> Received | None:
         if self.questions is None:
             return super().sleep(deadline)
-        return self.answers.wait(self.take, deadline)
+        return self.answers.wait(self.take, deadline, self._may_not_wait)
+
+    def _may_not_wait(self) -> bool:
+        return self.alarm.is_set() or bool(self.closed) or self.questions is None
 
     def has_message(self) -> bool:
         return bool(self._inbox or len(self.answers)) or super().has_message()
@@ -224,6 +232,8 @@ class Owner(SocketRole, worker.EndListener):
 
     def _absorb(self) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
+        if self.questions is not None:
+            return None
         found = None
         with self._receiving:
             while (received := self.answers.take() or self._take_from_socket()) is not None:
@@ -286,8 +296,9 @@ class Owner(SocketRole, worker.EndListener):
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"the queue was not drained within {timeout} s")
             until = now + _GLANCE if deadline is None else min(now + _GLANCE, deadline)
-            wait = self.waiter.wait if self.questions is None else self.answers.wait
-            if wait(self._absorb, until):
+            if self.questions is not None:
+                self.answers.wait(lambda: self._is_drained(mark, 0) or None, until, self._may_not_wait)
+            elif self.waiter.wait(self._absorb, until):
                 quiet_since = time.monotonic()
 
     def _is_drained(self, mark: int, quiet: float) -> bool:
@@ -346,7 +357,7 @@ class Owner(SocketRole, worker.EndListener):
     def _admit(self, link: Link, pid: int | None, fds: Sequence[int] = ()) -> None:
         """Make the process at the other end of ``link`` a member, and tell it its slot. Takes ``link`` over."""
         with self._lock:
-            if self.closed and not fds:
+            if self.board.fd < 0:
                 link.close()
                 raise QueueClosed(self.closed)
             if not self._free:
@@ -405,13 +416,23 @@ class Owner(SocketRole, worker.EndListener):
 
     def _open_inner(self, wanted: bool = False) -> None:
         """Have an end of their own for threads of this process; it must outlive this owner's."""
-        wanted = wanted or self.invited > 0 or any(number < 0 for number in self._members)
+        with self._lock:
+            wanted = wanted or self.invited > 0 or any(number < 0 for number in self._members)
         if self._inner is None and wanted:
             try:
                 self._inner = endpoint.adopt([os.dup(fd) for fd in self._theirs.handover()])
             except OSError as error:
                 raise exhausted(error) from error
             self._inner_waiter = Waiter(self._inner, Alarm())
+
+    def invite(self, number: int) -> None:
+        """So many more handles are under way to threads of this process."""
+        with self.taking:
+            self.invited += number
+            if number > 0 and self.questions is None and not self.closed:
+                self._open_inner()
+            if number < 0:
+                self.see_off()
 
     def see_off(self) -> None:
         """Let go of what only threads of this process need, if none of them is left."""
@@ -428,6 +449,8 @@ class Owner(SocketRole, worker.EndListener):
                 self._inner_waiter = None
                 self._inner_ended = bool(self.closed)
                 inner.close()
+            if self._is_released and self.board.fd >= 0:
+                self.release()
 
     def take_question(self) -> Received | None:
         """Called with ``taking`` held."""
@@ -454,12 +477,16 @@ class Owner(SocketRole, worker.EndListener):
 
     def has_no_more_questions(self) -> bool:
         questions = self.questions
-        return bool(self.closed) and not len(questions) if questions is not None else self._inner_ended
+        if questions is not None:
+            return bool(self.closed) and not len(questions)
+        return self._inner_ended or (bool(self.closed) and self._inner is None)
 
-    def sleep_for_question(self, attempt: Callable[[], Received | None], deadline: float | None) -> Received | None:
+    def sleep_for_question(
+        self, attempt: Callable[[], Received | None], deadline: float | None, stop: Callable[[], object]
+    ) -> Received | None:
         questions, waiter = self.questions, self._inner_waiter
         if questions is not None:
-            return questions.wait(attempt, deadline)
+            return questions.wait(attempt, deadline, lambda: self.closed or questions is not self.questions or stop())
         if waiter is None or self._inner_ended:
             return attempt()
         slice_ = time.monotonic() + SLICE
@@ -467,10 +494,13 @@ class Owner(SocketRole, worker.EndListener):
 
     def wake_sides(self) -> None:
         questions = self.questions
-        if questions is not None:
+        if questions is not None and self.closed:
+            questions.end()
+        elif questions is not None:
             questions.wake_all()
 
     def watch_questions(self, readiness: Readiness) -> None:
+        """Let ``readiness`` stand for questions and their end. Called again when they have moved."""
         questions, inner = self.questions, self._inner
         if questions is not None:
             readiness.set(questions.bell().fileno())
@@ -564,6 +594,7 @@ class Owner(SocketRole, worker.EndListener):
     def worker_ended(self, process: worker.Worker) -> None:
         """A worker that failed before it opened this queue, while no other has come or is there, will not answer."""
         with self._lock:
+            self._pids.discard(process.identity)
             if self.closed:
                 return
             self._update_alarm()
@@ -607,9 +638,9 @@ class Owner(SocketRole, worker.EndListener):
 
     def close(self) -> None:
         questions = self.questions
-        if not self.closed and questions and any(not each.here for each in worker.living()):
+        if not self.closed and questions and (self.invited or any(not each.here for each in worker.living())):
             try:
-                self.open_to_processes()  # one that is on its way may still open the queue by its name
+                self.open_to_processes()  # one that is on its way to it may be a process, or go on to one
             except Exception:
                 pass  # then only threads of this process can read what is left
         with self._lock:
@@ -648,8 +679,11 @@ class Owner(SocketRole, worker.EndListener):
         return bool(len(self.outbox) or self.end.unread())
 
     def release(self) -> None:
-        """Close what late comers could still have been handed."""
+        """Close what late comers could still have been handed, as soon as none is under way in this process."""
         with self._lock:
+            self._is_released = True
+            if self.invited:
+                return
             self._theirs.close()
             self.board.close()
             for member in self._members.values():

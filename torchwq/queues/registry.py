@@ -5,19 +5,21 @@ Invariants:
 * A name is created under the namespace's lock, after making sure, under it, that no living process owns it.
 * ``_owned`` holds this process's named queues, each with the thread that created it. That thread gets its own handle
   again (a notebook cell can be run twice); every other thread gets a worker's handle, as every other process does.
-* A closed queue's name is remembered while workers are alive that were started before the closing.
+* A closed queue's name is remembered while workers are alive that were started before the closing: by the directory
+  towards processes, and in ``_closed`` towards threads of this process.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 
 from ..errors import QueueClosed
 from ..transport import directory
 from ..transport.process import reset_in_child
-from ..workers import worker
+from ..workers import threads, worker
 from .handle import WorkQueue
 from .owner import Owner
 from .thread import ThreadSide
@@ -27,11 +29,13 @@ from .worker import WorkerSide, seated
 @dataclass(slots=True)
 class _Owned:
     owner: Owner
-    thread: int
+    thread: weakref.ref[threading.Thread]
     handle: weakref.ref[WorkQueue]
 
 
 _owned: dict[str, _Owned] = {}
+#: Queues of this process that were closed, and when, for threads that were workers then and may not have come yet.
+_closed: dict[str, tuple[float, Owner]] = {}
 _leftovers: list[Owner] = []
 _guard = threading.RLock()
 
@@ -41,6 +45,7 @@ def _forget() -> None:
     global _owned, _guard
     _owned, _guard = {}, threading.RLock()
     _leftovers.clear()
+    _closed.clear()
 
 
 def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQueue:
@@ -87,14 +92,25 @@ def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQu
 def _open_here(name: str) -> WorkQueue | None:
     owned = _owned.get(name)
     if owned is None:
-        return None
+        return _open_closed(name)
     handle = owned.handle()
     if handle is None:
         owned.owner.close()  # garbage already, but not closed yet
         return None
-    if owned.thread == threading.get_ident():
+    if owned.thread() is threading.current_thread():
         return handle
     return WorkQueue(ThreadSide(owned.owner), name)
+
+
+def _open_closed(name: str) -> WorkQueue | None:
+    """What a thread that is a worker, and late, can still have of a queue that was closed after it was started."""
+    process = threads.current()
+    if process is None or name not in _closed or process.ordered_at > _closed[name][0]:
+        return None
+    owner = _closed[name][1]
+    if owner.has_no_more_questions():
+        raise QueueClosed(f"the queue {name!r} was closed before this worker came to open it")
+    return WorkQueue(ThreadSide(owner), name)
 
 
 def _open_elsewhere(name: str) -> WorkQueue | None:
@@ -117,7 +133,8 @@ def _create(name: str, capacity: int | None) -> WorkQueue:
             return handle
         owner = Owner(capacity, lambda owner: _withdraw(name, owner))
         handle = WorkQueue(owner, name)
-        _owned[name] = _Owned(owner, threading.get_ident(), weakref.ref(handle))
+        _owned[name] = _Owned(owner, weakref.ref(threading.current_thread()), weakref.ref(handle))
+        _closed.pop(name, None)
         here.publish(name, owner.open_by_name)
     return handle
 
@@ -126,6 +143,9 @@ def _withdraw(name: str, owner: Owner) -> None:
     """The owner closes: give up the name, but not towards workers that are on their way to it."""
     with _guard:
         _owned.pop(name, None)
+        if any(each.here for each in worker.living()) and name not in _closed:
+            _closed[name] = time.monotonic(), owner
+            owner.invite(1)  # until none of them can come any more
     here = directory.existing()
     if here is None:
         owner.release()
@@ -143,6 +163,12 @@ class _Janitor(worker.EndListener):
     """Forgets closed names once the last worker has ended that could still have asked for them."""
 
     def worker_ended(self, process: worker.Worker) -> None:
+        if not any(each.here for each in worker.living()):
+            with _guard:
+                closed = list(_closed.values())
+                _closed.clear()
+            for _, owner in closed:
+                owner.invite(-1)
         here = directory.existing()
         if here is None or worker.living():
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import queue
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -169,7 +170,9 @@ class SocketRole(Role):
         return self.alarm.is_set()
 
     def has_message(self) -> bool:
-        return self.end.has_arrived()
+        poll = select.poll()
+        poll.register(self.end.fileno(), select.POLLIN)
+        return bool(poll.poll(0))  # or the end, which reading tells of
 
     def watch(self) -> None:
         self._readiness.set(self.end.fileno(), self.alarm.fileno())

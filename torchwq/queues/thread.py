@@ -10,6 +10,7 @@ the board, and ``Owner.taking`` is the lock over taking and noting, for all thes
 
 from __future__ import annotations
 
+import sys
 import threading
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QueueClosed
 from ..marshalling import codec
 from ..memory.anonymous import Descriptor
+from ..transport import reactor
 from ..transport.endpoint import NO_FDS, Received
 from .presence import Presence
 from .role import CLOSED_HERE, ENDED, Role
@@ -56,6 +58,7 @@ class ThreadSide(Role):
         self._threads = threading.local()
         self.number = owner.admit_here(self.notes)
         super().__init__()
+        owner.sides.add(self)
 
     def take(self) -> Received | None:
         owner, ident, notes = self.owner, get_ident(), self.notes
@@ -90,7 +93,7 @@ class ThreadSide(Role):
         self.owner.answers.wake_all()  # drain looks at who is busy
 
     def sleep(self, deadline: float | None) -> Received | None:
-        return self.owner.sleep_for_question(self.take, deadline)
+        return self.owner.sleep_for_question(self.take, deadline, lambda: self.closed)
 
     def is_troubled(self) -> bool:
         return bool(self.closed) or self.owner.has_no_more_questions()
@@ -107,6 +110,11 @@ class ThreadSide(Role):
 
     def watch(self) -> None:
         self.owner.watch_questions(self._readiness)
+
+    def rewatch(self) -> None:
+        """Questions come from elsewhere now."""
+        if self._readiness.is_watched:
+            self.watch()
 
     def close(self) -> None:
         with self.owner.taking:
@@ -132,7 +140,7 @@ class Invitation:
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
         self._accepted = False
-        owner.invited += 1
+        owner.invite(1)
 
     def accept(self) -> ThreadSide:
         """Raises QueueClosed if the owner has closed the queue, and it is empty."""
@@ -143,7 +151,11 @@ class Invitation:
     def _settle(self) -> None:
         if not self._accepted:
             self._accepted = True
-            self.owner.invited -= 1
-            self.owner.see_off()
+            self.owner.invite(-1)
 
-    __del__ = _settle
+    def __del__(self) -> None:
+        # Garbage is collected at any moment, in any thread, with any lock held.
+        if not self._accepted and not sys.is_finalizing():
+            self._accepted = True
+            owner = self.owner
+            reactor.get().call_later(0, lambda: owner.invite(-1))

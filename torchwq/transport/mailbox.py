@@ -6,8 +6,8 @@ and puts or takes itself, waits for nobody.
 
 Invariants:
 
-* A sleeper is in ``_asleep`` before it looks for the last time, and whoever puts a message looks there after it has put
-  it. So a message is seen by its reader, or the reader by its writer.
+* A sleeper is in ``_asleep`` before it looks for the last time, at the messages and at its reasons not to wait; whoever
+  puts a message, or makes such a reason, looks there afterwards. So one of them sees the other.
 * Whoever takes a sleeper out of ``_asleep`` wakes it. One that was woken and does not take the message that is there
   wakes the next one.
 * The bell, once there is one, is rung while there are messages: after each change, whoever made it looks again.
@@ -19,12 +19,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from .alarm import Alarm
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+#: Nobody sleeps longer without looking, in seconds.
+_LONGEST: Final = 1.0
+
+
+def _never() -> bool:
+    return False
 
 
 class Mailbox(Generic[T]):
@@ -34,6 +42,7 @@ class Mailbox(Generic[T]):
         self._messages: deque[T] = deque()
         self._asleep: deque[threading.Lock] = deque()
         self._bell: Alarm | None = None
+        self._ended = False
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -57,9 +66,12 @@ class Mailbox(Generic[T]):
             self._ring_or_hush(self._bell)
         return message
 
-    def wait(self, attempt: Callable[[], R | None], deadline: float | None) -> R | None:
-        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or after
-        ``wake_all``, or for no reason: the caller looks at the state of things and waits again.
+    def wait(
+        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = _never
+    ) -> R | None:
+        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or if there
+        is a reason to ``stop``, or for no reason: the caller looks at the state of things and waits again. Who makes
+        a reason calls ``wake_all`` then.
 
         A KeyboardInterrupt that ends the wait takes nothing.
         """
@@ -68,8 +80,9 @@ class Mailbox(Generic[T]):
         self._asleep.append(latch)
         try:
             found = attempt()
-            if found is None:
-                latch.acquire(True, -1 if deadline is None else max(0.0, deadline - time.monotonic()))
+            if found is None and not stop():
+                left = _LONGEST if deadline is None else deadline - time.monotonic()
+                latch.acquire(timeout=max(0.0, min(left, _LONGEST)))
         finally:
             try:
                 self._asleep.remove(latch)
@@ -88,8 +101,15 @@ class Mailbox(Generic[T]):
 
     def wake_all(self) -> None:
         """Let everyone who waits look at the state of things."""
-        while self._asleep:
+        for _ in range(len(self._asleep)):
             self._wake_one()
+
+    def end(self) -> None:
+        """No more will come: wake everyone, and let the bell ring for ever."""
+        self._ended = True
+        if self._bell is not None:
+            self._ring_or_hush(self._bell)
+        self.wake_all()
 
     def _wake_one(self) -> None:
         try:
@@ -106,8 +126,8 @@ class Mailbox(Generic[T]):
         return self._bell
 
     def _ring_or_hush(self, bell: Alarm) -> None:
-        while bool(self._messages) != bell.is_set():
-            if self._messages:
+        while bool(self._messages or self._ended) != bell.is_set():
+            if self._messages or self._ended:
                 bell.set()
             else:
                 bell.clear()
