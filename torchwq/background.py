@@ -313,7 +313,7 @@ def run_worker(context: child.Context) -> int:
         failed = True
         context.note_failure()
         payload = exceptions.encode(error, limit, here=context.here)
-        _tell(items, error)
+        _tell(items, error, here=context.here)
     context.send(payload)
     return int(failed)
 
@@ -347,10 +347,10 @@ def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
     return None
 
 
-def _tell(items: WorkQueue | None, error: BaseException) -> None:
+def _tell(items: WorkQueue | None, error: BaseException, *, here: bool) -> None:
     """Let the consumer meet the error after the items before it."""
     if items is not None:
         try:
-            items.writeup((_ERROR, exceptions.pack(error)))
+            items.writeup((_ERROR, exceptions.pack(error, here=here)))
         except (QueueClosed, MarshalError):
             pass  # the consumer has left

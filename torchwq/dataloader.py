@@ -51,9 +51,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             epoch. Needs ``persistent_workers=True``, ``in_order=True`` and a map-style dataset.
         backend: ``"process"``, or ``"thread"``: workers are threads of this process. They start at once, share the
             dataset (each has a shallow copy of it, so that setting its attributes is each worker's own affair), and
-            their batches are not copied. That pays where loading waits, or releases the GIL. They also share the global
-            generators of random numbers: with the same seeds the batches are the same only if the dataset draws
-            from none of these, but for example from one made with ``get_worker_info().seed``.
+            their batches are not copied: what a ``collate_fn`` passes on as it is, is the dataset's own. That pays
+            where loading waits, or releases the GIL. They also share the global generators of random numbers: with the
+            same seeds the batches are the same only if the dataset draws from none of these, but for example from one
+            made with ``get_worker_info().seed``.
 
     Raises:
         ValueError: for combinations that make no sense, with torch's own words where torch has them.

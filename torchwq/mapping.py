@@ -63,8 +63,8 @@ class Map:
         Raises:
             TimeoutError: not within ``timeout``; ``join`` can be called again.
             Exception: the error of the failed worker with the lowest mapid: the exception that its function raised,
-                caused by a RemoteTraceback with the worker's traceback; WorkerDied if the worker died. Notes on it
-                name the others that failed.
+                caused by a RemoteTraceback with the worker's traceback (from a thread, the exception itself, with its
+                own); WorkerDied if the worker died. Notes on it name the others that failed.
 
         Source: torch-ipc's ``m:join``.
         """
@@ -78,6 +78,8 @@ class Map:
         if failed:
             error = self._errors[failed[0]]
             for other in failed[1:]:
+                if self._errors[other] is error:
+                    continue  # threads may raise the same one
                 _add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
             raise error
         return [self._values[mapid] for mapid in range(self._n) if mapid not in self._consumed]

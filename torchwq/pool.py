@@ -178,7 +178,7 @@ class _Pool(threading.Thread):
 
     def kill(self) -> None:
         for process in list(self._workers.values()):
-            process.kill(signal.SIGKILL)
+            process.force(signal.SIGKILL)
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
@@ -296,11 +296,12 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             self._pool.join()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Wait for what was submitted; not after Ctrl-C, which ends all."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        """Wait for what was submitted; not after Ctrl-C, which ends all, but for threads that do not execute Python."""
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if interrupted:
             self._pool.shut_down(cancel=True)
             self._pool.kill()
-        self.shutdown()
+        self.shutdown(wait=not (interrupted and self._here))
 
     def __repr__(self) -> str:
         pool = self._pool

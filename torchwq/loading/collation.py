@@ -19,6 +19,7 @@ from ..marshalling.tensors import is_unusual
 from ..memory import sharing, storages
 from ..memory.block import Block, Geometry
 from ..memory.recycling import block_of
+from ..transport.process import reset_in_child
 from . import internals
 
 #: The blocks that this worker, a process, has stacked a batch's tensors into, since it was cleared. Nobody else has
@@ -27,6 +28,12 @@ made: set[Block] = set()
 
 _whole_process = False
 _of_thread = threading.local()
+
+
+@reset_in_child
+def _forget() -> None:
+    vars(_of_thread).clear()
+
 
 #: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
 _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}

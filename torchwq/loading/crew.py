@@ -37,7 +37,7 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
-from ..workers import child, deaths, starting, worker
+from ..workers import child, deaths, starting, threads, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
@@ -95,6 +95,8 @@ class _Served:
         return self._process.exitcode
 
     def wait(self, seconds: float) -> bool:
+        if self._process is threads.current():
+            return True  # the iterator was dropped in its own worker
         return self._process.ended_event.wait(seconds)
 
     def kill(self, number: signal.Signals) -> None:
@@ -275,7 +277,8 @@ class Hand:
     def assign(self, index: Any) -> None:
         """Let it make a batch for this index. It does not know of it before ``flush``."""
         self.tasks.append(index)
-        self._unsent.append(index)
+        # A thread would see what the sampler makes of its list.
+        self._unsent.append(index.copy() if self._backend == "thread" and type(index) is list else index)
 
     def flush(self, at_least: int = 1) -> None:
         """Send it the indices that it does not know of, if they are so many."""

@@ -24,6 +24,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from ..transport.process import reset_in_child
+
 AVAILABLE: bool
 try:
     from torch.utils.data import _utils, dataloader
@@ -73,6 +75,12 @@ def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any) -
 
 
 _of_thread = threading.local()
+
+
+@reset_in_child
+def _forget() -> None:
+    """The thread that has forked may be a worker; the child is none, or another one."""
+    vars(_of_thread).clear()
 
 
 def set_worker_info_of_thread(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:

@@ -217,6 +217,8 @@ class Job:
 
     def _make_fetcher(self, resume: Snapshot) -> None:
         plan = self._plan
+        if self._here:
+            resume = copy.deepcopy(resume)
         if resume.dataset is not None:
             self._dataset.load_state_dict(resume.dataset)
         self._fetcher = internals.make_fetcher(
@@ -245,7 +247,8 @@ class Job:
             self._failure = error
 
     def _answer(self, index: Any) -> Any:
-        collation.made.clear()
+        if not self._here:
+            collation.made.clear()
         try:
             if self._failure is not None:
                 failure, self._failure = self._failure, None
@@ -267,8 +270,10 @@ class Job:
             return self._fail(error, index)
 
     def _encode(self, answer: Any) -> Any:
-        if self._here:
+        if self._here and self._plan.auto_collation:
             return Letter(None, [answer])
+        if self._here:  # what the dataset itself may have, and use again
+            return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), here=True)
         payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
         return payload
 
@@ -288,14 +293,16 @@ class Job:
                 after.iterator = iterator.state_dict()
             elif hasattr(self._dataset, "state_dict"):
                 after.dataset = self._dataset.state_dict()
-        if self._plan.snapshots and not self._here:
+        if self._here:
+            return copy.deepcopy(after)  # the states of what goes on to work here
+        if self._plan.snapshots:
             after.random = _random_state()
         return after
 
 
 def _size(payload: bytes | Letter) -> int:
     """Bytes of a message that is not a parcel. Of a thread's, which are not copied, those of its tensors."""
-    return len(payload) if isinstance(payload, bytes) else nbytes_of(payload.enclosed[0])
+    return len(payload) if isinstance(payload, bytes) else nbytes_of(payload.enclosed)
 
 
 def nbytes_of(batch: Any) -> int:

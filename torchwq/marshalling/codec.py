@@ -84,6 +84,8 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         self.out = out = Attachments()
         super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
         self._upvalues = upvalues
+        #: Classes that stay here, of which it is looked at only what they drag along.
+        self._looked_at: set[type] = set()
 
     def reducer_override(self, obj: Any) -> Any:
         reducer = reducers.lookup(type(obj))
@@ -95,10 +97,21 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
                 if obj in reducers.rebuilders or functions.goes_by_name(obj)
                 else self._reduce_function(obj)
             )
+        if self.out.here and isinstance(obj, type) and not functions.goes_by_name(obj):
+            return self._reduce_class_here(obj)
         if type(obj) is types.CodeType:
             _, args = self.dispatch_table[types.CodeType](obj)
             return functions.code_of_file, (obj.co_filename, args)
         return super().reducer_override(obj)
+
+    def _reduce_class_here(self, cls: type) -> Any:
+        """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
+        if not self._upvalues and cls not in self._looked_at:
+            look = _CloudEncoder(False)
+            look._looked_at = self._looked_at
+            self._looked_at.add(cls)
+            look.dump(cls)
+        return reducers.enclosed, (self.out.enclose(cls),)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if not self._upvalues:
@@ -304,9 +317,9 @@ def received(payload: Payload) -> tuple[Any, list[int]]:
 def for_others(payload: Payload, limit: int) -> Encoded:
     """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
     if isinstance(payload, Letter):
-        return encode_one(payload.copy().open(), limit, "an object that was written before", here=False)
+        return encode_one(payload.copy().open(as_it_is=True), limit, "an object that was written before")
     if isinstance(payload, bytes) and len(payload) > limit:
-        return encode(pickle.loads(payload), limit)
+        return encode(pickle.loads(payload), limit, upvalues=True)
     return payload
 
 

@@ -12,7 +12,6 @@ import traceback
 from typing import NamedTuple
 
 from ..errors import RemoteError, RemoteTraceback
-from ..memory.parcel import Parcel
 from . import codec
 from .letter import Letter
 
@@ -28,8 +27,8 @@ class PackedException(NamedTuple):
     text: str
 
 
-def pack(error: BaseException) -> PackedException:
-    """Turn a caught exception into something that always travels."""
+def pack(error: BaseException, *, here: bool = False) -> PackedException:
+    """Turn a caught exception into something that always travels, or stays ``here``."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     try:
         summary = str(error)
@@ -38,10 +37,10 @@ def pack(error: BaseException) -> PackedException:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     pickled = whole = None
     try:
-        payload = codec.encode(error, _NO_LIMIT, upvalues=True)
-        if not isinstance(payload, Parcel):
+        payload = codec.encode(error, _NO_LIMIT, upvalues=True, here=here)
+        if isinstance(payload, bytes):
             pickled = payload
-        elif isinstance(codec.decode(*payload.copy()), BaseException):
+        elif isinstance(codec.decode(*codec.received(payload)), BaseException):
             whole = error
     except Exception:
         pass  # then its text has to do

@@ -33,11 +33,15 @@ class Letter:
         self.enclosed = enclosed
         self.buffers = buffers
 
-    def open(self) -> Any:
-        """The object. Raises whatever unpickling it raises."""
+    def open(self, *, as_it_is: bool = False) -> Any:
+        """The object. Raises whatever unpickling it raises.
+
+        Args:
+            as_it_is: with the writer's own tensors in it, for one who only looks at them, to send them elsewhere.
+        """
         if self.data is None:
             return self.enclosed[0]
-        with Unpacking([], None, self.enclosed):
+        with Unpacking([], None, self.enclosed, as_it_is):
             return pickle.loads(self.data, buffers=self.buffers)
 
     def copy(self) -> Letter:

@@ -71,12 +71,15 @@ _inbound = threading.local()
 class Unpacking:
     """The descriptors and the blocks of the message that this thread is unpickling, or what a letter encloses."""
 
-    __slots__ = ("_outer", "arrivals", "enclosed", "fds")
+    __slots__ = ("_outer", "arrivals", "as_it_is", "enclosed", "fds")
 
-    def __init__(self, fds: list[int], arrivals: Arrivals | None, enclosed: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, fds: list[int], arrivals: Arrivals | None, enclosed: Sequence[Any] = (), as_it_is: bool = False
+    ) -> None:
         self.fds = fds
         self.arrivals = arrivals
         self.enclosed = enclosed
+        self.as_it_is = as_it_is
 
     def __enter__(self) -> Unpacking:
         self._outer = getattr(_inbound, "message", None)
@@ -96,6 +99,11 @@ def inbound() -> Arrivals:
 def enclosed(index: int) -> Any:
     """What the letter being unpickled encloses under this index."""
     return _inbound.message.enclosed[index]
+
+
+def opened_as_it_is() -> bool:
+    """Whether who opens the letter that is being unpickled only looks at its tensors."""
+    return bool(_inbound.message.as_it_is)
 
 
 def take_inbound_fd(index: int) -> int:

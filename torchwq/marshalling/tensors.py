@@ -20,7 +20,7 @@ from ..memory import sharing, storages
 from ..memory.block import Geometry
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
-from .reducers import Encoder, enclosed, inbound, rebuilders, register, register_family
+from .reducers import Encoder, enclosed, inbound, opened_as_it_is, rebuilders, register, register_family
 
 
 def is_unusual(tensor: torch.Tensor) -> bool:
@@ -39,8 +39,11 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if tensor.requires_grad:
         _refuse_non_leaf(tensor)
         warn_if_has_hooks(tensor)
+    if encoder.here and encoder.fresh is not None:
+        tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     if encoder.here:
-        return _alias, (encoder.enclose(tensor), type(tensor), tensor.requires_grad)
+        where = None if is_unusual(tensor) else (tensor.untyped_storage().data_ptr(), geometry(tensor))
+        return _alias, (encoder.enclose(tensor), type(tensor), tensor.requires_grad, where)
     if is_unusual(tensor):
         return _reduce_unusual(tensor)
     storage = tensor.untyped_storage()
@@ -58,9 +61,20 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     return _refer(tensor, encoder.refer(block, storage), geometry(tensor))
 
 
-def _alias(index: int, cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
-    """Another tensor on the same memory. Only now, so that until then the writer's may be its storage's sole owner."""
-    return _as_leaf(enclosed(index).detach(), cls, requires_grad)
+def _alias(
+    index: int, cls: type[torch.Tensor], requires_grad: bool, where: tuple[int, Geometry] | None
+) -> torch.Tensor:
+    """Another tensor on the same memory, lying as it did when it was written.
+
+    Only now, so that until then the writer's may be its storage's sole owner.
+    """
+    tensor = enclosed(index)
+    if opened_as_it_is():
+        return tensor  # type: ignore[no-any-return]
+    alias = tensor.detach()
+    if where is not None and geometry(alias) != where[1] and alias.untyped_storage().data_ptr() == where[0]:
+        alias = storages.place(alias.untyped_storage(), *where[1])
+    return _as_leaf(alias, cls, requires_grad)
 
 
 def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:

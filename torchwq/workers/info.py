@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from ..transport.process import reset_in_child
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
@@ -25,6 +27,13 @@ class WorkerInfo:
 
 _info: WorkerInfo | None = None
 _of_thread = threading.local()
+
+
+@reset_in_child
+def _forget() -> None:
+    """The thread that has forked may be a worker; the child is none."""
+    global _of_thread
+    _of_thread = threading.local()
 
 
 def worker_info() -> WorkerInfo | None:

@@ -74,12 +74,12 @@ def run() -> None:
 
 
 def end_workers(grace: float) -> None:
-    """End all workers of this process: wait, ask, force."""
+    """End all workers of this process: wait, ask, force; threads can only be asked."""
     for number in (None, signal.SIGTERM, signal.SIGKILL):
-        left = worker.living()
+        left = [each for each in worker.living() if not each.here or number is not signal.SIGKILL]
         for each in left:
             if number is not None:
-                each.kill(number)
+                each.force(number)
         until = time.monotonic() + (grace if number is not signal.SIGKILL else 2.0)
         for each in left:
             each.ended_event.wait(max(0.0, until - time.monotonic()))

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import queue
@@ -24,6 +25,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from ..transport.process import reset_in_child
 from . import info
 from .child import Context
 from .info import WorkerInfo
@@ -71,17 +73,28 @@ class ThreadWorker(Worker):
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         pass
 
+    def force(self, number: signal.Signals) -> None:
+        """Raise SystemExit in it, as soon as it executes Python code again.
+
+        A daemon thread that comes back from torch's C++ code when the interpreter has ended would end the process by
+        ``std::terminate``.
+        """
+        if self.thread.ident is not None and not self.ended_event.is_set():
+            set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+            set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
+
     def _run(self, entry: str) -> None:
-        _current.worker = self
-        info.set_info_of_thread(self.info)
         code = 1
         try:
+            _current.worker = self
+            info.set_info_of_thread(self.info)
             module_name, _, function = entry.partition(":")
             run: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
             code = run(_ThreadContext(self))
+        except SystemExit:
+            pass  # interrupted
         except BaseException:
             if not sys.is_finalizing():
-                print("torchwq: internal error in a worker's thread", file=sys.stderr)
                 traceback.print_exc()
         finally:
             self._close(failed=bool(code))
@@ -117,6 +130,12 @@ class _ThreadContext(Context):
 
 
 _current = threading.local()
+
+
+@reset_in_child
+def _forget() -> None:
+    global _current
+    _current = threading.local()
 
 
 def current() -> ThreadWorker | None:

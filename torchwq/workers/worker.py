@@ -61,6 +61,10 @@ class Worker(abc.ABC):
         """Send it a signal; as soon as it is started, if it is not yet. Nothing happens if it has ended, or is a
         thread."""
 
+    def force(self, number: signal.Signals) -> None:
+        """Have it end, because its process does, or at the user's wish: by a signal; a thread by an exception."""
+        self.kill(number)
+
     def died(self, in_hand: str = "") -> WorkerDied:
         """The error that tells how it ended."""
         return deaths.died(
