@@ -143,3 +143,11 @@ def run_script(tmp_path: Any) -> Callable[..., subprocess.CompletedProcess[str]]
         return done
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _timers_are_not_users_threads() -> None:
+    """Channels ask whether another thread of the user's may write to them; the one that watches a test does not."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("pytest_timeout"):
+            thread._daemonic = True  # type: ignore[attr-defined]

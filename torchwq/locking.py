@@ -35,6 +35,7 @@ from typing import Any, Final, final
 from .errors import MutexError, WorkerDied
 from .marshalling import reducers
 from .memory import anonymous
+from .memory.parcel import Ticket
 from .memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from .transport import reactor
 from .transport.process import closed_in_child, reset_in_child
@@ -42,9 +43,11 @@ from .transport.sockets import close_fds
 from .workers import info, shutdown, threads, worker
 from .workers.losses import lost
 
-#: Words of the roster's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs,
-#: and the last one that was broken; how many workers that are threads have failed.
-HOLDER, ROUND, ARRIVED, NEEDED, BROKEN, FAILURES = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
+#: Words of the roster's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs;
+#: how many workers that are threads have failed; how many handles were given up. And, for the last round of either
+#: parity: its number plus one if it was broken; how many have gone on after it.
+HOLDER, ROUND, ARRIVED, NEEDED, FAILURES, LEFT = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
+BROKEN, GONE_ON = FIRST_OF_HEAD + 6, FIRST_OF_HEAD + 8
 #: Words of a seat: handles sent to other processes, and received; how many threads wait at the barrier.
 ISSUED, REDEEMED, WAITING = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 3)
 
@@ -93,7 +96,7 @@ class _Core:
         self.handles: weakref.WeakSet[Mutex] = weakref.WeakSet()
         #: Threads of this process that have come to the barrier.
         self._users: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self.invited = self.under_way = 0
+        self.under_way = 0
         self.forked = self.left = False
         if fds:
             self._count(REDEEMED)
@@ -128,11 +131,16 @@ class _Core:
             self._inside.release()
             raise
         before = int(self._words[HOLDER])
-        self._words[HOLDER] = os.getpid()
-        self._holder = me
-        if not hasattr(self._thread, "presence"):
-            self._thread.presence = _Presence(self)
-        self.abandoned = None if not before else self._successor_of(before)
+        try:
+            self._words[HOLDER] = os.getpid()
+            self._holder = me
+            if not hasattr(self._thread, "presence"):
+                self._thread.presence = _Presence(self)
+            self.abandoned = None if not before else self._successor_of(before)
+        except BaseException:  # a warning that is an error, or Ctrl-C: the next one is told
+            self._words[HOLDER] = before
+            self._let_go()
+            raise
         return True
 
     def _lock(self, deadline: float | None) -> bool:
@@ -204,11 +212,10 @@ class _Core:
                 words[NEEDED] = n
             elif words[NEEDED] != n:
                 raise ValueError(f"a barrier of {int(words[NEEDED])} is waited for already, and this one is of {n}")
-            position = int(words[ARRIVED])
-            if position + 1 == n:
+            if words[ARRIVED] + 1 == n:
                 self._end_round()
-                return position
-            words[ARRIVED] = position + 1
+                return self._go_on(number)
+            words[ARRIVED] += 1
             words[self._seat + WAITING] += 1
         try:
             self._wait_for_end_of(number, deadline, told)
@@ -218,16 +225,24 @@ class _Core:
                     words[self._seat + WAITING] -= 1
                     if words[ROUND] == number:
                         words[ARRIVED] -= 1
-        if words[BROKEN] == number + 1:
+        if words[BROKEN + number % 2] == number + 1:
             self._raise_news(told)
             raise WorkerDied(
                 "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
             )
+        with self.roster.locked():
+            return self._go_on(number)
+
+    def _go_on(self, number: int) -> int:
+        """In which place this thread goes on after a round."""
+        position = int(self._words[GONE_ON + number % 2])
+        self._words[GONE_ON + number % 2] = position + 1
         return position
 
     def _end_round(self) -> None:
         number = int(self._words[ROUND])
         self._words[ARRIVED] = 0
+        self._words[GONE_ON + number % 2] = 0
         self._words[ROUND] = number + 1
         if self._events:
             os.write(self._events[number % 2], (1).to_bytes(8, "little"))
@@ -235,7 +250,8 @@ class _Core:
                 os.read(self._events[1 - number % 2], 8)
 
     def _break_round(self) -> None:
-        self._words[BROKEN] = int(self._words[ROUND]) + 1
+        number = int(self._words[ROUND])
+        self._words[BROKEN + number % 2] = number + 1
         self._end_round()
 
     def _wait_for_end_of(self, number: int, deadline: float | None, told: _News) -> None:
@@ -275,7 +291,7 @@ class _Core:
             )
 
     def _nobody_comes(self) -> bool:
-        """Whether some that had the mutex have gone, and all that have it wait here already.
+        """Whether some that had the mutex have given it up, and all that have it wait here already.
 
         A thread of this process that has never come to the barrier is not known.
         """
@@ -288,27 +304,31 @@ class _Core:
         issued, redeemed = self.roster.sum(ISSUED), self.roster.sum(REDEEMED)
         if issued > redeemed and (worker.living() or info.worker_info() is not None):
             return False
-        came = self.roster.others_came() or self.invited or issued
-        known = sum(thread.is_alive() for thread in self._users)
-        return bool(came) and known <= max(1, waiting)
+        known = sum(thread.is_alive() for thread in list(self._users))
+        return bool(self._words[LEFT]) and known <= max(1, waiting)
 
     # Coming and going
 
     def ticket(self) -> list[anonymous.Descriptor]:
         self.check()
-        self._count(ISSUED)
         try:
-            return [anonymous.Descriptor(os.dup(fd)) for fd in (self.roster.fd, *self._events)]
+            first = Ticket(os.dup(self.roster.fd), self._count_issued)
+            return [first, *(anonymous.Descriptor(os.dup(fd)) for fd in self._events)]
         except OSError as error:
             raise anonymous.exhausted(error) from error
+
+    def _count_issued(self, number: int) -> None:
+        if not self.left and not self.forked:
+            self._count(ISSUED, number)
 
     def received_again(self) -> None:
         self._count(REDEEMED)
 
-    def thread_failed(self) -> None:
-        if not self.left:
+    def thread_ended_with_handle(self, failed: bool) -> None:
+        if not self.left and not self.forked:
             with self.roster.locked():
-                self._words[FAILURES] += 1
+                self._words[LEFT] += 1
+                self._words[FAILURES] += int(failed)
 
     def leave(self, failed: bool = False) -> None:
         """Give up this process's part, and with it the lock. ``failed``: see ``Roster.leave``."""
@@ -316,6 +336,7 @@ class _Core:
             return
         with self.roster.locked():
             self.left = True
+            self._words[LEFT] += 1
         close_fds(self._events)
         self.roster.leave(failed=failed)
         _open.discard(self)
@@ -339,13 +360,13 @@ def _new_events() -> list[int]:
 #: What is open in this process. A part outlives its handles, until the reactor comes by.
 _open: set[_Core] = set()
 _cores: weakref.WeakValueDictionary[bytes, _Core] = weakref.WeakValueDictionary()
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 @reset_in_child
 def _forget() -> None:
     global _cores, _guard
-    _cores, _guard = weakref.WeakValueDictionary(), threading.Lock()
+    _cores, _guard = weakref.WeakValueDictionary(), threading.RLock()
     _open.clear()
 
 
@@ -448,12 +469,12 @@ class Mutex:
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``."""
         self._core.handles.discard(self)
-        if failed:
-            self._core.thread_failed()
+        self._core.thread_ended_with_handle(failed)
 
     def __del__(self) -> None:
         core = getattr(self, "_core", None)
         if core is not None:
+            core.handles.discard(self)  # by itself it goes only when this is over, which the reactor does not wait for
             _leave_later(core)
 
     def __repr__(self) -> str:
@@ -470,6 +491,12 @@ class Mutex:
 def _leave_later(core: _Core) -> None:
     if not core.left and not core.forked and not sys.is_finalizing():
         reactor.get().call_later(0, lambda: _leave_if_unused(core))
+
+
+def _give_back(core: _Core) -> None:
+    with _guard:
+        core.under_way -= 1
+    _leave_later(core)
 
 
 def _leave_if_unused(core: _Core) -> None:
@@ -498,7 +525,6 @@ class _Invitation:
     def __init__(self, core: _Core, told: _News | None = None) -> None:
         self.core = core
         self.told = told or core.news()
-        core.invited += 1
         core.under_way += 1
         self._accepted = False
 
@@ -510,10 +536,16 @@ class _Invitation:
     def _settle(self) -> None:
         if not self._accepted:
             self._accepted = True
-            self.core.under_way -= 1
+            with _guard:
+                self.core.under_way -= 1
             _leave_later(self.core)
 
-    __del__ = _settle
+    def __del__(self) -> None:
+        # Garbage is collected at any moment, in any thread, with any lock held.
+        if not self._accepted and not sys.is_finalizing():
+            self._accepted = True
+            core = self.core
+            reactor.get().call_later(0, lambda: _give_back(core))
 
 
 def _reduce(encoder: reducers.Encoder, handle: Mutex) -> Any:

@@ -39,8 +39,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[], torchwq.Channel]:
 
 
 def open_to_processes(channel: torchwq.Channel) -> None:
-    for ticket in channel._core.ticket():
-        ticket.close()
+    channel._core.open_to_processes()
 
 
 def test_first_in_first_out_and_multi_write(make: Callable[[], torchwq.Channel]) -> None:

@@ -220,7 +220,7 @@ def test_two_barriers_of_different_size_at_a_time_are_refused() -> None:
         except ValueError as error:
             assert "barrier of 2" in str(error)
             break
-    assert mutex.barrier(2) == 1
+    assert mutex.barrier(2) in (0, 1)
     thread.join(20)
 
 

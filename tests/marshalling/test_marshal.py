@@ -62,8 +62,7 @@ def test_it_travels_on() -> None:
     channel.write(torchwq.marshal({"t": torch.ones(2)}))
     first = channel.read()[1]
     channel.write([first])
-    for ticket in channel._core.ticket():
-        ticket.close()
+    channel._core.open_to_processes()
     assert channel.read()[1][0].read()["t"].tolist() == [1.0, 1.0]
 
 

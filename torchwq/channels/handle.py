@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,15 +12,17 @@ from pickle import loads
 from types import TracebackType
 from typing import Any, Final, final
 
+from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
 from ..memory.parcel import BLOCK, REFERENCES
-from ..transport import awaiting
+from ..transport import awaiting, reactor
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
 from .core import LOOK_EVERY, Core
 from .state import ChannelState
+from .vigil import READS, WRITES, Told
 
 #: Messages that are more than a pickle although they may come without descriptors.
 _WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
@@ -58,15 +63,24 @@ class Channel:
             for item in source:
                 sink.write(work(item))
 
+    A ``with`` block that an error leaves closes the channel as one that has failed: who reads it gets WorkerDied after
+    the last item. Where several workers write to ``sink``, let the one who joins them close it.
+
     Source: torch-ipc's ``ipc.channel``.
     """
 
-    __slots__ = ("__weakref__", "_core")
+    __slots__ = ("__weakref__", "_core", "_told", "_told_at_first")
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, told: Told | None = None) -> None:
         self._core = core
-        core.handles.add(self)
+        self._told_at_first = told or Told()
+        self._told: dict[int, Told] = {}
+        core.vigil.admit(self)
         threads.belongs_here(self)
+
+    def told(self) -> Told:
+        """What this thread has been told of; see ``vigil``."""
+        return self._told.setdefault(threading.get_ident(), self._told_at_first.copy())
 
     @property
     def capacity(self) -> int | None:
@@ -88,20 +102,20 @@ class Channel:
         Raises:
             MarshalError: an object cannot travel; the message names its place, e.g. ``args[0]['model'].hook``.
             ClosureError: a function or class captures data; see :meth:`writeup`.
-            WorkerDied: only with ``capacity``: a worker that has read from the channel died.
+            WorkerDied: only with ``capacity``: a worker that has read from the channel died; or nobody is left to read.
             ResourceError: memory or file descriptors have run out.
             QueueClosed: the channel was inherited by a fork.
 
         Source: torch-ipc's ``c:write``.
         """
         way = self._core.way
-        if len(objs) == 1:
+        if len(objs) == 1 and self._core.capacity is None:
             try:
                 payload = encode(objs[0], way.max_payload, here=way.here)
             except Exception:
                 pass
             else:
-                return _OPEN if way.send(payload) else way.state()
+                return _OPEN if way.send(payload) else self._core.way.state()
         return self._send_all(objs, upvalues=False)
 
     def writeup(self, *objs: Any) -> ChannelState:
@@ -117,11 +131,14 @@ class Channel:
 
     def _send_all(self, objs: Sequence[Any], upvalues: bool) -> ChannelState:
         self._core.check_fork()
-        way = self._core.way
-        for payload in codec.encode_all(objs, way.max_payload, upvalues=upvalues, here=way.here):
-            if not way.send(payload):
-                return way.state()
-        return _OPEN if objs else way.state()
+        core = self._core
+        way = core.way
+        payloads = codec.encode_all(objs, way.max_payload, upvalues=upvalues, here=way.here)
+        with contextlib.nullcontext() if core.capacity is None else core.vigil.waiting(self, WRITES):
+            for payload in payloads:
+                if not way.send(payload):
+                    return core.way.state()
+        return _OPEN if objs else core.way.state()
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
         """Read the next item.
@@ -137,8 +154,9 @@ class Channel:
 
         Raises:
             queue.Empty: nothing came within ``timeout``.
-            WorkerDied: while waiting: a worker that had written to the channel died, or failed (once for each); or
-                everybody who had the channel has dropped it, and nobody is left who could write.
+            WorkerDied: if nothing is there: a worker that had written to the channel died, or failed (once for each);
+                while waiting, also if everybody who had the channel has dropped it, and nobody is left who could write;
+                or, once, instead of ``(DRAINED, None)``, if a ``with`` block that had failed has closed it.
             QueueClosed: the channel was inherited by a fork.
 
         A Ctrl-C that ends the wait takes nothing from the channel.
@@ -175,8 +193,9 @@ class Channel:
                 return self._open(received)
             core.check_fork()
             if core.way.state() is ChannelState.DRAINED:
+                core.vigil.raise_failed_closing(self.told())
                 return ChannelState.DRAINED, None
-            core.look(self)
+            core.vigil.raise_news(self.told(), READS)
             left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"nothing came within {timeout} s")
@@ -222,7 +241,7 @@ class Channel:
 
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
-        self._core.leave(self, worker.info.mapid, failed)
+        self._core.leave(self, worker, failed)
 
     def __iter__(self) -> Iterator[Any]:
         """Read until the channel is drained."""
@@ -246,7 +265,10 @@ class Channel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        # One that ends because what it read from was closed has not failed.
+        failed = error is not None and not isinstance(error, (QueueClosed, GeneratorExit))
+        self._core.check_fork()
+        self._core.close(failed=failed)
 
     def __repr__(self) -> str:
         if self._core.forked:
@@ -283,23 +305,24 @@ def channel(capacity: int | None = None) -> Channel:
 class _Invitation:
     """A handle under way within this process. It may be accepted more than once."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, told: Told | None = None) -> None:
         self.core = core
-        core.invited += 1
-        core.under_way += 1
+        self.told = told or core.vigil.now()
+        core.vigil.invite(1)
         self._accepted = False
 
     def accept(self) -> Channel:
-        handle = Channel(self.core)
-        self._settle()
-        return handle
-
-    def _settle(self) -> None:
+        handle = Channel(self.core, self.told.copy())
         if not self._accepted:
             self._accepted = True
-            self.core.under_way -= 1
+            self.core.vigil.invite(-1)
+        return handle
 
-    __del__ = _settle
+    def __del__(self) -> None:
+        # Garbage is collected at any moment, in any thread, with any lock held.
+        if not self._accepted and not sys.is_finalizing():
+            vigil = self.core.vigil
+            reactor.get().call_later(0, lambda: vigil.invite(-1))
 
 
 def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
@@ -307,20 +330,18 @@ def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
     core.check_fork()
     if encoder.here:
         return _accept, (encoder.enclose(_Invitation(core)),)
+    return _rebuild, _description(encoder, core)
+
+
+def _description(encoder: reducers.Encoder, core: Core) -> tuple[Any, ...]:
     indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return _rebuild, (core.name, core.capacity, core.dead(), indices)
+    return core.name, core.capacity, core.vigil.dead(), indices
 
 
 def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
-    core = invitation.core
     if encoder.here:
-        return reducers.enclosed, (encoder.enclose(_Invitation(core)),)
-    indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return _rebuild_invitation, (core.name, core.capacity, core.dead(), indices)
-
-
-def _rebuild_invitation(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> _Invitation:
-    return _Invitation(_open(name, capacity, told, indices))
+        return reducers.enclosed, (encoder.enclose(_Invitation(invitation.core, invitation.told)),)
+    return _rebuild_invitation, _description(encoder, invitation.core)
 
 
 def _accept(index: int) -> Channel:
@@ -328,12 +349,14 @@ def _accept(index: int) -> Channel:
     return invitation.accept()
 
 
-def _rebuild(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> Channel:
-    return Channel(_open(name, capacity, told, indices))
+def _rebuild(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> Channel:
+    core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
+    return Channel(core, Told(set(dead), core.vigil.now().failures))
 
 
-def _open(name: bytes, capacity: int | None, told: Sequence[int], indices: Sequence[int]) -> Core:
-    return cores.open_(name, capacity, told, [reducers.take_inbound_fd(index) for index in indices])
+def _rebuild_invitation(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> _Invitation:
+    core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
+    return _Invitation(core, Told(set(dead), core.vigil.now().failures))
 
 
 reducers.register(Channel, _reduce)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from ..marshalling import codec
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from .state import ChannelState
+
+#: Seconds between two looks of a writer that waits for room.
+_LOOK_EVERY: Final = 0.25
 
 
 class Here:
@@ -30,8 +34,11 @@ class Here:
         self._room = threading.Condition(self.lock)
         self._closed = False
         self._written = 0
-        #: The thread that has written last.
-        self.last_writer = 0
+        self._failed = False
+        #: The threads that have written.
+        self.writers: set[int] = set()
+        #: Called by a writer that waits for room, now and then; may raise.
+        self.on_wait_for_room: Callable[[], None] | None = None
 
     def send(self, payload: Any) -> bool:
         if self._capacity is not None:
@@ -44,7 +51,7 @@ class Here:
     def _put(self, payload: Any) -> bool:
         if self._closed:
             return False
-        self.last_writer = threading.get_ident()
+        self.writers.add(threading.get_ident())
         self._written += 1
         self.box.put(codec.received(payload))
         return True
@@ -57,7 +64,8 @@ class Here:
         assert self._capacity is not None
         with self._room:
             while not self._closed and self.next is None and len(self.box) >= self._capacity:
-                self._room.wait()
+                if not self._room.wait(_LOOK_EVERY) and self.on_wait_for_room is not None:
+                    self.on_wait_for_room()
             if self.next is None:
                 return self._put(payload)
         return self._pass_on(payload)
@@ -81,6 +89,10 @@ class Here:
         return self._closed or self.next is not None
 
     @property
+    def was_failed(self) -> bool:
+        return self._failed
+
+    @property
     def is_closed(self) -> bool:
         return self._closed
 
@@ -92,8 +104,11 @@ class Here:
     def num_items(self) -> int:
         return len(self.box)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         with self._room:
+            if self.next is not None:
+                self.next.close(failed=failed)
+            self._failed = self._failed or (failed and not self._closed)
             self._closed = True
             self._room.notify_all()
         self.box.end()
@@ -119,7 +134,7 @@ class Here:
         for payload in payloads:
             line.send(payload)
         if self._closed:
-            line.close()
+            line.close(failed=self._failed)
         self.next = line
         self._room.notify_all()
         self.box.wake_all()

@@ -11,10 +11,11 @@ Invariants:
 
 * Items of one writer are read in the order in which they were written: they leave through one outbox; a bundle leaves
   when everything before it has.
-* The socket is shut down, under the roster's lock, when ``CLOSED`` is set and no living seat has a ``BACKLOG``. A
-  writer sets ``BACKLOG`` and then looks at ``CLOSED``; whoever closes sets ``CLOSED`` and then looks at each
-  ``BACKLOG``; with a fence in between. So one of them sees the other, and what was written before the closing, be it
-  in a backlog, is still read, and nothing is written after it.
+* The socket is shut down, under the roster's lock, when ``CLOSED`` is set, no living seat has a ``BACKLOG``, and no
+  bundle is under way; one counts from before it leaves until what was in it is a backlog, or has left. A writer sets
+  ``BACKLOG`` and then looks at ``CLOSED``; whoever closes sets ``CLOSED`` and then looks at each ``BACKLOG``; with a
+  fence in between. So one of them sees the other, and what was written before the closing, be it in a backlog, is
+  still read, and nothing is written after it.
 * ``SENT`` and ``TAKEN`` are counted after the fact. A process that is killed in between has sent one that is not
   counted, or taken one that still is. So counts are believed only as long as the socket is not empty.
 * Lock order: the roster's lock, then the outbox's. ``emptied`` is called without the outbox's.
@@ -34,10 +35,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from ..errors import ResourceError
 from ..marshalling import codec
 from ..memory import anonymous, recycling
-from ..memory.parcel import BARE, TRAILER
+from ..memory.parcel import BARE, TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from ..transport import bag, endpoint, reactor
 from ..transport.alarm import Alarm
@@ -49,11 +49,12 @@ from ..transport.waiting import Waiter
 from ..workers import shutdown
 from .state import ChannelState
 
-#: Words of the roster's head: whether the channel is closed; whether a writer waits for room.
-CLOSED, ASKED = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 2)
+#: Words of the roster's head: whether the channel is closed; whether a writer waits for room; bundles under way;
+#: whether it was closed by one that had failed.
+CLOSED, ASKED, BUNDLES, FAILED = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 4)
 #: Words of a seat: items sent and taken, also by those who had it before; whether a backlog waits; handles sent to
-#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken.
-SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 7)
+#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken; whether all handles wait, and what for.
+SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 8)
 
 #: Kind of a message (see ``parcel``) that is a bundle.
 _BUNDLE: Final = 3
@@ -64,6 +65,8 @@ _ROOM_FOR_BUNDLE: Final = 1 << 20
 _PATIENCE: Final = 0.002
 #: How long a bundle may wait for room.
 _LAST_PATIENCE: Final = 2.0
+#: A bundle that is neither in the socket nor anybody's backlog is believed to be lost after so many seconds.
+_LOST_AFTER: Final = 1.0
 #: Whoever waits for room looks at least so often, in seconds.
 _GLANCE: Final = 0.02
 
@@ -86,7 +89,8 @@ class Line:
 
     here = False
 
-    def __init__(self, fds: Sequence[int] = (), capacity: int | None = None) -> None:
+    def __init__(self, name: bytes, fds: Sequence[int] = (), capacity: int | None = None) -> None:
+        self.name = name
         size = endpoint.handover_size()
         self.capacity = capacity
         try:
@@ -124,8 +128,12 @@ class Line:
         self._flows = True
         self._at_end = False
         self._retiring = False
+        #: Whether what was written before the closing is being passed on.
+        self._forwards = False
+        self._lost_bundle_since = 0.0
         self.left = False
-        self.last_writer = 0
+        #: The threads of this process that have written.
+        self.writers: set[int] = set()
         self.alarm = Alarm()
         self._waiter: Waiter | None = None
         self._guard = threading.Lock()
@@ -154,7 +162,7 @@ class Line:
                         if self._try_send(payload):
                             self._sent += 1
                             self._words[self._sent_at] = self._sent
-                            self.last_writer = get_ident()
+                            self.writers.add(get_ident())
                             return True
                     except BrokenPipeError:
                         return False
@@ -166,7 +174,7 @@ class Line:
         """Send it now, or as soon as there is room."""
         if self.left or self._words[CLOSED]:
             return False
-        self.last_writer = get_ident()
+        self.writers.add(get_ident())
         try:
             self._outbox.send(payload)
         except BrokenPipeError:
@@ -182,7 +190,7 @@ class Line:
         self._words[self._first + BACKLOG] = int(any_)
         with self._fence:
             pass
-        if any_ and self._words[CLOSED]:
+        if any_ and self._words[CLOSED] and not self._forwards:
             self._words[self._first + BACKLOG] = 0
             return False
         return True
@@ -269,10 +277,11 @@ class Line:
 
     # Closing
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         with self.roster.locked():
             if self.left or self._words[CLOSED]:
                 return
+            self._words[FAILED] = int(failed)
             self._words[CLOSED] = 1
         self.finish_closing()
         if self.capacity is not None:
@@ -284,14 +293,33 @@ class Line:
         Whoever waits calls this now and then: the one who has closed may be dead.
         """
         with self.roster.locked():
-            if not self.left and self._words[CLOSED] and not self._has_backlog():
-                with contextlib.suppress(OSError):
-                    self._in.stop_sending()
+            if self.left or not self._words[CLOSED] or self._has_backlog() or self._has_bundle():
+                return
+            with contextlib.suppress(OSError):
+                self._in.stop_sending()
+
+    def _has_bundle(self) -> bool:
+        """Whether one is under way. If its receiver was killed with it, it is given up after a while."""
+        if not self._words[BUNDLES]:
+            return False
+        now = time.monotonic()
+        if self._out.has_arrived():
+            self._lost_bundle_since = 0.0
+        elif not self._lost_bundle_since:
+            self._lost_bundle_since = now
+        elif now - self._lost_bundle_since > _LOST_AFTER:
+            self._words[BUNDLES] = 0
+        return bool(self._words[BUNDLES])
 
     def _has_backlog(self) -> bool:
         return any(
             self._words[self.roster.index(seat) + BACKLOG] and self.roster.lives(seat) for seat in self.roster.taken()
         )
+
+    @property
+    def was_failed(self) -> bool:
+        """Whether it was closed by one that had failed."""
+        return not self.left and bool(self._words[FAILED])
 
     @property
     def is_closed(self) -> bool:
@@ -320,17 +348,30 @@ class Line:
     def _add(self, word: int, number: int) -> None:
         self._words[self._first + word] += number
 
+    def show(self, word: int, value: int) -> None:
+        """Let others see ``value`` in this process's seat."""
+        with self.roster.locked():
+            if not self.left:
+                self._words[self._first + word] = value
+
+    def shown(self, seat: int, word: int) -> int:
+        return int(self._words[self.roster.index(seat) + word])
+
     def ticket(self) -> list[anonymous.Descriptor]:
         """Descriptors from which another process makes its part."""
+        fds = [*self._in.handover(), *self._out.handover(), self.roster.fd]
+        if self._room >= 0:
+            fds.append(self._room)
+        try:
+            first = Ticket(os.dup(fds[0]), self._count_issued)
+            return [first, *(anonymous.Descriptor(os.dup(fd)) for fd in fds[1:])]
+        except OSError as error:
+            raise anonymous.exhausted(error) from error
+
+    def _count_issued(self, number: int) -> None:
         with self.roster.locked():
-            self._add(ISSUED, 1)
-            fds = [*self._in.handover(), *self._out.handover(), self.roster.fd]
-            if self._room >= 0:
-                fds.append(self._room)
-            try:
-                return [anonymous.Descriptor(os.dup(fd)) for fd in fds]
-            except OSError as error:
-                raise anonymous.exhausted(error) from error
+            if not self.left:
+                self._add(ISSUED, number)
 
     def received_again(self) -> None:
         """A ticket came to a process that has its part already."""
@@ -339,9 +380,16 @@ class Line:
 
     def retire(self) -> None:
         """Leave as soon as there is no backlog. Called by the reactor."""
-        self._retiring = True
-        if not self._pending:
-            self.leave(failed=shutdown.failed)
+        with self.roster.locked():
+            self._retiring = True
+            if not self._pending:
+                self.leave(failed=shutdown.failed)
+
+    def revive(self) -> bool:
+        """Do not leave after all; False if it is too late."""
+        with self.roster.locked():
+            self._retiring = False
+            return not self.left
 
     def leave(self, *, failed: bool = False) -> None:
         """Give up this process's part; what it has written is still read. ``failed``: see ``Roster.leave``.
@@ -375,7 +423,9 @@ class Line:
 
     def _send_bundle(self) -> None:
         """Send the backlog as one item; give it up if nobody is there who could read it."""
+        sent = False
         backlog = self._outbox.withdraw()
+        self._words[BUNDLES] += 1
         fds: list[int] = []
         parts = []
         for data, parcel in backlog:
@@ -388,15 +438,20 @@ class Line:
                 self._in.set_room(_ROOM_FOR_BUNDLE)
                 until = time.monotonic() + _LAST_PATIENCE
                 message = _TRAILER.pack(0, _BUNDLE)
-                while not self._in.try_send(message, [sack.fileno()]):
+                while not (sent := self._in.try_send(message, [sack.fileno()])):
                     if time.monotonic() > until or not any(lives for _, lives in self.roster.others()):
                         break
                     self._wait_for_room(_GLANCE)
+                    self._in.set_room(_ROOM_FOR_BUNDLE)
                 self._in.set_room(_ROOM)
-        except (BrokenPipeError, ResourceError):
-            pass
-        self._sent += len(parts)
-        self._words[self._sent_at] = self._sent
+        except OSError:
+            pass  # nobody can receive it, or there are no descriptors left to send it with
+        if sent:
+            self._sent += len(parts)
+            self._words[self._sent_at] = self._sent
+        else:
+            self._words[BUNDLES] -= 1
+        self._words[self._first + BACKLOG] = 0
 
     def _unpack(self, bundle: Received) -> Received | None:
         """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
@@ -409,6 +464,7 @@ class Line:
             del fds[:count]
         self._taken += len(items) - 1
         first = items.popleft()
+        self._forwards = True
         while items:
             data, own = items[0]
             item = _Forwarded(data, own) if own or data[-1] != BARE else data
@@ -419,7 +475,11 @@ class Line:
                     item.fds = []
                 break
             items.popleft()
+        self._forwards = False
         self._kept += items
+        with self.roster.locked():
+            self._words[BUNDLES] = max(0, int(self._words[BUNDLES]) - 1)
+        self.finish_closing()
         return first
 
     def abandon(self) -> None:

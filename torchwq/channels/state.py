@@ -53,7 +53,14 @@ class Way(Protocol):
 
     def num_items(self) -> int: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None:
+        """``failed``: as one that could not write all it was to write."""
+        ...
+
+    @property
+    def was_failed(self) -> bool:
+        """Whether it was closed so."""
+        ...
 
     def counts(self) -> tuple[int, int, int]:
         """Items written and read by this process, and of those written how many have not left it yet."""

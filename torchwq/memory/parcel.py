@@ -10,12 +10,12 @@ to be cut off.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..transport.sockets import close_fds
 from . import recycling
-from .anonymous import exhausted
+from .anonymous import Descriptor, exhausted
 
 #: Last byte of a message: a pickle with a trailer; a trailer after references to blocks, after a pickle; a trailer
 #: after what says where in the last block the pickle is, with its buffers; a bare pickle.
@@ -26,10 +26,26 @@ BARE: Final = ord(".")
 TRAILER: Final = 9
 
 
+class Ticket(Descriptor):
+    """A descriptor of something whose maker wants to know how many are under way.
+
+    It calls ``count(1)`` when its message leaves, and ``count(-1)`` if that was not sent after all.
+    """
+
+    __slots__ = ("_count",)
+
+    def __init__(self, fd: int, count: Callable[[int], None]) -> None:
+        super().__init__(fd)
+        self._count = count
+
+    def note_departure(self, number: int) -> None:
+        self._count(number)
+
+
 class Parcel:
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_numbers", "_only_blocks", "data", "fds", "keep", "kind", "nbytes")
+    __slots__ = ("_numbers", "_only_blocks", "_tickets", "data", "fds", "keep", "kind", "nbytes")
 
     def __init__(
         self,
@@ -48,6 +64,9 @@ class Parcel:
         self._numbers = numbers
         #: Whether ``fds`` are those of its blocks and nothing else.
         self._only_blocks = only_blocks
+        self._tickets: Sequence[Ticket] = ()
+        if fds and not only_blocks:
+            self._tickets = [each for each in keep if isinstance(each, Ticket)]
         #: Of the message and of all that it refers to.
         self.nbytes = len(data)
 
@@ -55,6 +74,8 @@ class Parcel:
         """Call this before it can be received: the ledger counts its references."""
         if self._numbers:
             recycling.count_sent(self._numbers)
+        for ticket in self._tickets:
+            ticket.note_departure(1)
 
     def descriptors(self, reader: int) -> Sequence[int]:
         """Those that must go along, in the moment of sending after ``depart``: none if the reader has all it needs.
@@ -69,6 +90,8 @@ class Parcel:
     def come_back(self) -> None:
         """It was not sent after ``depart``."""
         recycling.note_lost(self._numbers)
+        for ticket in self._tickets:
+            ticket.note_departure(-1)
 
     def copy(self) -> tuple[bytes, list[int]]:
         """The message as its reader would get it, with descriptors of its own. Raises ResourceError."""

@@ -34,7 +34,7 @@ from ..transport.process import closed_in_child
 from . import anonymous
 
 SEATS: Final = 4096
-_WORDS: Final = 8  # per seat: a cache line
+_WORDS: Final = 16  # per seat: two cache lines
 _NBYTES: Final = (SEATS + 1) * _WORDS * 8
 
 #: Words of the head: how many seats were ever taken, and how often one was. The others are the user's.

@@ -17,7 +17,8 @@ class Alarm:
     """An event with a descriptor: readable while it is set. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
+        self._lock = threading.RLock()
         self._set = False
         if hasattr(os, "eventfd"):
             self._read_fd = self._write_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

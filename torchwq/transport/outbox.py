@@ -182,7 +182,9 @@ class Outbox:
         with self._lock:
             waiting = [(data, parcel) for data, parcel, _ in self.pending]
             self.pending.clear()
-            self._stop_watching()
+            if waiting and self._endpoint.fileno() >= 0:
+                reactor.get().set_writer(self._endpoint.fileno(), None)
+            self._changed.notify_all()
         return waiting
 
     def wait_empty(self, timeout: float | None = None) -> bool:

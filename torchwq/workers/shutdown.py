@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Final
 
@@ -65,7 +66,10 @@ def run() -> None:
             for callback in _finish:
                 callback()
     for callback in _close:
-        callback()
+        try:
+            callback()
+        except Exception:  # the others must be called all the same
+            traceback.print_exc()
     end_workers(_GRACE)
     directory.close()
     client.close()
