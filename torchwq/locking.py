@@ -137,8 +137,9 @@ class _Core:
             if not hasattr(self._thread, "presence"):
                 self._thread.presence = _Presence(self)
             self.abandoned = None if not before else self._successor_of(before)
-        except BaseException:  # a warning that is an error, or Ctrl-C: the next one is told
-            self._words[HOLDER] = before
+        except BaseException as error:
+            # A warning that is an error has told; after Ctrl-C the next one is told.
+            self._words[HOLDER] = 0 if isinstance(error, Warning) else before
             self._let_go()
             raise
         return True

@@ -69,10 +69,12 @@ def test_the_next_holder_is_told_of_a_death(number: signal.Signals) -> None:
     mutex = torchwq.mutex()
     with pytest.raises(torchwq.WorkerDied):
         torchwq.map(1, jobs.hold_and_die, mutex, number).join(20)
-    with pytest.warns(RuntimeWarning, match=r"half done"), mutex as death:
-        assert death is not None
-        assert (death.mapid, death.signal) == (0, number)
-        assert mutex.abandoned is death
+    with pytest.warns(RuntimeWarning, match=r"half done"):
+        mutex.acquire()
+    death = mutex.abandoned
+    assert death is not None
+    assert (death.mapid, death.signal) == (0, number)
+    mutex.release()
     with mutex as death:
         assert death is None
 

@@ -88,6 +88,7 @@ class Core:
                 if way is self.way and way.state() is ChannelState.DRAINED:
                     received = way.take()
                     if received is None:
+                        self.vigil.raise_news(told, READS)
                         self.vigil.raise_failed_closing(told)
                     return received
                 over = deadline is not None and now >= deadline

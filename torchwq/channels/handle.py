@@ -193,6 +193,7 @@ class Channel:
                 return self._open(received)
             core.check_fork()
             if core.way.state() is ChannelState.DRAINED:
+                core.vigil.raise_news(self.told(), READS)
                 core.vigil.raise_failed_closing(self.told())
                 return ChannelState.DRAINED, None
             core.vigil.raise_news(self.told(), READS)

@@ -392,11 +392,9 @@ class Owner(SocketRole, worker.EndListener):
     # Members that are threads of this process
 
     def admit_here(self, notes: Notes) -> int:
-        """Make a thread of this process a member; returns its number. Raises QueueClosed."""
+        """Make a thread of this process a member; returns its number. It may come to a queue that is closed."""
         process = threads.current()
         with self.taking, self._lock:
-            if self.closed and self.has_no_more_questions():
-                raise QueueClosed(self.closed)
             if self.questions is None and not self.closed:
                 self._open_inner(wanted=True)
             self._last_side -= 1

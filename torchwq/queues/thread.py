@@ -143,7 +143,7 @@ class Invitation:
         owner.invite(1)
 
     def accept(self) -> ThreadSide:
-        """Raises QueueClosed if the owner has closed the queue, and it is empty."""
+        """A handle; on a queue that was closed meanwhile it still reads what is left."""
         side = ThreadSide(self.owner)
         self._settle()
         return side
