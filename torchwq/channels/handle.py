@@ -27,6 +27,7 @@ from .vigil import READS, WRITES, Told
 #: Messages that are more than a pickle although they may come without descriptors.
 _WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
 _OPEN: Final = ChannelState.OPEN
+_CLOSED: Final = ChannelState.CLOSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,14 @@ class Channel:
     Source: torch-ipc's ``ipc.channel``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_told", "_told_at_first")
+    __slots__ = ("__weakref__", "_core", "_told", "_told_at_first", "has_written")
 
     def __init__(self, core: Core, told: Told | None = None) -> None:
         self._core = core
         self._told_at_first = told or Told()
         self._told: dict[int, Told] = {}
+        #: Whether anything was written with this handle.
+        self.has_written = False
         core.vigil.admit(self)
         threads.belongs_here(self)
 
@@ -108,14 +111,16 @@ class Channel:
 
         Source: torch-ipc's ``c:write``.
         """
-        way = self._core.way
-        if len(objs) == 1 and self._core.capacity is None:
+        core = self._core
+        if len(objs) == 1 and core.capacity is None:
+            way = core.way
+            self.has_written = True
             try:
                 payload = encode(objs[0], way.max_payload, here=way.here)
             except Exception:
                 pass
             else:
-                return _OPEN if way.send(payload) else self._core.way.state()
+                return _OPEN if way.send(payload) else core.way.state()
         return self._send_all(objs, upvalues=False)
 
     def writeup(self, *objs: Any) -> ChannelState:
@@ -133,6 +138,7 @@ class Channel:
         self._core.check_fork()
         core = self._core
         way = core.way
+        self.has_written = True
         payloads = codec.encode_all(objs, way.max_payload, upvalues=upvalues, here=way.here)
         with contextlib.nullcontext() if core.capacity is None else core.vigil.waiting(self, WRITES):
             for payload in payloads:
@@ -169,12 +175,14 @@ class Channel:
             received = core.wait(self, nonblocking, timeout)
             if received is None:
                 return core.way.state(), None
-        return self._open(received)
+        data, fds = received
+        obj = codec.decode(data, fds) if fds or data[-1] in _WITH_BLOCKS else loads(data)
+        return _CLOSED if core.way.is_closed else _OPEN, obj
 
     def _open(self, received: Received) -> tuple[ChannelState, Any]:
         data, fds = received
         obj = codec.decode(data, fds) if fds or data[-1] in _WITH_BLOCKS else loads(data)
-        return ChannelState.CLOSED if self._core.way.is_closed else _OPEN, obj
+        return _CLOSED if self._core.way.is_closed else _OPEN, obj
 
     async def aread(self, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
         """Read the next item on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.

@@ -35,8 +35,6 @@ class Here:
         self._closed = False
         self._written = 0
         self._failed = False
-        #: The threads that have written.
-        self.writers: set[int] = set()
         #: Called by a writer that waits for room, now and then; may raise.
         self.on_wait_for_room: Callable[[], None] | None = None
 
@@ -51,7 +49,6 @@ class Here:
     def _put(self, payload: Any) -> bool:
         if self._closed:
             return False
-        self.writers.add(threading.get_ident())
         self._written += 1
         self.box.put(codec.received(payload))
         return True

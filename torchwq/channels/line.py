@@ -30,7 +30,6 @@ import select
 import struct
 import threading
 import time
-from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -61,8 +60,6 @@ _BUNDLE: Final = 3
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
 _ROOM: Final = 128 * 1024
 _ROOM_FOR_BUNDLE: Final = 1 << 20
-#: How long, in seconds, a writer that is faster than its readers waits for room before its items become a backlog.
-_PATIENCE: Final = 0.002
 #: How long a bundle may wait for room.
 _LAST_PATIENCE: Final = 2.0
 #: A bundle that is neither in the socket nor anybody's backlog is believed to be lost after so many seconds.
@@ -120,11 +117,14 @@ class Line:
         )
         self._fence = threading.Lock()
         self._try_send = self._in.try_send
+        self._send_in_time = self._in.send_in_time
+        if capacity is not None:
+            self.send = self._send_if_room  # type: ignore[method-assign]
         self._try_receive = self._out.try_receive
         self._pending = self._outbox.pending
         #: What came in a bundle and can go nowhere else.
         self._kept: deque[Received] = deque()
-        #: Whether a wait for room has been worth while.
+        #: Whether a writer that is faster than its readers waits a moment for room, before its items become a backlog.
         self._flows = True
         self._at_end = False
         self._retiring = False
@@ -132,8 +132,6 @@ class Line:
         self._forwards = False
         self._lost_bundle_since = 0.0
         self.left = False
-        #: The threads of this process that have written.
-        self.writers: set[int] = set()
         self.alarm = Alarm()
         self._waiter: Waiter | None = None
         self._guard = threading.Lock()
@@ -151,30 +149,28 @@ class Line:
         self._words[self._sent_at], self._words[self._taken_at] = self._sent, self._taken
 
     def send(self, payload: Any) -> bool:
-        if self.capacity is not None:
-            return self._send_if_room(payload)
         if type(payload) is bytes:
             with self._writing:
                 if not self._pending:
-                    if self._words[CLOSED]:
+                    words = self._words
+                    if words[CLOSED]:
                         return False
                     try:
-                        if self._try_send(payload):
-                            self._sent += 1
-                            self._words[self._sent_at] = self._sent
-                            self.writers.add(get_ident())
-                            return True
+                        is_sent = self._try_send(payload)
+                        if not is_sent and self._flows:
+                            is_sent = self._send_in_time(payload)
                     except BrokenPipeError:
                         return False
-            if self._flows and not self._pending:
-                self._wait_for_room(_PATIENCE)
+                    if is_sent:
+                        self._sent += 1
+                        words[self._sent_at] = self._sent
+                        return True
         return self._send_or_keep(payload)
 
     def _send_or_keep(self, payload: Any) -> bool:
         """Send it now, or as soon as there is room."""
         if self.left or self._words[CLOSED]:
             return False
-        self.writers.add(get_ident())
         try:
             self._outbox.send(payload)
         except BrokenPipeError:
@@ -248,8 +244,6 @@ class Line:
                 return None
             if received[1] and received[0][-1] == _BUNDLE:
                 received = self._unpack(received)
-                if received is None:
-                    return None
             words = self._words
             self._taken += 1
             words[self._taken_at] = self._taken
@@ -453,7 +447,7 @@ class Line:
             self._words[BUNDLES] -= 1
         self._words[self._first + BACKLOG] = 0
 
-    def _unpack(self, bundle: Received) -> Received | None:
+    def _unpack(self, bundle: Received) -> Received:
         """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
         fds = bag.unpack(bundle[1][0])
         with contextlib.closing(anonymous.Descriptor(fds.pop(0))) as memory:

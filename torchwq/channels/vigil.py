@@ -93,14 +93,12 @@ class Vigil:
             self._handles.discard(handle)
             if core is None or core.forked or not failed or core.way.is_closed:
                 return False
-            ident = process.thread.ident
-            wrote = ident in core.here.writers or (core.line is not None and ident in core.line.writers)
             mapid = process.info.mapid
             death = WorkerDied(
                 f"worker {mapid}, a thread that had this channel, ended with an error: join() of its map raises it",
                 mapid=mapid,
             )
-            self._failures.append((death, wrote))
+            self._failures.append((death, handle.has_written))
             return True
 
     def now(self) -> Told:
@@ -174,7 +172,7 @@ class Vigil:
         while told.failures < len(self._failures):
             death, wrote = self._failures[told.failures]
             told.failures += 1
-            if kind == WRITES or wrote or not (core.here.writers or (core.line is not None and core.line.writers)):
+            if kind == WRITES or wrote or not any(handle.has_written for handle in self.handles()):
                 return death
         line = core.line
         if only_of_threads or line is None or line.left:

@@ -38,6 +38,10 @@ class Endpoint(Protocol):
         """Send one message; False if there is no room now. Raises BrokenPipeError if nobody can receive it."""
         ...
 
+    def send_in_time(self, data: bytes) -> bool:
+        """The same for one without descriptors, waiting a moment for room where the system can do that by itself."""
+        ...
+
     def try_receive(self) -> Received | None:
         """Take one message; None if there is none now. Raises EOFError, or ResourceError if it brought more
         descriptors than this process may hold."""

@@ -34,6 +34,8 @@ from .sockets import (
 MAX_MESSAGE: Final = 32 * 1024
 _RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
+#: How long ``send_in_time`` waits: 20 ms, as a struct timeval.
+_MOMENT: Final = struct.pack("@ll", 0, 20_000)
 
 
 class SeqpacketEndpoint:
@@ -57,6 +59,17 @@ class SeqpacketEndpoint:
                 self._socket.sendmsg([data], rights(fds), NO_WAIT)
             else:
                 self._send(data, NO_WAIT)
+        except OSError as error:
+            if error.errno in BUSY:
+                return False
+            if error.errno in BROKEN:
+                raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
+            raise
+        return True
+
+    def send_in_time(self, data: bytes) -> bool:
+        try:
+            self._send(data)  # as long as SO_SNDTIMEO says
         except OSError as error:
             if error.errno in BUSY:
                 return False
@@ -126,4 +139,5 @@ def pair() -> tuple[SeqpacketEndpoint, SeqpacketEndpoint]:
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for sock in (a, b):
         send_buffer(sock, _BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _MOMENT)
     return SeqpacketEndpoint(a.detach()), SeqpacketEndpoint(b.detach())

@@ -139,6 +139,9 @@ class StreamEndpoint:
         except EOFError:
             raise BrokenPipeError("this end is closed") from None
 
+    def send_in_time(self, data: bytes) -> bool:
+        return False
+
     def try_receive(self) -> Received | None:
         while True:
             try:
