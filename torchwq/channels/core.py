@@ -70,12 +70,16 @@ class Core:
         Raises queue.Empty, WorkerDied.
         """
         self.check_fork()
-        told = reader.told()
         if nonblocking:
-            self.vigil.raise_news(told, READS)
+            self.vigil.raise_news(reader.told(), READS)
             return None
-        deadline = None if timeout is None else time.monotonic() + timeout
-        looked = time.monotonic()
+        now = looked = time.monotonic()
+        deadline = None if timeout is None else now + timeout
+        # At first as if nothing could be wrong: mostly the next item is on its way.
+        received = self.way.sleep(now + LOOK_EVERY if deadline is None else min(now + LOOK_EVERY, deadline))
+        if received is not None:
+            return received
+        told = reader.told()
         with self.vigil.waiting(reader, READS):
             while True:
                 way, now = self.way, time.monotonic()
@@ -212,7 +216,7 @@ class _Forked:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise QueueClosed(FORKED)
 
-    send = take = sleep = state = num_items = close = counts = _refuse
+    send = take = read = sleep = state = num_items = close = counts = _refuse
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from pickle import loads
 from types import TracebackType
 from typing import Any, Final, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode
-from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, reactor
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
@@ -24,8 +22,6 @@ from .core import LOOK_EVERY, Core
 from .state import ChannelState
 from .vigil import READS, WRITES, Told
 
-#: Messages that are more than a pickle although they may come without descriptors.
-_WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
 
@@ -170,19 +166,14 @@ class Channel:
         Source: torch-ipc's ``c:read``; ``queue.Queue.get`` for ``queue.Empty``.
         """
         core = self._core
-        received = core.way.take()
-        if received is None:
-            received = core.wait(self, nonblocking, timeout)
-            if received is None:
-                return core.way.state(), None
-        data, fds = received
-        obj = codec.decode(data, fds) if fds or data[-1] in _WITH_BLOCKS else loads(data)
-        return _CLOSED if core.way.is_closed else _OPEN, obj
+        found = core.way.read()
+        if found is not None:
+            return found
+        received = core.wait(self, nonblocking, timeout)
+        return (core.way.state(), None) if received is None else self._open(received)
 
     def _open(self, received: Received) -> tuple[ChannelState, Any]:
-        data, fds = received
-        obj = codec.decode(data, fds) if fds or data[-1] in _WITH_BLOCKS else loads(data)
-        return _CLOSED if self._core.way.is_closed else _OPEN, obj
+        return _CLOSED if self._core.way.is_closed else _OPEN, codec.decode(*received)
 
     async def aread(self, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
         """Read the next item on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
@@ -196,9 +187,9 @@ class Channel:
         core = self._core
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            received = core.way.take()
-            if received is not None:
-                return self._open(received)
+            found = core.way.read()
+            if found is not None:
+                return found
             core.check_fork()
             if core.way.state() is ChannelState.DRAINED:
                 core.vigil.raise_news(self.told(), READS)

@@ -77,6 +77,12 @@ class Here:
             return self.next.take()  # type: ignore[no-any-return]
         return received
 
+    def read(self) -> tuple[ChannelState, Any] | None:
+        received = self.take()
+        if received is None:
+            return None
+        return ChannelState.CLOSED if self._closed else ChannelState.OPEN, codec.decode(*received)
+
     def sleep(self, deadline: float) -> Received | None:
         if self._closed or self.next is not None:
             return self.take()

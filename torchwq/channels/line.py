@@ -32,6 +32,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pickle import loads
 from typing import Any, Final
 
 from ..marshalling import codec
@@ -40,10 +41,11 @@ from ..memory.parcel import BARE, TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from ..transport import bag, endpoint, reactor
 from ..transport.alarm import Alarm
-from ..transport.endpoint import Received
+from ..transport.endpoint import NO_FDS, Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
-from ..transport.sockets import close_fds
+from ..transport.seqpacket import MAX_MESSAGE, RECEIVE_FLAGS
+from ..transport.sockets import ANCILLARY_SIZE, TRUNCATED, close_fds, received_fds
 from ..transport.waiting import Waiter
 from ..workers import shutdown
 from .state import ChannelState
@@ -58,7 +60,7 @@ SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS = range
 #: Kind of a message (see ``parcel``) that is a bundle.
 _BUNDLE: Final = 3
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
-_ROOM: Final = 128 * 1024
+_ROOM: Final = 160 * 1024
 _ROOM_FOR_BUNDLE: Final = 1 << 20
 #: How long a bundle may wait for room.
 _LAST_PATIENCE: Final = 2.0
@@ -67,6 +69,8 @@ _LOST_AFTER: Final = 1.0
 #: Whoever waits for room looks at least so often, in seconds.
 _GLANCE: Final = 0.02
 
+_OPEN: Final = ChannelState.OPEN
+_CLOSED: Final = ChannelState.CLOSED
 _TRAILER: Final = struct.Struct("<QB")
 
 #: Lines that are open, or have a backlog. What exit has to take care of.
@@ -121,6 +125,7 @@ class Line:
         if capacity is not None:
             self.send = self._send_if_room  # type: ignore[method-assign]
         self._try_receive = self._out.try_receive
+        self._recvmsg = getattr(self._out, "recvmsg", None)
         self._pending = self._outbox.pending
         #: What came in a bundle and can go nowhere else.
         self._kept: deque[Received] = deque()
@@ -230,6 +235,44 @@ class Line:
 
     # Reading
 
+    def read(self) -> tuple[ChannelState, Any] | None:
+        """The next item, with the channel's state, if there is one.
+
+        This is ``take`` and ``decode`` in one, for what most items are, a small pickle: a reader that has to keep up
+        with several writers does little else.
+        """
+        recvmsg = self._recvmsg
+        if recvmsg is None or self._kept:
+            received = self.take()
+        else:
+            with self._taking:
+                try:
+                    data, ancillary, flags, _ = recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
+                except BlockingIOError:
+                    return None
+                except OSError:
+                    data = b""
+                words = self._words
+                if data and not ancillary and not flags & TRUNCATED:
+                    self._taken += 1
+                    words[self._taken_at] = self._taken
+                    if data[-1] == BARE:
+                        state = _CLOSED if words[CLOSED] else _OPEN
+                        if not words[ASKED]:
+                            return state, loads(data)
+                    received = data, NO_FDS
+                elif data:
+                    received = self._note_taken((data, received_fds(ancillary, flags)))
+                else:
+                    received = None
+            if received is None:
+                received = self.take()  # which tells the end from other things
+            elif words[ASKED]:
+                self._give_room()
+        if received is None:
+            return None
+        return _CLOSED if self.is_closed else _OPEN, codec.decode(*received)
+
     def take(self) -> Received | None:
         with self._taking:
             if self._kept:
@@ -242,13 +285,16 @@ class Line:
                 return None
             if received is None:
                 return None
-            if received[1] and received[0][-1] == _BUNDLE:
-                received = self._unpack(received)
-            words = self._words
-            self._taken += 1
-            words[self._taken_at] = self._taken
-        if words[ASKED]:
+            received = self._note_taken(received)
+        if self._words[ASKED]:
             self._give_room()
+        return received
+
+    def _note_taken(self, received: Received) -> Received:
+        if received[1] and received[0][-1] == _BUNDLE:
+            received = self._unpack(received)
+        self._taken += 1
+        self._words[self._taken_at] = self._taken
         return received
 
     def _give_room(self) -> None:

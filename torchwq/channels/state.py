@@ -42,6 +42,10 @@ class Way(Protocol):
         """The next item, if there is one."""
         ...
 
+    def read(self) -> tuple[ChannelState, Any] | None:
+        """The same, decoded, with the state of the channel."""
+        ...
+
     def sleep(self, deadline: float) -> Received | None:
         """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier."""
         ...

@@ -66,6 +66,7 @@ class Vigil:
         self._kinds: list[int] = []
         #: Workers that were threads and have failed, with whether they had written.
         self._failures: list[tuple[WorkerDied, bool]] = []
+        self._shown = 0
         self._alone_since: tuple[float, Any] | None = None
         self.invited = 0
         self.under_way = 0
@@ -134,7 +135,8 @@ class Vigil:
     def _show(self, kind: int) -> None:
         """Let other processes know whether all that have the channel here wait, and for what."""
         core = self._core()
-        if core is not None and core.line is not None:
+        if kind != self._shown and core is not None and core.line is not None:
+            self._shown = kind
             core.line.show(WAITS, kind)
 
     # News

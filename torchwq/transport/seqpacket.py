@@ -32,7 +32,7 @@ from .sockets import (
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
 MAX_MESSAGE: Final = 32 * 1024
-_RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
+RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
 #: How long ``send_in_time`` waits: 20 ms, as a struct timeval.
 _MOMENT: Final = struct.pack("@ll", 0, 20_000)
@@ -48,7 +48,7 @@ class SeqpacketEndpoint:
         self._socket.setblocking(True)
         # Bound once: attribute look-ups are a measurable part of a message's cost.
         self._send = self._socket.send
-        self._recvmsg = self._socket.recvmsg
+        self.recvmsg = self._socket.recvmsg
         #: Bytes, as the kernel counts them. Threads may make it too small, and so ``has_passed`` wait longer.
         self._received = 0
         closed_in_child(self)
@@ -81,7 +81,7 @@ class SeqpacketEndpoint:
     def try_receive(self) -> Received | None:
         while True:
             try:
-                data, ancillary, flags, _ = self._recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, _RECEIVE_FLAGS)
+                data, ancillary, flags, _ = self.recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
             except BlockingIOError:
                 return None
             except ConnectionResetError:
