@@ -56,10 +56,12 @@ imports: $(call extra,lint) ## check only that each layer imports none above it 
 	$(BIN)/lint-imports
 
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
-bench: $(call extra,bench) ## measure queues, tensors and loaders against their peers
+bench: $(call extra,bench) ## measure queues, tensors, loaders, channels and threads against their peers
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tensors $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.dataloader $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.channel $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.threads $(BENCH_ARGS)
 
 docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)

@@ -12,6 +12,7 @@ import numpy as np
 
 from .marshalling import codec, reducers
 from .marshalling.letter import Letter
+from .marshalling.plain import PlainLetter
 
 
 @final
@@ -71,6 +72,8 @@ def marshal(obj: Any, upvalues: bool = False) -> Marshalled:
 
 def _reduce(encoder: reducers.Encoder, marshalled: Marshalled) -> Any:
     letter = marshalled._letter
+    if isinstance(letter, PlainLetter):
+        return marshal, (letter.open(),)
     buffers = [np.frombuffer(buffer, np.uint8) for buffer in letter.buffers]
     return _rebuild, (letter.data, list(letter.enclosed), buffers)
 

@@ -94,3 +94,24 @@ def test_lightning_digits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "trained on 460 batches from 2 workers\n" in done.stdout
     assert re.search(r"accuracy on held-out images: 9[5-9]|100", done.stdout)
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_model_parallelism(tmp_path: Path, backend: str) -> None:
+    _, printed = run_example("model_parallelism.py", tmp_path, "--backend", backend)
+    assert [f"stage {number} has seen 24 batches" in printed for number in range(3)] == [True] * 3
+    assert printed.endswith("outputs are those of the model in one piece: True\n")
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_parameter_sharing(tmp_path: Path, backend: str) -> None:
+    _, printed = run_example("parameter_sharing.py", tmp_path, "--backend", backend)
+    assert printed.count("True") == 2
+
+
+def test_channels_as_workqueue(tmp_path: Path) -> None:
+    _, printed = run_example("channels_as_workqueue.py", tmp_path)
+    assert "processes got [[0, 1, 4, 9, 16], [100, 121, 144, 169, 196]]\n" in printed
+    assert "a thread got [[0, 1, 4, 9, 16]]\n" in printed
+    assert "this program got [[8100, 8281, 8464, 8649, 8836]]\n" in printed
+    assert printed.endswith("answered in all: 20\n")

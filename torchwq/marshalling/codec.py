@@ -174,10 +174,10 @@ def encode(
     reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all`
     turns that into a MarshalError that names the place.
     """
-    if not here and plain.may_be(obj):
-        parcel = plain.encode(obj, limit, fresh)
-        if parcel is not None:
-            return parcel
+    if plain.may_be(obj):
+        found = plain.encode(obj, limit, fresh) if not here else plain.encode_here(obj) if fresh is None else None
+        if found is not None:
+            return found
     try:
         tools = _idle.pop()
     except IndexError:

@@ -22,8 +22,9 @@ from ..memory.ledger import UNTRACKED
 from ..memory.parcel import REFERENCES, TRAILER, Parcel
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
+from .letter import Letter
 from .payload import COUNT, REFERENCE
-from .tensors import is_unusual, rebuild
+from .tensors import alias, is_unusual, rebuild
 
 #: One block's number and bytes, and that it is the only one.
 _ONE: Final = struct.Struct("=QQI")
@@ -96,6 +97,45 @@ def may_be(obj: Any) -> bool:
     if cls is tuple or cls is list:
         return bool(obj) and type(obj[0]) is torch.Tensor
     return cls is dict and bool(obj) and type(next(iter(obj.values()))) is torch.Tensor
+
+
+class PlainLetter(Letter):
+    """The shortest way within a process: such tensors, and what to make of them again."""
+
+    __slots__ = ("_cls", "_keys", "_places")
+
+    def __init__(
+        self, cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], places: Sequence[tuple[int, Geometry]]
+    ) -> None:
+        super().__init__(b"", tensors)
+        self._cls = cls
+        self._keys = keys
+        self._places = places
+
+    def open(self, *, as_it_is: bool = False) -> Any:
+        tensors = (
+            self.enclosed if as_it_is else [alias(*each) for each in zip(self.enclosed, self._places, strict=True)]
+        )
+        return _build((self._cls, self._keys, ()), tensors)
+
+    def copy(self) -> Letter:
+        return self  # it is not used up
+
+
+def encode_here(obj: Any) -> Letter | None:
+    """The letter with a tensor, dict, list or tuple; None if it has to take the general way."""
+    content = ((), [obj]) if type(obj) is torch.Tensor else _tensors_in(obj)
+    if content is None:
+        return None
+    keys, tensors = content
+    places = []
+    for tensor in tensors:
+        if tensor.requires_grad or is_unusual(tensor):
+            return None
+        places.append((tensor.untyped_storage().data_ptr(), geometry(tensor)))
+    if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
+        return None  # the same tensor twice arrives as one
+    return PlainLetter(type(obj), keys, list(tensors), places)
 
 
 def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parcel | None:

@@ -64,17 +64,19 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
 def _alias(
     index: int, cls: type[torch.Tensor], requires_grad: bool, where: tuple[int, Geometry] | None
 ) -> torch.Tensor:
-    """Another tensor on the same memory, lying as it did when it was written.
+    tensor: torch.Tensor = enclosed(index)
+    return tensor if opened_as_it_is() else _as_leaf(alias(tensor, where), cls, requires_grad)
 
-    Only now, so that until then the writer's may be its storage's sole owner.
+
+def alias(tensor: torch.Tensor, where: tuple[int, Geometry] | None) -> torch.Tensor:
+    """Another tensor on the same memory, lying as it did when it was written: ``where``, and at which address.
+
+    Only when it is read, so that until then the writer's may be its storage's sole owner.
     """
-    tensor = enclosed(index)
-    if opened_as_it_is():
-        return tensor  # type: ignore[no-any-return]
-    alias = tensor.detach()
-    if where is not None and geometry(alias) != where[1] and alias.untyped_storage().data_ptr() == where[0]:
-        alias = storages.place(alias.untyped_storage(), *where[1])
-    return _as_leaf(alias, cls, requires_grad)
+    other = tensor.detach()
+    if where is not None and geometry(other) != where[1] and other.untyped_storage().data_ptr() == where[0]:
+        return storages.place(other.untyped_storage(), *where[1])
+    return other
 
 
 def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
