@@ -83,6 +83,7 @@ class Owner(SocketRole, worker.EndListener):
         self.sides: weakref.WeakSet[ThreadSide] = weakref.WeakSet()
         self._last_side = 0
         self._is_released = False
+        self.closed_ns = 0
         #: What threads of this process take questions from once these are in the socket; its end.
         self._inner: Endpoint | None = None
         self._inner_waiter: Waiter | None = None
@@ -645,6 +646,7 @@ class Owner(SocketRole, worker.EndListener):
             if self.closed:
                 return
             self.closed = "the queue is closed"
+            self.closed_ns = time.monotonic_ns()
             members = [member for member in self._members.values() if member.number >= 0]
             self._members = {number: member for number, member in self._members.items() if number < 0}
             self._history.clear()

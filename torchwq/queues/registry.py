@@ -163,18 +163,23 @@ class _Janitor(worker.EndListener):
     """Forgets closed names once the last worker has ended that could still have asked for them."""
 
     def worker_ended(self, process: worker.Worker) -> None:
+        # What is closed after this is for workers that are started after this, whoever lives now.
+        now = time.monotonic_ns()
         if not any(each.here for each in worker.living()):
             with _guard:
-                closed = list(_closed.values())
-                _closed.clear()
-            for _, owner in closed:
+                closed = {name: (at, owner) for name, (at, owner) in _closed.items() if at < now / 1e9}
+                for name in closed:
+                    del _closed[name]
+            for _, owner in closed.values():
                 owner.invite(-1)
         here = directory.existing()
         if here is None or worker.living():
             return
-        here.forget_closed()
-        while _leftovers:
-            _leftovers.pop().release()
+        here.forget_closed(now)
+        for leftover in list(_leftovers):
+            if leftover.closed_ns < now:
+                _leftovers.remove(leftover)
+                leftover.release()
 
 
 _janitor = _Janitor()

@@ -80,11 +80,12 @@ class Directory:
         else:
             self.space.release(name, self.path)
 
-    def forget_closed(self) -> None:
-        """Nobody can ask any more for what was closed."""
-        while self._tombstones:
-            name, _ = self._tombstones.popitem()
-            if name not in self._names:
+    def forget_closed(self, before_ns: int) -> None:
+        """Nobody can ask any more for what was closed before then (time.monotonic_ns)."""
+        for name, tombstone in list(self._tombstones.items()):
+            if tombstone.closed_ns < before_ns:
+                self._tombstones.pop(name, None)
+            if tombstone.closed_ns < before_ns and name not in self._names:
                 self.space.release(name, self.path)
 
     def _accept(self) -> None:
