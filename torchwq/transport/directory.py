@@ -54,6 +54,8 @@ class Directory:
     def __init__(self, space: namespace.Namespace) -> None:
         self.space = space
         self.path = f"{space.path}/s-{os.getpid()}-{secrets.token_hex(4)}"
+        #: Over names, tombstones and claims: a name may be given up and owned again by different threads.
+        self._lock = threading.Lock()
         self._names: dict[str, Opener] = {}
         self._tombstones: dict[str, _Tombstone] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket_type())
@@ -67,26 +69,29 @@ class Directory:
 
     def publish(self, name: str, opener: Opener) -> None:
         """Own ``name``. Only under the namespace's lock, after ``ask`` has found no living owner."""
-        self._names[name] = opener
-        self._tombstones.pop(name, None)
-        self.space.claim(name, self.path)
+        with self._lock:
+            self._names[name] = opener
+            self._tombstones.pop(name, None)
+            self.space.claim(name, self.path)
 
     def withdraw(self, name: str, *, remember: bool, leftovers: Opener | None) -> None:
         """Give ``name`` up. ``remember``: processes started before now are still told that it was closed, or get
         the ``leftovers``."""
-        self._names.pop(name, None)
-        if remember:
-            self._tombstones[name] = _Tombstone(time.monotonic_ns(), leftovers)
-        else:
-            self.space.release(name, self.path)
+        with self._lock:
+            self._names.pop(name, None)
+            if remember:
+                self._tombstones[name] = _Tombstone(time.monotonic_ns(), leftovers)
+            else:
+                self.space.release(name, self.path)
 
     def forget_closed(self, before_ns: int) -> None:
         """Nobody can ask any more for what was closed before then (time.monotonic_ns)."""
-        for name, tombstone in list(self._tombstones.items()):
-            if tombstone.closed_ns < before_ns:
-                self._tombstones.pop(name, None)
-            if tombstone.closed_ns < before_ns and name not in self._names:
-                self.space.release(name, self.path)
+        with self._lock:
+            for name, tombstone in list(self._tombstones.items()):
+                if tombstone.closed_ns < before_ns:
+                    del self._tombstones[name]
+                    if name not in self._names:
+                        self.space.release(name, self.path)
 
     def _accept(self) -> None:
         while True:
