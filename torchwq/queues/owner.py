@@ -14,7 +14,7 @@ Invariants:
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
 * Lock order: ``_gate``, ``taking``, the outbox's lock, then ``_lock``. ``_lock`` is never held while sending.
-* As long as no other process has a handle, questions are in ``questions`` and not in the socket. ``_gate`` covers "is
+* As long as no other process has a handle, questions are ``inside`` and not in the socket. ``_gate`` covers "is
   it still there?" and putting a question, ``taking`` "is it still there?" and taking one; both are held while the
   questions move to the socket. They never move back.
 """
@@ -34,19 +34,16 @@ from typing import Final
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
 from ..memory import recycling
-from ..memory.anonymous import Descriptor, exhausted
+from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
-from ..memory.parcel import TRAILER
 from ..transport import endpoint, reactor
 from ..transport import link as links
-from ..transport.alarm import Alarm
-from ..transport.endpoint import NO_FDS, Endpoint, Received
+from ..transport.endpoint import NO_FDS, Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
-from ..transport.readiness import Readiness
-from ..transport.waiting import SLICE, Waiter
 from ..workers import deaths, threads, worker
 from .history import History
+from .inside import Inside
 from .members import Member, patience
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import ENDED, SocketRole
@@ -69,14 +66,12 @@ class Owner(SocketRole, worker.EndListener):
         self.here, self.max_payload = True, codec.UNLIMITED
         self.capacity = capacity
         self.send = self._send_here if capacity is None else self._send_if_room
-        #: Questions for threads of this process; None once another process has had a handle.
-        self.questions: Mailbox[Received] | None = Mailbox()
+        #: Questions, for threads of this process.
+        self.inside = Inside()
         #: Answers of threads of this process.
         self.answers: Mailbox[Received] = Mailbox()
         self._gate = threading.RLock()
         self.taking = threading.RLock()
-        #: Of the question that a thread of this process has taken last.
-        self.number_taken = 0
         self.someone_waits_for_room = False
         #: Handles under way to threads of this process, and those that they have.
         self.invited = 0
@@ -84,10 +79,6 @@ class Owner(SocketRole, worker.EndListener):
         self._last_side = 0
         self._is_released = False
         self.closed_ns = 0
-        #: What threads of this process take questions from once these are in the socket; its end.
-        self._inner: Endpoint | None = None
-        self._inner_waiter: Waiter | None = None
-        self._inner_ended = False
         self.board = Board()
         self._on_close = on_close
         self._receiving = threading.Lock()
@@ -115,7 +106,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def _send_here(self, payload: codec.Encoded) -> None:
         with self._gate:
-            questions = self.questions
+            questions = self.inside.box
             if questions is not None:
                 if self.closed:
                     raise QueueClosed(self.closed)
@@ -134,7 +125,7 @@ class Owner(SocketRole, worker.EndListener):
         Raises MarshalError or ResourceError, and changes nothing, if one of them cannot travel.
         """
         with self._gate, self.taking:
-            questions = self.questions
+            questions = self.inside.box
             if questions is None:
                 return
             waiting = []
@@ -151,7 +142,7 @@ class Owner(SocketRole, worker.EndListener):
             self.here, self.max_payload = False, self._for_others
             if self.capacity is None:
                 self.send = self.outbox.send
-            self.questions = None
+            self.inside.box = None
             for payload in payloads:
                 self.outbox.send(payload)
         for side in list(self.sides):
@@ -184,7 +175,7 @@ class Owner(SocketRole, worker.EndListener):
                     self.board.set_asked(False)
 
     def _untaken(self) -> int:
-        questions = self.questions
+        questions = self.inside.box
         if questions is not None:
             return len(questions)
         waiting = self.outbox.number - self._last_sent
@@ -200,7 +191,7 @@ class Owner(SocketRole, worker.EndListener):
     # Reading
 
     def take(self) -> Received | None:
-        if self.questions is not None and not self._inbox:
+        if self.inside.box is not None and not self._inbox:
             return None if self.closed else self.answers.take()
         with self._receiving:
             if self._inbox:
@@ -208,12 +199,12 @@ class Owner(SocketRole, worker.EndListener):
             return self.answers.take() or self._take_from_socket()
 
     def sleep(self, deadline: float | None) -> Received | None:
-        if self.questions is None:
+        if self.inside.box is None:
             return super().sleep(deadline)
         return self.answers.wait(self.take, deadline, self._may_not_wait)
 
     def _may_not_wait(self) -> bool:
-        return self.alarm.is_set() or bool(self.closed) or self.questions is None
+        return self.alarm.is_set() or bool(self.closed) or self.inside.box is None
 
     def has_message(self) -> bool:
         return bool(self._inbox or len(self.answers)) or super().has_message()
@@ -233,7 +224,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def _absorb(self) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
-        if self.questions is not None:
+        if self.inside.box is not None:
             return None
         found = None
         with self._receiving:
@@ -297,7 +288,7 @@ class Owner(SocketRole, worker.EndListener):
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"the queue was not drained within {timeout} s")
             until = now + _GLANCE if deadline is None else min(now + _GLANCE, deadline)
-            if self.questions is not None:
+            if self.inside.box is not None:
                 self.answers.wait(lambda: self._is_drained(mark, 0) or None, until, self._may_not_wait)
             elif self.waiter.wait(self._absorb, until):
                 quiet_since = time.monotonic()
@@ -305,7 +296,7 @@ class Owner(SocketRole, worker.EndListener):
     def _is_drained(self, mark: int, quiet: float) -> bool:
         if self._last_sent < mark:
             return False
-        questions = self.questions
+        questions = self.inside.box
         unread = self.end.unread() if questions is None else len(questions)
         with self._lock:
             missing = mark - self._count_taken()
@@ -338,7 +329,7 @@ class Owner(SocketRole, worker.EndListener):
             except (BrokenPipeError, ResourceError):
                 link.close()
                 return True
-        if self.questions is not None:
+        if self.inside.box is not None:
             # Not in the reactor's thread, which pickles nothing.
             threading.Thread(target=self._open_or_close, name="torchwq-open", daemon=True).start()
         return True
@@ -396,7 +387,7 @@ class Owner(SocketRole, worker.EndListener):
         """Make a thread of this process a member; returns its number. It may come to a queue that is closed."""
         process = threads.current()
         with self.taking, self._lock:
-            if self.questions is None and not self.closed:
+            if self.inside.box is None and not self.closed:
                 self._open_inner(wanted=True)
             self._last_side -= 1
             number = self._last_side
@@ -410,25 +401,21 @@ class Owner(SocketRole, worker.EndListener):
         if member is not None:
             self._remove(member)
         self.answers.wake_all()
-        self.wake_sides()
+        self.inside.wake(bool(self.closed))
         self.see_off()
 
     def _open_inner(self, wanted: bool = False) -> None:
-        """Have an end of their own for threads of this process; it must outlive this owner's."""
+        """Let threads of this process, if there are any, read from the socket."""
         with self._lock:
             wanted = wanted or self.invited > 0 or any(number < 0 for number in self._members)
-        if self._inner is None and wanted:
-            try:
-                self._inner = endpoint.adopt([os.dup(fd) for fd in self._theirs.handover()])
-            except OSError as error:
-                raise exhausted(error) from error
-            self._inner_waiter = Waiter(self._inner, Alarm())
+        if wanted:
+            self.inside.open_end(self._theirs.handover())
 
     def invite(self, number: int) -> None:
         """So many more handles are under way to threads of this process."""
         with self.taking:
             self.invited += number
-            if number > 0 and self.questions is None and not self.closed:
+            if number > 0 and self.inside.box is None and not self.closed:
                 self._open_inner()
             if number < 0:
                 self.see_off()
@@ -438,80 +425,16 @@ class Owner(SocketRole, worker.EndListener):
         with self.taking, self._lock:
             if self.invited or any(number < 0 for number in self._members):
                 return
-            if self.closed and self.questions is not None:
-                while self.questions.take() is not None:
-                    pass
-            if self._inner is not None:
-                inner, self._inner = self._inner, None
-                assert self._inner_waiter is not None
-                self._inner_waiter.close()
-                self._inner_waiter = None
-                self._inner_ended = bool(self.closed)
-                inner.close()
+            self.inside.close(bool(self.closed))
             if self._is_released and self.board.fd >= 0:
                 self.release()
-
-    def take_question(self) -> Received | None:
-        """Called with ``taking`` held."""
-        questions = self.questions
-        if questions is not None:
-            received = questions.take()
-            if received is not None:
-                self.number_taken += 1
-            return received
-        if self._inner is None:
-            return None
-        try:
-            received = self._inner.try_receive()
-        except EOFError:
-            self._inner_ended = True
-            return None
-        if received is not None:
-            self.number_taken = int.from_bytes(received[0][-TRAILER:-1], "little")
-        return received
-
-    def has_question(self) -> bool:
-        questions, inner = self.questions, self._inner
-        return bool(len(questions) if questions is not None else inner is not None and inner.has_arrived())
-
-    def has_no_more_questions(self) -> bool:
-        questions = self.questions
-        if questions is not None:
-            return bool(self.closed) and not len(questions)
-        return self._inner_ended or (bool(self.closed) and self._inner is None)
-
-    def sleep_for_question(
-        self, attempt: Callable[[], Received | None], deadline: float | None, stop: Callable[[], object]
-    ) -> Received | None:
-        questions, waiter = self.questions, self._inner_waiter
-        if questions is not None:
-            return questions.wait(attempt, deadline, lambda: self.closed or questions is not self.questions or stop())
-        if waiter is None or self._inner_ended:
-            return attempt()
-        slice_ = time.monotonic() + SLICE
-        return waiter.wait(attempt, slice_ if deadline is None else min(slice_, deadline))
-
-    def wake_sides(self) -> None:
-        questions = self.questions
-        if questions is not None and self.closed:
-            questions.end()
-        elif questions is not None:
-            questions.wake_all()
-
-    def watch_questions(self, readiness: Readiness) -> None:
-        """Let ``readiness`` stand for questions and their end. Called again when they have moved."""
-        questions, inner = self.questions, self._inner
-        if questions is not None:
-            readiness.set(questions.bell().fileno())
-        elif inner is not None:
-            readiness.set(inner.fileno())
 
     def answer(self, received: Received) -> None:
         """Take an answer from a thread of this process. Raises QueueClosed."""
         if self.closed:
             raise QueueClosed(ENDED)
         self.answers.put(received)
-        if self.questions is None:
+        if self.inside.box is None:
             self.alarm.set()
 
     def note_taken(self) -> None:
@@ -630,13 +553,13 @@ class Owner(SocketRole, worker.EndListener):
             self.answers.wake_all()
         else:
             self.alarm.clear()
-            if self.questions is None and len(self.answers):
+            if self.inside.box is None and len(self.answers):
                 self.alarm.set()  # a thread's answer came in between
 
     # Closing
 
     def close(self) -> None:
-        questions = self.questions
+        questions = self.inside.box
         if not self.closed and questions and (self.invited or any(not each.here for each in worker.living())):
             try:
                 self.open_to_processes()  # one that is on its way to it may be a process, or go on to one
@@ -657,7 +580,7 @@ class Owner(SocketRole, worker.EndListener):
         while self.answers.take() is not None:
             pass
         self.answers.wake_all()
-        self.wake_sides()
+        self.inside.wake(bool(self.closed))
         self._on_close(self)
         recycling.suspect_losses()
         self.waiter.close()

@@ -65,12 +65,12 @@ class ThreadSide(Role):
         with owner.taking:
             if self.closed:
                 return None
-            received = owner.take_question()
+            received = owner.inside.take()
             if received is None:
-                if owner.has_no_more_questions():
+                if owner.inside.is_over(bool(owner.closed)):
                     self.closed = ENDED
                 return None
-            notes.number = owner.number_taken
+            notes.number = owner.inside.number
             notes.taken += 1
             self._busy.add(ident)
         if ident not in self._known:
@@ -93,10 +93,10 @@ class ThreadSide(Role):
         self.owner.answers.wake_all()  # drain looks at who is busy
 
     def sleep(self, deadline: float | None) -> Received | None:
-        return self.owner.sleep_for_question(self.take, deadline, lambda: self.closed)
+        return self.owner.inside.sleep(self.take, deadline, lambda: self.closed or self.owner.closed)
 
     def is_troubled(self) -> bool:
-        return bool(self.closed) or self.owner.has_no_more_questions()
+        return bool(self.closed) or self.owner.inside.is_over(bool(self.owner.closed))
 
     def raise_trouble(self) -> None:
         if self.closed:
@@ -106,10 +106,10 @@ class ThreadSide(Role):
         return self.owner.ticket()
 
     def has_message(self) -> bool:
-        return self.owner.has_question()
+        return self.owner.inside.has_question()
 
     def watch(self) -> None:
-        self.owner.watch_questions(self._readiness)
+        self.owner.inside.watch(self._readiness)
 
     def rewatch(self) -> None:
         """Questions come from elsewhere now."""

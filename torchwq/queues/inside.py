@@ -1,0 +1,111 @@
+"""Where threads of the owner's process find its questions.
+
+As long as no other process has a handle, in a mailbox. Once one has, in the socket that all workers share, which these
+threads read by an end of their own: it must outlive the owner's, since what was written before the closing is still
+read.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from ..memory.anonymous import exhausted
+from ..memory.parcel import TRAILER
+from ..transport import endpoint
+from ..transport.alarm import Alarm
+from ..transport.endpoint import Endpoint, Received
+from ..transport.mailbox import Mailbox
+from ..transport.readiness import Readiness
+from ..transport.waiting import SLICE, Waiter
+
+
+class Inside:
+    """The questions of one queue, for these threads. What changes it is called with ``Owner.taking`` held."""
+
+    def __init__(self) -> None:
+        #: The questions; None once they are in the socket.
+        self.box: Mailbox[Received] | None = Mailbox()
+        self._end: Endpoint | None = None
+        self._waiter: Waiter | None = None
+        self._ended = False
+        #: Of the question that was taken last.
+        self.number = 0
+
+    def take(self) -> Received | None:
+        """The next question, whose ``number`` is known then. With ``Owner.taking`` held."""
+        box = self.box
+        if box is not None:
+            received = box.take()
+            if received is not None:
+                self.number += 1
+            return received
+        if self._end is None:
+            return None
+        try:
+            received = self._end.try_receive()
+        except EOFError:
+            self._ended = True
+            return None
+        if received is not None:
+            self.number = int.from_bytes(received[0][-TRAILER:-1], "little")
+        return received
+
+    def has_question(self) -> bool:
+        box, end = self.box, self._end
+        return bool(len(box) if box is not None else end is not None and end.has_arrived())
+
+    def is_over(self, closed: bool) -> bool:
+        """Whether no question is left, and none will come; ``closed``: the owner has closed the queue."""
+        if self.box is not None:
+            return closed and not len(self.box)
+        return self._ended or (closed and self._end is None)
+
+    def sleep(
+        self, attempt: Callable[[], Received | None], deadline: float | None, stop: Callable[[], object]
+    ) -> Received | None:
+        """What ``attempt`` gives; None after ``deadline``, if there is a reason to ``stop``, or for no reason."""
+        box, waiter = self.box, self._waiter
+        if box is not None:
+            return box.wait(attempt, deadline, lambda: box is not self.box or stop())
+        if waiter is None or self._ended:
+            return attempt()
+        glance = time.monotonic() + SLICE
+        return waiter.wait(attempt, glance if deadline is None else min(glance, deadline))
+
+    def wake(self, closed: bool) -> None:
+        """Let those who wait look; ``closed``: no more will come."""
+        box = self.box
+        if box is not None and closed:
+            box.end()
+        elif box is not None:
+            box.wake_all()
+
+    def watch(self, readiness: Readiness) -> None:
+        """Let ``readiness`` stand for questions and their end. To be called again when they have moved."""
+        box, end = self.box, self._end
+        if box is not None:
+            readiness.set(box.bell().fileno())
+        elif end is not None:
+            readiness.set(end.fileno())
+
+    def open_end(self, handover: Sequence[int]) -> None:
+        """Have an end, of these descriptors, which stay the caller's. Raises ResourceError."""
+        if self._end is None:
+            try:
+                self._end = endpoint.adopt([os.dup(fd) for fd in handover])
+            except OSError as error:
+                raise exhausted(error) from error
+            self._waiter = Waiter(self._end, Alarm())
+
+    def close(self, closed: bool) -> None:
+        """Nobody is here who takes questions; ``closed``: nobody will come."""
+        if closed and self.box is not None:
+            while self.box.take() is not None:
+                pass
+        if self._end is not None and self._waiter is not None:
+            self._waiter.close()
+            self._end.close()
+            self._end = self._waiter = None
+            self._ended = closed
