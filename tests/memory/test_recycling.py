@@ -178,6 +178,7 @@ def test_a_tensor_outlives_its_maker() -> None:
 
 def test_messages_that_nobody_reads_do_not_keep_memory_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     with torchwq.workqueue() as queue:
+        queue._role.open_to_processes()  # type: ignore[union-attr]
         for _ in range(20):
             queue.write(torch.ones(54_321))
         assert torchwq.memory_stats().in_flight == 20
