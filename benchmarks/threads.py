@@ -2,8 +2,8 @@
 
 First, echoes through one worker that is a thread, beside ``queue.SimpleQueue`` with and without pickling, and tasks
 beside ``ThreadPoolExecutor``. Then three kinds of work, done by workers of either backend and without any: decoding
-that releases the GIL (PNG images, by Pillow), that holds it (pixels from text, by Python), and waiting (as for a disk or
-a network).
+that releases the GIL (PNG images, by Pillow), that holds it (pixels from text, by Python), and waiting (as for a disk
+or a network).
 
     python -m benchmarks.threads [--quick] [--rounds N] [--json FILE] [--check]
 """
