@@ -45,9 +45,10 @@ from .workers.losses import lost
 
 #: Words of the roster's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs;
 #: how many workers that are threads have failed; how many handles were given up. And, for the last round of either
-#: parity: its number plus one if it was broken; how many have gone on after it.
+#: parity: its number plus one if it was broken; how many have gone on after it. How many losses there had been when
+#: the first one arrived: of these all who wait have been told.
 HOLDER, ROUND, ARRIVED, NEEDED, FAILURES, LEFT = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
-BROKEN, GONE_ON = FIRST_OF_HEAD + 6, FIRST_OF_HEAD + 8
+BROKEN, GONE_ON, LOSSES = FIRST_OF_HEAD + 6, FIRST_OF_HEAD + 8, FIRST_OF_HEAD + 10
 #: Words of a seat: handles sent to other processes, and received; how many threads wait at the barrier.
 ISSUED, REDEEMED, WAITING = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 3)
 
@@ -207,10 +208,13 @@ class _Core:
         deadline = None if timeout is None else time.monotonic() + timeout
         words = self._words
         with self.roster.locked():
-            self._raise_news(told)
+            if self._has_news(told):
+                if words[ARRIVED] and self._losses() > words[LOSSES]:
+                    self._break_round()  # who waits has not been told yet
+                self._raise_news(told)
             number = int(words[ROUND])
             if not words[ARRIVED]:
-                words[NEEDED] = n
+                words[NEEDED], words[LOSSES] = n, self._losses()
             elif words[NEEDED] != n:
                 raise ValueError(f"a barrier of {int(words[NEEDED])} is waited for already, and this one is of {n}")
             if words[ARRIVED] + 1 == n:
@@ -271,6 +275,9 @@ class _Core:
                 with self.roster.locked():
                     if words[ROUND] == number and (self._has_news(told) or self._nobody_comes()):
                         self._break_round()
+
+    def _losses(self) -> int:
+        return sum(not lives for _, lives in self.roster.others()) + int(self._words[FAILURES])
 
     def _has_news(self, told: _News) -> bool:
         if self._words[FAILURES] > told.failures:

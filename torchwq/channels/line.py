@@ -28,6 +28,7 @@ import os
 import pickle
 import select
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -62,10 +63,11 @@ _BUNDLE: Final = 3
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
 _ROOM: Final = 160 * 1024
 _ROOM_FOR_BUNDLE: Final = 1 << 20
-#: How long a bundle may wait for room.
-_LAST_PATIENCE: Final = 2.0
+_STEP: Final = 4096
+#: How long, in seconds, a bundle may wait for room if that does not help.
+_LAST_PATIENCE: Final = 5.0
 #: A bundle that is neither in the socket nor anybody's backlog is believed to be lost after so many seconds.
-_LOST_AFTER: Final = 1.0
+_LOST_AFTER: Final = 2.0
 #: Whoever waits for room looks at least so often, in seconds.
 _GLANCE: Final = 0.02
 
@@ -135,7 +137,9 @@ class Line:
         self._retiring = False
         #: Whether what was written before the closing is being passed on.
         self._forwards = False
-        self._lost_bundle_since = 0.0
+        #: Bundles under way and items taken as they were last seen, while nothing else was, and since when.
+        self._bundles_seen = 0, 0
+        self._bundles_since = 0.0
         self.left = False
         self.alarm = Alarm()
         self._waiter: Waiter | None = None
@@ -333,7 +337,12 @@ class Line:
         Whoever waits calls this now and then: the one who has closed may be dead.
         """
         with self.roster.locked():
-            if self.left or not self._words[CLOSED] or self._has_backlog() or self._has_bundle():
+            if self.left or not self._words[CLOSED]:
+                return
+            if self._has_backlog():
+                self._bundles_seen = 0, 0
+                return
+            if self._has_bundle():
                 return
             with contextlib.suppress(OSError):
                 self._in.stop_sending()
@@ -342,12 +351,10 @@ class Line:
         """Whether one is under way. If its receiver was killed with it, it is given up after a while."""
         if not self._words[BUNDLES]:
             return False
-        now = time.monotonic()
-        if self._out.has_arrived():
-            self._lost_bundle_since = 0.0
-        elif not self._lost_bundle_since:
-            self._lost_bundle_since = now
-        elif now - self._lost_bundle_since > _LOST_AFTER:
+        seen = int(self._words[BUNDLES]), self.roster.sum(TAKEN)
+        if seen != self._bundles_seen or self._out.has_arrived():
+            self._bundles_seen, self._bundles_since = seen, time.monotonic()
+        elif time.monotonic() - self._bundles_since > _LOST_AFTER:
             self._words[BUNDLES] = 0
         return bool(self._words[BUNDLES])
 
@@ -475,23 +482,34 @@ class Line:
         try:
             fd = anonymous.fill([pickle.dumps(parts)])
             with bag.pack([fd, *fds]) as sack, contextlib.closing(anonymous.Descriptor(fd)):
-                self._in.set_room(_ROOM_FOR_BUNDLE)
-                until = time.monotonic() + _LAST_PATIENCE
-                message = _TRAILER.pack(0, _BUNDLE)
-                while not (sent := self._in.try_send(message, [sack.fileno()])):
-                    if time.monotonic() > until or not any(lives for _, lives in self.roster.others()):
-                        break
-                    self._wait_for_room(_GLANCE)
-                    self._in.set_room(_ROOM_FOR_BUNDLE)
-                self._in.set_room(_ROOM)
+                sent = self._send_at_last(_TRAILER.pack(0, _BUNDLE), sack.fileno())
         except OSError:
             pass  # nobody can receive it, or there are no descriptors left to send it with
+        if not sent and any(lives for _, lives in self.roster.others()):
+            print(f"torchwq: {len(parts)} items of a channel are lost: nobody has made room for them", file=sys.stderr)
         if sent:
             self._sent += len(parts)
             self._words[self._sent_at] = self._sent
         else:
             self._words[BUNDLES] -= 1
         self._words[self._first + BACKLOG] = 0
+
+    def _send_at_last(self, message: bytes, fd: int) -> bool:
+        """Send one message although there is no room; False if others live and have not made any for a while."""
+        # Room is made in small steps: other writers have backlogs, too, and what they wait for is the same room.
+        try:
+            for room in range(_ROOM, _ROOM_FOR_BUNDLE, _STEP):
+                self._in.set_room(room)
+                if self._in.try_send(message, [fd]):
+                    return True
+            until = time.monotonic() + _LAST_PATIENCE
+            while time.monotonic() < until and any(lives for _, lives in self.roster.others()):
+                self._wait_for_room(_GLANCE)
+                if self._in.try_send(message, [fd]):
+                    return True
+        finally:
+            self._in.set_room(_ROOM)
+        return False
 
     def _unpack(self, bundle: Received) -> Received:
         """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
