@@ -15,6 +15,9 @@ SITE        ?= site
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 
+# How many processes run the tests side by side: much of a test is waiting for deaths, starts and ends.
+TEST_PROCESSES ?= 3
+
 # How long `make soak` goes on, in seconds.
 TORCHWQ_SOAK_SECONDS ?= 600
 
@@ -40,8 +43,8 @@ demo: $(call extra,examples) ## train a small CNN on images that background work
 	$(BIN)/python examples/train_digits.py
 
 test: $(call extra,test) $(call extra,examples) ## run the tests, those of the queues on both transports
-	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest $(PYTEST_ARGS)
-	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest tests/transport tests/queues tests/channels $(PYTEST_ARGS)
+	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/transport tests/queues tests/channels $(PYTEST_ARGS)
 
 lint: style types imports ## check style, types and layers
 

@@ -222,14 +222,19 @@ class _Core:
                 return self._go_on(number)
             words[ARRIVED] += 1
             words[self._seat + WAITING] += 1
+        timed_out = None
         try:
             self._wait_for_end_of(number, deadline, told)
+        except TimeoutError as error:
+            timed_out = error
         finally:
             with self.roster.locked():
                 if not self.left:
                     words[self._seat + WAITING] -= 1
                     if words[ROUND] == number:
                         words[ARRIVED] -= 1
+                        if timed_out is not None:
+                            raise timed_out
         if words[BROKEN + number % 2] == number + 1:
             self._raise_news(told)
             raise WorkerDied(
@@ -301,7 +306,7 @@ class _Core:
     def _nobody_comes(self) -> bool:
         """Whether some that had the mutex have given it up, and all that have it wait here already.
 
-        A thread of this process that has never come to the barrier is not known.
+        Daemon threads of this process that have never come to the barrier are not known.
         """
         seats = [seat for seat, lives in self.roster.others() if lives]
         if self.under_way or any(not self._words[self.roster.index(seat) + WAITING] for seat in seats):
@@ -312,8 +317,8 @@ class _Core:
         issued, redeemed = self.roster.sum(ISSUED), self.roster.sum(REDEEMED)
         if issued > redeemed and (worker.living() or info.worker_info() is not None):
             return False
-        known = sum(thread.is_alive() for thread in list(self._users))
-        return bool(self._words[LEFT]) and known <= max(1, waiting)
+        known = {thread for thread in list(self._users) if thread.is_alive()}.union(threads.of_user())
+        return bool(self._words[LEFT]) and len(known) <= max(1, waiting)
 
     # Coming and going
 
@@ -449,7 +454,7 @@ class Mutex:
             timeout: how long to wait at most, in seconds; None waits for ever.
 
         Returns:
-            In which place this thread has arrived, from 0 to ``n - 1``; different for each.
+            A number from 0 to ``n - 1``, different for each: in which place this thread goes on.
 
         Raises:
             WorkerDied: the barrier may never be completed: a worker that had the mutex died, or ended with an error; or

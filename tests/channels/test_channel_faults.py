@@ -199,3 +199,49 @@ def test_a_program_that_leaves_channels_open_ends(run_script: object) -> None:
     )
     assert done.stdout == "end\n"
     assert done.stderr == ""
+
+
+def test_a_thread_that_works_while_another_waits_may_still_write() -> None:
+    todo, done = torchwq.channel(), torchwq.channel()
+    todo.write(3)
+    workers = torchwq.map(2, follow_up, todo, done, backend="thread")
+    del todo
+    assert [done.read(timeout=20)[1] for _ in range(4)] == [3, 2, 1, 0]
+    workers.join(20)
+
+
+def follow_up(todo: torchwq.Channel, done: torchwq.Channel) -> None:
+    """Each number makes a smaller one; 0 closes."""
+    for number in todo:
+        time.sleep(0.4)  # longer than it takes to be sure that nobody is left
+        done.write(number)
+        if number:
+            todo.write(number - 1)
+        else:
+            todo.close()
+
+
+def test_select_does_not_spin_when_nobody_is_left() -> None:
+    channel = torchwq.channel()
+    torchwq.map(1, jobs.produce, channel, 1).join(20)
+    channel.read(timeout=20)
+    for _ in range(100):
+        assert torchwq.select([channel], 20) == [channel]
+        try:
+            channel.read(timeout=0)
+        except torchwq.WorkerDied:
+            return
+        except Exception:  # queue.Empty
+            continue
+    raise AssertionError("select says that the channel is ready, and reading it tells nothing")
+
+
+def test_a_failed_closing_is_told_to_whoever_reads_the_end() -> None:
+    channel = torchwq.channel()
+    with pytest.raises(ValueError, match="half"), channel:
+        channel.write(1)
+        raise ValueError("half done")
+    assert channel.read()[1] == 1
+    with pytest.raises(torchwq.WorkerDied, match="items may be missing"):
+        channel.read(nonblocking=True)
+    assert channel.read() == (DRAINED, None), "once"

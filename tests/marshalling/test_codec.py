@@ -9,6 +9,7 @@ import gc
 import os
 import pathlib
 import pickle
+import re
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -186,7 +187,7 @@ def test_parts_of_a_call_stay_one_object() -> None:
         library.plain,
         library.Holder,
     ],
-    ids=repr,
+    ids=lambda obj: re.sub(" at 0x[0-9a-f]+", "", repr(obj)),
 )
 def test_objects_of_many_libraries_come_back_from_a_worker(peer: Peer, obj: Any) -> None:
     out = peer.echo(obj)

@@ -97,7 +97,9 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "place"), PLACES, ids=[place[:40] or "itself" for _, place in PLACES])
+@pytest.mark.parametrize(
+    ("make", "place"), PLACES, ids=[place.partition(" at 0x")[0][:40] or "itself" for _, place in PLACES]
+)
 def test_the_error_begins_with_the_place(make: Any, place: str) -> None:
     with pytest.raises(MarshalError) as caught:
         marshal(make())

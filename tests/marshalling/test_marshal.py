@@ -129,7 +129,7 @@ def test_arrays_are_writable_copies(sizes: list[int]) -> None:
         torch.eye(3).to_sparse_csr(),
         torch.empty(2, device="meta"),
     ],
-    ids=str,
+    ids=["transposed", "leaf", "parameter", "bfloat16", "conj", "empty", "scalar", "coo", "csr", "meta"],
 )
 def test_tensors_of_any_kind_alias_the_writers_and_stay_where_they_are(tensor: torch.Tensor) -> None:
     got = through({"deep": [tensor]})["deep"][0]

@@ -72,6 +72,8 @@ class Core:
         self.check_fork()
         if nonblocking:
             self.vigil.raise_news(reader.told(), READS)
+            if self.way.state() is ChannelState.DRAINED:
+                self.vigil.raise_failed_closing(reader.told())
             return None
         now = looked = time.monotonic()
         deadline = None if timeout is None else now + timeout
@@ -109,11 +111,13 @@ class Core:
         if self.line is not None:
             self.line.finish_closing()
         self.vigil.raise_news(told, READS)
+        self.vigil.show_waiting(reader, READS)
         self.vigil.raise_if_alone(reader, READS)
 
     def _wait_for_room(self) -> None:
         writer = self.vigil.writer()
         self.vigil.raise_news(writer.told(), WRITES)
+        self.vigil.show_waiting(writer, WRITES)
         self.vigil.raise_if_alone(writer, WRITES)
 
     # Handles
@@ -152,7 +156,8 @@ class Core:
 
     def close(self, *, failed: bool = False) -> None:
         self.way.close(failed=failed)
-        self._trouble.set()
+        if self.way.here:
+            self._trouble.set()
 
     # Readiness
 
@@ -173,7 +178,7 @@ class Core:
 
     def is_ready(self, reader: Any) -> bool:
         """Whether ``read`` would not have to wait; looks at the others, too."""
-        if self.forked or self.way.num_items() or self.way.state() is ChannelState.DRAINED:
+        if self.forked or self.way.can_take() or self.way.state() is ChannelState.DRAINED:
             return True
         if self.line is not None:
             self.line.finish_closing()
@@ -183,12 +188,16 @@ class Core:
         """Let deaths show in the descriptor."""
         if self.forked or not self._readiness.is_watched:
             return
-        if self.way.is_closed or any(self.is_ready(handle) for handle in self.vigil.handles()):
+        if self.way.state() is ChannelState.DRAINED or any(map(self._has_to_tell, self.vigil.handles())):
             self._trouble.set()
         else:
             self._trouble.clear()
         again = weakref.WeakMethod(self._look_on)
         reactor.get().call_later(LOOK_EVERY, lambda: _call(again))
+
+    def _has_to_tell(self, handle: Any) -> bool:
+        """Whether there is something that nobody has been told who reads with this handle."""
+        return all(self.vigil.has_news(told, READS) for told in handle.all_told()) or self.vigil.is_alone(handle, READS)
 
     def abandon(self) -> None:
         self.forked = True
@@ -216,7 +225,7 @@ class _Forked:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise QueueClosed(FORKED)
 
-    send = take = read = sleep = state = num_items = close = counts = _refuse
+    send = take = read = can_take = sleep = state = num_items = close = counts = _refuse
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

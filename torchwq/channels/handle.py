@@ -81,6 +81,10 @@ class Channel:
         """What this thread has been told of; see ``vigil``."""
         return self._told.setdefault(threading.get_ident(), self._told_at_first.copy())
 
+    def all_told(self) -> list[Told]:
+        """What all threads that have read with this handle have been told of."""
+        return list(self._told.values()) or [self._told_at_first]
+
     @property
     def capacity(self) -> int | None:
         """How many items may wait to be read before ``write`` blocks; None: any number."""
@@ -182,7 +186,7 @@ class Channel:
 
         Raises:
             TimeoutError: nothing came within ``timeout`` seconds. (``asyncio.TimeoutError`` is the same.)
-            WorkerDied, QueueClosed: as for :meth:`read`.
+            WorkerDied, QueueClosed: as for :meth:`read`; but not that nobody is left, for another task may write.
         """
         core = self._core
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -77,6 +77,9 @@ class Here:
             return self.next.take()  # type: ignore[no-any-return]
         return received
 
+    def can_take(self) -> bool:
+        return bool(len(self.box))
+
     def read(self) -> tuple[ChannelState, Any] | None:
         received = self.take()
         if received is None:

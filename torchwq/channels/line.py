@@ -239,6 +239,9 @@ class Line:
 
     # Reading
 
+    def can_take(self) -> bool:
+        return not self.left and bool(self._kept or self._out.has_arrived())
+
     def read(self) -> tuple[ChannelState, Any] | None:
         """The next item, with the channel's state, if there is one.
 

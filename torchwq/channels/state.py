@@ -42,6 +42,10 @@ class Way(Protocol):
         """The next item, if there is one."""
         ...
 
+    def can_take(self) -> bool:
+        """Whether an item is here to be taken."""
+        ...
+
     def read(self) -> tuple[ChannelState, Any] | None:
         """The same, decoded, with the state of the channel."""
         ...

@@ -62,8 +62,8 @@ class Vigil:
         self._core = weakref.ref(core)
         self._lock = threading.Lock()
         self._handles: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._waiting: dict[Any, int] = {}
-        self._kinds: list[int] = []
+        #: What each thread waits for with which handle.
+        self._waiting: dict[tuple[Any, int], int] = {}
         #: Workers that were threads and have failed, with whether they had written.
         self._failures: list[tuple[WorkerDied, bool]] = []
         self._shown = 0
@@ -114,22 +114,20 @@ class Vigil:
 
     def writer(self) -> Any:
         """The handle with which this thread waits for room."""
-        return next(handle for handle, kind in list(self._waiting.items()) if kind == WRITES)
+        me = threading.get_ident()
+        return next(handle for (handle, ident), kind in list(self._waiting.items()) if ident == me and kind == WRITES)
 
     @contextmanager
     def waiting(self, handle: Any, kind: int) -> Iterator[None]:
         """Within this, ``handle`` waits."""
+        key = handle, threading.get_ident()
         with self._lock:
-            self._waiting[handle] = kind
-            self._kinds.append(kind)
+            self._waiting[key] = kind
         try:
             yield
         finally:
             with self._lock:
-                self._kinds.remove(kind)
-                if not self._kinds:
-                    self._waiting.clear()
-                self._alone_since = None
+                del self._waiting[key]
             self._show(0)
 
     def _show(self, kind: int) -> None:
@@ -153,7 +151,7 @@ class Vigil:
         death = self._find(told, kind, only_of_threads)
         if death is None:
             return
-        if kind == READS and core.way.num_items():
+        if kind == READS and core.way.can_take():
             told.seats, told.failures = before.seats, before.failures
             return
         raise death
@@ -203,22 +201,27 @@ class Vigil:
     # Nobody is left
 
     def raise_if_alone(self, handle: Any, kind: int) -> None:
-        core = self._core()
-        if core is None:
-            return
+        if self.is_alone(handle, kind):
+            raise WorkerDied(_ALONE[kind])
+
+    def show_waiting(self, handle: Any, kind: int) -> None:
+        """Let other processes see whether all that have the channel here wait. Called by one that does."""
         self._show(kind if self._all_wait(handle, kind) else 0)
-        if not self.is_alone(handle, kind):
+
+    def is_alone(self, handle: Any, kind: int) -> bool:
+        """Whether nobody is left, and has not been for long enough to be sure."""
+        core = self._core()
+        if core is None or not self._seems_alone(handle, kind):
             self._alone_since = None
-            return
+            return False
         line = core.line
-        sums = None if line is None else (line.roster.sum(SENT), line.roster.sum(TAKEN))
+        sums = None if line is None or line.left else (line.roster.sum(SENT), line.roster.sum(TAKEN))
         now = time.monotonic()
         if self._alone_since is None or self._alone_since[1] != sums:
             self._alone_since = now, sums
-        elif now - self._alone_since[0] >= _SURE_AFTER and not (kind == READS and core.way.num_items()):
-            raise WorkerDied(_ALONE[kind])
+        return now - self._alone_since[0] >= _SURE_AFTER and not (kind == READS and core.way.can_take())
 
-    def is_alone(self, handle: Any, kind: int) -> bool:
+    def _seems_alone(self, handle: Any, kind: int) -> bool:
         core = self._core()
         if core is None or not self._all_wait(handle, kind):
             return False
@@ -238,16 +241,7 @@ class Vigil:
         with self._lock:
             if self.under_way:
                 return False
-            for each in self._handles:
-                if each is not handle and self._waiting.get(each) != kind:
-                    return False
-        return threads.current() is not None or not _other_threads()
-
-
-def _other_threads() -> bool:
-    """Whether there are threads beside this one that the user has made to do something, or this is one of them."""
-    me = threading.current_thread()
-    return any(
-        thread is not me and not thread.daemon and not thread.name.startswith("torchwq-")
-        for thread in threading.enumerate()
-    )
+            waiting = {each for (each, _), what in self._waiting.items() if what == kind}
+            if any(each is not handle and each not in waiting for each in self._handles):
+                return False
+        return not threads.of_user()

@@ -144,6 +144,21 @@ def current() -> ThreadWorker | None:
     return worker
 
 
+def of_user() -> list[threading.Thread]:
+    """The threads beside this one that could do with its things what it does: the main one, and those of the user.
+
+    None for a worker, which has things of its own. Daemons are not counted: mostly they are some library's.
+    """
+    if current() is not None:
+        return []
+    me = threading.current_thread()
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread is not me and not thread.daemon and not thread.name.startswith("torchwq-")
+    ]
+
+
 def belongs_here(belonging: Belonging) -> None:
     """What was opened in this thread is closed when the thread ends, if it is a worker."""
     worker = current()
