@@ -16,17 +16,29 @@ from torchwq import Channel, ChannelState
 
 
 def write_for_ever(channel: Channel, name: int) -> None:
-    number = 0
-    while channel.write((name, number, torch.full((4,), float(number)) if number % 50 == 0 else None)) is (
-        ChannelState.OPEN
-    ):
-        number += 1
+    number, state = 0, ChannelState.OPEN
+    while state is ChannelState.OPEN:
+        try:
+            state = channel.write((name, number, torch.full((4,), float(number)) if number % 50 == 0 else None))
+            number += 1
+        except torchwq.WorkerDied:  # a relay was killed: the others go on
+            continue
 
 
 def relay(source: Channel, sink: Channel) -> None:
-    for name, number, tensor in source:
-        assert tensor is None or float(tensor.sum()) == 4 * number
-        sink.write((os.getpid(), name, number))
+    item = None
+    while True:
+        try:
+            if item is None:
+                state, item = source.read()
+                if state is ChannelState.DRAINED:
+                    return
+            name, number, tensor = item
+            assert tensor is None or float(tensor.sum()) == 4 * number
+            sink.write((os.getpid(), name, number))
+            item = None
+        except torchwq.WorkerDied:
+            continue
 
 
 def kill_one(workers: dict[int, torchwq.Map]) -> None:
