@@ -18,10 +18,12 @@ from ..transport import awaiting, reactor
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
-from .core import LOOK_EVERY, Core
+from .core import Core
 from .state import ChannelState
 from .vigil import READS, WRITES, Told
 
+#: How long, in seconds, a task waits before it looks by itself: what it would find shows in the descriptor.
+_ASYNC_SLICE: Final = 5.0
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
 
@@ -200,7 +202,7 @@ class Channel:
                 core.vigil.raise_failed_closing(self.told())
                 return ChannelState.DRAINED, None
             core.vigil.raise_news(self.told(), READS)
-            left = LOOK_EVERY if deadline is None else min(LOOK_EVERY, deadline - time.monotonic())
+            left = _ASYNC_SLICE if deadline is None else min(_ASYNC_SLICE, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"nothing came within {timeout} s")
             await awaiting.readable(core.fileno(), left)
