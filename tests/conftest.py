@@ -151,3 +151,22 @@ def _timers_are_not_users_threads() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("pytest_timeout"):
             thread._daemonic = True  # type: ignore[attr-defined]
+
+
+@pytest.fixture(params=["process", "thread"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """What workers are."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["here", "line"])
+def make(request: pytest.FixtureRequest) -> Callable[[], torchwq.Channel]:
+    """Makes a channel whose items stay in this process, or one whose items might go to others."""
+
+    def make_channel() -> torchwq.Channel:
+        made = torchwq.channel()
+        if request.param == "line":
+            made._core.open_to_processes()
+        return made
+
+    return make_channel

@@ -42,6 +42,7 @@ from .transport.process import closed_in_child, reset_in_child
 from .transport.sockets import close_fds
 from .workers import info, shutdown, threads, worker
 from .workers.losses import lost
+from .workers.presence import Presence
 
 #: Words of the roster's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs;
 #: how many workers that are threads have failed; how many handles were given up. And, for the last round of either
@@ -66,19 +67,6 @@ class _News:
 
     seats: set[int] = field(default_factory=set)
     failures: int = 0
-
-
-class _Presence:
-    """Lives in its thread's locals: a thread that ends does not hold the lock any more."""
-
-    def __init__(self, core: _Core) -> None:
-        self._core = weakref.ref(core)
-        self._thread = threading.get_ident()
-
-    def __del__(self) -> None:
-        core = self._core()
-        if core is not None:
-            core.thread_ended(self._thread)
 
 
 class _Core:
@@ -136,7 +124,7 @@ class _Core:
             self._words[HOLDER] = os.getpid()
             self._holder = me
             if not hasattr(self._thread, "presence"):
-                self._thread.presence = _Presence(self)
+                self._thread.presence = Presence(self, me)
             self.abandoned = None if not before else self._successor_of(before)
         except BaseException as error:
             # A warning that is an error has told; after Ctrl-C the next one is told.

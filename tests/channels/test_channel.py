@@ -20,28 +20,6 @@ from torchwq import ChannelState
 OPEN, CLOSED, DRAINED = ChannelState.OPEN, ChannelState.CLOSED, ChannelState.DRAINED
 
 
-@pytest.fixture(params=["process", "thread"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["here", "line"])
-def make(request: pytest.FixtureRequest) -> Callable[[], torchwq.Channel]:
-    """Makes a channel whose items stay in this process, or one whose items might go to others."""
-
-    def make_channel() -> torchwq.Channel:
-        made = torchwq.channel()
-        if request.param == "line":
-            open_to_processes(made)
-        return made
-
-    return make_channel
-
-
-def open_to_processes(channel: torchwq.Channel) -> None:
-    channel._core.open_to_processes()
-
-
 def test_first_in_first_out_and_multi_write(make: Callable[[], torchwq.Channel]) -> None:
     channel = make()
     assert channel.write(*range(10)) is OPEN
@@ -104,7 +82,7 @@ def test_between_threads_tensors_are_not_moved_to_shared_memory() -> None:
     tensor = torch.zeros(3)
     channel.write(tensor)
     assert not tensor.is_shared()
-    open_to_processes(channel)
+    channel._core.open_to_processes()
     assert tensor.is_shared(), "another process may read it now"
     got = channel.read()[1]
     got[0] = 5
@@ -239,7 +217,7 @@ def test_a_backlog_with_tensors_and_large_items_outlives_its_writer() -> None:
 
 def test_a_channel_closed_with_a_backlog_is_still_read() -> None:
     channel = torchwq.channel()
-    open_to_processes(channel)
+    channel._core.open_to_processes()
     channel.write(*range(30_000))
     assert channel.statistics().unsent > 0
     channel.close()
@@ -282,7 +260,7 @@ def test_a_channel_inside_a_queue_and_a_queue_inside_a_channel(backend: str) -> 
 
 def test_the_same_channel_comes_back_as_itself() -> None:
     channel = torchwq.channel()
-    open_to_processes(channel)
+    channel._core.open_to_processes()
     channel.write(channel)
     again = channel.read()[1]
     again.write(1)
@@ -304,7 +282,7 @@ def test_tensors_go_by_reference_through_a_pipeline(backend: str) -> None:
 def test_thousands_of_channels_leave_no_descriptor() -> None:
     for _ in range(300):
         channel = torchwq.channel()
-        open_to_processes(channel)
+        channel._core.open_to_processes()
         channel.write(torchwq.channel(), 1)
         channel.fileno()
     del channel

@@ -16,11 +16,6 @@ import torchwq
 from tests.locking import jobs
 
 
-@pytest.fixture(params=["process", "thread"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_only_one_at_a_time_has_it(backend: str) -> None:
     mutex, shared = torchwq.mutex(), torch.zeros(1)
     torchwq.map(3, jobs.count, mutex, shared, 500, backend=backend).join(30)

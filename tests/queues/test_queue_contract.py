@@ -50,11 +50,6 @@ def worker_handle(owner: torchwq.WorkQueue, backend: str) -> torchwq.WorkQueue:
     return torchwq.WorkQueue(accept(fds[:-1], Link(fds[-1])), owner.name)
 
 
-@pytest.fixture(params=["process", "thread"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_questions_and_answers_through_a_named_queue(backend: str) -> None:
     with torchwq.workqueue("named") as queue:
         workers = torchwq.map(2, jobs.echo, "named", backend=backend)

@@ -16,26 +16,9 @@ import pytest
 
 import torchwq
 from tests.channels import jobs as channel_jobs
-from tests.channels.test_channel import open_to_processes
 from tests.conftest import wait_until
 from tests.queues import jobs as queue_jobs
 from torchwq import ChannelState
-
-
-@pytest.fixture(params=["process", "thread"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["here", "line"])
-def make(request: pytest.FixtureRequest) -> Callable[[], torchwq.Channel]:
-    def make_channel() -> torchwq.Channel:
-        made = torchwq.channel()
-        if request.param == "line":
-            open_to_processes(made)
-        return made
-
-    return make_channel
 
 
 def is_readable(source: object) -> bool:
@@ -142,7 +125,7 @@ def test_fileno_stays_the_same_when_the_channel_is_opened_to_processes() -> None
     channel = torchwq.channel()
     fd = channel.fileno()
     channel.write(1)
-    open_to_processes(channel)
+    channel._core.open_to_processes()
     assert channel.fileno() == fd
     assert is_readable(channel)
     channel.read()

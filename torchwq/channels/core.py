@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import QueueClosed
@@ -250,6 +250,7 @@ def _forget() -> None:
 
 
 def new(capacity: int | None) -> Core:
+    """The part of this process in a new channel."""
     return Core(secrets.token_bytes(16), capacity)
 
 
@@ -274,8 +275,3 @@ def leave_all(failed: bool) -> None:
     """At exit."""
     for line in list(open_lines):
         line.leave(failed=failed)
-
-
-def seats_of_dead(core: Core) -> Sequence[int]:
-    """Those of which whoever is sent a handle now need not be told."""
-    return core.vigil.dead()

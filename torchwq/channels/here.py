@@ -87,7 +87,7 @@ class Here:
         return ChannelState.CLOSED if self._closed else ChannelState.OPEN, codec.decode(*received)
 
     def sleep(self, deadline: float) -> Received | None:
-        if self._closed or self.next is not None:
+        if self._has_ended():
             return self.take()
         return self.box.wait(self.take, deadline, self._has_ended)
 

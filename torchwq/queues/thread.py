@@ -20,7 +20,7 @@ from ..marshalling import codec
 from ..memory.anonymous import Descriptor
 from ..transport import reactor
 from ..transport.endpoint import NO_FDS, Received
-from .presence import Presence
+from ..workers.presence import Presence
 from .role import CLOSED_HERE, ENDED, Role
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from ..transport import endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
-from .presence import Presence
+from ..workers.presence import Presence
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import CLOSED_HERE, ENDED, SocketRole
 

@@ -19,11 +19,10 @@ from .endpoint import NO_FDS, Received
 from .process import closed_in_child
 from .sockets import (
     ANCILLARY_SIZE,
-    BROKEN,
-    BUSY,
     CLOEXEC,
     NO_WAIT,
     TRUNCATED,
+    check_sendable,
     received_fds,
     rights,
     send_buffer,
@@ -60,22 +59,16 @@ class SeqpacketEndpoint:
             else:
                 self._send(data, NO_WAIT)
         except OSError as error:
-            if error.errno in BUSY:
-                return False
-            if error.errno in BROKEN:
-                raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
-            raise
+            check_sendable(error)
+            return False
         return True
 
     def send_in_time(self, data: bytes) -> bool:
         try:
             self._send(data)  # as long as SO_SNDTIMEO says
         except OSError as error:
-            if error.errno in BUSY:
-                return False
-            if error.errno in BROKEN:
-                raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
-            raise
+            check_sendable(error)
+            return False
         return True
 
     def try_receive(self) -> Received | None:

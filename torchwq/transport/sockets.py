@@ -38,6 +38,14 @@ def send_buffer(sock: socket.socket, nbytes: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
 
 
+def check_sendable(error: OSError) -> None:
+    """Return if a message could not be sent only for want of room; else raise, BrokenPipeError if nobody is there."""
+    if error.errno in BROKEN:
+        raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
+    if error.errno not in BUSY:
+        raise error
+
+
 #: Ancillary data for one descriptor, which most messages that have any have.
 _rights_of_one: dict[int, list[tuple[int, int, Any]]] = {}
 _INT: Final = struct.Struct("@i")

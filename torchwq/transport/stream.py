@@ -32,7 +32,16 @@ from typing import Final
 
 from .endpoint import Received
 from .process import closed_in_child, reset_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights, send_buffer, waiting
+from .sockets import (
+    ANCILLARY_SIZE,
+    CLOEXEC,
+    NO_WAIT,
+    check_sendable,
+    received_fds,
+    rights,
+    send_buffer,
+    waiting,
+)
 
 FRAME: Final = 16 * 1024
 _LENGTH: Final = struct.Struct("=I")
@@ -131,11 +140,8 @@ class StreamEndpoint:
             with self._held(self._locks.writing, 0):
                 return send_frame(self._socket, data, fds)
         except OSError as error:
-            if error.errno in BUSY:
-                return False
-            if error.errno in BROKEN:
-                raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
-            raise
+            check_sendable(error)
+            return False
         except EOFError:
             raise BrokenPipeError("this end is closed") from None
 
