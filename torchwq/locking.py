@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Final, final
 
 from .errors import MutexError, WorkerDied
-from .marshalling import reducers
+from .marshalling import invitation, reducers
 from .memory import anonymous
 from .memory.parcel import Ticket
 from .memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
@@ -322,6 +322,13 @@ class _Core:
         if not self.left and not self.forked:
             self._count(ISSUED, number)
 
+    def invite(self, number: int) -> None:
+        """So many more handles are under way within this process."""
+        with _guard:
+            self.under_way += number
+        if number < 0:
+            _leave_later(self)
+
     def received_again(self) -> None:
         self._count(REDEEMED)
 
@@ -494,12 +501,6 @@ def _leave_later(core: _Core) -> None:
         reactor.get().call_later(0, lambda: _leave_if_unused(core))
 
 
-def _give_back(core: _Core) -> None:
-    with _guard:
-        core.under_way -= 1
-    _leave_later(core)
-
-
 def _leave_if_unused(core: _Core) -> None:
     with _guard:
         if not len(core.handles) and not core.under_way:
@@ -520,33 +521,18 @@ def mutex() -> Mutex:
     return Mutex(_Core(secrets.token_bytes(16)), _News())
 
 
-class _Invitation:
-    """A handle under way within this process. It may be accepted more than once."""
+class _Invitation(invitation.Invitation):
+    """A handle under way within this process."""
 
     def __init__(self, core: _Core, told: _News | None = None) -> None:
         self.core = core
         self.told = told or core.news()
-        core.under_way += 1
-        self._accepted = False
+        super().__init__(core.invite)
 
     def accept(self) -> Mutex:
         handle = Mutex(self.core, _News(set(self.told.seats), self.told.failures))
-        self._settle()
+        self.settle()
         return handle
-
-    def _settle(self) -> None:
-        if not self._accepted:
-            self._accepted = True
-            with _guard:
-                self.core.under_way -= 1
-            _leave_later(self.core)
-
-    def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held.
-        if not self._accepted and not sys.is_finalizing():
-            self._accepted = True
-            core = self.core
-            reactor.get().call_later(0, lambda: _give_back(core))
 
 
 def _reduce(encoder: reducers.Encoder, handle: Mutex) -> Any:

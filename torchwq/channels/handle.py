@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -12,9 +11,9 @@ from types import TracebackType
 from typing import Any, Final, final
 
 from ..errors import QueueClosed
-from ..marshalling import codec, reducers
+from ..marshalling import codec, invitation, reducers
 from ..marshalling.codec import encode
-from ..transport import awaiting, reactor
+from ..transport import awaiting
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
@@ -308,27 +307,18 @@ def channel(capacity: int | None = None) -> Channel:
     return Channel(cores.new(capacity))
 
 
-class _Invitation:
-    """A handle under way within this process. It may be accepted more than once."""
+class _Invitation(invitation.Invitation):
+    """A handle under way within this process."""
 
     def __init__(self, core: Core, told: Told | None = None) -> None:
         self.core = core
         self.told = told or core.vigil.now()
-        core.vigil.invite(1)
-        self._accepted = False
+        super().__init__(core.vigil.invite)
 
     def accept(self) -> Channel:
         handle = Channel(self.core, self.told.copy())
-        if not self._accepted:
-            self._accepted = True
-            self.core.vigil.invite(-1)
+        self.settle()
         return handle
-
-    def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held.
-        if not self._accepted and not sys.is_finalizing():
-            vigil = self.core.vigil
-            reactor.get().call_later(0, lambda: vigil.invite(-1))
 
 
 def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
@@ -344,15 +334,15 @@ def _description(encoder: reducers.Encoder, core: Core) -> tuple[Any, ...]:
     return core.name, core.capacity, core.vigil.dead(), indices
 
 
-def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
+def _reduce_invitation(encoder: reducers.Encoder, invited: _Invitation) -> Any:
     if encoder.here:
-        return reducers.enclosed, (encoder.enclose(_Invitation(invitation.core, invitation.told)),)
-    return _rebuild_invitation, _description(encoder, invitation.core)
+        return reducers.enclosed, (encoder.enclose(_Invitation(invited.core, invited.told)),)
+    return _rebuild_invitation, _description(encoder, invited.core)
 
 
 def _accept(index: int) -> Channel:
-    invitation: _Invitation = reducers.enclosed(index)
-    return invitation.accept()
+    invited: _Invitation = reducers.enclosed(index)
+    return invited.accept()
 
 
 def _rebuild(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> Channel:

@@ -10,15 +10,13 @@ the board, and ``Owner.taking`` is the lock over taking and noting, for all thes
 
 from __future__ import annotations
 
-import sys
 import threading
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QueueClosed
-from ..marshalling import codec
+from ..marshalling import codec, invitation
 from ..memory.anonymous import Descriptor
-from ..transport import reactor
 from ..transport.endpoint import NO_FDS, Received
 from ..workers.presence import Presence
 from .role import CLOSED_HERE, ENDED, Role
@@ -134,28 +132,15 @@ class ThreadSide(Role):
         return self.notes.number
 
 
-class Invitation:
-    """A worker's handle under way to a thread of the owner's process. It may be accepted more than once."""
+class Invitation(invitation.Invitation):
+    """A worker's handle under way to a thread of the owner's process."""
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
-        self._accepted = False
-        owner.invite(1)
+        super().__init__(owner.invite)
 
     def accept(self) -> ThreadSide:
         """A handle; on a queue that was closed meanwhile it still reads what is left."""
         side = ThreadSide(self.owner)
-        self._settle()
+        self.settle()
         return side
-
-    def _settle(self) -> None:
-        if not self._accepted:
-            self._accepted = True
-            self.owner.invite(-1)
-
-    def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held.
-        if not self._accepted and not sys.is_finalizing():
-            self._accepted = True
-            owner = self.owner
-            reactor.get().call_later(0, lambda: owner.invite(-1))
