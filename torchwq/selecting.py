@@ -20,7 +20,7 @@ def select(sources: Sequence[Any], timeout: float | None = None) -> list[Any]:
     """Wait until at least one of several queues and channels can be read without waiting.
 
     A source is ready if an item is there, if it is closed, or if reading it would raise: then ``read`` tells why. Where
-    there are other readers, one of them may be faster: read with ``nonblocking=True`` or a ``timeout``.
+    there are other readers, one of them may be faster: read with ``timeout=0``, which raises ``queue.Empty`` then.
 
     Args:
         sources: :class:`WorkQueue` and :class:`Channel` handles; also anything else that has a ``fileno()``, such as a

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
 from torchwq import ChannelState
+from torchwq.transport import reactor
 
 OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
 
@@ -221,19 +224,43 @@ def follow_up(todo: torchwq.Channel, done: torchwq.Channel) -> None:
             todo.close()
 
 
-def test_select_does_not_spin_when_nobody_is_left() -> None:
+@pytest.mark.parametrize("how", [{"timeout": 0}, {"nonblocking": True}], ids=["timeout", "nonblocking"])
+def test_what_select_has_found_the_next_read_says(how: dict[str, Any]) -> None:
     channel = torchwq.channel()
     torchwq.map(1, jobs.produce, channel, 1).join(20)
     channel.read(timeout=20)
-    for _ in range(100):
+    assert channel.read(nonblocking=True) == (OPEN, None), "one that does not wait may write itself"
+    for _ in range(2):
         assert torchwq.select([channel], 20) == [channel]
-        try:
-            channel.read(timeout=0)
-        except torchwq.WorkerDied:
-            return
-        except Exception:  # queue.Empty
-            continue
-    raise AssertionError("select says that the channel is ready, and reading it tells nothing")
+        with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
+            channel.read(**how)
+
+
+def test_select_learns_that_nobody_is_left_whatever_the_reactor_looks_at_meanwhile() -> None:
+    class Meanwhile:
+        """Never ready itself; each time it is asked, the reactor looks at the channel."""
+
+        def __init__(self) -> None:
+            self._read_end, self._write_end = os.pipe()
+
+        def fileno(self) -> int:
+            return self._read_end
+
+        def _is_ready(self) -> bool:
+            looked = threading.Event()
+            reactor.get().call_later(0, lambda: (channel._core._look_on(), looked.set()))
+            assert looked.wait(20)
+            return False
+
+        def close(self) -> None:
+            os.close(self._read_end)
+            os.close(self._write_end)
+
+    channel = torchwq.channel()
+    torchwq.map(1, jobs.produce, channel, 1).join(20)
+    channel.read(timeout=20)
+    with contextlib.closing(Meanwhile()) as meanwhile:
+        assert torchwq.select([channel, meanwhile], 20) == [channel]
 
 
 def test_a_failed_closing_is_told_to_whoever_reads_the_end() -> None:

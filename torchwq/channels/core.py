@@ -71,9 +71,13 @@ class Core:
         """
         self.check_fork()
         if nonblocking:
-            self.vigil.raise_news(reader.told(), READS)
+            told = reader.told()
+            self.vigil.raise_news(told, READS)
+            if told.nobody_left:
+                told.nobody_left = False
+                self.vigil.raise_if_alone(reader, READS)
             if self.way.state() is ChannelState.DRAINED:
-                self.vigil.raise_failed_closing(reader.told())
+                self.vigil.raise_failed_closing(told)
             return None
         now = looked = time.monotonic()
         deadline = None if timeout is None else now + timeout
@@ -182,7 +186,9 @@ class Core:
             return True
         if self.line is not None:
             self.line.finish_closing()
-        return self.vigil.has_news(reader.told(), READS) or self.vigil.is_alone(reader, READS)
+        told = reader.told()
+        told.nobody_left = self.vigil.is_alone(reader, READS)
+        return told.nobody_left or self.vigil.has_news(told, READS)
 
     def _look_on(self) -> None:
         """Let deaths show in the descriptor."""
@@ -196,8 +202,11 @@ class Core:
         reactor.get().call_later(LOOK_EVERY, lambda: _call(again))
 
     def _has_to_tell(self, handle: Any) -> bool:
-        """Whether there is something that nobody has been told who reads with this handle."""
-        return all(self.vigil.has_news(told, READS) for told in handle.all_told()) or self.vigil.is_alone(handle, READS)
+        """Whether there is something that nobody has been told who reads with this handle.
+
+        Not whether nobody is left: only one who waits knows that, for here it is not known who does.
+        """
+        return all(self.vigil.has_news(told, READS) for told in handle.all_told())
 
     def abandon(self) -> None:
         self.forked = True

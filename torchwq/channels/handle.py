@@ -162,7 +162,8 @@ class Channel:
         Raises:
             queue.Empty: nothing came within ``timeout``.
             WorkerDied: if nothing is there: a worker that had written to the channel died, or failed (once for each);
-                while waiting, also if everybody who had the channel has dropped it, and nobody is left who could write;
+                while waiting, also if everybody who had the channel has dropped it, and nobody is left who could write
+                (a non-blocking read says so if :func:`torchwq.select` has just found it);
                 or, once, instead of ``(DRAINED, None)``, if a ``with`` block that had failed has closed it.
             QueueClosed: the channel was inherited by a fork.
 

@@ -50,6 +50,8 @@ class Told:
     seats: set[int] = field(default_factory=set)
     failures: int = 0
     failed_closing: bool = False
+    #: Whether ``select`` has just found that nobody is left: the next read says so, even one that does not wait.
+    nobody_left: bool = False
 
     def copy(self) -> Told:
         return Told(set(self.seats), self.failures, self.failed_closing)
