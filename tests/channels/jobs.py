@@ -89,3 +89,29 @@ def add_one(source: Channel, sink: Channel) -> None:
     for tensor in source:
         tensor += 1
         sink.write(tensor)
+
+
+def die_receiving(channel: Channel) -> None:
+    """Be killed in the middle of a try to receive."""
+    channel._core.line._count_tried()  # type: ignore[union-attr]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_receiving(channel: Channel) -> None:
+    """End in the middle of a try to receive, as a thread may that exit has not waited for."""
+    channel._core.line._count_tried()  # type: ignore[union-attr]
+
+
+def read_when_asked(channel: Channel, asked: Channel) -> list[int]:
+    asked.read()
+    numbers: list[int] = channel.read()[1].tolist()
+    return numbers
+
+
+def produce_plain_then_tensors(channel: Channel, count: int, mapid: int) -> None:
+    for number in range(count):
+        channel.write((mapid, number) if number < count // 2 + 20 * mapid else (mapid, torch.tensor(number)))
+
+
+def consume_kinds(channel: Channel) -> list[tuple[int, int]]:
+    return [(mapid, int(number)) for mapid, number in channel]

@@ -234,6 +234,9 @@ class _Forked:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise QueueClosed(FORKED)
 
+    def put(self, obj: Any) -> None:
+        """``check_fork`` says it."""
+
     send = take = read = can_take = sleep = state = num_items = close = counts = _refuse
 
 
@@ -283,4 +286,4 @@ def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
 def leave_all(failed: bool) -> None:
     """At exit."""
     for line in list(open_lines):
-        line.leave(failed=failed)
+        line.leave(failed=failed, at_exit=True)

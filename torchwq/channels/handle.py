@@ -12,7 +12,6 @@ from typing import Any, Final, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, invitation, reducers
-from ..marshalling.codec import encode
 from ..transport import awaiting
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
@@ -112,16 +111,11 @@ class Channel:
 
         Source: torch-ipc's ``c:write``.
         """
-        core = self._core
-        if len(objs) == 1 and core.capacity is None:
-            way = core.way
+        if len(objs) == 1:
             self.has_written = True
-            try:
-                payload = encode(objs[0], way.max_payload, here=way.here)
-            except Exception:
-                pass
-            else:
-                return _OPEN if way.send(payload) else core.way.state()
+            state = self._core.way.put(objs[0])
+            if state is not None:
+                return state
         return self._send_all(objs, upvalues=False)
 
     def writeup(self, *objs: Any) -> ChannelState:

@@ -38,6 +38,15 @@ class Here:
         #: Called by a writer that waits for room, now and then; may raise.
         self.on_wait_for_room: Callable[[], None] | None = None
 
+    def put(self, obj: Any) -> ChannelState | None:
+        if self._capacity is not None:
+            return None
+        try:
+            payload = codec.encode(obj, codec.UNLIMITED, here=True)
+        except Exception:
+            return None
+        return ChannelState.OPEN if self.send(payload) else self.state()
+
     def send(self, payload: Any) -> bool:
         if self._capacity is not None:
             return self._send_if_room(payload)

@@ -18,6 +18,13 @@ Invariants:
   still read, and nothing is written after it.
 * ``SENT`` and ``TAKEN`` are counted after the fact. A process that is killed in between has sent one that is not
   counted, or taken one that still is. So counts are believed only as long as the socket is not empty.
+* As long as no item has brought descriptors, items are received by ``recv``, which would lose them and costs two thirds
+  of ``recvmsg``. Whoever does so counts ``TRIED`` first, then looks at ``UNUSUAL``, then receives, then counts
+  ``TAKEN`` or ``MISSED``. The first who has descriptors to send sets ``BRINGS`` and ``UNUSUAL``, passes a fence
+  everywhere, and sends when all who live, and had tried by then, have taken or missed. Whoever tries later sees
+  ``UNUSUAL``. Everybody else who has descriptors does the same, until one has set ``BRINGS`` to ``SAFELY``.
+* Nobody takes a lock to send or receive in the usual case. So the socket is closed only when no handle is left that
+  could do so, or the process ends.
 * Lock order: the roster's lock, then the outbox's. ``emptied`` is called without the outbox's.
 """
 
@@ -33,30 +40,37 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pickle import loads
+from pickle import dumps, loads
 from typing import Any, Final
 
 from ..marshalling import codec
-from ..memory import anonymous, recycling
+from ..marshalling.codec import ATOMS, encode, only_atoms
+from ..memory import anonymous, fences, recycling
 from ..memory.parcel import BARE, TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from ..transport import bag, endpoint, reactor
 from ..transport.alarm import Alarm
-from ..transport.endpoint import NO_FDS, Received
+from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
-from ..transport.seqpacket import MAX_MESSAGE, RECEIVE_FLAGS
-from ..transport.sockets import ANCILLARY_SIZE, TRUNCATED, close_fds, received_fds
+from ..transport.seqpacket import MAX_MESSAGE
+from ..transport.sockets import NO_WAIT, close_fds
 from ..transport.waiting import Waiter
 from ..workers import shutdown
 from .state import ChannelState
 
 #: Words of the roster's head: whether the channel is closed; whether a writer waits for room; bundles under way;
-#: whether it was closed by one that had failed.
-CLOSED, ASKED, BUNDLES, FAILED = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 4)
+#: whether it was closed by one that had failed; whether items bring descriptors; whether any of this has to be looked
+#: at when an item is received.
+CLOSED, ASKED, BUNDLES, FAILED, BRINGS, UNUSUAL = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
+#: What ``BRINGS`` is when nobody can lose them any more.
+SAFELY: Final = 2
 #: Words of a seat: items sent and taken, also by those who had it before; whether a backlog waits; handles sent to
-#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken; whether all handles wait, and what for.
-SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 8)
+#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken; whether all handles wait, and what for;
+#: how often it was tried to receive something, and how often there was nothing.
+SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED, MISSED = range(
+    FIRST_OF_SEAT, FIRST_OF_SEAT + 10
+)
 
 #: Kind of a message (see ``parcel``) that is a bundle.
 _BUNDLE: Final = 3
@@ -64,8 +78,11 @@ _BUNDLE: Final = 3
 _ROOM: Final = 160 * 1024
 _ROOM_FOR_BUNDLE: Final = 1 << 20
 _STEP: Final = 4096
-#: How long, in seconds, a bundle may wait for room if that does not help.
+#: How long, in seconds, a bundle may wait for room if that does not help; and for those who are just receiving.
 _LAST_PATIENCE: Final = 5.0
+#: How long, in seconds, a writer waits for room while others read, before its items become a backlog.
+_PATIENCE: Final = 0.25
+_INSTANT: Final = 0.0005
 #: A bundle that is neither in the socket nor anybody's backlog is believed to be lost after so many seconds.
 _LOST_AFTER: Final = 2.0
 #: Whoever waits for room looks at least so often, in seconds.
@@ -111,28 +128,43 @@ class Line:
             raise anonymous.exhausted(error) from error
         self.max_payload = self._in.max_message - TRAILER
         self._words = self.roster.words
-        first = self.roster.index(self.roster.seat)
-        self._sent_at, self._taken_at = first + SENT, first + TAKEN
-        self._first = first
-        self._words[first + SENT_BEFORE] = self._sent = int(self._words[self._sent_at])
-        self._words[first + TAKEN_BEFORE] = self._taken = int(self._words[self._taken_at])
+        self._first = first = self.roster.index(self.roster.seat)
+        self._words[first + SENT_BEFORE] = self._words[first + SENT]
+        self._words[first + TAKEN_BEFORE] = self._words[first + TAKEN]
+        # One who had the seat before may have left it in the middle of a try.
+        self._words[first + MISSED] = max(
+            int(self._words[first + MISSED]), int(self._words[first + TRIED]) - int(self._words[first + TAKEN])
+        )
+        self._start_counting()
         self._writing = threading.Lock()
-        self._taking = threading.Lock()
+        self._unpacking = threading.Lock()
         self._outbox = Outbox(
-            self._in, sent=self._count_sent, lock=self._writing, keeping=self._keep_backlog, emptied=self._emptied
+            self._in,
+            sent=lambda tag, data: self._count_sent(),
+            lock=self._writing,
+            keeping=self._keep_backlog,
+            emptied=self._emptied,
         )
         self._fence = threading.Lock()
-        self._try_send = self._in.try_send
         self._send_in_time = self._in.send_in_time
-        if capacity is not None:
-            self.send = self._send_if_room  # type: ignore[method-assign]
+        self._send_bare = self._in.send_bare
         self._try_receive = self._out.try_receive
-        self._recvmsg = getattr(self._out, "recvmsg", None)
+        self._receive_bare = self._out.receive_bare
+        if capacity is not None:
+            self.put = _put_later  # type: ignore[method-assign]
+            self.send = self._send_if_room  # type: ignore[method-assign]
+        elif self._send_bare is None:
+            self.put = self._put_any  # type: ignore[method-assign]
+        if capacity is not None or self._receive_bare is None:
+            self.read = self._read_any  # type: ignore[method-assign]
+        self._can_lose = self._receive_bare is not None
         self._pending = self._outbox.pending
         #: What came in a bundle and can go nowhere else.
         self._kept: deque[Received] = deque()
         #: Whether a writer that is faster than its readers waits a moment for room, before its items become a backlog.
-        self._flows = True
+        self._flows = self._send_bare is not None
+        #: How many items had been taken when a writer that waits for room looked last.
+        self._taken_then = 0
         self._at_end = False
         self._retiring = False
         #: Whether what was written before the closing is being passed on.
@@ -152,34 +184,63 @@ class Line:
     # Writing
 
     def begin(self, sent: int) -> None:
-        """So many items have been written and read before."""
-        self._sent += sent
-        self._taken += sent
-        self._words[self._sent_at], self._words[self._taken_at] = self._sent, self._taken
+        """So many items have been written and read before. Called before anybody uses it."""
+        for word in (SENT, TRIED, TAKEN):
+            self._add(word, sent)
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._count_sent, self._count_taken, self._count_tried, self._count_missed = map(
+            self.roster.counter, (SENT, TAKEN, TRIED, MISSED)
+        )
+
+    def put(self, obj: Any) -> ChannelState | None:
+        cls = type(obj)
+        if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):  # as encode does, without calling it
+            payload = dumps(obj, 5)
+            if len(payload) <= self.max_payload and not self._pending and not self._words[CLOSED]:
+                try:
+                    self._send_bare(payload, NO_WAIT)  # type: ignore[misc]
+                except OSError:
+                    pass
+                else:
+                    self._count_sent()
+                    return _OPEN
+        return self._put_any(obj)
+
+    def _put_any(self, obj: Any) -> ChannelState | None:
+        try:
+            payload = encode(obj, self.max_payload)
+        except Exception:
+            return None
+        return _OPEN if self.send(payload) else self.state()
 
     def send(self, payload: Any) -> bool:
-        if type(payload) is bytes:
-            with self._writing:
-                if not self._pending:
-                    words = self._words
-                    if words[CLOSED]:
-                        return False
-                    try:
-                        is_sent = self._try_send(payload)
-                        if not is_sent and self._flows:
-                            is_sent = self._send_in_time(payload)
-                    except BrokenPipeError:
-                        return False
-                    if is_sent:
-                        self._sent += 1
-                        words[self._sent_at] = self._sent
-                        return True
+        if type(payload) is bytes and self._flows and not self._pending:
+            if self.is_closed:
+                return False
+            try:
+                until = time.monotonic() + _PATIENCE
+                while not self._send_in_time(payload):
+                    if not self._is_read() or time.monotonic() > until:
+                        return self._send_or_keep(payload)
+            except BrokenPipeError:
+                return False
+            self._count_sent()
+            return True
         return self._send_or_keep(payload)
+
+    def _is_read(self) -> bool:
+        """Whether anybody has taken something since this was asked last."""
+        before, self._taken_then = self._taken_then, self.roster.sum(TAKEN)
+        return self._taken_then != before
 
     def _send_or_keep(self, payload: Any) -> bool:
         """Send it now, or as soon as there is room."""
-        if self.left or self._words[CLOSED]:
+        if self.is_closed:
             return False
+        if type(payload) is not bytes and self._can_lose:
+            self._announce_descriptors()
         try:
             self._outbox.send(payload)
         except BrokenPipeError:
@@ -226,13 +287,37 @@ class Line:
     #: Called by a writer that waits for room, now and then; may raise.
     on_wait_for_room: Callable[[], None] | None = None
 
-    def _count_sent(self, tag: int, data: bytes) -> None:
-        self._sent += 1
-        self._words[self._sent_at] = self._sent
+    def _announce_descriptors(self) -> None:
+        """See that nobody receives without them. The invariants say how."""
+        words, roster = self._words, self.roster
+        if words[BRINGS] != SAFELY:
+            with roster.locked():
+                words[BRINGS] = max(1, int(words[BRINGS]))
+                words[UNUSUAL] = 1
+                seats = [roster.seat, *(seat for seat, lives in roster.others() if lives)]
+            if words[BRINGS] != SAFELY:
+                fences.everywhere()
+                self._wait_for_tries({roster.index(seat): seat for seat in seats})
+                words[BRINGS] = SAFELY
+        self._can_lose = False
+
+    def _wait_for_tries(self, seats: dict[int, int]) -> None:
+        words = self._words
+        tried = {first: int(words[first + TRIED]) for first in seats}
+        until = time.monotonic() + _LAST_PATIENCE  # a try takes microseconds; but its process may have been stopped
+        while True:
+            tried = {
+                first: number
+                for first, number in tried.items()
+                if words[first + TAKEN] + words[first + MISSED] < number and self.roster.lives(seats[first])
+            }
+            if not tried or time.monotonic() > until:
+                return
+            time.sleep(_INSTANT)
 
     def _emptied(self) -> None:
         """The backlog has left, or nobody can receive it."""
-        self._flows = True
+        self._flows = self._send_bare is not None
         self.finish_closing()
         if self._retiring:
             reactor.get().call_later(0, self.retire)
@@ -245,63 +330,54 @@ class Line:
     def read(self) -> tuple[ChannelState, Any] | None:
         """The next item, with the channel's state, if there is one.
 
-        This is ``take`` and ``decode`` in one, for what most items are, a small pickle: a reader that has to keep up
-        with several writers does little else.
+        This is for what most items are, a small pickle: a reader that has to keep up with several writers does little
+        else.
         """
-        recvmsg = self._recvmsg
-        if recvmsg is None or self._kept:
-            received = self.take()
-        else:
-            with self._taking:
-                try:
-                    data, ancillary, flags, _ = recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
-                except BlockingIOError:
-                    return None
-                except OSError:
-                    data = b""
-                words = self._words
-                if data and not ancillary and not flags & TRUNCATED:
-                    self._taken += 1
-                    words[self._taken_at] = self._taken
-                    if data[-1] == BARE:
-                        state = _CLOSED if words[CLOSED] else _OPEN
-                        if not words[ASKED]:
-                            return state, loads(data)
-                    received = data, NO_FDS
-                elif data:
-                    received = self._note_taken((data, received_fds(ancillary, flags)))
-                else:
-                    received = None
-            if received is None:
-                received = self.take()  # which tells the end from other things
-            elif words[ASKED]:
-                self._give_room()
-        if received is None:
+        try:
+            self._count_tried()
+            if self._words[UNUSUAL]:
+                self._count_missed()
+                return self._read_any()
+            data = self._receive_bare(MAX_MESSAGE, NO_WAIT)  # type: ignore[misc]
+        except BlockingIOError:
+            self._count_missed()
             return None
-        return _CLOSED if self.is_closed else _OPEN, codec.decode(*received)
+        except BaseException:
+            self._count_missed()
+            raise
+        if not data:  # the end
+            self._count_missed()
+            return self._read_any()
+        self._count_taken()
+        return _OPEN, loads(data)
+
+    def _read_any(self) -> tuple[ChannelState, Any] | None:
+        """The same for any item, in any state."""
+        received = self.take()
+        return None if received is None else (_CLOSED if self.is_closed else _OPEN, codec.decode(*received))
 
     def take(self) -> Received | None:
-        with self._taking:
-            if self._kept:
-                return self._kept.popleft()
+        if self._kept:
             try:
-                received = self._try_receive()
-            except EOFError:
-                self._at_end = True
-                self.alarm.set()
-                return None
-            if received is None:
-                return None
-            received = self._note_taken(received)
-        if self._words[ASKED]:
-            self._give_room()
-        return received
-
-    def _note_taken(self, received: Received) -> Received:
+                return self._kept.popleft()
+            except IndexError:  # another thread was faster
+                pass
+        if self.left:
+            return None
+        try:
+            received = self._try_receive()
+        except EOFError:
+            self._at_end = True
+            self.alarm.set()
+            return None
+        if received is None:
+            return None
+        self._count_tried()
+        self._count_taken()
         if received[1] and received[0][-1] == _BUNDLE:
             received = self._unpack(received)
-        self._taken += 1
-        self._words[self._taken_at] = self._taken
+        if self._words[ASKED]:
+            self._give_room()
         return received
 
     def _give_room(self) -> None:
@@ -329,7 +405,7 @@ class Line:
             if self.left or self._words[CLOSED]:
                 return
             self._words[FAILED] = int(failed)
-            self._words[CLOSED] = 1
+            self._words[CLOSED] = self._words[UNUSUAL] = 1
         self.finish_closing()
         if self.capacity is not None:
             self._give_room()
@@ -389,9 +465,11 @@ class Line:
 
     def counts(self) -> tuple[int, int, int]:
         if self.left:
-            return self._sent, self._taken, 0
-        before = int(self._words[self._first + SENT_BEFORE]), int(self._words[self._first + TAKEN_BEFORE])
-        return self._sent - before[0] + len(self._pending), self._taken - before[1], len(self._pending)
+            return self._last_counts
+        sent, taken, sent_before, taken_before = (
+            int(self._words[self._first + word]) for word in (SENT, TAKEN, SENT_BEFORE, TAKEN_BEFORE)
+        )
+        return sent - sent_before + len(self._pending), taken - taken_before, len(self._pending)
 
     # Coming and going
 
@@ -441,10 +519,10 @@ class Line:
             self._retiring = False
             return not self.left
 
-    def leave(self, *, failed: bool = False) -> None:
+    def leave(self, *, failed: bool = False, at_exit: bool = False) -> None:
         """Give up this process's part; what it has written is still read. ``failed``: see ``Roster.leave``.
 
-        A backlog leaves at once, as a bundle.
+        A backlog leaves at once, as a bundle. ``at_exit``: there are handles that other threads may be using.
         """
         with self.roster.locked():
             if self.left:
@@ -452,7 +530,9 @@ class Line:
             if self._pending:
                 self._send_bundle()
             self.finish_closing()
+            self._last_counts = self.counts()
             self.left = True
+            self.put, self.read = self._put_nothing, self._read_any  # type: ignore[method-assign]
         recycling.suspect_losses()
         open_lines.discard(self)
         for each in self._kept:
@@ -462,18 +542,23 @@ class Line:
                 self._waiter.close()
             else:
                 self.alarm.close()
-        with self._taking, self._writing:
+        with self._writing:
             self._outbox.abandon()
-            self._in.close()
-            self._out.close()
-            if self._room >= 0:
-                os.close(self._room)
-                self._room = -1
-            self.roster.leave(failed=failed)
+            if not at_exit:
+                self._in.close()
+                self._out.close()
+                if self._room >= 0:
+                    os.close(self._room)
+                    self._room = -1
+            self.roster.leave(failed=failed, keep_memory=at_exit)
+
+    def _put_nothing(self, obj: Any) -> ChannelState | None:
+        return self.state()
 
     def _send_bundle(self) -> None:
         """Send the backlog as one item; give it up if nobody is there who could read it."""
         sent = False
+        self._announce_descriptors()
         backlog = self._outbox.withdraw()
         self._words[BUNDLES] += 1
         fds: list[int] = []
@@ -491,8 +576,8 @@ class Line:
         if not sent and any(lives for _, lives in self.roster.others()):
             print(f"torchwq: {len(parts)} items of a channel are lost: nobody has made room for them", file=sys.stderr)
         if sent:
-            self._sent += len(parts)
-            self._words[self._sent_at] = self._sent
+            for _ in parts:
+                self._count_sent()
         else:
             self._words[BUNDLES] -= 1
         self._words[self._first + BACKLOG] = 0
@@ -523,8 +608,18 @@ class Line:
         for data, count in parts:
             items.append((data, fds[:count]))
             del fds[:count]
-        self._taken += len(items) - 1
         first = items.popleft()
+        for _ in items:
+            self._count_tried()
+            self._count_taken()
+        with self._unpacking:
+            self._forward(items)
+        with self.roster.locked():
+            self._words[BUNDLES] = max(0, int(self._words[BUNDLES]) - 1)
+        self.finish_closing()
+        return first
+
+    def _forward(self, items: deque[Received]) -> None:
         self._forwards = True
         while items:
             data, own = items[0]
@@ -537,17 +632,19 @@ class Line:
                 break
             items.popleft()
         self._forwards = False
-        self._kept += items
-        with self.roster.locked():
-            self._words[BUNDLES] = max(0, int(self._words[BUNDLES]) - 1)
-        self.finish_closing()
-        return first
+        if items:
+            self.read = self._read_any  # type: ignore[method-assign]
+            self._kept += items
 
     def abandon(self) -> None:
         self.left = True
         if self._room >= 0:
             os.close(self._room)
             self._room = -1
+
+
+def _put_later(obj: Any) -> None:
+    """There may have to be waited."""
 
 
 class _Forwarded:

@@ -34,6 +34,13 @@ class Way(Protocol):
     here: bool
     max_payload: int
 
+    def put(self, obj: Any) -> ChannelState | None:
+        """Encode and send one object; the state as ``Channel.write`` returns it.
+
+        None, and nothing is sent, if it cannot be encoded, or may have to wait for room.
+        """
+        ...
+
     def send(self, payload: Any) -> bool:
         """Send one item; False, and it is not sent, if the channel is closed. Blocks only for want of capacity."""
         ...

@@ -16,6 +16,7 @@ from __future__ import annotations
 import pickle
 import types
 from collections.abc import Callable, Container, Sequence
+from pickle import dumps
 from typing import Any, Final, Literal, TypeAlias, overload
 
 import cloudpickle
@@ -36,6 +37,10 @@ from .payload import HEAD, Attachments, arrivals_of, listed
 CALL_LIMIT: Final = 16 * 1024 - 64
 #: What has no size that it must keep to: a message that stays in this process.
 UNLIMITED: Final = 1 << 62
+
+#: What needs no hook: such an object, or a tuple of them, is most of what small messages are.
+ATOMS: Final = frozenset({int, float, str, bool, bytes, type(None)})
+only_atoms: Final = ATOMS.issuperset
 
 Payload = bytes | Parcel | Letter
 #: ``bytes | Parcel``, or, if it stays here, any ``Payload``.
@@ -174,7 +179,12 @@ def encode(
     reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all`
     turns that into a MarshalError that names the place.
     """
-    if plain.may_be(obj):
+    cls = type(obj)
+    if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):
+        bare = dumps(obj, 5)
+        if len(bare) <= limit:
+            return bare
+    elif plain.may_be(obj):
         found = plain.encode(obj, limit, fresh) if not here else plain.encode_here(obj) if fresh is None else None
         if found is not None:
             return found

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -48,6 +49,7 @@ FIRST_OF_HEAD, FIRST_OF_SEAT = 2, 1
 
 _OWN_FILE: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
 _FLOCK: Final = struct.Struct("@hhqqi0q")
+_HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Roster:
@@ -184,14 +186,34 @@ class Roster:
                 return False
         return True
 
+    def counter(self, word: int) -> Callable[[], None]:
+        """What adds one to a word of this process's seat, which only this may change then. Any thread may call it.
+
+        With the GIL it is one call of C code, in which no other thread can come between reading and writing; it is part
+        of what each item costs. Without, it takes a lock.
+        """
+        at = self.index(self.seat) + word
+        count = map(self.words.__setitem__, itertools.repeat(at), itertools.count(int(self.words[at]) + 1)).__next__
+        if _HAS_GIL:
+            return count
+        lock = threading.Lock()
+
+        def count_locked() -> None:
+            with lock:
+                count()
+
+        return count_locked
+
     def sum(self, word: int) -> int:
         """Sum of a word over all seats."""
         taken = int(self.words[_TAKEN])
         first = _WORDS + word
         return sum(self.words[first : first + taken * _WORDS : _WORDS]) if taken else 0
 
-    def leave(self, *, failed: bool = False) -> None:
+    def leave(self, *, failed: bool = False, keep_memory: bool = False) -> None:
         """Give up the seat and the memory. ``failed``: as one who cannot do what others wait for. May be called again.
+
+        ``keep_memory``: other threads may still count in it; the process ends.
 
         A seat that was not given up is a dead process's.
         """
@@ -200,7 +222,8 @@ class Roster:
                 return
             if self.seat >= 0:
                 self.words[self.index(self.seat) + _HOLDER] = os.getpid() | _FAILED if failed else 0
-            self.words.release()
+            if not keep_memory:
+                self.words.release()
             self._close()
 
     def _close(self) -> None:

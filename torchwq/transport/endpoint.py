@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 #: A message: its bytes, and the descriptors that came with it, owned by the receiver.
@@ -28,11 +28,19 @@ NO_FDS: Final[list[int]] = []
 MAX_FDS: Final = 253
 
 
+SendBare = Callable[[bytes, int], int]
+ReceiveBare = Callable[[int, int], bytes]
+
+
 class Endpoint(Protocol):
     """One end of a connection. Safe to use from several threads at once."""
 
     #: Largest message in bytes; larger payloads travel out of band.
     max_message: int
+    #: What sends and receives a message without descriptors in the shortest way, with the flags and errors of
+    #: ``socket.send`` and ``socket.recv``; None where there is nothing shorter than ``try_send`` and ``try_receive``.
+    send_bare: SendBare | None
+    receive_bare: ReceiveBare | None
 
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         """Send one message; False if there is no room now. Raises BrokenPipeError if nobody can receive it."""

@@ -15,7 +15,7 @@ import termios
 from collections.abc import Sequence
 from typing import Final
 
-from .endpoint import NO_FDS, Received
+from .endpoint import NO_FDS, ReceiveBare, Received, SendBare
 from .process import closed_in_child
 from .sockets import (
     ANCILLARY_SIZE,
@@ -47,7 +47,9 @@ class SeqpacketEndpoint:
         self._socket.setblocking(True)
         # Bound once: attribute look-ups are a measurable part of a message's cost.
         self._send = self._socket.send
-        self.recvmsg = self._socket.recvmsg
+        self.send_bare: SendBare | None = self._send
+        self.receive_bare: ReceiveBare | None = self._socket.recv
+        self._recvmsg = self._socket.recvmsg
         #: Bytes, as the kernel counts them. Threads may make it too small, and so ``has_passed`` wait longer.
         self._received = 0
         closed_in_child(self)
@@ -74,7 +76,7 @@ class SeqpacketEndpoint:
     def try_receive(self) -> Received | None:
         while True:
             try:
-                data, ancillary, flags, _ = self.recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
+                data, ancillary, flags, _ = self._recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
             except BlockingIOError:
                 return None
             except ConnectionResetError:

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from .endpoint import Received
+from .endpoint import ReceiveBare, Received, SendBare
 from .process import closed_in_child, reset_in_child
 from .sockets import (
     ANCILLARY_SIZE,
@@ -114,6 +114,8 @@ class StreamEndpoint:
     """One end of a stream socket pair with its lock file; takes both descriptors over."""
 
     max_message = FRAME - _LENGTH.size
+    send_bare: SendBare | None = None
+    receive_bare: ReceiveBare | None = None
 
     def __init__(self, fd: int, lock_fd: int) -> None:
         self._socket = socket.socket(fileno=fd)

@@ -7,7 +7,8 @@ it, so that a queue which is fed rarely costs no processor time.
 Invariants:
 
 * The shared end of a queue is watched with EPOLLEXCLUSIVE where the system has it: one message wakes one of the
-  sleeping processes, not all of them.
+  sleeping processes, not all of them. It is watched while somebody sleeps, and not longer: whoever sends would pay
+  for it with each message.
 * That process may be killed between waking and taking the message. So no sleep is longer than ``SLICE``; after
   each the message is tried for again, by everyone.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
@@ -15,11 +16,12 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar
 
 from .alarm import Alarm
@@ -45,10 +47,6 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _always(seconds: float) -> bool:
-    return True
-
-
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
@@ -63,11 +61,12 @@ class Waiter:
         self._spin = _MAX_SPIN if self._can_spin else 0
         self._guard = threading.Lock()
         self._sleepers = 0
+        self._asleep = 0
+        self._watched = -1
         self._closed = False
         self._epoll: select.epoll | None = None
         if hasattr(select, "epoll"):
             self._epoll = select.epoll()
-            self._epoll.register(source.fileno(), select.EPOLLIN | _EXCLUSIVE)
             self._epoll.register(alarm.fileno(), select.EPOLLIN)
         closed_in_child(self)
 
@@ -115,8 +114,11 @@ class Waiter:
 
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
-        # Asking epoll is cheaper than trying: a failed ``recv`` makes an exception.
-        look = self._epoll.poll if self._epoll is not None else _always
+        # Asking is cheaper than trying: a failed ``recv`` makes an exception.
+        poll = select.poll()
+        poll.register(self._source.fileno(), select.POLLIN)
+        poll.register(self._alarm.fileno(), select.POLLIN)
+        look = poll.poll
         while True:
             for _ in range(_LOOKS_PER_YIELD):
                 if look(0):
@@ -131,10 +133,29 @@ class Waiter:
         self._spin = self._spin // 2 if self._spin > _MIN_SPIN else 0
         return None
 
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        assert self._epoll is not None
+        with self._guard:
+            self._asleep += 1
+            if self._asleep == 1:
+                self._watched = self._source.fileno()
+                with contextlib.suppress(OSError, ValueError):  # it is closed: the alarm says so
+                    self._epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._asleep -= 1
+                if not self._asleep:
+                    with contextlib.suppress(OSError, ValueError):
+                        self._epoll.unregister(self._watched)
+
     def _sleep(self, seconds: float) -> bool:
         """Sleep until there may be a message; True if the alarm is set."""
         if self._epoll is not None:
-            self._epoll.poll(seconds)
+            with self._watching():
+                self._epoll.poll(seconds)
         else:
             poll = select.poll()
             poll.register(self._source.fileno(), select.POLLIN)

@@ -1,0 +1,116 @@
+"""The first item with descriptors: nobody may receive it who could lose them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+import torchwq
+from tests.channels import jobs
+from tests.conftest import wait_until
+from torchwq import Channel, ChannelState
+from torchwq.channels.line import BRINGS, SAFELY, TRIED, UNUSUAL, Line
+from torchwq.memory import fences
+from torchwq.transport import endpoint
+
+pytestmark = pytest.mark.skipif(endpoint.kind() != "seqpacket", reason="a stream is never received without descriptors")
+
+
+def line_of(channel: Channel) -> Line:
+    channel._core.open_to_processes()
+    line = channel._core.line
+    assert line is not None
+    return line
+
+
+def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
+    channel = torchwq.channel()
+    line = line_of(channel)
+    line._count_tried()  # as a thread that is in recv
+    writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
+    writer.start()
+    wait_until(lambda: line._words[UNUSUAL])
+    time.sleep(0.1)
+    assert line._words[BRINGS] != SAFELY
+    assert channel.num_items() == 0, "it has not left"
+    line._count_missed()
+    writer.join(20)
+    assert line._words[BRINGS] == SAFELY
+    assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
+
+
+def test_it_does_not_wait_for_the_dead() -> None:
+    channel = torchwq.channel()
+    with pytest.raises(torchwq.WorkerDied):
+        torchwq.map(1, jobs.die_receiving, channel).join(20)
+    line_of(channel)
+    started = time.monotonic()
+    channel.write(torch.arange(3))
+    assert time.monotonic() - started < 2
+    assert channel.read(nonblocking=True)[1].tolist() == [0, 1, 2]
+
+
+def test_nor_for_one_who_has_left() -> None:
+    channel = torchwq.channel()
+    torchwq.map(1, jobs.leave_receiving, channel).join(20)
+    line = line_of(channel)
+    workers = torchwq.map(1, jobs.read_when_asked, channel, asked := torchwq.channel())
+    seat = wait_until(lambda: [seat for seat, lives in line.roster.others() if lives])[0]
+    assert line.shown(seat, TRIED) == 1, "it has the seat of the one who has left"
+    started = time.monotonic()
+    channel.write(torch.arange(3))
+    assert time.monotonic() - started < 2
+    asked.write("now")
+    assert workers.join(20) == [[0, 1, 2]]
+
+
+def test_nothing_is_lost_when_tensors_begin_to_come_among_plain_items() -> None:
+    """Each channel changes once; so there are many."""
+    for _ in range(10):
+        channel, sizes = torchwq.channel(), torchwq.channel()
+        readers = torchwq.map(2, jobs.consume_kinds, channel)
+        writers = torchwq.map(2, jobs.produce_plain_then_tensors, channel, 300)
+        writers.join(60)
+        channel.close()
+        taken = readers.join(60)
+        for items in taken:
+            for writer in range(2):
+                numbers = [number for mapid, number in items if mapid == writer]
+                assert numbers == sorted(numbers), "each writer's order"
+        assert sorted(item for items in taken for item in items) == [(w, n) for w in range(2) for n in range(300)]
+        del sizes
+
+
+def test_a_channel_of_plain_items_is_never_told() -> None:
+    channel = torchwq.channel()
+    line = line_of(channel)
+    for item in (1, "text", (1, 2.5, None), [1, {"a": b"b"}], {"key": (1,)}):
+        channel.write(item)
+        assert channel.read() == (ChannelState.OPEN, item)
+    assert not line._words[UNUSUAL]
+    assert not line._words[BRINGS]
+
+
+@pytest.mark.parametrize("machine", [None, "unheard of"], ids=["membarrier", "elsewhere"])
+def test_a_fence_everywhere_returns(machine: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if machine is not None:
+        monkeypatch.setattr("platform.machine", lambda: machine)
+    started = time.monotonic()
+    fences.everywhere()
+    assert time.monotonic() - started < 5
+
+
+def test_counts_are_right_when_threads_write_and_read_at_once() -> None:
+    channel = torchwq.channel()
+    line_of(channel)
+    writers = [threading.Thread(target=lambda: [channel.write(n) for n in range(2000)]) for _ in range(4)]
+    readers = [threading.Thread(target=lambda: [channel.read(timeout=20) for _ in range(2000)]) for _ in range(4)]
+    for thread in writers + readers:
+        thread.start()
+    for thread in writers + readers:
+        thread.join(60)
+    statistics = channel.statistics()
+    assert (statistics.written, statistics.read, statistics.num_items) == (8000, 8000, 0)
