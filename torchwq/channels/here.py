@@ -41,10 +41,13 @@ class Here:
     def put(self, obj: Any) -> ChannelState | None:
         if self._capacity is not None:
             return None
-        try:
-            payload = codec.encode(obj, codec.UNLIMITED, here=True)
-        except Exception:
-            return None
+        if type(obj) is tuple and codec.only_atoms(map(type, obj)):
+            payload: Any = obj
+        else:
+            try:
+                payload = codec.encode(obj, codec.UNLIMITED, here=True)
+            except Exception:
+                return None
         return ChannelState.OPEN if self.send(payload) else self.state()
 
     def send(self, payload: Any) -> bool:

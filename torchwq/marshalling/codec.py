@@ -315,17 +315,22 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool, 
     return located
 
 
-def received(payload: Payload) -> tuple[Any, list[int]]:
-    """A payload that stays here as its reader gets it, for ``decode``."""
+def received(payload: Payload | tuple[Any, ...]) -> tuple[Any, list[int]]:
+    """A payload that stays here as its reader gets it, for ``decode``.
+
+    A tuple of ``ATOMS`` may be its own payload here: it cannot change, so nobody can tell it from a copy.
+    """
     if isinstance(payload, bytes):
         return payload, NO_FDS
-    if isinstance(payload, Letter):
+    if isinstance(payload, (Letter, tuple)):
         return payload, ENCLOSED
     return payload.copy()
 
 
-def for_others(payload: Payload, limit: int) -> Encoded:
+def for_others(payload: Payload | tuple[Any, ...], limit: int) -> Encoded:
     """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
+    if isinstance(payload, tuple):
+        return encode(payload, limit)
     if isinstance(payload, Letter):
         return encode_one(payload.copy().open(as_it_is=True), limit, "an object that was written before")
     if isinstance(payload, bytes) and len(payload) > limit:
@@ -333,11 +338,13 @@ def for_others(payload: Payload, limit: int) -> Encoded:
     return payload
 
 
-def decode(data: bytes | Letter, fds: list[int]) -> Any:
+def decode(data: bytes | Letter | tuple[Any, ...], fds: list[int]) -> Any:
     """The object in a message, with its trailer if it has one. Takes over ``fds``.
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
+    if isinstance(data, tuple):
+        return data
     if isinstance(data, Letter):
         return data.open()
     kind = data[-1]
@@ -381,9 +388,9 @@ def _decode_block(data: bytes, fds: list[int]) -> Any:
         block.done()
 
 
-def discard(data: bytes | Letter, fds: list[int]) -> None:
+def discard(data: bytes | Letter | tuple[Any, ...], fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
-    if isinstance(data, Letter):
+    if isinstance(data, (Letter, tuple)):
         return
     if data[-1] in (REFERENCES, BLOCK):
         try:

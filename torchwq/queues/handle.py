@@ -6,17 +6,17 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from pickle import loads
+from pickle import dumps, loads
 from types import TracebackType
 from typing import Any, Final, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
-from ..marshalling.codec import encode
+from ..marshalling.codec import ATOMS, encode, only_atoms
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, reactor
-from ..transport.endpoint import Received, handover_size
+from ..transport.endpoint import handover_size
 from ..transport.link import Link
 from ..transport.waiting import SLICE
 from ..workers import shutdown
@@ -109,8 +109,18 @@ class WorkQueue:
         role = self._role
         send = role.send
         if len(objs) == 1:
+            obj = objs[0]
+            cls = type(obj)
+            if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):  # as encode does, without calling it
+                if cls is tuple and role.here:
+                    send(obj)
+                    return
+                bare = dumps(obj, 5)
+                if len(bare) <= role.max_payload:
+                    send(bare)
+                    return
             try:
-                payload = encode(objs[0], role.max_payload, here=role.here)
+                payload = encode(obj, role.max_payload, here=role.here)
             except Exception:
                 pass
             else:
@@ -159,13 +169,11 @@ class WorkQueue:
             received = role.wait(nonblocking, timeout)
             if received is None:
                 return None
-        return self._open(received)
-
-    def _open(self, received: Received) -> Any:
+        data: Any
         data, fds = received
-        if fds or data[-1] in _WITH_BLOCKS:
-            return codec.decode(data, fds)
-        return loads(data)
+        if fds:
+            return data if type(data) is tuple else codec.decode(data, fds)
+        return loads(data) if data[-1] not in _WITH_BLOCKS else codec.decode(data, fds)
 
     async def aread(self, *, timeout: float | None = None) -> Any:
         """Read the next object on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
@@ -181,7 +189,7 @@ class WorkQueue:
         while True:
             received = role.take()
             if received is not None:
-                return self._open(received)
+                return codec.decode(*received)
             if role.closed:
                 raise QueueClosed(role.closed)
             if role.is_troubled():

@@ -37,10 +37,12 @@ class Inside:
         """The next question, whose ``number`` is known then. With ``Owner.taking`` held."""
         box = self.box
         if box is not None:
-            received = box.take()
-            if received is not None:
-                self.number += 1
-            return received
+            try:
+                question = box.pop()
+            except IndexError:
+                return None
+            self.number += 1
+            return question
         if self._end is None:
             return None
         try:

@@ -29,16 +29,17 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
+from ..marshalling.letter import ENCLOSED
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
 from ..transport import endpoint, reactor
 from ..transport import link as links
-from ..transport.endpoint import NO_FDS, Received
+from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
 from ..workers import deaths, threads, worker
@@ -46,7 +47,7 @@ from .history import History
 from .inside import Inside
 from .members import Member, patience
 from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
-from .role import ENDED, SocketRole
+from .role import SocketRole
 from .thread import Notes, ThreadSide
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
@@ -104,14 +105,15 @@ class Owner(SocketRole, worker.EndListener):
 
     # Writing
 
-    def _send_here(self, payload: codec.Encoded) -> None:
+    def _send_here(self, payload: Any) -> None:
         with self._gate:
             questions = self.inside.box
             if questions is not None:
                 if self.closed:
                     raise QueueClosed(self.closed)
                 self.outbox.number = self._last_sent = self._last_sent + 1
-                questions.put((payload, NO_FDS) if type(payload) is bytes else codec.received(payload))
+                message: Any = (payload, ENCLOSED) if type(payload) is tuple else codec.received(payload)
+                questions.put(message)
                 return
         self.outbox.send(codec.for_others(payload, self._for_others))
 
@@ -192,7 +194,12 @@ class Owner(SocketRole, worker.EndListener):
 
     def take(self) -> Received | None:
         if self.inside.box is not None and not self._inbox:
-            return None if self.closed else self.answers.take()
+            if self.closed:
+                return None
+            try:
+                return self.answers.pop()
+            except IndexError:
+                return None
         with self._receiving:
             if self._inbox:
                 return self._inbox.popleft()
@@ -428,14 +435,6 @@ class Owner(SocketRole, worker.EndListener):
             self.inside.close(bool(self.closed))
             if self._is_released and self.board.fd >= 0:
                 self.release()
-
-    def answer(self, received: Received) -> None:
-        """Take an answer from a thread of this process. Raises QueueClosed."""
-        if self.closed:
-            raise QueueClosed(ENDED)
-        self.answers.put(received)
-        if self.inside.box is None:
-            self.alarm.set()
 
     def note_taken(self) -> None:
         with self._taken:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QueueClosed
 from ..marshalling import codec, invitation
+from ..marshalling.letter import ENCLOSED
 from ..memory.anonymous import Descriptor
-from ..transport.endpoint import NO_FDS, Received
+from ..transport.endpoint import Received
 from ..workers.presence import Presence
 from .role import CLOSED_HERE, ENDED, Role
 
@@ -60,15 +61,16 @@ class ThreadSide(Role):
 
     def take(self) -> Received | None:
         owner, ident, notes = self.owner, get_ident(), self.notes
+        inside = owner.inside
         with owner.taking:
             if self.closed:
                 return None
-            received = owner.inside.take()
+            received = inside.take()
             if received is None:
-                if owner.inside.is_over(bool(owner.closed)):
+                if inside.is_over(bool(owner.closed)):
                     self.closed = ENDED
                 return None
-            notes.number = owner.inside.number
+            notes.number = inside.number
             notes.taken += 1
             self._busy.add(ident)
         if ident not in self._known:
@@ -79,9 +81,13 @@ class ThreadSide(Role):
         return received
 
     def send(self, payload: Any) -> None:
-        if self.closed:
+        owner = self.owner
+        if self.closed or owner.closed:
             raise self.closed_error()
-        self.owner.answer((payload, NO_FDS) if type(payload) is bytes else codec.received(payload))
+        message: Any = (payload, ENCLOSED) if type(payload) is tuple else codec.received(payload)
+        owner.answers.put(message)
+        if owner.inside.box is None:
+            owner.alarm.set()  # it looks at the socket
         self.written += 1
         self._busy.discard(get_ident())
 

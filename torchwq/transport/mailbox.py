@@ -43,6 +43,8 @@ class Mailbox(Generic[T]):
         self._asleep: deque[threading.Lock] = deque()
         self._bell: Alarm | None = None
         self._ended = False
+        #: Gives the next message. Raises IndexError if there is none.
+        self.pop: Callable[[], T] = self._messages.popleft
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -56,15 +58,17 @@ class Mailbox(Generic[T]):
 
     def take(self) -> T | None:
         """The next message; None if there is none."""
-        if not self._messages:
-            return None
         try:
-            message = self._messages.popleft()
+            return self.pop()
         except IndexError:
             return None
-        if self._bell is not None:
-            self._ring_or_hush(self._bell)
-        return message
+
+    def _pop_with_bell(self) -> T:
+        try:
+            return self._messages.popleft()
+        finally:
+            if self._bell is not None:
+                self._ring_or_hush(self._bell)
 
     def wait(
         self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = _never
@@ -122,6 +126,7 @@ class Mailbox(Generic[T]):
         """An alarm that is set while there are messages."""
         if self._bell is None:
             self._bell = Alarm()
+            self.pop = self._pop_with_bell
             self._ring_or_hush(self._bell)
         return self._bell
 
