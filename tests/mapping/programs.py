@@ -39,7 +39,7 @@ class Program:
         env |= {"TMPDIR": str(self.temporary), "XDG_RUNTIME_DIR": str(self.temporary), **environment}
         self.process = subprocess.Popen(
             [sys.executable, *command],
-            stdin=subprocess.PIPE if how == "-" else subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -51,7 +51,7 @@ class Program:
             assert self.process.stdin is not None
             self.process.stdin.write(source)
             self.process.stdin.close()
-            self.process.stdin = None
+            self.process.stdin = None  # and communicate() does not expect it to be open
         self._seen: set[psutil.Process] = set()
 
     def __enter__(self) -> Program:
@@ -68,7 +68,10 @@ class Program:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def expect(self, line: str) -> None:
-        """Wait until the program prints ``line``, and note which processes it has by then."""
+        """Wait until the program prints ``line``, note which processes it has by then, and send it a line.
+
+        A program that ends soon must wait for that line, with ``input()``, for something to be there to be noted.
+        """
         assert self.process.stdout is not None
         found = self.process.stdout.readline().rstrip("\n")
         if found != line:
@@ -76,6 +79,9 @@ class Program:
             raise AssertionError(f"{found!r} instead of {line!r}:\n{self.process.communicate()[1]}")
         assert self.descendants(), "the program has no fork server, no workers: nothing could be left behind"
         assert list(self.temporary.glob("torchwq-*")), "the program has no namespace folder"
+        if self.process.stdin is not None:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
 
     def descendants(self) -> set[psutil.Process]:
         """Every process below the program, those seen earlier included."""

@@ -31,6 +31,7 @@ WORKERS = """
     while not ready.all():
         time.sleep(0.001)
     print("ready", flush=True)
+    input()
 """
 
 BLOCKED = {

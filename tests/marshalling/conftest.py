@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .support import Peer, started_peer
+from .support import Peer, give_up_memory, started_peer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,6 +18,13 @@ def _quick_collections(_services: None) -> None:
 
 
 @pytest.fixture(scope="module")
-def peer(_services: None) -> Iterator[Peer]:
+def module_peer(_services: None) -> Iterator[Peer]:
     with started_peer() as started:
         yield started
+
+
+@pytest.fixture
+def peer(module_peer: Peer) -> Iterator[Peer]:
+    """The worker, which keeps no memory of one test's for the next: by itself it looks only every other second."""
+    yield module_peer
+    module_peer.ask(give_up_memory)

@@ -90,6 +90,12 @@ def same(obj: Any) -> Any:
     return obj
 
 
+def give_up_memory() -> None:
+    """At the worker: keep nothing for use again. What is in use stays."""
+    arrivals.trim()
+    pool.trim()
+
+
 _kept: list[Any] = []
 
 
