@@ -99,6 +99,23 @@ def test_items_that_wait_when_the_channel_is_first_sent_keep_their_order() -> No
     assert (one, two.tolist(), three, four(), five) == (1, [1.0, 1.0], "three", 4, 5)
 
 
+VALUES = [(1, "a"), {"b": [2, (3.5, [None])]}, [], [b"c"], {}, (), "d" * 10_000, b"e" * 100_000, None, 4]
+
+
+def test_values_that_wait_are_copies_and_move_as_they_are() -> None:
+    for process in (False, True):
+        channel = torchwq.channel()
+        changed: dict[str, list[object]] = {"list": [1, [2]]}
+        channel.write(changed)
+        for value in VALUES:
+            channel.write(value)
+        changed["list"][0] = changed["more"] = [0]
+        if process:
+            channel._core.open_to_processes()
+        channel.close()
+        assert list(channel) == [{"list": [1, [2]]}, *VALUES]
+
+
 def test_an_item_that_cannot_go_to_a_process_keeps_the_channel_here() -> None:
     channel = torchwq.channel()
     channel.write(1, Unpicklable(torch.zeros(1)))

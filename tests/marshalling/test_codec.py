@@ -79,6 +79,76 @@ def test_nested_containers_and_scalars_come_out_identical(obj: Any) -> None:
     assert identical(roundtrip(obj), obj)
 
 
+atoms = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+plain_collections = st.recursive(
+    st.lists(atoms, max_size=5)
+    | st.lists(atoms, max_size=5).map(tuple)
+    | st.dictionaries(st.text(), atoms, max_size=5),
+    lambda inner: st.lists(inner | atoms, max_size=4) | st.tuples(inner, atoms) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@moderate
+@given(obj=plain_collections)
+def test_plain_collections_are_copied_within_a_process_and_pickled_for_others(obj: Any) -> None:
+    copy = codec.copied(obj)
+    assert identical(copy, obj)
+    assert not mutable_parts(copy) & mutable_parts(obj)
+    data, fds = codec.received(copy)
+    assert codec.decode(data, fds) is copy
+    assert identical(codec.decode(*received(codec.for_others(copy, LIMIT))), obj)
+
+
+def mutable_parts(obj: Any) -> set[int]:
+    """Ids of the dicts and lists in ``obj``."""
+    found = set() if type(obj) is tuple else {id(obj)}
+    for each in obj.values() if type(obj) is dict else obj:
+        if type(each) in (dict, list, tuple):
+            found |= mutable_parts(each)
+    return found
+
+
+@moderate
+@given(obj=nested)
+def test_what_stays_in_the_process_comes_out_identical(obj: Any) -> None:
+    copy = codec.copied(obj)
+    payload = codec.encode(obj, codec.UNLIMITED, here=True) if copy is None else copy
+    assert identical(codec.decode(*codec.received(payload)), obj)
+
+
+def test_collections_that_must_be_pickled_are_not_copied() -> None:
+    class Numbers(list[int]):
+        pass
+
+    inner = [1]
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    for obj in (
+        [inner, inner],
+        {"a": inner, "b": (inner,)},
+        cycle,
+        Numbers([1]),
+        [Numbers([1])],
+        [1, 2, {3}],
+        (bytearray(b"x"),),
+        {(1, 2): 3},
+        [{"tensor": torch.zeros(1)}],
+        [True, print],
+        [[number] for number in range(100)],
+        "text",
+        5,
+    ):
+        assert codec.copied(obj) is None
+
+
+@pytest.mark.parametrize("obj", [b"x" * 100_000, "x" * 100_000])
+def test_long_text_is_not_copied_within_a_process(obj: Any) -> None:
+    payload = codec.encode(obj, codec.UNLIMITED, here=True)
+    assert codec.decode(*codec.received(payload)) is obj
+    assert codec.decode(*received(codec.for_others(payload, LIMIT))) == obj
+
+
 @few
 @given(obj=nested)
 def test_nested_containers_and_scalars_come_back_identical_from_a_worker(peer: Peer, obj: Any) -> None:

@@ -50,6 +50,45 @@ def test_questions_that_wait_move_in_order_when_a_process_comes() -> None:
         assert worker.join(20) == [4]
 
 
+VALUES = [(1, "a"), {"b": [2, (3.5, [None])]}, [], [b"c"], {}, (), "d" * 10_000, b"e" * 100_000, ("f" * 100_000,), 4]
+
+
+def test_values_that_wait_are_copies_and_move_as_they_are_when_a_process_comes() -> None:
+    with torchwq.workqueue() as q:
+        changed: dict[str, list[object]] = {"list": [1, [2]]}
+        q.write(changed)
+        for value in VALUES:
+            q.write(value)
+        changed["list"][0] = changed["more"] = [0]
+        worker = torchwq.map(1, jobs.echo, q)
+        assert [q.read(timeout=20) for _ in range(11)] == [{"list": [1, [2]]}, *VALUES]
+        q.write(None)
+        worker.join(20)
+
+
+def test_threads_answer_with_copies() -> None:
+    with torchwq.workqueue() as q:
+        workers = torchwq.map(1, answer_and_change, q, backend="thread")
+        for value in VALUES:
+            q.write(value)
+            assert q.read(timeout=20) == value
+        question: dict[str, object] = {"inner": [1]}
+        for nested in (False, True):
+            q.write([question] if nested else question)
+            question["inner"].append(2)  # type: ignore[attr-defined]
+            answer = q.read(timeout=20)
+            assert (answer[0] if nested else answer) == {"inner": [1, 2] if nested else [1]}
+        q.write(None)
+        workers.join(20)
+
+
+def answer_and_change(q: torchwq.WorkQueue) -> None:
+    for question in q:
+        q.write(question)
+        if type(question) in (dict, list):
+            question.clear()
+
+
 def test_blocked_threads_follow_the_questions() -> None:
     with torchwq.workqueue() as q:
         threads = torchwq.map(3, jobs.echo, q, backend="thread")

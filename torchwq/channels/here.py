@@ -41,9 +41,8 @@ class Here:
     def put(self, obj: Any) -> ChannelState | None:
         if self._capacity is not None:
             return None
-        if type(obj) is tuple and codec.only_atoms(map(type, obj)):
-            payload: Any = obj
-        else:
+        payload = codec.copied(obj)
+        if payload is None:
             try:
                 payload = codec.encode(obj, codec.UNLIMITED, here=True)
             except Exception:

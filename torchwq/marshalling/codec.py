@@ -42,8 +42,15 @@ UNLIMITED: Final = 1 << 62
 ATOMS: Final = frozenset({int, float, str, bool, bytes, type(None)})
 only_atoms: Final = ATOMS.issuperset
 
+#: Collections of them may be their own payload within this process: see ``copied``.
+COPIES: Final = frozenset({tuple, list, dict})
+#: How many dicts, lists and tuples in one object are copied so: pickling looks at more of them in less time.
+_MOST_COPIED: Final = 32
+#: Text of more characters than this, or more bytes, is not pickled for this process: that would copy it twice.
+_LONG: Final = 4096
+
 Payload = bytes | Parcel | Letter
-#: ``bytes | Parcel``, or, if it stays here, any ``Payload``.
+#: ``bytes | Parcel``, or, if it stays here, any ``Payload``, or what ``copied`` gives.
 Encoded: TypeAlias = Any
 
 
@@ -181,6 +188,8 @@ def encode(
     """
     cls = type(obj)
     if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):
+        if here and (cls is bytes or cls is str) and len(obj) > _LONG:
+            return Letter(None, (obj,))
         bare = dumps(obj, 5)
         if len(bare) <= limit:
             return bare
@@ -315,21 +324,60 @@ def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool, 
     return located
 
 
-def received(payload: Payload | tuple[Any, ...]) -> tuple[Any, list[int]]:
-    """A payload that stays here as its reader gets it, for ``decode``.
+def copied(obj: Any) -> Any:
+    """``obj``'s payload within this process, if it is dicts, lists and tuples of ``ATOMS``: a copy of it, not pickled.
 
-    A tuple of ``ATOMS`` may be its own payload here: it cannot change, so nobody can tell it from a copy.
+    A tuple of nothing else is its own: it cannot change, and nor can what is in it, so nobody can tell it from a copy.
+    None for whatever else, and where pickling would not be dearer, or would keep what is in there twice the same.
     """
-    if isinstance(payload, bytes):
+    return _copied(obj, set()) if type(obj) in COPIES else None
+
+
+def _copied(obj: Any, seen: set[int]) -> Any:
+    cls = type(obj)
+    copy: Any
+    places: Any
+    if cls is tuple:
+        if only_atoms(map(type, obj)):
+            return obj
+        copy = list(obj)
+        places = enumerate(copy)
+    elif cls is list:
+        copy = obj.copy()  # before anything is looked at, for other threads may change it
+        places = None if only_atoms(map(type, copy)) else enumerate(copy)
+    elif cls is dict:
+        copy = obj.copy()
+        if not only_atoms(map(type, copy)):
+            return None
+        places = None if only_atoms(map(type, copy.values())) else copy.items()
+    else:
+        return None
+    if id(obj) in seen or len(seen) >= _MOST_COPIED:
+        return None
+    seen.add(id(obj))
+    if places is not None:
+        for place, each in places:
+            if type(each) not in ATOMS:
+                copy[place] = inner = _copied(each, seen)
+                if inner is None:
+                    return None
+    return tuple(copy) if cls is tuple else copy
+
+
+def received(payload: Encoded) -> tuple[Any, list[int]]:
+    """A payload that stays here as its reader gets it, for ``decode``."""
+    cls = type(payload)
+    if cls is bytes:
         return payload, NO_FDS
-    if isinstance(payload, (Letter, tuple)):
+    if cls in COPIES or isinstance(payload, Letter):
         return payload, ENCLOSED
-    return payload.copy()
+    found: tuple[Any, list[int]] = payload.copy()
+    return found
 
 
-def for_others(payload: Payload | tuple[Any, ...], limit: int) -> Encoded:
+def for_others(payload: Encoded, limit: int) -> Encoded:
     """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
-    if isinstance(payload, tuple):
+    if type(payload) in COPIES:
         return encode(payload, limit)
     if isinstance(payload, Letter):
         return encode_one(payload.copy().open(as_it_is=True), limit, "an object that was written before")
@@ -338,12 +386,12 @@ def for_others(payload: Payload | tuple[Any, ...], limit: int) -> Encoded:
     return payload
 
 
-def decode(data: bytes | Letter | tuple[Any, ...], fds: list[int]) -> Any:
+def decode(data: Any, fds: list[int]) -> Any:
     """The object in a message, with its trailer if it has one. Takes over ``fds``.
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
-    if isinstance(data, tuple):
+    if type(data) in COPIES:
         return data
     if isinstance(data, Letter):
         return data.open()
@@ -388,9 +436,9 @@ def _decode_block(data: bytes, fds: list[int]) -> Any:
         block.done()
 
 
-def discard(data: bytes | Letter | tuple[Any, ...], fds: list[int]) -> None:
+def discard(data: Any, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
-    if isinstance(data, (Letter, tuple)):
+    if type(data) in COPIES or isinstance(data, Letter):
         return
     if data[-1] in (REFERENCES, BLOCK):
         try:

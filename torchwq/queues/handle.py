@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 from ..errors import QueueClosed
 from ..marshalling import codec, reducers
-from ..marshalling.codec import ATOMS, encode, only_atoms
+from ..marshalling.codec import ATOMS, COPIES, copied, encode, only_atoms
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, reactor
@@ -112,13 +112,17 @@ class WorkQueue:
             obj = objs[0]
             cls = type(obj)
             if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):  # as encode does, without calling it
-                if cls is tuple and role.here:
+                if not role.here:
+                    bare = dumps(obj, 5)
+                    if len(bare) <= role.max_payload:
+                        send(bare)
+                        return
+                elif cls is tuple:
                     send(obj)
                     return
-                bare = dumps(obj, 5)
-                if len(bare) <= role.max_payload:
-                    send(bare)
-                    return
+            elif role.here and (copy := copied(obj)) is not None:
+                send(copy)
+                return
             try:
                 payload = encode(obj, role.max_payload, here=role.here)
             except Exception:
@@ -172,7 +176,7 @@ class WorkQueue:
         data: Any
         data, fds = received
         if fds:
-            return data if type(data) is tuple else codec.decode(data, fds)
+            return data if type(data) in COPIES else codec.decode(data, fds)
         return loads(data) if data[-1] not in _WITH_BLOCKS else codec.decode(data, fds)
 
     async def aread(self, *, timeout: float | None = None) -> Any:

@@ -33,6 +33,7 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
+from ..marshalling.codec import COPIES
 from ..marshalling.letter import ENCLOSED
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
@@ -112,7 +113,7 @@ class Owner(SocketRole, worker.EndListener):
                 if self.closed:
                     raise QueueClosed(self.closed)
                 self.outbox.number = self._last_sent = self._last_sent + 1
-                message: Any = (payload, ENCLOSED) if type(payload) is tuple else codec.received(payload)
+                message: Any = (payload, ENCLOSED) if type(payload) in COPIES else codec.received(payload)
                 questions.put(message)
                 return
         self.outbox.send(codec.for_others(payload, self._for_others))

@@ -1,0 +1,98 @@
+"""A mailbox loses nothing and wakes whom it must, with a bell and without."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from torchwq.transport.mailbox import Mailbox
+
+
+def test_messages_come_in_order_and_then_none() -> None:
+    box: Mailbox[int] = Mailbox()
+    for number in range(3):
+        box.put(number)
+    assert [box.pop(), box.take(), box.take(), box.take()] == [0, 1, 2, None]
+    with pytest.raises(IndexError):
+        box.pop()
+
+
+def test_the_bell_rings_while_there_are_messages() -> None:
+    box: Mailbox[str] = Mailbox()
+    box.put("before")
+    bell = box.bell()
+    assert bell.is_set()
+    assert box.pop() == "before"
+    assert not bell.is_set()
+    with pytest.raises(IndexError):
+        box.pop()
+    assert not bell.is_set()
+    box.put("a")
+    box.put("b")
+    assert box.take() == "a"
+    assert bell.is_set()
+    assert box.take() == "b"
+    assert not bell.is_set()
+    box.end()
+    assert bell.is_set()
+    assert box.take() is None
+    assert bell.is_set(), "the end stays"
+    box.close()
+    assert bell.fileno() < 0
+    box.put("after")
+    assert box.pop() == "after"
+
+
+@pytest.mark.parametrize("bell", [False, True])
+def test_threads_that_put_take_and_sleep_lose_nothing(bell: bool) -> None:
+    box: Mailbox[tuple[int, int]] = Mailbox()
+    if bell:
+        box.bell()
+    got: list[list[tuple[int, int]]] = [[], [], []]
+
+    def read(mine: list[tuple[int, int]]) -> None:
+        while True:
+            found = box.take() or box.wait(box.take, None)
+            if found is None:  # woken, and another was faster
+                continue
+            if found[0] < 0:
+                return
+            mine.append(found)
+
+    def write(writer: int) -> None:
+        for number in range(5_000):
+            box.put((writer, number))
+
+    readers = [threading.Thread(target=read, args=(mine,)) for mine in got]
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(2)]
+    for thread in (*readers, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join(30)
+    for _ in readers:
+        box.put((-1, 0))
+    for thread in readers:
+        thread.join(30)
+    assert sorted(item for mine in got for item in mine) == [(w, n) for w in range(2) for n in range(5_000)]
+    for mine in got:
+        for writer in range(2):
+            numbers = [number for by, number in mine if by == writer]
+            assert numbers == sorted(numbers)
+    if bell:
+        assert not box.bell().is_set()
+    box.close()
+
+
+def test_wait_ends_for_a_reason_and_at_the_deadline() -> None:
+    box: Mailbox[int] = Mailbox()
+    assert box.wait(box.take, time.monotonic() + 0.01) is None
+    assert box.wait(box.take, None, lambda: True) is None
+    stopped = threading.Event()
+    thread = threading.Thread(target=lambda: box.wait(box.take, time.monotonic() + 20, stopped.is_set))
+    thread.start()
+    stopped.set()
+    box.wake_all()
+    thread.join(5)
+    assert not thread.is_alive()
