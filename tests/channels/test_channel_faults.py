@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
+import torch
 
 import torchwq
 from tests.channels import jobs
@@ -272,3 +275,74 @@ def test_a_failed_closing_is_told_to_whoever_reads_the_end() -> None:
     with pytest.raises(torchwq.WorkerDied, match="items may be missing"):
         channel.read(nonblocking=True)
     assert channel.read() == (DRAINED, None), "once"
+
+
+def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
+    """An alarm that limits the time raises TimeoutError, which is an OSError, perhaps just after the item has left."""
+    channel = torchwq.channel()
+    channel._core.open_to_processes()
+    line = channel._core.line
+    assert line is not None
+    send = line._send_bare
+    if send is None:
+        pytest.skip("a stream is sent to under a lock")
+
+    def interrupted(*args: object) -> None:
+        send(*args)  # type: ignore[arg-type]
+        raise TimeoutError("too late")
+
+    line._send_bare = interrupted  # type: ignore[assignment]
+    with pytest.raises(TimeoutError, match="too late"):
+        channel.write(1)
+    line._send_bare = send
+    channel.write(2)
+    assert [channel.read(timeout=20)[1] for _ in range(2)] == [1, 2]
+    assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
+
+
+def test_a_writer_that_is_late_hears_of_the_closing() -> None:
+    channel = torchwq.channel()
+    here = channel._core.here
+    channel._core.open_to_processes()
+    channel.write("before")
+    line = channel._core.line
+    assert line is not None
+    line.close()  # as another process does
+    assert here.put(1) is ChannelState.CLOSED
+    assert (here.state(), here.is_closed, here.num_items()) == (ChannelState.CLOSED, True, 1)
+    assert here.read() == (ChannelState.CLOSED, "before")
+    assert here.put(1) is ChannelState.DRAINED
+
+
+def test_what_a_watched_channel_holds_goes_with_it() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        channel = torchwq.channel()
+        tensor = torch.zeros(10)
+        memory = weakref.ref(tensor.untyped_storage())
+        channel.write(tensor)
+        channel.fileno()
+        del tensor, channel
+        wait_until(lambda: memory() is None)
+    finally:
+        gc.enable()
+
+
+class Unhashable(type):
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_a_class_that_cannot_be_hashed_is_named(process: bool) -> None:
+    odd = Unhashable("Odd", (), {"__reduce__": lambda self: 1 / 0})()
+    channel = torchwq.channel()
+    if process:
+        channel._core.open_to_processes()
+    with torchwq.workqueue() as q:
+        for write in (channel.write, q.write):
+            with pytest.raises(torchwq.MarshalError, match=r"args\[0\]"):
+                write(odd)
+            with pytest.raises(torchwq.MarshalError, match=r"args\[0\]"):
+                write([odd])
+    assert channel.num_items() == 0

@@ -12,7 +12,7 @@ import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
 from torchwq import Channel, ChannelState
-from torchwq.channels.line import BRINGS, SAFELY, TRIED, UNUSUAL, Line
+from torchwq.channels.line import BRINGS, MISSED, SAFELY, TAKEN, TRIED, UNUSUAL, Line
 from torchwq.memory import fences
 from torchwq.transport import endpoint
 
@@ -40,6 +40,49 @@ def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
     writer.join(20)
     assert line._words[BRINGS] == SAFELY
     assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
+
+
+def test_it_waits_for_each_thread_of_a_process() -> None:
+    channel = torchwq.channel()
+    line = line_of(channel)
+    line._count_tried()  # as a thread that is in recv
+    writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
+    writer.start()
+    wait_until(lambda: line._words[UNUSUAL])
+    for _ in range(10):
+        assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
+        line._count_tried()  # as others, who see UNUSUAL
+        line._count_missed()
+        time.sleep(0.01)
+    assert line._words[BRINGS] != SAFELY
+    line._count_missed()
+    writer.join(20)
+    assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
+
+
+def test_no_end_of_a_try_is_counted_without_it() -> None:
+    channel = torchwq.channel()
+    line = line_of(channel)
+    channel.write(Unreadable())
+    channel.write(Unreadable())
+    with pytest.raises(BlockingIOError, match="in reading"):
+        channel.read()
+    channel.close()
+    with pytest.raises(BlockingIOError, match="in reading"):
+        channel.read()
+    assert channel.read() == (ChannelState.DRAINED, None)
+    tried, taken, missed = (line._words[line._first + word] for word in (TRIED, TAKEN, MISSED))
+    assert tried == taken + missed
+    assert taken == 2
+
+
+class Unreadable:
+    def __reduce__(self) -> object:
+        return fail_in_reading, ()
+
+
+def fail_in_reading() -> None:
+    raise BlockingIOError("in reading")
 
 
 def test_it_does_not_wait_for_the_dead() -> None:

@@ -96,3 +96,15 @@ def test_wait_ends_for_a_reason_and_at_the_deadline() -> None:
     box.wake_all()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_taker_who_came_before_the_bell_leaves_it_ringing_only_until_somebody_looks() -> None:
+    box: Mailbox[int] = Mailbox()
+    box.put(1)
+    pop = box.pop
+    bell = box.bell()
+    assert pop() == 1
+    assert bell.is_set()
+    assert not box.has_message()
+    assert not bell.is_set()
+    box.close()

@@ -3,9 +3,11 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from torchwq.transport import endpoint
 from torchwq.transport.alarm import Alarm
-from torchwq.transport.waiting import Waiter
+from torchwq.transport.waiting import SLICE, Waiter
 
 
 def test_a_message_ends_the_wait() -> None:
@@ -59,5 +61,34 @@ def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
     waiter.close()
     thread.join(5)
     assert not thread.is_alive()
+    a.close()
+    b.close()
+
+
+def test_a_source_that_was_closed_ends_the_wait_by_the_alarm() -> None:
+    a, b = endpoint.pair()
+    alarm = Alarm()
+    waiter = Waiter(b, alarm)
+    b.close()
+    alarm.set()
+    assert waiter.wait(lambda: None, time.monotonic() + 20) is None
+    waiter.close()
+    a.close()
+
+
+def test_what_an_interruption_has_left_makes_nobody_late() -> None:
+    a, b = endpoint.pair()
+    waiter = Waiter(b, Alarm())
+    waiter._spin = 0
+    if waiter._epoll is None:
+        pytest.skip("no epoll here")
+    waiter._asleep.add(-1)  # as if a thread were asleep, and watched nothing
+    timer = threading.Timer(0.1, a.try_send, [b"x"])
+    timer.start()
+    began = time.monotonic()
+    assert waiter.wait(b.try_receive, None) == (b"x", [])
+    assert time.monotonic() - began < SLICE
+    timer.join()
+    waiter.close()
     a.close()
     b.close()

@@ -89,13 +89,13 @@ class Here:
         return received
 
     def can_take(self) -> bool:
-        return bool(len(self.box))
+        return self.box.has_message()
 
     def read(self) -> tuple[ChannelState, Any] | None:
         received = self.take()
         if received is None:
             return None
-        return ChannelState.CLOSED if self._closed else ChannelState.OPEN, codec.decode(*received)
+        return ChannelState.CLOSED if self.is_closed else ChannelState.OPEN, codec.decode(*received)
 
     def sleep(self, deadline: float) -> Received | None:
         if self._has_ended():
@@ -111,15 +111,17 @@ class Here:
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        return bool(self._closed if self.next is None else self.next.is_closed)
 
     def state(self) -> ChannelState:
+        if self.next is not None:
+            return self.next.state()  # type: ignore[no-any-return]
         if not self._closed:
             return ChannelState.OPEN
         return ChannelState.CLOSED if len(self.box) else ChannelState.DRAINED
 
     def num_items(self) -> int:
-        return len(self.box)
+        return len(self.box) if self.next is None else self.next.num_items()
 
     def close(self, *, failed: bool = False) -> None:
         with self._room:

@@ -21,8 +21,10 @@ Invariants:
 * As long as no item has brought descriptors, items are received by ``recv``, which would lose them and costs two thirds
   of ``recvmsg``. Whoever does so counts ``TRIED`` first, then looks at ``UNUSUAL``, then receives, then counts
   ``TAKEN`` or ``MISSED``. The first who has descriptors to send sets ``BRINGS`` and ``UNUSUAL``, passes a fence
-  everywhere, and sends when all who live, and had tried by then, have taken or missed. Whoever tries later sees
-  ``UNUSUAL``. Everybody else who has descriptors does the same, until one has set ``BRINGS`` to ``SAFELY``.
+  everywhere, and sends when each seat that lives has been seen with nothing tried that was not taken or missed. Whoever
+  tries later sees ``UNUSUAL``. Everybody else who has descriptors does the same, until one has set ``BRINGS`` to
+  ``SAFELY``. A try may be left without its end, by an interruption: that costs a wait. An end without its try would
+  hide another one, and never comes about.
 * Nobody takes a lock to send or receive in the usual case. So the socket is closed only when no handle is left that
   could do so, or the process ends.
 * Lock order: the roster's lock, then the outbox's. ``emptied`` is called without the outbox's.
@@ -54,7 +56,7 @@ from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
-from ..transport.sockets import NO_WAIT, close_fds
+from ..transport.sockets import BROKEN, BUSY, NO_WAIT, close_fds
 from ..transport.waiting import Waiter
 from ..workers import shutdown
 from .state import ChannelState
@@ -132,9 +134,7 @@ class Line:
         self._words[first + SENT_BEFORE] = self._words[first + SENT]
         self._words[first + TAKEN_BEFORE] = self._words[first + TAKEN]
         # One who had the seat before may have left it in the middle of a try.
-        self._words[first + MISSED] = max(
-            int(self._words[first + MISSED]), int(self._words[first + TRIED]) - int(self._words[first + TAKEN])
-        )
+        self._words[first + MISSED] = max(0, int(self._words[first + TRIED]) - int(self._words[first + TAKEN]))
         self._start_counting()
         self._writing = threading.Lock()
         self._unpacking = threading.Lock()
@@ -172,6 +172,8 @@ class Line:
         #: Bundles under way and items taken as they were last seen, while nothing else was, and since when.
         self._bundles_seen = 0, 0
         self._bundles_since = 0.0
+        #: Whether nothing more is to be written here: a backlog is about to leave as the last.
+        self._leaves = False
         self.left = False
         self.alarm = Alarm()
         self._waiter: Waiter | None = None
@@ -196,13 +198,19 @@ class Line:
 
     def put(self, obj: Any) -> ChannelState | None:
         cls = type(obj)
-        if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):  # as encode does, without calling it
+        try:
+            plain = cls in ATOMS or (cls is tuple and only_atoms(map(type, obj)))  # as encode does, without calling it
+        except TypeError:  # the class of some class cannot be hashed
+            plain = False
+        if plain:
             payload = dumps(obj, 5)
             if len(payload) <= self.max_payload and not self._pending and not self._words[CLOSED]:
                 try:
                     self._send_bare(payload, NO_WAIT)  # type: ignore[misc]
-                except OSError:
-                    pass
+                except OSError as error:
+                    # Any other may be a signal handler's, a TimeoutError perhaps, after the item has left.
+                    if error.errno not in BUSY and error.errno not in BROKEN:
+                        raise
                 else:
                     self._count_sent()
                     return _OPEN
@@ -303,15 +311,15 @@ class Line:
 
     def _wait_for_tries(self, seats: dict[int, int]) -> None:
         words = self._words
-        tried = {first: int(words[first + TRIED]) for first in seats}
+
+        def is_trying(first: int) -> bool:
+            ended = words[first + TAKEN] + words[first + MISSED]  # before what was tried: both only grow
+            return bool(ended < words[first + TRIED])
+
         until = time.monotonic() + _LAST_PATIENCE  # a try takes microseconds; but its process may have been stopped
         while True:
-            tried = {
-                first: number
-                for first, number in tried.items()
-                if words[first + TAKEN] + words[first + MISSED] < number and self.roster.lives(seats[first])
-            }
-            if not tried or time.monotonic() > until:
+            seats = {first: seat for first, seat in seats.items() if is_trying(first) and self.roster.lives(seat)}
+            if not seats or time.monotonic() > until:
                 return
             time.sleep(_INSTANT)
 
@@ -333,11 +341,12 @@ class Line:
         This is for what most items are, a small pickle: a reader that has to keep up with several writers does little
         else.
         """
+        self._count_tried()
+        if self._words[UNUSUAL]:  # once and for all
+            self._count_missed()
+            self.read = self._read_any  # type: ignore[method-assign]
+            return self._read_any()
         try:
-            self._count_tried()
-            if self._words[UNUSUAL]:
-                self._count_missed()
-                return self._read_any()
             data = self._receive_bare(MAX_MESSAGE, NO_WAIT)  # type: ignore[misc]
         except BlockingIOError:
             self._count_missed()
@@ -449,7 +458,7 @@ class Line:
 
     @property
     def is_closed(self) -> bool:
-        return self.left or bool(self._words[CLOSED])
+        return self.left or self._leaves or bool(self._words[CLOSED])
 
     def state(self) -> ChannelState:
         if not self.is_closed:
@@ -527,12 +536,14 @@ class Line:
         with self.roster.locked():
             if self.left:
                 return
+            self._leaves = True
+            self.put = self._put_nothing  # type: ignore[method-assign]
             if self._pending:
                 self._send_bundle()
             self.finish_closing()
             self._last_counts = self.counts()
             self.left = True
-            self.put, self.read = self._put_nothing, self._read_any  # type: ignore[method-assign]
+            self.read = self._read_any  # type: ignore[method-assign]
         recycling.suspect_losses()
         open_lines.discard(self)
         for each in self._kept:

@@ -330,7 +330,13 @@ def copied(obj: Any) -> Any:
     A tuple of nothing else is its own: it cannot change, and nor can what is in it, so nobody can tell it from a copy.
     None for whatever else, and where pickling would not be dearer, or would keep what is in there twice the same.
     """
-    return _copied(obj, set()) if type(obj) in COPIES else None
+    cls = type(obj)
+    if cls is not dict and cls is not list and cls is not tuple:
+        return None
+    try:
+        return _copied(obj, set())
+    except (TypeError, RecursionError):  # the class of some class cannot be hashed
+        return None
 
 
 def _copied(obj: Any, seen: set[int]) -> Any:

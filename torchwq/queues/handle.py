@@ -111,7 +111,11 @@ class WorkQueue:
         if len(objs) == 1:
             obj = objs[0]
             cls = type(obj)
-            if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):  # as encode does, without calling it
+            try:
+                plain = cls in ATOMS or (cls is tuple and only_atoms(map(type, obj)))  # as encode has it
+            except TypeError:  # the class of some class cannot be hashed
+                plain = False
+            if plain:
                 if not role.here:
                     bare = dumps(obj, 5)
                     if len(bare) <= role.max_payload:

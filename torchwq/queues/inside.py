@@ -56,7 +56,7 @@ class Inside:
 
     def has_question(self) -> bool:
         box, end = self.box, self._end
-        return bool(len(box) if box is not None else end is not None and end.has_arrived())
+        return box.has_message() if box is not None else end is not None and end.has_arrived()
 
     def is_over(self, closed: bool) -> bool:
         """Whether no question is left, and none will come; ``closed``: the owner has closed the queue."""

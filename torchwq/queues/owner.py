@@ -215,7 +215,7 @@ class Owner(SocketRole, worker.EndListener):
         return self.alarm.is_set() or bool(self.closed) or self.inside.box is None
 
     def has_message(self) -> bool:
-        return bool(self._inbox or len(self.answers)) or super().has_message()
+        return bool(self._inbox) or self.answers.has_message() or super().has_message()
 
     def settle(self) -> None:
         with self._lock:

@@ -63,6 +63,13 @@ class Mailbox(Generic[T]):
         except IndexError:
             return None
 
+    def has_message(self) -> bool:
+        """Whether there is one. Whoever asks because the bell rings makes good what a taker has left, who came before
+        there was a bell."""
+        if self._bell is not None:
+            self._ring_or_hush(self._bell)
+        return bool(self._messages)
+
     def _pop_with_bell(self) -> T:
         try:
             return self._messages.popleft()
@@ -142,5 +149,6 @@ class Mailbox(Generic[T]):
     def close(self) -> None:
         """Give up the bell's descriptor."""
         bell, self._bell = self._bell, None
+        self.pop = self._messages.popleft  # refers to this object no more: what is in it goes with it
         if bell is not None:
             bell.close()

@@ -178,8 +178,9 @@ class Outbox:
             self._emptied()
 
     def withdraw(self) -> list[tuple[bytes, Payload | None]]:
-        """What waits here, in order; it is the caller's now, who sends it in another way."""
+        """What waits here, in order; it is the caller's now, who sends it in another way. Nothing more is taken."""
         with self._lock:
+            self._stopped = True
             waiting = [(data, parcel) for data, parcel, _ in self.pending]
             self.pending.clear()
             if waiting and self._endpoint.fileno() >= 0:

@@ -8,7 +8,7 @@ Invariants:
 
 * The shared end of a queue is watched with EPOLLEXCLUSIVE where the system has it: one message wakes one of the
   sleeping processes, not all of them. It is watched while somebody sleeps, and not longer: whoever sends would pay
-  for it with each message.
+  for it with each message. Each who falls asleep sees to it, and so makes good what an interruption has left.
 * That process may be killed between waking and taking the message. So no sleep is longer than ``SLICE``; after
   each the message is tried for again, by everyone.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
@@ -61,7 +61,8 @@ class Waiter:
         self._spin = _MAX_SPIN if self._can_spin else 0
         self._guard = threading.Lock()
         self._sleepers = 0
-        self._asleep = 0
+        #: Threads that sleep; one that was interrupted at the wrong moment stands here until it has slept again.
+        self._asleep: set[int] = set()
         self._watched = -1
         self._closed = False
         self._epoll: select.epoll | None = None
@@ -116,8 +117,11 @@ class Waiter:
         until = time.monotonic_ns() + self._spin
         # Asking is cheaper than trying: a failed ``recv`` makes an exception.
         poll = select.poll()
-        poll.register(self._source.fileno(), select.POLLIN)
-        poll.register(self._alarm.fileno(), select.POLLIN)
+        try:
+            poll.register(self._source.fileno(), select.POLLIN)
+            poll.register(self._alarm.fileno(), select.POLLIN)
+        except (OSError, ValueError):  # one is closed: the alarm says so
+            return None
         look = poll.poll
         while True:
             for _ in range(_LOOKS_PER_YIELD):
@@ -136,17 +140,18 @@ class Waiter:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         assert self._epoll is not None
-        with self._guard:
-            self._asleep += 1
-            if self._asleep == 1:
-                self._watched = self._source.fileno()
-                with contextlib.suppress(OSError, ValueError):  # it is closed: the alarm says so
-                    self._epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
+        ident = threading.get_ident()
         try:
+            with self._guard:
+                self._asleep.add(ident)
+                self._watched = self._source.fileno()
+                # Somebody else watches it already; or it is closed, and the alarm says so.
+                with contextlib.suppress(OSError, ValueError):
+                    self._epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
             yield
         finally:
             with self._guard:
-                self._asleep -= 1
+                self._asleep.discard(ident)
                 if not self._asleep:
                     with contextlib.suppress(OSError, ValueError):
                         self._epoll.unregister(self._watched)
