@@ -4,11 +4,25 @@ One thread per pool does everything that has an order: it gives a task to a work
 replaces workers that died. A worker gets its next task only when it has finished the one before. So it is always
 known which task a dead worker had in hand, every other task is still in the pool and can be cancelled or given to
 another worker, and no short task waits behind a long one while a worker is idle.
+
+A worker that is a thread takes its next task by itself, in the moment in which it has finished one: the two changes of
+threads that asking the pool's thread would take cost many times what a small task does.
+
+Invariants:
+
+* A task that a worker takes by itself is in its hand before it leaves ``waiting``, and stays there until the pool's
+  thread has its result, or has learnt that the worker has ended. A hand is in the order in which the worker does its
+  tasks: the result that comes is that of the first. A worker is idle if its hand is empty then.
+* ``asks`` is set, under the lock, unless all workers that there may be are there and have tasks: then each of them
+  looks at ``waiting``, or is heard of, before the pool's thread needs to know of a new task.
+* A worker that is a thread may be interrupted anywhere (``ThreadWorker.force``). What it has in hand then fails, as
+  with any worker that ends.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 import signal
 import threading
@@ -37,24 +51,35 @@ class _Task:
     #: Whether its future is running already: a worker that was dead could not take it.
     started: bool = False
 
+    def start(self) -> bool:
+        """Whether it is to be done now, and cannot be cancelled any more."""
+        self.started = self.started or self.future.set_running_or_notify_cancel()
+        return self.started
+
 
 class _Pool(threading.Thread):
-    """The pool itself. ``events`` brings it (kind, worker, message); everything else only this thread touches."""
+    """The pool itself. ``events`` brings it (kind, worker, message).
+
+    What is under ``lock``, others touch too; a worker that is a thread adds to its own hand. Everything else is only
+    this thread's.
+    """
 
     def __init__(self, n: int, setup: codec.Encoded, backend: str) -> None:
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         # Reentrant, because a pool that is garbage may be collected by any thread, at any time.
-        self.lock = threading.RLock()  # over ``waiting``, ``closing`` and ``broken``, which submit looks at
+        self.lock = threading.RLock()  # over ``waiting``, ``closing``, ``broken`` and ``asks``
         self.waiting: deque[_Task] = deque()
         self.closing = False
         self.broken: BaseException | None = None
+        #: Whether this thread is to be told of a new task.
+        self.asks = True
         self._setup = setup
         self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
-        self._in_hand: dict[int, _Task] = {}
+        self._hands: dict[int, deque[_Task]] = {}
         self._starting: set[int] = set()
 
     def run(self) -> None:
@@ -66,7 +91,7 @@ class _Pool(threading.Thread):
                 elif kind == "end":
                     self._lose(process)
                 self._hand_out()
-                if self.closing and not self.waiting and not self._in_hand:
+                if self.closing and not self.waiting and not any(self._hands.values()):
                     break
             self._dismiss()
         finally:
@@ -75,19 +100,21 @@ class _Pool(threading.Thread):
     def _hand_out(self) -> None:
         while self.broken is None:
             with self.lock:
+                self.asks = bool(self._idle) or len(self._workers) < self.n
                 if not self.waiting:
                     return
                 if not self._idle:
                     wanted = min(len(self.waiting) - len(self._starting), self.n - len(self._workers))
                     break
                 task = self.waiting.popleft()
-            if not task.started and not task.future.set_running_or_notify_cancel():
+            if not task.start():
                 continue
-            task.started = True
             process = self._idle.popleft()
-            if process.send(task.payload):
-                self._in_hand[process.info.mapid] = task
-            else:  # it died idle: another one gets the task as soon as the end of this one is told
+            hand = self._hands[process.info.mapid]
+            hand.append(task)
+            if not process.send(task.payload):
+                # It died idle: another one gets the task as soon as the end of this one is told.
+                hand.pop()
                 with self.lock:
                     self.waiting.appendleft(task)
         else:
@@ -105,39 +132,62 @@ class _Pool(threading.Thread):
             self._break(error)
             return
         self._workers[mapid] = process
+        self._hands[mapid] = deque()
         self._starting.add(mapid)
         process.send(self._setup)
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
+        mapid = process.info.mapid
+        following = None
+        if process.here and mapid not in self._starting:  # this is its own thread
+            following = self._take(self._hands[mapid])
         self.events.put(("message", process, (data, fds)))
+        if following is not None:
+            process.send(following.payload)
 
     def _on_end(self, process: worker.Worker) -> None:
         self.events.put(("end", process, None))
 
+    def _take(self, hand: deque[_Task]) -> _Task | None:
+        """The next task, which is in that hand then."""
+        while True:
+            with self.lock:
+                if self.broken is not None or not self.waiting:
+                    return None
+                task = self.waiting[0]
+                hand.append(task)
+                self.waiting.popleft()
+            if task.start():
+                return task
+            hand.pop()  # it was cancelled
+
     def _hear(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
-        try:
-            value, packed = codec.decode(data, fds)
-            error = None if packed is None else exceptions.unpack(packed)
-        except Exception as raised:
-            value, error = None, raised
         if mapid in self._starting:
             self._starting.discard(mapid)
+            _, error = _opened(data, fds)
             if error is not None:
                 self._break(error)
-                return
+            else:
+                self._idle.append(process)
         else:
-            _complete(self._in_hand.pop(mapid), value, error)
-        self._idle.append(process)
+            hand = self._hands[mapid]
+            task, value, error = hand.popleft(), *_opened(data, fds)
+            if not hand:
+                self._idle.append(process)
+            _complete(task, value, error)
 
     def _lose(self, process: worker.Worker) -> None:
         mapid = process.info.mapid
         self._workers.pop(mapid, None)
         if process in self._idle:
             self._idle.remove(process)
-        task = self._in_hand.pop(mapid, None)
-        if task is not None:
-            _complete(task, None, process.died(f"the task {task.name}"))
+        hand = self._hands.pop(mapid, ())
+        with self.lock:
+            lost = [task for task in hand if task not in self.waiting]
+        for task in lost:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
+                _complete(task, None, process.died(f"the task {task.name}"))
         if mapid in self._starting:
             # One that dies before it can work would be replaced for ever.
             self._starting.discard(mapid)
@@ -150,7 +200,7 @@ class _Pool(threading.Thread):
             self.broken = cause
             waiting, self.waiting = list(self.waiting), deque()
         for task in waiting:
-            if task.started or task.future.set_running_or_notify_cancel():
+            if task.start():
                 _complete(task, None, self.error())
 
     def error(self) -> concurrent.futures.BrokenExecutor:
@@ -179,6 +229,15 @@ class _Pool(threading.Thread):
     def kill(self) -> None:
         for process in list(self._workers.values()):
             process.force(signal.SIGKILL)
+
+
+def _opened(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
+    """Value and error of a worker's message."""
+    try:
+        value, packed = codec.decode(data, fds)
+        return value, None if packed is None else exceptions.unpack(packed)
+    except Exception as raised:
+        return None, raised
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
@@ -279,7 +338,9 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             if pool.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             pool.waiting.append(_Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__))
-        pool.events.put(("wake", None, None))
+            asks = pool.asks
+        if asks:
+            pool.events.put(("wake", None, None))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,12 +36,28 @@ def gated(gate: torch.Tensor, result: Any = "done", started: torch.Tensor | None
     return result
 
 
-def meet(here: torch.Tensor, place: int) -> int:
+def meet(here: torch.Tensor, place: int) -> tuple[int, int]:
     """Returns when a worker is at each place: they must run at the same time."""
     here[place] = 1
     while not bool(here.all()):
         time.sleep(0.001)
-    return os.getpid()
+    return os.getpid(), threading.get_ident()
+
+
+#: Where ``note`` notes that it has run.
+note_done: Callable[[list[int]], Any] = list
+
+
+def note(number: int) -> int:
+    note_done([number])
+    return number
+
+
+def count_up(number: int) -> int:
+    count = 0
+    while count < number:
+        count += 1
+    return count
 
 
 def fail(text: str) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import os
+import random
+import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,9 +25,17 @@ def flags(n: int = 1) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int64).share_memory_()
 
 
+Make = Callable[[int], torchwq.BackgroundTaskPool]
+
+
+@pytest.fixture(params=["process", "thread"])
+def make(request: pytest.FixtureRequest) -> Make:
+    return functools.partial(torchwq.BackgroundTaskPool, backend=request.param)
+
+
 @pytest.fixture
-def pool() -> Iterator[torchwq.BackgroundTaskPool]:
-    with torchwq.BackgroundTaskPool(2) as made:
+def pool(make: Make) -> Iterator[torchwq.BackgroundTaskPool]:
+    with make(2) as made:
         yield made
 
 
@@ -58,8 +70,8 @@ def test_map_raises_at_its_place_and_times_out(pool: torchwq.BackgroundTaskPool)
 
 def test_the_workers_work_at_the_same_time(pool: torchwq.BackgroundTaskPool) -> None:
     here = flags(2)
-    pids = [pool.submit(jobs.meet, here, place) for place in range(2)]
-    assert len({os.getpid(), *(future.result(timeout=30) for future in pids)}) == 3
+    futures = [pool.submit(jobs.meet, here, place) for place in range(2)]
+    assert len({(os.getpid(), threading.get_ident()), *(future.result(timeout=30) for future in futures)}) == 3
 
 
 def test_wait_and_as_completed(pool: torchwq.BackgroundTaskPool) -> None:
@@ -88,7 +100,8 @@ def test_result_times_out_and_can_be_called_again(pool: torchwq.BackgroundTaskPo
 def test_an_exception_keeps_its_type_and_brings_the_traceback(pool: torchwq.BackgroundTaskPool) -> None:
     with pytest.raises(ZeroDivisionError, match="by zero") as caught:
         pool.submit(jobs.fail, "by zero").result()
-    assert isinstance(caught.value.__cause__, torchwq.RemoteTraceback)
+    if not pool._here:
+        assert isinstance(caught.value.__cause__, torchwq.RemoteTraceback)
     assert "in fail" in "".join(traceback.format_exception(caught.value))
 
 
@@ -138,9 +151,9 @@ def test_submit_from_several_threads(pool: torchwq.BackgroundTaskPool) -> None:
 # --- cancel and shutdown ---
 
 
-def test_what_has_not_started_can_be_cancelled() -> None:
+def test_what_has_not_started_can_be_cancelled(make: Make) -> None:
     gate = flags()
-    with torchwq.BackgroundTaskPool(1) as pool:
+    with make(1) as pool:
         running = pool.submit(jobs.gated, gate)
         wait_until(running.running)
         waiting, last = pool.submit(jobs.square, 2), pool.submit(jobs.square, 3)
@@ -156,8 +169,8 @@ def test_what_has_not_started_can_be_cancelled() -> None:
         assert done == {waiting}
 
 
-def test_shutdown_waits_for_what_was_submitted() -> None:
-    pool = torchwq.BackgroundTaskPool(2)
+def test_shutdown_waits_for_what_was_submitted(make: Make) -> None:
+    pool = make(2)
     futures = [pool.submit(jobs.square, number) for number in range(20)]
     pool.shutdown()
     assert all(future.done() for future in futures)
@@ -169,9 +182,9 @@ def test_shutdown_waits_for_what_was_submitted() -> None:
         pool.map(jobs.square, [1])
 
 
-def test_shutdown_without_waiting() -> None:
+def test_shutdown_without_waiting(make: Make) -> None:
     gate = flags()
-    pool = torchwq.BackgroundTaskPool(1)
+    pool = make(1)
     futures = [pool.submit(jobs.gated, gate, number) for number in range(3)]
     pool.shutdown(wait=False)
     with pytest.raises(RuntimeError):
@@ -182,9 +195,9 @@ def test_shutdown_without_waiting() -> None:
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_shutdown_cancels_what_has_not_started(wait: bool) -> None:
+def test_shutdown_cancels_what_has_not_started(make: Make, wait: bool) -> None:
     gate = flags()
-    pool = torchwq.BackgroundTaskPool(1)
+    pool = make(1)
     running = pool.submit(jobs.gated, gate)
     wait_until(running.running)
     waiting = [pool.submit(jobs.square, number) for number in range(5)]
@@ -202,15 +215,66 @@ def test_shutdown_cancels_what_has_not_started(wait: bool) -> None:
     assert not thread.is_alive()
 
 
-def test_leaving_with_waits() -> None:
-    with torchwq.BackgroundTaskPool(1) as pool:
+def test_leaving_with_waits(make: Make) -> None:
+    with make(1) as pool:
         futures = [pool.submit(jobs.square, number) for number in range(5)]
     assert all(future.done() for future in futures)
 
 
-def test_an_error_in_with_waits_for_what_was_submitted() -> None:
-    pool = torchwq.BackgroundTaskPool(1)
+def test_an_error_in_with_waits_for_what_was_submitted(make: Make) -> None:
+    pool = make(1)
     future = pool.submit(jobs.square, 5)
     with pytest.raises(KeyError), pool:
         raise KeyError
     assert future.done()
+
+
+# --- threads, which take tasks by themselves ---
+
+
+def test_each_task_is_done_once_or_cancelled() -> None:
+    done: Counter[int] = Counter()
+    jobs.note_done = done.update
+    futures: dict[int, concurrent.futures.Future[int]] = {}
+    with torchwq.BackgroundTaskPool(3, backend="thread") as pool:
+
+        def submit(start: int) -> None:
+            chance = random.Random(start)
+            for number in range(start, start + 500):
+                futures[number] = pool.submit(jobs.note, number)
+                if chance.random() < 0.3:
+                    futures[chance.randrange(start, number + 1)].cancel()
+
+        threads = [threading.Thread(target=submit, args=(500 * number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert all(future.done() for future in futures.values())
+    assert done == Counter(number for number, future in futures.items() if not future.cancelled())
+    assert all(future.cancelled() or future.result() == number for number, future in futures.items())
+
+
+def test_every_future_ends_when_threads_are_interrupted() -> None:
+    interrupted = set()
+    with torchwq.BackgroundTaskPool(2, backend="thread") as pool:
+        workers = pool._pool._workers
+
+        def interrupt() -> None:
+            for mapid, worker in list(workers.items()):
+                if mapid not in pool._pool._starting and worker not in interrupted:
+                    interrupted.add(worker)  # once: as Ctrl-C does
+                    worker.force(signal.SIGKILL)
+
+        for _ in range(20):
+            futures = [pool.submit(jobs.count_up, 200) for _ in range(50)]
+            futures[0].exception(timeout=30)
+            interrupt()
+            concurrent.futures.wait(futures[25:], timeout=30, return_when=concurrent.futures.FIRST_COMPLETED)
+            interrupt()
+            for future in futures:
+                error = future.exception(timeout=30)
+                assert error is None or isinstance(error, torchwq.WorkerDied)
+        # One that waited is interrupted when it goes on.
+        wait_until(lambda: pool.submit(jobs.square, 3).exception(timeout=30) is None)
+    assert len(interrupted) > 20
