@@ -50,7 +50,7 @@ def kill_one(workers: dict[int, torchwq.Map]) -> None:
 
 def run_chaos(seconds: float, capacity: int | None) -> Counter[str]:
     seen: Counter[str] = Counter()
-    source, sink = torchwq.channel(capacity or 100), torchwq.channel(capacity)
+    source, sink = torchwq.channel(capacity), torchwq.channel(capacity)
     writers: dict[int, torchwq.Map] = {}
     relays: dict[int, torchwq.Map] = {}
     gone: list[torchwq.Map] = []
