@@ -23,6 +23,7 @@ import random
 import select
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -334,10 +335,24 @@ def _place(error: BaseException, index: Any) -> str:
     traceback = error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_globals.get("__name__") == "torch.utils.data._utils.fetch" and "idx" in frame.f_locals:
-            return f"at index {frame.f_locals['idx']!r}"
+        if frame.f_globals.get("__name__") == "torch.utils.data._utils.fetch":
+            if "idx" in frame.f_locals:
+                return f"at index {frame.f_locals['idx']!r}"
+            if traceback.tb_next is not None:
+                # From Python 3.12 on the fetcher's loop has no frame, and its variable is gone.
+                return f"at {_asked_for(traceback.tb_next.tb_frame, index)}"
         traceback = traceback.tb_next
     return f"at {describe_index(index)}"
+
+
+def _asked_for(frame: types.FrameType, index: Any) -> str:
+    """Which of the batch's indices the dataset has been asked for, as far as its frame shows it."""
+    code = frame.f_code
+    if code.co_name == "__getitem__" and code.co_argcount > 1 and isinstance(index, (list, tuple)):
+        found = frame.f_locals.get(code.co_varnames[1])
+        if any(each is found for each in index):
+            return f"index {found!r}"
+    return describe_index(index)
 
 
 def describe_index(index: Any) -> str:

@@ -17,6 +17,7 @@ import dis
 import enum
 import functools
 import importlib
+import reprlib
 import sys
 import types
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ _MODULE_ATTRIBUTES: Final = frozenset(
 _BOUND: Final = (types.BuiltinFunctionType, types.MethodType)
 _LruCache: Final = type(functools.lru_cache(len))
 #: Modules of the standard library whose functions write methods of classes: what those close over belongs to the class.
-_WRITERS: Final = frozenset({dataclasses.__file__, collections.__file__, enum.__file__, functools.__file__})
+_WRITERS: Final = frozenset(
+    {dataclasses.__file__, collections.__file__, enum.__file__, functools.__file__, reprlib.__file__}
+)
 #: Free variables of the methods that ``dataclasses`` writes; they belong to the class.
 _DATACLASS_CELLS: Final = ("__dataclass_", "_type_", "_dflt_", "_HAS_DEFAULT_FACTORY", "MISSING")
 
