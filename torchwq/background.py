@@ -12,7 +12,6 @@ consumer drops it, the producer stops.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import queue
 import signal
@@ -24,6 +23,7 @@ from typing import Any, Final, TypeVar, final
 from torch.utils.data import Dataset
 
 from .errors import MarshalError, QueueClosed, WorkerDied
+from .futures import Future
 from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
@@ -43,7 +43,7 @@ _ITEM, _END, _ERROR, _NO_ITERATOR = range(4)
 
 
 @final
-class BackgroundTask(concurrent.futures.Future[T]):
+class BackgroundTask(Future[T]):
     """Run a function in the background, at once; or produce the items of an iterable ahead.
 
     As a future: ``done()``, ``result(timeout)``, ``exception()``, ``add_done_callback``; it works with
@@ -52,9 +52,8 @@ class BackgroundTask(concurrent.futures.Future[T]):
 
     As an iterator, if ``f`` is a generator function or returns an iterator, or if ``f`` is a Dataset or another
     iterable: the items are made in the worker, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop
-        early, or
-    :meth:`close`, stops the producer. An error surfaces at the item where it happened, after the items before it. An
-    exhausted task stays exhausted; its ``result()`` is the generator's return value.
+    early, or :meth:`close`, stops the producer. An error surfaces at the item where it happened, after the items before
+    it. An exhausted task stays exhausted; its ``result()`` is the generator's return value.
 
     Args:
         f: a function; or an iterator, an iterable, an iterable Dataset, or a map-style Dataset, which is read from
@@ -172,7 +171,7 @@ class BackgroundTask(concurrent.futures.Future[T]):
         """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
         try:
             error = self.exception(timeout=_GRACE)
-        except concurrent.futures.TimeoutError:
+        except TimeoutError:
             return
         if error is not None:
             raise error

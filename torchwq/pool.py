@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
+from .futures import Future
 from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .transport.process import reset_in_child
@@ -331,7 +332,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         """
         pool = self._pool
         payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=self._here)
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: concurrent.futures.Future[T] = Future()
         with pool.lock:
             if pool.broken is not None:
                 raise pool.error()

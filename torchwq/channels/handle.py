@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, final
 
 from ..errors import QueueClosed
+from ..futures import TimedOut
 from ..marshalling import codec, invitation, reducers
 from ..transport import awaiting
 from ..transport.endpoint import Received
@@ -181,7 +182,7 @@ class Channel:
         A task that is cancelled takes nothing from the channel.
 
         Raises:
-            TimeoutError: nothing came within ``timeout`` seconds. (``asyncio.TimeoutError`` is the same.)
+            TimeoutError: nothing came within ``timeout`` seconds. (It is an ``asyncio.TimeoutError``, too.)
             WorkerDied, QueueClosed: as for :meth:`read`; but not that nobody is left, for another task may write.
         """
         core = self._core
@@ -198,7 +199,7 @@ class Channel:
             core.vigil.raise_news(self.told(), READS)
             left = _ASYNC_SLICE if deadline is None else min(_ASYNC_SLICE, deadline - time.monotonic())
             if left <= 0:
-                raise TimeoutError(f"nothing came within {timeout} s")
+                raise TimedOut(f"nothing came within {timeout} s")
             await awaiting.readable(core.fileno(), left)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, final
 
 from ..errors import QueueClosed
+from ..futures import TimedOut
 from ..marshalling import codec, reducers
 from ..marshalling.codec import ATOMS, COPIES, copied, encode, only_atoms
 from ..memory.anonymous import Descriptor
@@ -189,7 +190,7 @@ class WorkQueue:
         A task that is cancelled takes nothing from the queue.
 
         Raises:
-            TimeoutError: nothing came within ``timeout`` seconds. (``asyncio.TimeoutError`` is the same.)
+            TimeoutError: nothing came within ``timeout`` seconds. (It is an ``asyncio.TimeoutError``, too.)
             QueueClosed, WorkerDied: as for :meth:`read`.
         """
         role = self._role
@@ -204,7 +205,7 @@ class WorkQueue:
                 role.raise_trouble()
             left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
             if left <= 0:
-                raise TimeoutError(f"nothing came within {timeout} s")
+                raise TimedOut(f"nothing came within {timeout} s")
             await awaiting.readable(role.fileno(), left)
 
     def fileno(self) -> int:
