@@ -80,7 +80,7 @@ class Map:
             for other in failed[1:]:
                 if self._errors[other] is error:
                     continue  # threads may raise the same one
-                _add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
+                exceptions.add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
             raise error
         return [self._values[mapid] for mapid in range(self._n) if mapid not in self._consumed]
 
@@ -118,7 +118,7 @@ class Map:
                 else:
                     self._values[mapid] = value
             except Exception as error:
-                _add_note(error, f"raised here while reading what worker {mapid} returned")
+                exceptions.add_note(error, f"raised here while reading what worker {mapid} returned")
                 self._errors[mapid] = error
 
     def __del__(self) -> None:
@@ -245,12 +245,3 @@ def exit_status(stop: SystemExit) -> int:
 
 def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    notes = getattr(error, "__notes__", None)
-    if notes is None:
-        notes = []
-        setattr(error, "__notes__", notes)  # noqa: B010 - add_note came with Python 3.11
-    if note not in notes:
-        notes.append(note)

@@ -154,8 +154,7 @@ def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
     for _ in range(3):
         workers = torchwq.map(1, jobs.read_until_closed, channel)
         wait_until(lambda: any(lives for _, lives in channel._core.line.roster.others()))  # type: ignore[union-attr]
-        assert workers.pids[0] is not None
-        os.kill(workers.pids[0], signal.SIGKILL)
+        os.kill(wait_until(lambda workers=workers: workers.pids[0]), signal.SIGKILL)
         with pytest.raises(torchwq.WorkerDied):
             workers.join(20)
     channel.write(1)

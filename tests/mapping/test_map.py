@@ -336,7 +336,7 @@ def test_a_killed_worker_is_worker_died(name: str) -> None:
     gate, pids = flags(), flags(3)
     workers = torchwq.map(3, jobs.die_or_wait, gate, pids)
     wait_until(lambda: bool(pids.all()))
-    assert workers.pids == pids.tolist()
+    wait_until(lambda: workers.pids == pids.tolist())  # the fork server tells of them a moment later
     os.kill(int(pids[1]), getattr(signal, name))
     killed = time.monotonic()
     error = check_until_raised(workers)
@@ -524,6 +524,7 @@ def test_len_pids_and_repr() -> None:
     workers = torchwq.map(2, jobs.announced, gate, started)
     wait_until(lambda: bool(started.all()))
     assert len(workers) == 2
+    wait_until(lambda: None not in workers.pids)
     assert len({*workers.pids, os.getpid()}) == 3
     assert "2 workers, 2 running" in repr(workers)
     gate[0] = 1
@@ -606,8 +607,7 @@ def test_the_workers_of_a_killed_worker_end() -> None:
     pids, gate = flags(2), flags()
     workers = torchwq.map(1, jobs.leave_workers, pids, gate)
     wait_until(lambda: bool(pids.all()))
-    assert workers.pids[0] is not None
-    os.kill(workers.pids[0], signal.SIGKILL)
+    os.kill(wait_until(lambda: workers.pids[0]), signal.SIGKILL)
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.tolist()), 2.0, "their end")
     with pytest.raises(torchwq.WorkerDied):
         workers.join()

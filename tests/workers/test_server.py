@@ -109,7 +109,7 @@ def test_two_hundred_workers() -> None:
         workers = torchwq.map(200, jobs.pid_and_wait, queue)
         pids = {queue.read(timeout=60)[0] for _ in range(200)}
         assert len(pids) == 200
-        assert set(workers.pids) == pids
+        wait_until(lambda: set(workers.pids) == pids)
         queue.close()
         assert workers.join(60) == [None] * 200
 

@@ -333,8 +333,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _error(self, hand: Hand, failure: Failure) -> BaseException:
         error = exceptions.unpack(failure.error)
-        if hasattr(error, "add_note"):
-            error.add_note(f"in DataLoader worker {self._options.backend} {hand.worker_id}, {failure.where}")
+        exceptions.add_note(error, f"in DataLoader worker {self._options.backend} {hand.worker_id}, {failure.where}")
         return error
 
     def _next_answer(self) -> tuple[Hand, Any]:

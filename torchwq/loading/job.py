@@ -332,15 +332,15 @@ def _set_random_state(state: Any) -> None:
 
 def _place(error: BaseException, index: Any) -> str:
     """At which index it has happened: that of the sample, if a frame of torch's fetcher still shows it."""
-    traceback = error.__traceback__
+    traceback, in_fetcher = error.__traceback__, False
     while traceback is not None:
         frame = traceback.tb_frame
-        if frame.f_globals.get("__name__") == "torch.utils.data._utils.fetch":
-            if "idx" in frame.f_locals:
-                return f"at index {frame.f_locals['idx']!r}"
-            if traceback.tb_next is not None:
-                # From Python 3.12 on the fetcher's loop has no frame, and its variable is gone.
-                return f"at {_asked_for(traceback.tb_next.tb_frame, index)}"
+        was_in_fetcher, in_fetcher = in_fetcher, frame.f_globals.get("__name__") == "torch.utils.data._utils.fetch"
+        if in_fetcher and "idx" in frame.f_locals:
+            return f"at index {frame.f_locals['idx']!r}"
+        if was_in_fetcher and not in_fetcher:
+            # From Python 3.12 on the fetcher's loop has no frame of its own, and its variable is gone.
+            return f"at {_asked_for(frame, index)}"
         traceback = traceback.tb_next
     return f"at {describe_index(index)}"
 

@@ -71,3 +71,13 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
         error = RemoteError(f"{packed.kind}: {packed.summary}")
     error.__cause__ = RemoteTraceback(packed.text)
     return error
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note, if the error does not have it yet. Python 3.10 does not show notes, but they are there."""
+    notes = getattr(error, "__notes__", None)
+    if notes is None:
+        notes = []
+        setattr(error, "__notes__", notes)  # noqa: B010 - add_note came with Python 3.11
+    if note not in notes:
+        notes.append(note)
