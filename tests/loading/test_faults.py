@@ -296,7 +296,7 @@ SCRIPT = """
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, ", multiprocessing_context='spawn'"),
     ],
 )
-def test_exit_in_mid_epoch_is_clean(run_script: Any, end: str, code: int, more: str) -> None:
+def test_exit_in_mid_epoch_is_clean(run_script: Any, tmp_path: Any, end: str, code: int, more: str) -> None:
     import psutil
 
     done = run_script(SCRIPT.format(end=end, more=more), check=False)
@@ -305,7 +305,9 @@ def test_exit_in_mid_epoch_is_clean(run_script: Any, end: str, code: int, more: 
     assert "oops" in done.stderr if code == 1 else not done.stderr
 
     def left() -> list[Any]:
-        return [it for it in psutil.process_iter(["cmdline"]) if "script.py" in " ".join(it.info["cmdline"] or [])]
+        return [
+            it for it in psutil.process_iter(["cmdline"]) if str(tmp_path / "script.py") in (it.info["cmdline"] or [])
+        ]
 
     wait_until(lambda: not left(), what="the end of all processes")
 
