@@ -15,8 +15,8 @@ Invariants:
   tasks: the result that comes is that of the first. A worker is idle if its hand is empty then.
 * ``asks`` is set, under the lock, unless all workers that there may be are there and have tasks: then each of them
   looks at ``waiting``, or is heard of, before the pool's thread needs to know of a new task.
-* A worker that is a thread may be interrupted anywhere (``ThreadWorker.force``). What it has in hand then fails, as
-  with any worker that ends.
+* A worker that is a thread may be interrupted (``ThreadWorker.force``), but not while it takes a task. What it has in
+  hand fails then, as with any worker that ends.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Pool(threading.Thread):
             hand.append(task)
             if not process.send(task.payload):
                 # It died idle: another one gets the task as soon as the end of this one is told.
-                hand.pop()
+                hand.remove(task)
                 with self.lock:
                     self.waiting.appendleft(task)
         else:
@@ -187,8 +187,7 @@ class _Pool(threading.Thread):
         with self.lock:
             lost = [task for task in hand if task not in self.waiting]
         for task in lost:
-            with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
-                _complete(task, None, process.died(f"the task {task.name}"))
+            _complete(task, None, process.died(f"the task {task.name}"))
         if mapid in self._starting:
             # One that dies before it can work would be replaced for ever.
             self._starting.discard(mapid)
@@ -242,10 +241,11 @@ def _opened(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
-    if error is not None:
-        task.future.set_exception(error)
-    else:
-        task.future.set_result(value)
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
+        if error is not None:
+            task.future.set_exception(error)
+        else:
+            task.future.set_result(value)
 
 
 _pools: set[_Pool] = set()

@@ -17,7 +17,7 @@ import torch
 
 import torchwq
 from tests.conftest import wait_until
-from torchwq.loading import crew
+from torchwq.loading import crew, job
 
 from . import datasets
 from .datasets import same
@@ -414,3 +414,24 @@ def test_a_dataset_with_files_and_locks_works_in_forked_workers(run_script: Any)
         print([batch[1].tolist() for batch in torchwq.DataLoader(Data(), batch_size=4, num_workers=2)])
     """)
     assert done.stdout.strip() == "[[0, 1, 2, 3], [4, 5, 6, 7]]"
+
+
+class Fails:
+    def __getitem__(self, index: int) -> int:
+        raise ValueError(index)
+
+
+class FailsElsewhere:
+    def __getitem__(self, index: int) -> int:
+        index = index + 1
+        raise ValueError(index)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "place"), [(Fails(), "index 1"), (FailsElsewhere(), "the batch of indices [1, 2]")]
+)
+def test_the_index_that_failed_is_named_only_if_it_is_known(dataset: Any, place: str) -> None:
+    """For Pythons whose comprehensions have no frame; on others it is known from there."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - only its traceback matters
+        dataset[1]
+    assert job._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -255,6 +256,25 @@ def test_each_task_is_done_once_or_cancelled() -> None:
     assert all(future.cancelled() or future.result() == number for number, future in futures.items())
 
 
+@pytest.fixture
+def threads_take_turns_all_the_time() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_take_turns_all_the_time")
+def test_tasks_that_end_their_thread_are_lost_alone() -> None:
+    for _ in range(150):
+        with torchwq.BackgroundTaskPool(2, backend="thread") as pool:
+            futures = [pool.submit(jobs.leave if number % 5 == 4 else jobs.square, number) for number in range(40)]
+        for number, future in enumerate(futures):
+            error = future.exception(timeout=0)
+            assert isinstance(error, torchwq.WorkerDied) if number % 5 == 4 else future.result() == number**2
+
+
+@pytest.mark.usefixtures("threads_take_turns_all_the_time")
 def test_every_future_ends_when_threads_are_interrupted() -> None:
     interrupted = set()
     with torchwq.BackgroundTaskPool(2, backend="thread") as pool:
@@ -266,7 +286,7 @@ def test_every_future_ends_when_threads_are_interrupted() -> None:
                     interrupted.add(worker)  # once: as Ctrl-C does
                     worker.force(signal.SIGKILL)
 
-        for _ in range(20):
+        for _ in range(100):
             futures = [pool.submit(jobs.count_up, 200) for _ in range(50)]
             futures[0].exception(timeout=30)
             interrupt()
@@ -277,4 +297,4 @@ def test_every_future_ends_when_threads_are_interrupted() -> None:
                 assert error is None or isinstance(error, torchwq.WorkerDied)
         # One that waited is interrupted when it goes on.
         wait_until(lambda: pool.submit(jobs.square, 3).exception(timeout=30) is None)
-    assert len(interrupted) > 20
+    assert len(interrupted) > 100

@@ -33,6 +33,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import select
@@ -536,8 +537,10 @@ class Line:
         with self.roster.locked():
             if self.left:
                 return
+            # Also for those who are in the middle of writing, and will find no backlog.
             self._leaves = True
             self.put = self._put_nothing  # type: ignore[method-assign]
+            self._send_bare = self._send_in_time = _send_nothing  # type: ignore[assignment]
             if self._pending:
                 self._send_bundle()
             self.finish_closing()
@@ -652,6 +655,10 @@ class Line:
         if self._room >= 0:
             os.close(self._room)
             self._room = -1
+
+
+def _send_nothing(*args: Any) -> Any:
+    raise BrokenPipeError(errno.EPIPE, "the channel is being left")
 
 
 def _put_later(obj: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import itertools
 import os
 import random
@@ -349,10 +350,21 @@ def _asked_for(frame: types.FrameType, index: Any) -> str:
     """Which of the batch's indices the dataset has been asked for, as far as its frame shows it."""
     code = frame.f_code
     if code.co_name == "__getitem__" and code.co_argcount > 1 and isinstance(index, (list, tuple)):
-        found = frame.f_locals.get(code.co_varnames[1])
-        if any(each is found for each in index):
+        name = code.co_varnames[1]
+        found = frame.f_locals.get(name)
+        if any(each is found for each in index) and not _sets(code, name):
             return f"index {found!r}"
     return describe_index(index)
+
+
+def _sets(code: types.CodeType, name: str) -> bool:
+    """Whether the code may give its variable another value."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith(("STORE_", "DELETE_")):
+            names = instruction.argval  # of some instructions several
+            if name in (names if isinstance(names, tuple) else (names,)):
+                return True
+    return False
 
 
 def describe_index(index: Any) -> str:

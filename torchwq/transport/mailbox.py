@@ -53,8 +53,9 @@ class Mailbox(Generic[T]):
         self._messages.append(message)
         if self._asleep:
             self._wake_one()
-        if self._bell is not None:
-            self._ring_or_hush(self._bell)
+        bell = self._bell
+        if bell is not None:
+            self._ring_or_hush(bell)
 
     def take(self) -> T | None:
         """The next message; None if there is none."""
@@ -66,16 +67,18 @@ class Mailbox(Generic[T]):
     def has_message(self) -> bool:
         """Whether there is one. Whoever asks because the bell rings makes good what a taker has left, who came before
         there was a bell."""
-        if self._bell is not None:
-            self._ring_or_hush(self._bell)
+        bell = self._bell
+        if bell is not None:
+            self._ring_or_hush(bell)
         return bool(self._messages)
 
     def _pop_with_bell(self) -> T:
         try:
             return self._messages.popleft()
         finally:
-            if self._bell is not None:
-                self._ring_or_hush(self._bell)
+            bell = self._bell
+            if bell is not None:
+                self._ring_or_hush(bell)
 
     def wait(
         self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = _never

@@ -9,12 +9,13 @@ Invariants:
   been closed.
 * A thread cannot be killed. It ends when its function does; what wakes a function that waits is that the queues and
   channels are closed from which it reads.
+* It is interrupted (``force``) in its function only, not while it tells its owner something, or ends: what it does then
+  takes locks that others need, and an interruption between taking a lock and noting that would leave it locked.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import queue
 import signal
@@ -33,6 +34,12 @@ from .worker import OnEnd, OnMessage, Worker, note_ordered
 
 #: Stands where descriptors would in a message that stays in this process; see ``marshalling.letter``.
 _STAYS: Final = [-1]
+#: How long, in seconds, one who interrupts a thread waits for it to have told what it is telling.
+_PATIENCE: Final = 1.0
+
+
+def _be_interrupted() -> None:
+    """What is to interrupt this thread does it here: it comes at the latest when a function is called."""
 
 
 class Belonging(Protocol):
@@ -52,6 +59,9 @@ class ThreadWorker(Worker):
         super().__init__(info, on_message, on_end, group)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.belongings: weakref.WeakSet[Belonging] = weakref.WeakSet()
+        #: Held while the thread must not be interrupted, and by whoever interrupts it.
+        self._undisturbed = threading.Lock()
+        self._is_ending = False
         self.thread = threading.Thread(
             target=self._run, args=(entry,), name=f"torchwq-worker-{info.mapid}", daemon=True
         )
@@ -67,8 +77,10 @@ class ThreadWorker(Worker):
         return self.thread
 
     def send(self, payload: Any) -> bool:
+        if self.ended_event.is_set():
+            return False
         self._inbox.put(payload)
-        return not self.ended_event.is_set()
+        return True  # if it ends without looking there, it ends with this in hand
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         pass
@@ -79,9 +91,20 @@ class ThreadWorker(Worker):
         A daemon thread that comes back from torch's C++ code when the interpreter has ended would end the process by
         ``std::terminate``.
         """
-        if self.thread.ident is not None and not self.ended_event.is_set():
-            set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
+        if self.thread.ident is None or not self._undisturbed.acquire(timeout=_PATIENCE):
+            return
+        try:
+            if not self._is_ending:
+                set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
+        finally:
+            self._undisturbed.release()
+
+    def tell(self, payload: Any) -> None:
+        """Tell the owner something. Called by the thread itself."""
+        with self._undisturbed:
+            _be_interrupted()
+            self._on_message(self, payload, _STAYS)
 
     def _run(self, entry: str) -> None:
         code = 1
@@ -97,9 +120,20 @@ class ThreadWorker(Worker):
             if not sys.is_finalizing():
                 traceback.print_exc()
         finally:
+            while not self._is_ending:
+                try:
+                    self._begin_to_end()
+                except SystemExit:  # it was interrupted while it ended
+                    pass
             self._close(failed=bool(code))
             self.exitcode = code
             self._tell_end()
+
+    def _begin_to_end(self) -> None:
+        """From now on it cannot be interrupted. Raises what it was interrupted by before, if that has not come yet."""
+        with self._undisturbed:
+            self._is_ending = True
+        _be_interrupted()
 
     def _close(self, failed: bool) -> None:
         for each in list(self.belongings):
@@ -114,13 +148,10 @@ class _ThreadContext(Context):
 
     def __init__(self, worker: ThreadWorker) -> None:
         self._get = worker._inbox.get
-        self._on_message = functools.partial(worker._on_message, worker)
+        self.send = worker.tell  # type: ignore[method-assign]
 
     def receive(self) -> Any:
         return self._get(), _STAYS
-
-    def send(self, payload: Any) -> None:
-        self._on_message(payload, _STAYS)
 
     def note_failure(self) -> None:
         """Its belongings are told when it ends."""
