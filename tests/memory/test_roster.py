@@ -149,3 +149,37 @@ def test_the_head_is_locked_against_processes_and_threads() -> None:
 def enter(part: Roster) -> bool:
     with part.locked():
         return True
+
+
+def test_one_who_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_roster() as roster:
+        leaver = another(roster)
+        lives = roster.lives
+
+        def leave_first(seat: int) -> bool:
+            leaver.leave()
+            return lives(seat)
+
+        monkeypatch.setattr(roster, "lives", leave_first)
+        assert list(roster.others()) == []
+
+
+def test_one_who_comes_while_another_looks_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_roster() as roster:
+        leaver = another(roster)
+        came: list[Roster] = []
+        lives = roster.lives
+
+        def change(seat: int) -> bool:
+            leaver.leave()
+            held = lives(seat)
+            if not came:
+                came.append(another(roster))
+            return held
+
+        monkeypatch.setattr(roster, "lives", change)
+        try:
+            assert list(roster.others()) == [(came[0].seat, True)]
+            assert came[0].seat == 1
+        finally:
+            came[0].leave()

@@ -164,8 +164,21 @@ class Roster:
     def others(self) -> Iterator[tuple[int, bool]]:
         """The seats of other processes that have it open, and those that died or failed: seat, and whether it lives."""
         for seat in self.taken():
-            if seat != self.seat and self.words[self.index(seat) + _HOLDER]:
-                yield seat, self.lives(seat)
+            if seat != self.seat:
+                lives = self._is_held(seat)
+                if lives is not None:
+                    yield seat, lives
+
+    def _is_held(self, seat: int) -> bool | None:
+        """Whether its holder lives; None if it is free. One who leaves while this looks has not died."""
+        at = self.index(seat) + _HOLDER
+        while holder := self.words[at]:
+            if self.lives(seat):
+                return True
+            # Whoever leaves says so before giving up the lock.
+            if self.words[at] == holder and not self.lives(seat):
+                return False
+        return None
 
     def has_failed(self, seat: int) -> bool:
         """Whether a seat that does not live was left by a worker that ended with an error, and was not killed."""
