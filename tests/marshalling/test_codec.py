@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import decimal
 import fractions
+import functools
 import gc
 import os
 import pathlib
 import pickle
 import re
 import threading
+import tracemalloc
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+import torchwq
 from torchwq import MarshalError, ResourceError
 from torchwq.marshalling import codec
 from torchwq.marshalling.payload import OUT_OF_BAND
@@ -147,6 +150,25 @@ def test_long_text_is_not_copied_within_a_process(obj: Any) -> None:
     payload = codec.encode(obj, codec.UNLIMITED, here=True)
     assert codec.decode(*codec.received(payload)) is obj
     assert codec.decode(*received(codec.for_others(payload, LIMIT))) == obj
+
+
+BIG = 8 << 20
+
+
+@pytest.mark.parametrize("obj", [b"x" * BIG, (1, b"x" * BIG), {"a": b"x" * BIG}], ids=lambda obj: type(obj))
+def test_many_bytes_are_copied_once_and_into_shared_memory(obj: Any) -> None:
+    channel = torchwq.channel()
+    channel._core.open_to_processes()
+    with torchwq.workqueue() as q:
+        for ticket in q._role.ticket():  # type: ignore[union-attr]
+            ticket.close()  # as if a process had one
+        for write in (functools.partial(codec.encode, limit=LIMIT), q.write, channel.write):
+            tracemalloc.start()
+            try:
+                write(obj)
+                assert tracemalloc.get_traced_memory()[1] < BIG / 2
+            finally:
+                tracemalloc.stop()
 
 
 @few

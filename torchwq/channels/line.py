@@ -47,7 +47,7 @@ from pickle import dumps, loads
 from typing import Any, Final
 
 from ..marshalling import codec
-from ..marshalling.codec import ATOMS, encode, only_atoms
+from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import BARE, TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
@@ -200,7 +200,8 @@ class Line:
     def put(self, obj: Any) -> ChannelState | None:
         cls = type(obj)
         try:
-            plain = cls in ATOMS or (cls is tuple and only_atoms(map(type, obj)))  # as encode does, without calling it
+            # As encode does, without calling it.
+            plain = only_scalars(map(type, obj)) if cls is tuple else cls in SCALARS
         except TypeError:  # the class of some class cannot be hashed
             plain = False
         if plain:

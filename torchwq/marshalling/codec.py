@@ -39,7 +39,10 @@ CALL_LIMIT: Final = 16 * 1024 - 64
 UNLIMITED: Final = 1 << 62
 
 #: What needs no hook: such an object, or a tuple of them, is most of what small messages are.
-ATOMS: Final = frozenset({int, float, str, bool, bytes, type(None)})
+SCALARS: Final = frozenset({int, float, str, bool, type(None)})
+only_scalars: Final = SCALARS.issuperset
+#: The same and bytes, which are often long, and go into shared memory at once then: ``dumps`` would copy them first.
+ATOMS: Final = SCALARS | {bytes}
 only_atoms: Final = ATOMS.issuperset
 
 #: Collections of them may be their own payload within this process: see ``copied``.
@@ -187,12 +190,11 @@ def encode(
     turns that into a MarshalError that names the place.
     """
     cls = type(obj)
-    if cls in ATOMS or (cls is tuple and only_atoms(map(type, obj))):
-        if here and (cls is bytes or cls is str) and len(obj) > _LONG:
-            return Letter(None, (obj,))
+    if here and (cls is str or cls is bytes) and len(obj) > _LONG:
+        return Letter(None, (obj,))
+    if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
-        if len(bare) <= limit:
-            return bare
+        return bare if len(bare) <= limit else large(bare, limit)
     elif plain.may_be(obj):
         found = plain.encode(obj, limit, fresh) if not here else plain.encode_here(obj) if fresh is None else None
         if found is not None:
@@ -227,6 +229,13 @@ def encode(
     clear_memo()
     _idle.append(tools)
     return payload
+
+
+def large(pickled: bytes, limit: int) -> bytes | Parcel:
+    """The payload with a pickle that is too large for a message. Raises ResourceError."""
+    out = Attachments()
+    out.chunks.append(pickled)
+    return out.payload(limit)
 
 
 def encode_all(

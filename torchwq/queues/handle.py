@@ -13,7 +13,7 @@ from typing import Any, Final, final
 from ..errors import QueueClosed
 from ..futures import TimedOut
 from ..marshalling import codec, reducers
-from ..marshalling.codec import ATOMS, COPIES, copied, encode, only_atoms
+from ..marshalling.codec import COPIES, SCALARS, copied, encode, large, only_scalars
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, reactor
@@ -113,16 +113,16 @@ class WorkQueue:
             obj = objs[0]
             cls = type(obj)
             try:
-                plain = cls in ATOMS or (cls is tuple and only_atoms(map(type, obj)))  # as encode has it
+                # As encode does, without calling it.
+                plain = only_scalars(map(type, obj)) if cls is tuple else cls in SCALARS
             except TypeError:  # the class of some class cannot be hashed
                 plain = False
             if plain:
                 if not role.here:
-                    bare = dumps(obj, 5)
-                    if len(bare) <= role.max_payload:
-                        send(bare)
-                        return
-                elif cls is tuple:
+                    bare, limit = dumps(obj, 5), role.max_payload
+                    send(bare if len(bare) <= limit else large(bare, limit))
+                    return
+                if cls is tuple:
                     send(obj)
                     return
             elif role.here and (copy := copied(obj)) is not None:
