@@ -26,13 +26,19 @@ def line_of(channel: Channel) -> Line:
     return line
 
 
-def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
+def begun() -> tuple[Channel, Line, threading.Thread]:
+    """A channel of which one reads, as a thread that is in recv does, while another writes its first tensor."""
     channel = torchwq.channel()
     line = line_of(channel)
-    line._count_tried()  # as a thread that is in recv
+    line._count_tried()
     writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
     writer.start()
     wait_until(lambda: line._words[UNUSUAL])
+    return channel, line, writer
+
+
+def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
+    channel, line, writer = begun()
     time.sleep(0.1)
     assert line._words[BRINGS] != SAFELY
     assert channel.num_items() == 0, "it has not left"
@@ -43,12 +49,7 @@ def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
 
 
 def test_it_waits_for_each_thread_of_a_process() -> None:
-    channel = torchwq.channel()
-    line = line_of(channel)
-    line._count_tried()  # as a thread that is in recv
-    writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
-    writer.start()
-    wait_until(lambda: line._words[UNUSUAL])
+    channel, line, writer = begun()
     for _ in range(10):
         assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
         line._count_tried()  # as others, who see UNUSUAL

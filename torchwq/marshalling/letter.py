@@ -2,7 +2,8 @@
 
 Threads could hand each other the objects themselves. But whoever changes ``backend="thread"`` to ``"process"``, or
 back, must not have to look for what that changes: what is a copy there is a copy here, what is refused there is refused
-here. So values are pickled here too. Tensors need not be moved to shared memory for it: the same memory is there.
+here. So values are pickled here too, or copied in another way where that gives the same (``codec.copied``). Tensors
+need not be moved to shared memory for it: the same memory is there.
 """
 
 from __future__ import annotations
