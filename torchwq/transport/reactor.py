@@ -87,14 +87,21 @@ class Reactor:
             self._selector.modify(fd, events, watched)
         else:
             self._selector.unregister(fd)
-        if not events:
+        if events:
+            self._start()
+        else:
             self._watched.pop(fd, None)
-        self._start()
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise
+                return  # the interpreter ends: Python 3.12 starts no thread then, nor is there a need for one
+            self._thread = thread
 
     def _run(self) -> None:
         while True:
