@@ -33,6 +33,8 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
+from ..marshalling.codec import COPIES
+from ..marshalling.letter import ENCLOSED
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
@@ -111,7 +113,8 @@ class Owner(SocketRole, worker.EndListener):
                 if self.closed:
                     raise QueueClosed(self.closed)
                 self.outbox.number = self._last_sent = self._last_sent + 1
-                questions.put(codec.received(payload))
+                message: Any = (payload, ENCLOSED) if type(payload) in COPIES else codec.received(payload)
+                questions.put(message)
                 return
         self.outbox.send(codec.for_others(payload, self._for_others))
 
