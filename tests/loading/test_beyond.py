@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
+import sys
+import threading
 import warnings
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
 import torchwq
-from torchwq.loading import internals, iterator, statistics
+from torchwq.loading import crew, internals, iterator, statistics
+from torchwq.loading.crew import Hand
+from torchwq.loading.job import Part, Snapshot
+from torchwq.loading.reception import Reception
+from torchwq.marshalling import codec
+from torchwq.transport.local import LocalEndpoint
 
 from . import datasets
 from .datasets import same
@@ -179,6 +188,72 @@ def test_batches_are_pinned_in_a_thread(monkeypatch: pytest.MonkeyPatch, persist
             break
     assert len(list(loader)) == 10
     assert pinned.count >= 30
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_leaving_early_ends_the_thread_that_pins(
+    monkeypatch: pytest.MonkeyPatch, in_order: bool, backend: Literal["process", "thread"]
+) -> None:
+    pinning, closing = threading.Event(), threading.Event()
+
+    class Slow(Pinned):
+        def pin(self, data: Any, device: Any) -> Any:
+            if self.count:
+                pinning.set()
+                assert closing.wait(30)  # meanwhile its loader leaves, and more answers come
+            return super().pin(data, device)
+
+    Slow(monkeypatch)
+    end = crew.end
+    monkeypatch.setattr(crew, "end", lambda *arguments: (end(*arguments), closing.set()))
+    stop = Reception.stop
+    monkeypatch.setattr(Reception, "stop", lambda reception: (stop(reception), closing.set()))
+    three_batches = torch.utils.data.Subset(datasets.Plain(), range(12))
+    loader = torchwq.DataLoader(
+        three_batches, 4, num_workers=2, pin_memory=True, in_order=in_order, backend=backend, prefetch_factor=3
+    )
+    iterator = iter(loader)
+    next(iterator)
+    assert pinning.wait(30)
+    (last,) = [hand for hand in iterator._hands if hand.unreceived or hand._unsent]
+    last.flush()
+    assert select.select([last.end], [], [], 30)[0]
+    del iterator
+    assert not [thread for thread in threading.enumerate() if thread.name == "torchwq-pin"]
+
+
+def test_indices_that_two_threads_send_stay_in_order() -> None:
+    theirs: list[LocalEndpoint] = []
+    stub = SimpleNamespace()
+    hand = Hand(lambda part, end: theirs.append(end) or stub, Part(0, 1, None, Snapshot()), memoryview(b""), "thread")
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.is_set():
+            hand.flush()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        for index in range(20_000):
+            hand.assign([index])
+            hand.flush(3)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    hand.flush()
+    received: list[int] = []
+    while (message := theirs[0].try_receive()) is not None:
+        _, indices = codec.decode(*message)
+        received += [index for (index,) in indices]
+    assert received == list(range(20_000))
+    assert hand.unreceived == 20_000
+    hand.close()
+    theirs[0].close()
 
 
 def test_pinning_with_failures_deaths_streams_and_states(monkeypatch: pytest.MonkeyPatch) -> None:

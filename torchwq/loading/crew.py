@@ -10,6 +10,9 @@ Invariants:
 
 * The descriptors of a worker's end are closed here as soon as the worker has them, before the next one is started.
 * ``close`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
+* One thread gives a worker its indices. That thread receives its answers, or another one does (which pins them), never
+  both. The one that receives sees to it that the worker knows of what it waits for. So both send indices: what has not
+  been sent is taken, counted and sent in one piece, under the hand's lock, or the worker would get indices out of order.
 """
 
 from __future__ import annotations
@@ -226,7 +229,7 @@ class Hand:
         self._start = start
         self._part = part
         self._flow = flow
-        self._fence = threading.Lock()
+        self._lock = threading.Lock()
         self._unsent: list[Any] = []
         self._generation = 0
         #: Indices that it has not answered, in order. What was sent before the last new epoch is only to be skipped.
@@ -277,19 +280,24 @@ class Hand:
     def assign(self, index: Any) -> None:
         """Let it make a batch for this index. It does not know of it before ``flush``."""
         self.tasks.append(index)
-        # A thread would see what the sampler makes of its list.
-        self._unsent.append(index.copy() if self._backend == "thread" and type(index) is list else index)
+        if self._backend == "thread" and type(index) is list:
+            index = index.copy()  # a thread would see what the sampler makes of its list
+        with self._lock:
+            self._unsent.append(index)
 
     def flush(self, at_least: int = 1) -> None:
         """Send it the indices that it does not know of, if they are so many."""
-        if len(self._unsent) >= at_least:
+        if len(self._unsent) < at_least:
+            return
+        with self._lock:
             unsent, self._unsent = self._unsent, []
-            self._sent += len(unsent)
-            self.send((self._generation, unsent))
+            if unsent:
+                self._sent += len(unsent)
+                self.send((self._generation, unsent))
 
     def consumed(self) -> None:
         """One more of its answers was taken: it may make one more batch."""
-        with self._fence:
+        with self._lock:
             self._consumed += 1
             self._flow[CONSUMED] = self._consumed
         if self._flow[ASLEEP]:
@@ -301,13 +309,14 @@ class Hand:
         The first ``prefetch`` of them are made all the same, as torch's loader makes them, so that the dataset's random
         numbers afterwards do not depend on how far the worker had come.
         """
-        if skip:
-            self.to_skip += len(self.tasks) - len(self._unsent)
-        self._flow[LIMIT] = self._consumed + prefetch
-        self.tasks.clear()
-        self._unsent.clear()
-        self._generation += 1
-        self._flow[GENERATION] = self._generation
+        with self._lock:
+            if skip:
+                self.to_skip += len(self.tasks) - len(self._unsent)
+            self._flow[LIMIT] = self._consumed + prefetch
+            self.tasks.clear()
+            self._unsent.clear()
+            self._generation += 1
+            self._flow[GENERATION] = self._generation
 
     def send(self, message: Any) -> None:
         """Send a message. One that is dead does not get it: that shows when its answer is waited for."""
@@ -330,13 +339,20 @@ class Hand:
         return received
 
     def wait(self, deadline: float | None) -> Received | None:
-        """The next answer; None after ``deadline`` (time.monotonic) or ``close``. Raises EOFError if none will come."""
+        """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.
+
+        Raises EOFError if none will come.
+        """
         while True:
             received = self._waiter.wait(self.take, deadline)
             if received is not None or isinstance(self._waiter, Waiter) or self._closed:
                 return received
             if deadline is not None and time.monotonic() >= deadline:
                 return None
+
+    def stop_waiting(self) -> None:
+        """End ``wait``, in any thread. What has come can still be taken."""
+        self._waiter.close()
 
     def mark(self) -> int:
         """See ``recycling.Inlet``."""

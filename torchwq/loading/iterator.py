@@ -122,7 +122,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             # torch draws one more here, although its workers have been given the first.
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             if self._pin_memory:
-                self._pinner = Pinner(self._reception.wait, self._pin_memory_device)
+                self._pinner = Pinner(self._reception, self._pin_memory_device)
             self._begin(resume)
             self._begun = True
             _open.add(self)
@@ -438,8 +438,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._pinner.stop()
         self._turns = deque()
         crew.end(self._hands, patience)
-        if self._pinner is not None:
-            self._pinner.join()
 
     @property
     def is_closed(self) -> bool:

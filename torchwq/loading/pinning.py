@@ -3,8 +3,12 @@
 A batch is unpickled and pinned by the thread; the consumer finds it ready. The thread takes answers in the order in
 which the consumer will want them.
 
-Invariant: for each ``expect`` the thread receives one answer. Those that nobody wants any more are received too, and
-dropped by ``get``: which these are is known by counting, because each worker answers in order.
+Invariants:
+
+* For each ``expect`` the thread receives one answer. Those that nobody wants any more are received too, and dropped by
+  ``get``: which these are is known by counting, because each worker answers in order.
+* While the thread runs, nobody else receives: whoever did would take an answer that the thread then waits for in vain.
+  So it is stopped and waited for before the workers are closed.
 """
 
 from __future__ import annotations
@@ -13,22 +17,24 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..marshalling import exceptions
+from ..transport.alarm import Alarm
 from . import internals
 from .crew import Gone, Hand
 from .messages import Batch, End, Failure
+from .reception import Reception
 
 
 class Pinner:
-    """The thread. ``receive(hand)`` takes the next answer; it raises what the consumer is to see."""
+    """The thread that takes what comes in at ``reception``."""
 
-    def __init__(self, receive: Callable[[Hand], tuple[Hand, Any]], device: Any) -> None:
-        self._receive = receive
+    def __init__(self, reception: Reception, device: Any) -> None:
+        self._reception = reception
+        self._stopped = reception.alarm = Alarm()
         self._device = device
         self._expected: queue.SimpleQueue[Hand | None] = queue.SimpleQueue()
         #: Which generation each worker's next answers belong to.
@@ -36,7 +42,6 @@ class Pinner:
         self._generation = 0
         self._ready: queue.SimpleQueue[tuple[Hand | None, Any]] = queue.SimpleQueue()
         self._mended: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._stopped = False
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
         self._thread.start()
@@ -75,18 +80,18 @@ class Pinner:
             torch.accelerator.set_device_index(self._device_index)
         while True:
             expected = self._expected.get()
-            if expected is None:
+            if expected is None or self._stopped.is_set():
                 return
             while True:
                 try:
-                    hand, answer = self._receive(expected)
+                    hand, answer = self._reception.wait(expected)
                     break
                 except Gone as gone:
                     self._ready.put((None, gone))
                     if not self._mended.get():
                         return
                 except Exception as error:
-                    if not self._stopped:
+                    if not self._stopped.is_set():
                         self._ready.put((None, error))
                     return
             self._ready.put((hand, self._pin(answer)))
@@ -102,11 +107,10 @@ class Pinner:
         return answer
 
     def stop(self) -> None:
-        """End the thread as soon as what it waits for is closed."""
-        self._stopped = True
+        """End the thread, and wait for that."""
+        self._reception.stop()
         self._expected.put(None)
         self._mended.put(False)
-
-    def join(self) -> None:
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread():  # where garbage is collected that the iterator was part of
             self._thread.join()
+        self._stopped.close()

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ..marshalling import codec, exceptions
+from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from .crew import Gone, Hand
 from .messages import Batch, End, Failure
@@ -23,9 +24,18 @@ class Reception:
         self._hands = hands
         self._in_order = in_order
         self._meter = meter
+        #: If a thread receives: is set when that thread is to wait no more.
+        self.alarm: Alarm | None = None
+
+    def stop(self) -> None:
+        """Wake the thread that waits, and let none wait again. What has come can still be taken."""
+        assert self.alarm is not None
+        self.alarm.set()
+        for hand in self._hands:
+            hand.stop_waiting()
 
     def wait(self, hand: Hand) -> tuple[Hand, Any]:
-        """The next answer, unpickled. Raises Gone if a worker has ended, EOFError if it was closed here."""
+        """The next answer, unpickled. Raises Gone if a worker has ended, EOFError after ``stop``."""
         found, received = self.receive(hand, None)
         if received is None:
             raise EOFError
@@ -65,7 +75,10 @@ class Reception:
 
     def _from_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
         began = 0
+        alarm = self.alarm
         while True:
+            if alarm is not None and alarm.is_set():
+                return self._hands[0], None
             busy = [hand for hand in self._hands if hand.unreceived]
             for hand in busy:
                 try:
@@ -80,6 +93,8 @@ class Reception:
             poll = select.poll()
             for hand in self._hands:
                 hand.flush()
+            if alarm is not None:
+                poll.register(alarm.fileno(), select.POLLIN)
             for hand in busy:
                 if hand.end.fileno() < 0:
                     return hand, None
