@@ -18,6 +18,9 @@ BENCH_ARGS  ?=
 # How many processes run the tests side by side: much of a test is waiting for deaths, starts and ends.
 TEST_PROCESSES ?= 3
 
+# A test process that dies ends the run: xdist would replace it, and may then wait for ever for what that one had done.
+PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
+
 # How long `make soak` goes on, in seconds.
 TORCHWQ_SOAK_SECONDS ?= 600
 
@@ -43,8 +46,8 @@ demo: $(call extra,examples) ## train a small CNN on images that background work
 	$(BIN)/python examples/train_digits.py
 
 test: $(call extra,test) $(call extra,examples) ## run the tests, those of the queues on both transports
-	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
-	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/transport tests/queues tests/channels $(PYTEST_ARGS)
+	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
+	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest $(PYTEST_SPREAD) tests/transport tests/queues tests/channels $(PYTEST_ARGS)
 
 lint: style types imports ## check style, types and layers
 
@@ -70,7 +73,7 @@ docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 
 soak: $(call extra,test) $(call extra,examples) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
-	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout=0 $(PYTEST_ARGS)
+	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout=0 -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
 install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) ## install all that demo, test, lint and docs need
 
