@@ -10,9 +10,9 @@ Invariants:
 
 * The descriptors of a worker's end are closed here as soon as the worker has them, before the next one is started.
 * ``close`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
-* One thread gives a worker its indices. That thread receives its answers, or another one does (which pins them), never
-  both. The one that receives sees to it that the worker knows of what it waits for. So both send indices: what has not
-  been sent is taken, counted and sent in one piece, under the hand's lock, or the worker would get indices out of order.
+* One thread gives a worker its indices. Either that thread receives its answers, or another one, which pins them. The
+  one that receives sees to it that the worker knows of what it waits for. So both send indices: what has not been sent
+  is taken, counted and sent in one piece, under the hand's lock, or the worker would get indices out of order.
 """
 
 from __future__ import annotations
