@@ -10,9 +10,9 @@ threads that asking the pool's thread would take cost many times what a small ta
 
 Invariants:
 
-* A task that a worker takes by itself is in its hand before it leaves ``waiting``, and stays there until the pool's
-  thread has its result, or has learnt that the worker has ended. A hand is in the order in which the worker does its
-  tasks: the result that comes is that of the first. A worker is idle if its hand is empty then.
+* A task that a worker takes by itself is in its hand before it tells the result of the one before, and stays there
+  until the pool's thread has its result, or has learnt that the worker has ended. A hand is in the order in which the
+  worker does its tasks: the result that comes is that of the first. A worker is idle if its hand is empty then.
 * ``asks`` is set, under the lock, unless all workers that there may be are there and have tasks: then each of them
   looks at ``waiting``, or is heard of, before the pool's thread needs to know of a new task.
 * A worker that is a thread may be interrupted (``ThreadWorker.force``), but not while it takes a task. What it has in
@@ -155,12 +155,10 @@ class _Pool(threading.Thread):
             with self.lock:
                 if self.broken is not None or not self.waiting:
                     return None
-                task = self.waiting[0]
-                hand.append(task)
-                self.waiting.popleft()
+                task = self.waiting.popleft()
             if task.start():
+                hand.append(task)
                 return task
-            hand.pop()  # it was cancelled
 
     def _hear(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
@@ -183,10 +181,7 @@ class _Pool(threading.Thread):
         self._workers.pop(mapid, None)
         if process in self._idle:
             self._idle.remove(process)
-        hand = self._hands.pop(mapid, ())
-        with self.lock:
-            lost = [task for task in hand if task not in self.waiting]
-        for task in lost:
+        for task in self._hands.pop(mapid, ()):
             _complete(task, None, process.died(f"the task {task.name}"))
         if mapid in self._starting:
             # One that dies before it can work would be replaced for ever.
@@ -241,7 +236,7 @@ def _opened(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has set it
         if error is not None:
             task.future.set_exception(error)
         else:

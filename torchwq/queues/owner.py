@@ -33,8 +33,6 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
-from ..marshalling.codec import COPIES
-from ..marshalling.letter import ENCLOSED
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
@@ -113,8 +111,7 @@ class Owner(SocketRole, worker.EndListener):
                 if self.closed:
                     raise QueueClosed(self.closed)
                 self.outbox.number = self._last_sent = self._last_sent + 1
-                message: Any = (payload, ENCLOSED) if type(payload) in COPIES else codec.received(payload)
-                questions.put(message)
+                questions.put(codec.received(payload))
                 return
         self.outbox.send(codec.for_others(payload, self._for_others))
 

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import QueueClosed
 from ..marshalling import codec, invitation
-from ..marshalling.codec import COPIES
-from ..marshalling.letter import ENCLOSED
 from ..memory.anonymous import Descriptor
 from ..transport.endpoint import Received
 from ..workers.presence import Presence
@@ -85,8 +83,7 @@ class ThreadSide(Role):
         owner = self.owner
         if self.closed or owner.closed:
             raise self.closed_error()
-        message: Any = (payload, ENCLOSED) if type(payload) in COPIES else codec.received(payload)
-        owner.answers.put(message)
+        owner.answers.put(codec.received(payload))
         if owner.inside.box is None:
             owner.alarm.set()  # it looks at the socket
         self.written += 1
