@@ -5,7 +5,8 @@ wakes one sleeper for it; and when somebody shuts the socket down, everybody, in
 then the end. So closing needs no messages, and a process that is killed leaves nothing to repair.
 
 What the socket does not take waits in the process that wrote it, its *backlog*. A process that leaves sends its backlog
-as one item, a *bundle*, for which room is kept; whoever receives it sends what is in it on, as its own backlog.
+as one item, a :mod:`bundle <torchwq.channels.bundle>`, for which room is kept; whoever receives it sends what is in it
+on, as its own backlog.
 
 Invariants:
 
@@ -35,9 +36,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import select
-import struct
 import sys
 import threading
 import time
@@ -49,17 +48,18 @@ from typing import Any, Final
 from ..marshalling import codec
 from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
-from ..memory.parcel import BARE, TRAILER, Ticket
+from ..memory.parcel import TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
-from ..transport import bag, endpoint, reactor
+from ..transport import endpoint, reactor
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
-from ..transport.sockets import BROKEN, BUSY, NO_WAIT, close_fds
+from ..transport.sockets import BROKEN, BUSY, NO_WAIT
 from ..transport.waiting import Waiter
 from ..workers import shutdown
+from . import bundle
 from .state import ChannelState
 
 #: Words of the roster's head: whether the channel is closed; whether a writer waits for room; bundles under way;
@@ -75,8 +75,6 @@ SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED,
     FIRST_OF_SEAT, FIRST_OF_SEAT + 10
 )
 
-#: Kind of a message (see ``parcel``) that is a bundle.
-_BUNDLE: Final = 3
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
 _ROOM: Final = 160 * 1024
 _ROOM_FOR_BUNDLE: Final = 1 << 20
@@ -93,7 +91,6 @@ _GLANCE: Final = 0.02
 
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
-_TRAILER: Final = struct.Struct("<QB")
 
 #: Lines that are open, or have a backlog. What exit has to take care of.
 open_lines: set[Line] = set()
@@ -385,7 +382,7 @@ class Line:
             return None
         self._count_tried()
         self._count_taken()
-        if received[1] and received[0][-1] == _BUNDLE:
+        if received[1] and bundle.is_bundle(received):
             received = self._unpack(received)
         if self._words[ASKED]:
             self._give_room()
@@ -576,22 +573,17 @@ class Line:
         self._announce_descriptors()
         backlog = self._outbox.withdraw()
         self._words[BUNDLES] += 1
-        fds: list[int] = []
-        parts = []
-        for data, parcel in backlog:
-            own = list(parcel.descriptors(-1)) if parcel is not None else []
-            fds += own
-            parts.append((data, len(own)))
         try:
-            fd = anonymous.fill([pickle.dumps(parts)])
-            with bag.pack([fd, *fds]) as sack, contextlib.closing(anonymous.Descriptor(fd)):
-                sent = self._send_at_last(_TRAILER.pack(0, _BUNDLE), sack.fileno())
+            with bundle.pack(backlog) as (message, fd):
+                sent = self._send_at_last(message, fd)
         except OSError:
             pass  # nobody can receive it, or there are no descriptors left to send it with
         if not sent and any(lives for _, lives in self.roster.others()):
-            print(f"torchwq: {len(parts)} items of a channel are lost: nobody has made room for them", file=sys.stderr)
+            print(
+                f"torchwq: {len(backlog)} items of a channel are lost: nobody has made room for them", file=sys.stderr
+            )
         if sent:
-            for _ in parts:
+            for _ in backlog:
                 self._count_sent()
         else:
             self._words[BUNDLES] -= 1
@@ -614,15 +606,9 @@ class Line:
             self._in.set_room(_ROOM)
         return False
 
-    def _unpack(self, bundle: Received) -> Received:
+    def _unpack(self, received: Received) -> Received:
         """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
-        fds = bag.unpack(bundle[1][0])
-        with contextlib.closing(anonymous.Descriptor(fds.pop(0))) as memory:
-            parts = pickle.loads(anonymous.map_private(memory.fd))
-        items: deque[Received] = deque()
-        for data, count in parts:
-            items.append((data, fds[:count]))
-            del fds[:count]
+        items = bundle.unpack(received)
         first = items.popleft()
         for _ in items:
             self._count_tried()
@@ -637,12 +623,11 @@ class Line:
     def _forward(self, items: deque[Received]) -> None:
         self._forwards = True
         while items:
-            data, own = items[0]
-            item = _Forwarded(data, own) if own or data[-1] != BARE else data
+            item = bundle.forwarded(items[0])
             try:
                 self._outbox.send(item)
             except BrokenPipeError:  # the channel was closed
-                if isinstance(item, _Forwarded):
+                if isinstance(item, bundle.Forwarded):
                     item.fds = []
                 break
             items.popleft()
@@ -664,27 +649,3 @@ def _send_nothing(*args: Any) -> Any:
 
 def _put_later(obj: Any) -> None:
     """There may have to be waited."""
-
-
-class _Forwarded:
-    """An item that is sent on as it came."""
-
-    __slots__ = ("data", "fds", "kind")
-
-    def __init__(self, data: bytes, fds: list[int]) -> None:
-        self.data = data[:-TRAILER]
-        self.kind = data[-1]
-        #: Closed when it has been sent.
-        self.fds = fds
-
-    def depart(self) -> None:
-        """It was counted by the ledger when its writer sent it."""
-
-    def descriptors(self, reader: int) -> Sequence[int]:
-        return self.fds
-
-    def come_back(self) -> None:
-        pass
-
-    def __del__(self) -> None:
-        close_fds(self.fds)

@@ -1,0 +1,89 @@
+"""A backlog as one item, the *bundle*: how a process that leaves hands on what the socket has no room for.
+
+The items are pickled into memory of their own, whose descriptor goes first, before those that the items bring. So a
+bundle needs room for a few bytes, however much is in it, and passes through the socket as any item with a descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from ..memory import anonymous
+from ..memory.parcel import BARE, TRAILER
+from ..transport import bag
+from ..transport.endpoint import Received
+from ..transport.outbox import Payload
+from ..transport.sockets import close_fds
+
+#: Kind of a message (see ``parcel``) that is a bundle.
+_KIND: Final = 3
+_MESSAGE: Final = struct.pack("<QB", 0, _KIND)
+
+
+@contextlib.contextmanager
+def pack(backlog: Iterable[tuple[bytes, Payload | None]]) -> Iterator[tuple[bytes, int]]:
+    """The message and the descriptor to send with it; ``backlog`` owns the descriptors of its items until then.
+
+    Raises OSError if memory or descriptors have run out.
+    """
+    fds: list[int] = []
+    parts = []
+    for data, parcel in backlog:
+        own = list(parcel.descriptors(-1)) if parcel is not None else []
+        fds += own
+        parts.append((data, len(own)))
+    fd = anonymous.fill([pickle.dumps(parts)])
+    with contextlib.closing(anonymous.Descriptor(fd)), bag.pack([fd, *fds]) as sack:
+        yield _MESSAGE, sack.fileno()
+
+
+def is_bundle(received: Received) -> bool:
+    """Whether a message that has brought descriptors is one."""
+    return received[0][-1] == _KIND
+
+
+def unpack(bundle: Received) -> deque[Received]:
+    """The items, in order."""
+    fds = bag.unpack(bundle[1][0])
+    with contextlib.closing(anonymous.Descriptor(fds.pop(0))) as memory:
+        parts = pickle.loads(anonymous.map_private(memory.fd))
+    items: deque[Received] = deque()
+    for data, count in parts:
+        items.append((data, fds[:count]))
+        del fds[:count]
+    return items
+
+
+def forwarded(item: Received) -> bytes | Forwarded:
+    """An item of a bundle as an outbox takes it."""
+    data, fds = item
+    return Forwarded(data, fds) if fds or data[-1] != BARE else data
+
+
+class Forwarded:
+    """An item that is sent on as it came: a parcel of which only the descriptors are known."""
+
+    __slots__ = ("data", "fds", "kind")
+
+    def __init__(self, data: bytes, fds: list[int]) -> None:
+        self.data = data[:-TRAILER]
+        self.kind = data[-1]
+        #: Closed when it has been sent.
+        self.fds = fds
+
+    def depart(self) -> None:
+        """It was counted by the ledger when its writer sent it."""
+
+    def descriptors(self, reader: int) -> Sequence[int]:
+        return self.fds
+
+    def come_back(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        close_fds(self.fds)
