@@ -1,0 +1,188 @@
+"""A barrier that does not wait for the dead: a few words under the roster's lock, and descriptors that wake who waits.
+
+Invariants:
+
+* A round ends when its number changes: because as many have arrived as it needs, or, BROKEN, because a death was
+  noticed. It is counted from 0 again then.
+* Each handle is told, once, of each death since it was sent: at a barrier where it waits, or before it has arrived at
+  the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from ..errors import WorkerDied
+from ..memory import anonymous
+from ..workers import info, threads, worker
+from ..workers.losses import lost
+from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, ISSUED, LEFT, LOSSES, NEEDED, REDEEMED, ROUND, WAITING
+
+if TYPE_CHECKING:
+    from .core import Core
+
+#: Whoever waits looks at least so often, in seconds: if descriptors wake him, and if there are none.
+_SLICE: Final = 0.25
+_SLICE_WITHOUT_EVENTS: Final = 0.001
+
+
+@dataclass(slots=True)
+class News:
+    """The deaths that a handle has been told of: dead seats, and how many workers that are threads had failed."""
+
+    seats: set[int] = field(default_factory=set)
+    failures: int = 0
+
+
+def new_events() -> list[int]:
+    """What wakes those who wait at a barrier: readable from the end of a round of its parity to the end of the next."""
+    if not hasattr(os, "eventfd"):
+        return []
+    try:
+        return [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+    except OSError as error:
+        raise anonymous.exhausted(error) from error
+
+
+class Barrier:
+    """One process's part of it."""
+
+    def __init__(self, core: Core, events: Sequence[int]) -> None:
+        self._core: Core = weakref.proxy(core)  # which owns it
+        self._events = events
+        self._roster = core.roster
+        self._words = core.roster.words
+        self._seat = core.seat
+        #: Threads of this process that have come to the barrier.
+        self._users: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+    def news(self) -> News:
+        """All that there is to tell now."""
+        seats = {seat for seat, lives in self._roster.others() if not lives}
+        return News(seats, int(self._words[FAILURES]))
+
+    def wait(self, n: int, timeout: float | None, told: News) -> int:
+        self._users.add(threading.current_thread())
+        deadline = None if timeout is None else time.monotonic() + timeout
+        words = self._words
+        with self._roster.locked():
+            if self._has_news(told):
+                if words[ARRIVED] and self._losses() > words[LOSSES]:
+                    self._break_round()  # who waits has not been told yet
+                self._raise_news(told)
+            number = int(words[ROUND])
+            if not words[ARRIVED]:
+                words[NEEDED], words[LOSSES] = n, self._losses()
+            elif words[NEEDED] != n:
+                raise ValueError(f"a barrier of {int(words[NEEDED])} is waited for already, and this one is of {n}")
+            if words[ARRIVED] + 1 == n:
+                self._end_round()
+                return self._go_on(number)
+            words[ARRIVED] += 1
+            words[self._seat + WAITING] += 1
+        timed_out = None
+        try:
+            self._wait_for_end_of(number, deadline, told)
+        except TimeoutError as error:
+            timed_out = error
+        finally:
+            with self._roster.locked():
+                if not self._core.left:
+                    words[self._seat + WAITING] -= 1
+                    if words[ROUND] == number:
+                        words[ARRIVED] -= 1
+                        if timed_out is not None:
+                            raise timed_out
+        if words[BROKEN + number % 2] == number + 1:
+            self._raise_news(told)
+            raise WorkerDied(
+                "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
+            )
+        with self._roster.locked():
+            return self._go_on(number)
+
+    def _go_on(self, number: int) -> int:
+        """In which place this thread goes on after a round."""
+        position = int(self._words[GONE_ON + number % 2])
+        self._words[GONE_ON + number % 2] = position + 1
+        return position
+
+    def _end_round(self) -> None:
+        number = int(self._words[ROUND])
+        self._words[ARRIVED] = 0
+        self._words[GONE_ON + number % 2] = 0
+        self._words[ROUND] = number + 1
+        if self._events:
+            os.write(self._events[number % 2], (1).to_bytes(8, "little"))
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._events[1 - number % 2], 8)
+
+    def _break_round(self) -> None:
+        number = int(self._words[ROUND])
+        self._words[BROKEN + number % 2] = number + 1
+        self._end_round()
+
+    def _wait_for_end_of(self, number: int, deadline: float | None, told: News) -> None:
+        words = self._words
+        poll = select.poll()
+        if self._events:
+            poll.register(self._events[number % 2], select.POLLIN)
+        longest = _SLICE if self._events else _SLICE_WITHOUT_EVENTS
+        while words[ROUND] == number:
+            left = longest if deadline is None else min(longest, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError("not all have come to the barrier in time")
+            poll.poll(left * 1000)
+            self._core.check()
+            if words[ROUND] == number:
+                with self._roster.locked():
+                    if words[ROUND] == number and (self._has_news(told) or self._nobody_comes()):
+                        self._break_round()
+
+    def _losses(self) -> int:
+        return sum(not lives for _, lives in self._roster.others()) + int(self._words[FAILURES])
+
+    def _has_news(self, told: News) -> bool:
+        if self._words[FAILURES] > told.failures:
+            return True
+        return any(not lives and seat not in told.seats for seat, lives in self._roster.others())
+
+    def _raise_news(self, told: News) -> None:
+        for seat, lives in self._roster.others():
+            if not lives and seat not in told.seats:
+                told.seats.add(seat)
+                death = lost(self._roster, seat, "this mutex")
+                death.args = (f"the barrier cannot be completed: {death}",)
+                raise death
+        if self._words[FAILURES] > told.failures:
+            told.failures = int(self._words[FAILURES])
+            raise WorkerDied(
+                "the barrier cannot be completed: a worker that had this mutex, a thread, ended with an error: join() "
+                "of its map raises it"
+            )
+
+    def _nobody_comes(self) -> bool:
+        """Whether some that had the mutex have given it up, and all that have it wait here already.
+
+        Daemon threads of this process that have never come to the barrier are not known.
+        """
+        core = self._core
+        seats = [seat for seat, lives in self._roster.others() if lives]
+        if core.under_way or any(not self._words[self._roster.index(seat) + WAITING] for seat in seats):
+            return False
+        waiting = int(self._words[self._seat + WAITING])
+        if len(core.handles) > waiting:
+            return False
+        issued, redeemed = self._roster.sum(ISSUED), self._roster.sum(REDEEMED)
+        if issued > redeemed and (worker.living() or info.worker_info() is not None):
+            return False
+        known = {thread for thread in list(self._users) if thread.is_alive()}.union(threads.of_user())
+        return bool(self._words[LEFT]) and len(known) <= max(1, waiting)

@@ -1,0 +1,179 @@
+"""One process's part of a mutex: what all its handles share, and how it comes and goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from ..errors import MutexError, WorkerDied
+from ..memory import anonymous
+from ..memory.parcel import Ticket
+from ..memory.roster import Roster
+from ..transport import reactor
+from ..transport.process import closed_in_child, reset_in_child
+from ..transport.sockets import close_fds
+from ..workers import shutdown
+from ..workers.presence import Presence
+from .barrier import Barrier, News, new_events
+from .lock import Lock
+from .words import FAILURES, ISSUED, LEFT, REDEEMED
+
+if TYPE_CHECKING:
+    from .handle import Mutex
+
+_FORKED: Final = "this mutex was made before a fork and belongs to the parent process: pass it to workers of torchwq"
+
+#: What is open in this process. A part outlives its handles, until the reactor comes by.
+_open: set[Core] = set()
+_by_name: weakref.WeakValueDictionary[bytes, Core] = weakref.WeakValueDictionary()
+_guard = threading.RLock()
+
+
+@reset_in_child
+def _forget() -> None:
+    global _by_name, _guard
+    _by_name, _guard = weakref.WeakValueDictionary(), threading.RLock()
+    _open.clear()
+
+
+class Core:
+    """Takes over ``fds``: those of a ``ticket``, or none to make a new mutex."""
+
+    def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
+        self.name = name
+        self.roster = Roster(fds[0] if fds else None)
+        self._events = list(fds[1:]) if fds else new_events()
+        self._words = self.roster.words
+        self.seat = self.roster.index(self.roster.seat)
+        self._lock = Lock(self.roster)
+        self._barrier = Barrier(self, self._events)
+        self._thread = threading.local()
+        self.handles: weakref.WeakSet[Mutex] = weakref.WeakSet()
+        #: Handles on their way within this process.
+        self.under_way = 0
+        self.forked = self.left = False
+        if fds:
+            self._count(REDEEMED)
+        closed_in_child(self)
+        _open.add(self)
+        _by_name[name] = self
+
+    def _count(self, word: int, number: int = 1) -> None:
+        with self.roster.locked():
+            self._words[self.seat + word] += number
+
+    def check(self) -> None:
+        if self.forked:
+            raise MutexError(_FORKED)
+        if self.left:
+            raise MutexError("this process is ending, and has given up its mutexes")
+
+    def acquire(self, deadline: float | None) -> bool:
+        self.check()
+        if not hasattr(self._thread, "presence"):
+            self._thread.presence = Presence(self, threading.get_ident())
+        return self._lock.acquire(deadline)
+
+    def release(self) -> None:
+        self.check()
+        self._lock.release()
+
+    @property
+    def abandoned(self) -> WorkerDied | None:
+        return self._lock.abandoned
+
+    @property
+    def is_locked(self) -> bool:
+        return self._lock.is_locked
+
+    def thread_ended(self, ident: int) -> None:
+        if not self.left and not self.forked:
+            self._lock.thread_ended(ident)
+
+    def wait_at_barrier(self, n: int, timeout: float | None, told: News) -> int:
+        self.check()
+        return self._barrier.wait(n, timeout, told)
+
+    def news(self) -> News:
+        """See ``Barrier.news``."""
+        self.check()
+        return self._barrier.news()
+
+    # Coming and going
+
+    def ticket(self) -> list[anonymous.Descriptor]:
+        self.check()
+        try:
+            first = Ticket(os.dup(self.roster.fd), self._count_issued)
+            return [first, *(anonymous.Descriptor(os.dup(fd)) for fd in self._events)]
+        except OSError as error:
+            raise anonymous.exhausted(error) from error
+
+    def _count_issued(self, number: int) -> None:
+        if not self.left and not self.forked:
+            self._count(ISSUED, number)
+
+    def invite(self, number: int) -> None:
+        """So many more handles are under way within this process."""
+        with _guard:
+            self.under_way += number
+        if number < 0:
+            leave_later(self)
+
+    def received_again(self) -> None:
+        self._count(REDEEMED)
+
+    def thread_ended_with_handle(self, failed: bool) -> None:
+        if not self.left and not self.forked:
+            with self.roster.locked():
+                self._words[LEFT] += 1
+                self._words[FAILURES] += int(failed)
+
+    def leave(self, failed: bool = False) -> None:
+        """Give up this process's part, and with it the lock. ``failed``: see ``Roster.leave``."""
+        if self.left or self.forked:
+            return
+        with self.roster.locked():
+            self.left = True
+            self._words[LEFT] += 1
+        close_fds(self._events)
+        self.roster.leave(failed=failed)
+        _open.discard(self)
+
+    def abandon(self) -> None:
+        self.forked = True
+        close_fds(self._events)
+        self._events = []
+
+
+@contextlib.contextmanager
+def found(name: bytes) -> Iterator[Core | None]:
+    """The part that this process has already, if it has one; it does not leave meanwhile."""
+    with _guard:
+        core = _by_name.get(name)
+        yield None if core is None or core.left else core
+
+
+def leave_later(core: Core) -> None:
+    """Give up this process's part if no handle is left when the reactor comes by."""
+    if not core.left and not core.forked and not sys.is_finalizing():
+        reactor.get().call_later(0, lambda: _leave_if_unused(core))
+
+
+def _leave_if_unused(core: Core) -> None:
+    with _guard:
+        if not len(core.handles) and not core.under_way:
+            core.leave(shutdown.failed)
+
+
+def _leave_all() -> None:
+    for core in list(_open):
+        core.leave(shutdown.failed)
+
+
+shutdown.at_close(_leave_all)

@@ -1,0 +1,195 @@
+"""The mutex as users hold it, and how it travels."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, final
+
+from ..errors import WorkerDied
+from ..marshalling import invitation, reducers
+from ..transport.sockets import close_fds
+from ..workers import threads
+from .barrier import News
+from .core import Core, found, leave_later
+
+
+@final
+class Mutex:
+    """A lock between any number of processes and threads, with a barrier. Made by :func:`torchwq.mutex`.
+
+    ::
+
+        with m:
+            parameters.add_(update)
+
+    It reaches workers as an argument of :func:`torchwq.map` or inside a message. It is not reentrant.
+
+    A worker that dies with the lock held does not block the others: the next one gets the lock and is told, by a
+    RuntimeWarning, and by what ``with`` gives: WorkerDied instead of None. What the mutex protects may be half done
+    then::
+
+        with m as death:
+            if death is not None:
+                repair(parameters)
+
+    Source: torch-ipc's ``ipc.mutex``; the interface of ``threading.Lock``.
+    """
+
+    __slots__ = ("__weakref__", "_core", "_told")
+
+    def __init__(self, core: Core, told: News) -> None:
+        self._core = core
+        self._told = told
+        core.handles.add(self)
+        threads.belongs_here(self)
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Wait for the lock, and take it.
+
+        Args:
+            timeout: how long to wait at most, in seconds; 0 does not wait; None waits for ever.
+
+        Returns:
+            Whether the lock was taken; False after ``timeout``. :attr:`abandoned` tells whether the last holder died.
+
+        Raises:
+            MutexError: this thread holds the lock already, or the mutex was inherited by a fork.
+
+        Source: torch-ipc's ``m:lock``; ``threading.Lock.acquire``.
+        """
+        return self._core.acquire(None if timeout is None else time.monotonic() + timeout)
+
+    def release(self) -> None:
+        """Give the lock to the next one.
+
+        Raises:
+            MutexError: this thread does not hold the lock.
+
+        Source: torch-ipc's ``m:unlock``; ``threading.Lock.release``.
+        """
+        self._core.release()
+
+    @property
+    def abandoned(self) -> WorkerDied | None:
+        """While the lock is held: how the last holder died, if it died with the lock held; else None."""
+        return self._core.abandoned
+
+    def barrier(self, n: int, *, timeout: float | None = None) -> int:
+        """Wait until ``n`` threads, in whatever processes, wait here.
+
+        It can be used again at once, also with another ``n``. It has nothing to do with the lock.
+
+        Args:
+            n: how many, with this one.
+            timeout: how long to wait at most, in seconds; None waits for ever.
+
+        Returns:
+            A number from 0 to ``n - 1``, different for each: in which place this thread goes on.
+
+        Raises:
+            WorkerDied: the barrier may never be completed: a worker that had the mutex died, or ended with an error; or
+                all that still have it wait here already. Everybody who waits is told, and whoever comes later, once for
+                each death since they were sent the mutex. Those who are left can go on with a smaller ``n``.
+            TimeoutError: not within ``timeout``; this thread does not count as arrived any more.
+            ValueError: ``n`` is less than 1, or others wait for another ``n``.
+            MutexError: the mutex was inherited by a fork.
+
+        Source: torch-ipc's ``m:barrier``; ``threading.Barrier.wait``.
+        """
+        if n < 1:
+            raise ValueError(f"a barrier needs at least 1 to come, not {n}")
+        return self._core.wait_at_barrier(n, timeout, self._told)
+
+    def __enter__(self) -> WorkerDied | None:
+        self._core.acquire(None)
+        return self._core.abandoned
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._core.release()
+
+    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.Belonging``."""
+        self._core.handles.discard(self)
+        self._core.thread_ended_with_handle(failed)
+
+    def __del__(self) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None:
+            core.handles.discard(self)  # by itself it goes only when this is over, which the reactor does not wait for
+            leave_later(core)
+
+    def __repr__(self) -> str:
+        core = self._core
+        if core.forked:
+            return "<torchwq.Mutex, of another process>"
+        state = "closed" if core.left else "locked" if core.is_locked else "unlocked"
+        return f"<torchwq.Mutex, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Mutex can only be sent by torchwq: as an argument of torchwq.map, or inside a message")
+
+
+def mutex() -> Mutex:
+    """Make a mutex.
+
+    Returns:
+        A :class:`Mutex`: a lock, usable with ``with``, and a barrier.
+
+    Raises:
+        ResourceError: file descriptors have run out.
+
+    Source: torch-ipc's ``ipc.mutex``.
+    """
+    return Mutex(Core(secrets.token_bytes(16)), News())
+
+
+class _Invitation(invitation.Invitation):
+    """A handle under way within this process."""
+
+    def __init__(self, core: Core, told: News | None = None) -> None:
+        self.core = core
+        self.told = told or core.news()
+        super().__init__(core.invite)
+
+    def accept(self) -> Mutex:
+        handle = Mutex(self.core, News(set(self.told.seats), self.told.failures))
+        self.settle()
+        return handle
+
+
+def _reduce(encoder: reducers.Encoder, handle: Mutex) -> Any:
+    return _accept, (_Invitation(handle._core),)
+
+
+def _accept(invitation: _Invitation) -> Mutex:
+    return invitation.accept()
+
+
+def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
+    core = invitation.core
+    core.check()
+    if encoder.here:
+        return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.told)),)
+    told = list(invitation.told.seats), invitation.told.failures
+    return _rebuild, (core.name, told, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])
+
+
+def _rebuild(name: bytes, told: tuple[list[int], int], indices: Sequence[int]) -> _Invitation:
+    news = News(set(told[0]), told[1])
+    fds = [reducers.take_inbound_fd(index) for index in indices]
+    with found(name) as core:
+        if core is None:
+            return _Invitation(Core(name, fds), news)
+        invitation = _Invitation(core, news)
+    close_fds(fds)
+    core.received_again()
+    return invitation
+
+
+reducers.register(Mutex, _reduce)
+reducers.register(_Invitation, _reduce_invitation)
