@@ -201,3 +201,30 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+class DyingStream(IterableDataset[Any]):
+    """40 numbers. Its worker dies at the first one if the file is there, and takes it away."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+
+    def __iter__(self) -> Iterator[Any]:
+        if os.path.exists(self.flag):
+            os.unlink(self.flag)
+            os._exit(3)
+        yield from range(40)
+
+
+class OneSlow(Plain):
+    """Worker 0 does not answer until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = torch.multiprocessing.get_context("fork").Event()
+
+    def __getitem__(self, index: int) -> Any:
+        info = get_worker_info()
+        if info is not None and info.id == 0:
+            self.go_on.wait(30)
+        return super().__getitem__(index)

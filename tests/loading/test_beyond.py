@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import select
-import signal
-import sys
-import threading
-import warnings
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
 import torchwq
-from torchwq.loading import crew, internals, iterator, statistics
-from torchwq.loading.crew import Hand
-from torchwq.loading.job import Part, Snapshot
-from torchwq.loading.reception import Reception
-from torchwq.marshalling import codec
-from torchwq.transport.local import LocalEndpoint
+from torchwq.loading import internals, iterator, statistics
 
 from . import datasets
 from .datasets import same
@@ -154,152 +142,6 @@ def test_prefetching_across_epochs_says_what_it_needs(arguments: dict[str, Any])
 def test_bad_arguments_of_our_own(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         torchwq.DataLoader(datasets.Plain(), **bad)
-
-
-class Pinned:
-    """Stands for an accelerator: marks what was pinned."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-        monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-        monkeypatch.setattr(internals, "pin_memory", self.pin)
-
-    def pin(self, data: Any, device: Any) -> Any:
-        self.count += 1
-        assert device == "cuda"
-        return data.clone() if isinstance(data, torch.Tensor) else data
-
-
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("persistent", [True, False])
-def test_batches_are_pinned_in_a_thread(monkeypatch: pytest.MonkeyPatch, persistent: bool, in_order: bool) -> None:
-    pinned = Pinned(monkeypatch)
-    loader = torchwq.DataLoader(
-        datasets.Plain(), 4, num_workers=2, pin_memory=True, persistent_workers=persistent, in_order=in_order
-    )
-    for _ in range(2):
-        rows = [int(row[0]) for batch in loader for row in batch]
-        assert (rows if in_order else sorted(rows)) == list(range(37))
-    for number, _ in enumerate(loader):
-        if number == 2:
-            break
-    assert len(list(loader)) == 10
-    assert pinned.count >= 30
-
-
-@pytest.mark.parametrize("backend", ["process", "thread"])
-@pytest.mark.parametrize("in_order", [True, False])
-def test_leaving_early_ends_the_thread_that_pins(
-    monkeypatch: pytest.MonkeyPatch, in_order: bool, backend: Literal["process", "thread"]
-) -> None:
-    pinning, closing = threading.Event(), threading.Event()
-
-    class Slow(Pinned):
-        def pin(self, data: Any, device: Any) -> Any:
-            if self.count:
-                pinning.set()
-                assert closing.wait(30)  # meanwhile its loader leaves, and more answers come
-            return super().pin(data, device)
-
-    Slow(monkeypatch)
-    end = crew.end
-    monkeypatch.setattr(crew, "end", lambda *arguments: (end(*arguments), closing.set()))
-    stop = Reception.stop
-    monkeypatch.setattr(Reception, "stop", lambda reception: (stop(reception), closing.set()))
-    three_batches = torch.utils.data.Subset(datasets.Plain(), range(12))
-    loader = torchwq.DataLoader(
-        three_batches, 4, num_workers=2, pin_memory=True, in_order=in_order, backend=backend, prefetch_factor=3
-    )
-    iterator = iter(loader)
-    next(iterator)
-    assert pinning.wait(30)
-    (last,) = [hand for hand in iterator._hands if hand.unreceived or hand._unsent]
-    last.flush()
-    assert select.select([last.end], [], [], 30)[0]
-    del iterator
-    assert not [thread for thread in threading.enumerate() if thread.name == "torchwq-pin"]
-
-
-def test_indices_that_two_threads_send_stay_in_order() -> None:
-    theirs: list[LocalEndpoint] = []
-    stub = SimpleNamespace()
-    hand = Hand(lambda part, end: theirs.append(end) or stub, Part(0, 1, None, Snapshot()), memoryview(b""), "thread")
-    done = threading.Event()
-
-    def flush() -> None:
-        while not done.is_set():
-            hand.flush()
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    thread = threading.Thread(target=flush)
-    thread.start()
-    try:
-        for index in range(20_000):
-            hand.assign([index])
-            hand.flush(3)
-    finally:
-        done.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-    hand.flush()
-    received: list[int] = []
-    while (message := theirs[0].try_receive()) is not None:
-        _, indices = codec.decode(*message)
-        received += [index for (index,) in indices]
-    assert received == list(range(20_000))
-    assert hand.unreceived == 20_000
-    hand.close()
-    theirs[0].close()
-
-
-def test_pinning_with_failures_deaths_streams_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    Pinned(monkeypatch)
-    failing = iter(torchwq.DataLoader(datasets.Failing({1}), 4, num_workers=2, pin_memory=True))
-    with pytest.raises(KeyError):
-        next(failing)
-    assert next(failing)[0, 0] == 4
-    del failing
-    with pytest.raises(torchwq.WorkerDied):
-        list(torchwq.DataLoader(datasets.Dying(9), 4, num_workers=2, pin_memory=True))
-    stream = torchwq.DataLoader(datasets.Stream(), 3, num_workers=3, pin_memory=True)
-    assert sorted(int(number) for batch, _ in stream for number in batch) == sorted([*range(23), 1000, 1000, 1001])
-    loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2, pin_memory=True)
-    iterator = iter(loader)
-    next(iterator)
-    loader.load_state_dict(loader.state_dict())
-    del iterator
-    assert len(list(loader)) == 9
-
-
-def test_a_worker_restarted_while_an_abandoned_epoch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    Pinned(monkeypatch)
-    loader = torchwq.DataLoader(
-        datasets.Plain(40), 1, num_workers=2, pin_memory=True, persistent_workers=True, on_worker_death="restart"
-    )
-    for number, _ in enumerate(loader):
-        if number == 3:
-            break
-    pid = loader._iterator._hands[0].process.pid  # type: ignore[union-attr]
-    os.kill(pid, signal.SIGKILL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert [int(batch[0, 0]) for batch in loader] == list(range(40))
-    assert len(list(loader)) == 40
-
-
-def test_a_failing_pin_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    Pinned(monkeypatch)
-
-    def fail(data: Any, device: Any) -> Any:
-        raise RuntimeError("no pages left")
-
-    monkeypatch.setattr(internals, "pin_memory", fail)
-    with pytest.raises(RuntimeError, match="no pages left"):
-        next(iter(torchwq.DataLoader(datasets.Plain(), num_workers=1, pin_memory=True)))
 
 
 def test_without_torchs_private_parts_torchs_own_transport_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ class Counters:
         return sum(self._words[word::_WORDS])
 
     def __del__(self) -> None:
-        if hasattr(self, "_mapping"):
+        if hasattr(self, "fd"):
             os.close(self.fd)
 
 

@@ -399,22 +399,26 @@ class Hand:
 
     def close(self) -> None:
         """End the connection, and so the worker; does not wait for it."""
-        if not self._closed:
-            while True:
-                try:
-                    received = self.take()
-                except (EOFError, OSError):
-                    break
-                if received is None:
-                    break
+        if self._closed:
+            return
+        try:
+            while (received := self.take()) is not None:
                 codec.discard(*received)
+        except (EOFError, OSError):
+            pass
+        finally:
             self._disconnect()
 
 
 def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
     """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape."""
-    for hand in hands:
-        hand.close()
+    with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
+        stack.callback(_wait_for, hands, patience)
+        for hand in hands:
+            stack.callback(hand.close)
+
+
+def _wait_for(hands: Sequence[Hand], patience: float) -> None:
     until = time.monotonic() + patience
     for hand in hands:
         if not hand.process.wait(max(0.0, until - time.monotonic())):

@@ -11,15 +11,19 @@ Invariants:
 * ``_turns`` has one entry for each index under way, in the order in which batches are handed out; each hand's
   ``tasks`` has the same indices, in the order in which that worker answers.
 * A batch's blocks are kept (``recycling``) as long as this iterator's inlets promise it.
+* A hand's ``received`` is the state after the last answer of this epoch that was taken, so also after the last one
+  before a death, which is heard of when everything before it was taken.
 * After a death that is not mended, and after ``close``, nothing is under way and no process is left.
+* What interrupts ``next`` or ``_reset`` in any other place than a user's code, Ctrl-C above all, may have come between
+  a message and its count. So it closes the iterator; the loader's next epoch has a new one.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -27,9 +31,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..errors import WorkerDied
 from ..marshalling import exceptions
 from ..memory import recycling
+from ..transport import reactor
+from ..transport.process import closed_in_child
 from ..workers import shutdown
 from . import crew, internals, state
 from .counters import Counters
@@ -78,7 +83,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def __init__(self, loader: Any, options: Options, meter: Meter, resume: state.State | None = None) -> None:
         self._hands: list[Hand] = []
         self._closed = self._begun = False
-        self._pid = os.getpid()
         self._meter = meter
         self._pinner: Pinner | None = None
         super().__init__(loader)
@@ -88,7 +92,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._in_order = loader.in_order
         self._loader_generator = loader.generator
         self._options = options
-        self._death: WorkerDied | None = None
+        #: What each further use of it raises.
+        self._broken: Exception | None = None
         self._restarts = 0
         # How many indices more than are needed now are drawn, and how many are sent in one message.
         bulk = self._in_order and not self._pin_memory and internals.can_be_drawn_ahead(self._index_sampler)
@@ -126,6 +131,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._begin(resume)
             self._begun = True
             _open.add(self)
+            closed_in_child(self)
         except BaseException:
             self.close()
             raise
@@ -141,17 +147,23 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         """A persistent iterator's next epoch. (torch calls this.)"""
-        if self._death is not None:
-            raise self._death
-        self._IterableDataset_len_called = loader._IterableDataset_len_called
-        if self._goes_on_ahead():
-            return
-        self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
-        self._abandon_tasks()
-        for hand in self._hands:
-            hand.snapshot = hand.received = Snapshot(random=hand.received.random)
-            hand.send(NewEpoch(self._shared_seed))
-        self._begin(None)
+        if self._broken is not None:
+            raise self._broken
+        try:
+            self._IterableDataset_len_called = loader._IterableDataset_len_called
+            if self._goes_on_ahead():
+                return
+            self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
+            self._abandon_tasks()
+            for hand in self._hands:
+                hand.snapshot = hand.received = Snapshot(random=hand.received.random)
+                hand.send(NewEpoch(self._shared_seed))
+            self._begin(None)
+        except Exception:
+            raise
+        except BaseException as error:
+            self._break_off(error)
+            raise
 
     def _begin(self, resume: state.State | None) -> None:
         self._meter.start()
@@ -300,8 +312,29 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             )
 
     def _next_data(self) -> Any:
-        if self._death is not None:
-            raise self._death
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return self._next_batch()
+        except Exception:
+            raise
+        except BaseException as error:
+            self._break_off(error)
+            raise
+
+    def _break_off(self, error: BaseException) -> None:
+        """Close it, and let each further use say why."""
+        if isinstance(error, Exception):
+            self._broken = error
+        else:
+            self._broken = RuntimeError(
+                f"{type(error).__name__} has interrupted this iterator of a DataLoader, and its workers were ended: "
+                f"begin again with iter(loader)"
+            )
+        recycling.suspect_losses()
+        self.close()
+
+    def _next_batch(self) -> Any:
         while True:
             if not self._turns or self._turns[0][1] != self._epoch:
                 self._finished = True
@@ -347,12 +380,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     hand, received = self._reception.receive(self._turns[0][0], deadline)
                     if received is None:
                         raise TimeoutError
-                    answer = self._reception.unpack(hand, received)
+                    answer = self._reception.unpack(received)
             except Gone as gone:
                 self._mend(gone.hand)
                 continue
-            except TimeoutError:
-                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+            except Exception as error:
+                if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
+                    raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+                # Descriptors have run out, or a signal handler has raised it: a message may be lost.
+                self._break_off(error)
+                raise
+            if type(answer) in (Batch, End, Failure) and answer.after is not None:
+                hand.received = answer.after
             hand.tasks.popleft()
             hand.consumed()
             self._take_turn(hand)
@@ -375,13 +414,16 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._restarts >= self._options.restarts or self._closed:
             if self._options.restarts:
                 death.args = (f"{death}. It was not restarted: {self._restarts} restarts were allowed (max_restarts)",)
-            self._death = death
-            self.close()
+            self._break_off(death)
             raise death
         self._restarts += 1
         self._meter.restarts += 1
         warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
-        hand.restart(self._shared_seed)
+        try:
+            hand.restart(self._shared_seed)
+        except Exception as error:
+            self._break_off(error)
+            raise
         if self._pinner is not None:
             self._pinner.mended()
 
@@ -427,17 +469,23 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         """End the workers. May be called again."""
         if self._closed:
             return
-        if os.getpid() != self._pid:  # of a fork: the workers are the parent's
-            self._closed = True
-            return
         if self._begun:
             self._last_state = self._meter.state = self.capture()
         self._closed = True
         self._meter.stop()
-        if self._pinner is not None:
-            self._pinner.stop()
         self._turns = deque()
-        crew.end(self._hands, patience)
+        try:
+            if self._pinner is not None:
+                self._pinner.stop(patience)
+        finally:
+            crew.end(self._hands, patience)
+
+    def abandon(self) -> None:
+        """In a fork: the workers are the parent's."""
+        self._closed = True
+        self._broken = RuntimeError(
+            "this iterator of a DataLoader was made before a fork and belongs to the parent process: make one here"
+        )
 
     @property
     def is_closed(self) -> bool:
@@ -448,7 +496,14 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     _shutdown_workers = close
 
     def __del__(self) -> None:
-        if not self._closed and not sys.is_finalizing():
+        if self._closed or sys.is_finalizing():
+            return
+        # Garbage is collected at any moment, in any thread. Some must not wait for what close waits for, because that
+        # waits for them.
+        pins = self._pinner is not None and self._pinner.is_in_current_thread
+        if pins or recycling.is_locked_here() or reactor.get().is_in_current_thread:
+            threading.Thread(target=self.close, name="torchwq-close", daemon=True).start()
+        else:
             self.close()
 
 

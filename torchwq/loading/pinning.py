@@ -8,7 +8,8 @@ Invariants:
 * For each ``expect`` the thread receives one answer. Those that nobody wants any more are received too, and dropped by
   ``get``: which these are is known by counting, because each worker answers in order.
 * While the thread runs, nobody else receives: whoever did would take an answer that the thread then waits for in vain.
-  So it is stopped and waited for before the workers are closed.
+  So it is stopped, and does not wait any more, before the workers are closed.
+* The last that ``get`` gives is an error: what has ended the thread, or that it was stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 
 from ..marshalling import exceptions
-from ..transport.alarm import Alarm
 from . import internals
 from .crew import Gone, Hand
 from .messages import Batch, End, Failure
@@ -34,7 +34,6 @@ class Pinner:
 
     def __init__(self, reception: Reception, device: Any) -> None:
         self._reception = reception
-        self._stopped = reception.alarm = Alarm()
         self._device = device
         self._expected: queue.SimpleQueue[Hand | None] = queue.SimpleQueue()
         #: Which generation each worker's next answers belong to.
@@ -42,6 +41,7 @@ class Pinner:
         self._generation = 0
         self._ready: queue.SimpleQueue[tuple[Hand | None, Any]] = queue.SimpleQueue()
         self._mended: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        reception.leave_to_thread()
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
         self._thread.start()
@@ -50,6 +50,7 @@ class Pinner:
         """One more answer of this worker will come."""
         self._generations.setdefault(hand, deque()).append(self._generation)
         self._expected.put(hand)
+        self._reception.look_again()
 
     def abandon(self) -> None:
         """Nobody wants what was expected until now."""
@@ -60,7 +61,11 @@ class Pinner:
         self._mended.put(True)
 
     def get(self, deadline: float | None) -> tuple[Hand, Any]:
-        """The next answer, pinned. Raises TimeoutError after ``deadline`` (time.monotonic), or what has gone wrong."""
+        """The next answer, pinned.
+
+        Raises TimeoutError after ``deadline`` (time.monotonic), Gone, after which the thread waits for ``mended``, or
+        what has ended the thread.
+        """
         while True:
             try:
                 hand, answer = self._ready.get(
@@ -75,12 +80,19 @@ class Pinner:
             hand.consumed()
 
     def _run(self) -> None:
+        try:
+            self._receive_and_pin()
+        except BaseException as error:
+            if not self._reception.stopped:
+                self._ready.put((None, error))
+
+    def _receive_and_pin(self) -> None:
         torch.set_num_threads(1)
         if self._device_index is not None:
             torch.accelerator.set_device_index(self._device_index)
         while True:
             expected = self._expected.get()
-            if expected is None or self._stopped.is_set():
+            if expected is None or self._reception.stopped:
                 return
             while True:
                 try:
@@ -90,10 +102,6 @@ class Pinner:
                     self._ready.put((None, gone))
                     if not self._mended.get():
                         return
-                except Exception as error:
-                    if not self._stopped.is_set():
-                        self._ready.put((None, error))
-                    return
             self._ready.put((hand, self._pin(answer)))
 
     def _pin(self, answer: Any) -> Any:
@@ -102,15 +110,19 @@ class Pinner:
                 answer.data = internals.pin_memory(answer.data, self._device)
             elif type(answer) not in (End, Failure):
                 answer = internals.pin_memory(answer, self._device)
-        except Exception as error:
+        except BaseException as error:
             return Failure(exceptions.pack(error), f"in the thread that pins memory for device {self._device}")
         return answer
 
-    def stop(self) -> None:
-        """End the thread, and wait for that."""
+    def stop(self, patience: float) -> None:
+        """End the thread, and wait for that, ``patience`` seconds at most: it may be in a user's ``pin_memory``."""
         self._reception.stop()
         self._expected.put(None)
         self._mended.put(False)
-        if self._thread is not threading.current_thread():  # where garbage is collected that the iterator was part of
-            self._thread.join()
-        self._stopped.close()
+        self._ready.put((None, RuntimeError("the DataLoader's iterator was closed while a batch was waited for")))
+        self._thread.join(patience)
+        self._reception.close()
+
+    @property
+    def is_in_current_thread(self) -> bool:
+        return self._thread is threading.current_thread()

@@ -1,20 +1,31 @@
 """Where the answers of a loader's workers come in.
 
 Apart from the iterator, so that a thread that waits here does not keep the iterator alive.
+
+Invariants:
+
+* One thread receives: the consumer, or, after ``leave_to_thread``, another one.
+* That other one clears ``_wake`` before it looks at what it stands for, whether to stop and who is to be waited for;
+  whoever changes that sets it afterwards.
 """
 
 from __future__ import annotations
 
 import select
 import time
-from typing import Any
+from typing import Any, Final
 
 from ..marshalling import codec, exceptions
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from .crew import Gone, Hand
-from .messages import Batch, End, Failure
+from .messages import Failure
 from .statistics import Meter
+
+#: Whoever waits for any of several looks at least so often, in seconds.
+_GLANCE: Final = 0.5
+#: The same while nobody has anything to do.
+_GLANCE_AT_IDLERS: Final = 0.01
 
 
 class Reception:
@@ -24,32 +35,44 @@ class Reception:
         self._hands = hands
         self._in_order = in_order
         self._meter = meter
-        #: If a thread receives: is set when that thread is to wait no more.
-        self.alarm: Alarm | None = None
+        self.stopped = False
+        self._wake: Alarm | None = None
+
+    def leave_to_thread(self) -> None:
+        """Let another thread receive from now on."""
+        if not self._in_order:
+            self._wake = Alarm()
+
+    def look_again(self) -> None:
+        """Others are to be waited for than the thread that waits may know."""
+        if self._wake is not None:
+            self._wake.set()
 
     def stop(self) -> None:
-        """Wake the thread that waits, and let none wait again. What has come can still be taken."""
-        assert self.alarm is not None
-        self.alarm.set()
+        """Wake the thread that waits, and let it wait no more. What has come can still be taken."""
+        self.stopped = True
+        self.look_again()
         for hand in self._hands:
             hand.stop_waiting()
+
+    def close(self) -> None:
+        """After ``stop``, when the thread has ended."""
+        if self._wake is not None:
+            self._wake.close()
 
     def wait(self, hand: Hand) -> tuple[Hand, Any]:
         """The next answer, unpickled. Raises Gone if a worker has ended, EOFError after ``stop``."""
         found, received = self.receive(hand, None)
         if received is None:
             raise EOFError
-        return found, self.unpack(found, received)
+        return found, self.unpack(received)
 
-    def unpack(self, hand: Hand, received: Received) -> Any:
+    def unpack(self, received: Received) -> Any:
         """The answer in a message. If it cannot be rebuilt here, that is a Failure."""
         try:
-            answer = codec.decode(*received)
+            return codec.decode(*received)
         except Exception as error:
             return Failure(exceptions.pack(error), "where its batch could not be rebuilt in the loader's process")
-        if type(answer) in (Batch, End, Failure) and answer.after is not None:
-            hand.received = answer.after
-        return answer
 
     def receive(self, hand: Hand, deadline: float | None) -> tuple[Hand, Received | None]:
         """The next answer that is not to be skipped; None after ``deadline`` (time.monotonic)."""
@@ -75,9 +98,11 @@ class Reception:
 
     def _from_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
         began = 0
-        alarm = self.alarm
+        wake = self._wake
         while True:
-            if alarm is not None and alarm.is_set():
+            if wake is not None:
+                wake.clear()
+            if self.stopped:
                 return self._hands[0], None
             busy = [hand for hand in self._hands if hand.unreceived]
             for hand in busy:
@@ -93,13 +118,13 @@ class Reception:
             poll = select.poll()
             for hand in self._hands:
                 hand.flush()
-            if alarm is not None:
-                poll.register(alarm.fileno(), select.POLLIN)
+            if wake is not None:
+                poll.register(wake.fileno(), select.POLLIN)
             for hand in busy:
                 if hand.end.fileno() < 0:
                     return hand, None
                 poll.register(hand.end.fileno(), select.POLLIN)
-            longest = 0.5 if busy else 0.01
+            longest = _GLANCE if busy else _GLANCE_AT_IDLERS
             left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left <= 0:
                 return self._hands[0], None

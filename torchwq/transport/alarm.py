@@ -6,7 +6,6 @@ them; so waiters never reset the flag, only the owner of the state does, when th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 
@@ -20,6 +19,7 @@ class Alarm:
         # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
         self._lock = threading.RLock()
         self._set = False
+        self._read_fd = self._write_fd = -1
         if hasattr(os, "eventfd"):
             self._read_fd = self._write_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         else:
@@ -53,5 +53,12 @@ class Alarm:
         fds, self._read_fd, self._write_fd = {self._read_fd, self._write_fd}, -1, -1
         for fd in fds:
             if fd >= 0:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
+                try:
+                    self._close_fd(fd)
+                except OSError:
+                    pass
+
+    #: For one whose owner was interrupted before it could see to it.
+    __del__ = abandon
+    #: There when the interpreter ends, too, and module os may be gone.
+    _close_fd = staticmethod(os.close)

@@ -78,6 +78,11 @@ class Reactor:
             self._start()
         self._wake.set()
 
+    @property
+    def is_in_current_thread(self) -> bool:
+        """Whether this is called by one of its callbacks."""
+        return self._thread is threading.current_thread()
+
     def _update(self, fd: int, watched: _Watched) -> None:
         events = watched.events()
         if fd not in self._selector.get_map():

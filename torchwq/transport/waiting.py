@@ -59,7 +59,8 @@ class Waiter:
         self._alarm = alarm
         self._can_spin = cores() > 1
         self._spin = _MAX_SPIN if self._can_spin else 0
-        self._guard = threading.Lock()
+        # Reentrant: a finalizer that runs in the middle of falling asleep may close this.
+        self._guard = threading.RLock()
         self._sleepers = 0
         #: Threads that sleep; one that was interrupted at the wrong moment stands here until it has slept again.
         self._asleep: set[int] = set()
