@@ -118,7 +118,12 @@ class BackgroundTask(Future[T]):
             raise
         self._worker.send(payload)
         self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
-        completion.start()
+        try:
+            completion.start()
+        except BaseException:  # no more threads
+            self._queue.close()
+            self._worker.kill(signal.SIGKILL)
+            raise
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Yield what is left of the items. The producer is stopped when the loop is left early."""
@@ -230,7 +235,14 @@ class _Completion(threading.Thread):
         self._name_of_task = task._name
         self._process = process
         self._events = events
+
+    def start(self) -> None:
         _unfinished.add(self)
+        try:
+            super().start()
+        except BaseException:
+            _unfinished.discard(self)
+            raise
 
     @property
     def is_iterator(self) -> bool:
@@ -241,23 +253,10 @@ class _Completion(threading.Thread):
             self._process.kill(signal.SIGKILL)
 
     def run(self) -> None:
-        outcome: tuple[Any, Any] | None = None
-        while (event := self._events.get()) is not None:
-            try:
-                value, packed = codec.decode(*event)
-            except Exception as error:
-                outcome = (None, error)
-                continue
-            if packed == "iterator":
-                if not self.is_iterator:
-                    assert isinstance(self._task, BackgroundTask)
-                    self._task = weakref.ref(self._task)
-                _unfinished.discard(self)
-            else:
-                outcome = (value, None if packed is None else exceptions.unpack(packed))
-        _unfinished.discard(self)
-        if outcome is None:
-            outcome = (None, self._process.died(f"the task {self._name_of_task}"))
+        try:
+            outcome = self._wait_for_outcome()
+        finally:
+            _unfinished.discard(self)
         task = self._task() if isinstance(self._task, weakref.ref) else self._task
         if task is None:
             return
@@ -267,6 +266,23 @@ class _Completion(threading.Thread):
             task.set_exception(outcome[1])
         else:
             task.set_result(outcome[0])
+
+    def _wait_for_outcome(self) -> tuple[Any, BaseException | None]:
+        outcome: tuple[Any, Any] | None = None
+        while (event := self._events.get()) is not None:
+            try:
+                value, packed = codec.decode(*event)
+            except BaseException as error:  # SystemExit, too, is the task's affair and not this thread's
+                outcome = (None, error)
+                continue
+            if packed == "iterator":
+                if not self.is_iterator:
+                    assert isinstance(self._task, BackgroundTask)
+                    self._task = weakref.ref(self._task)
+                _unfinished.discard(self)
+            else:
+                outcome = (value, None if packed is None else exceptions.unpack(packed))
+        return outcome or (None, self._process.died(f"the task {self._name_of_task}"))
 
 
 #: Plain tasks that exit waits for. Everything in it may yet turn out to be an iterator.

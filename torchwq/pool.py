@@ -231,7 +231,7 @@ def _opened(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
     try:
         value, packed = codec.decode(data, fds)
         return value, None if packed is None else exceptions.unpack(packed)
-    except Exception as raised:
+    except BaseException as raised:  # SystemExit, too, is the task's affair and not the pool's
         return None, raised
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -34,6 +35,15 @@ def fail(text: str) -> None:
 
 def take_all(*args: Any) -> Any:
     return args
+
+
+class _Exits:
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def exits_where_it_is_read() -> Any:
+    return _Exits()
 
 
 def die(gate: torch.Tensor) -> None:

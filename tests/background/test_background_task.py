@@ -18,6 +18,7 @@ import torchwq
 from tests.background import jobs
 from tests.conftest import wait_until
 from tests.mapping.programs import Program
+from torchwq import background
 from torchwq.workers import worker
 
 
@@ -135,6 +136,30 @@ def test_a_result_that_cannot_be_sent_names_the_place() -> None:
     with pytest.raises(torchwq.MarshalError, match="lock") as caught:
         torchwq.BackgroundTask(jobs.give_lock).result()
     assert "result[0] cannot" in str(caught.value)
+
+
+def test_a_result_that_exits_where_it_is_read_is_an_error_of_the_task() -> None:
+    task = torchwq.BackgroundTask(jobs.exits_where_it_is_read)
+    with pytest.raises(SystemExit):
+        task.result(20)
+    with torchwq.BackgroundTaskPool(1) as pool:
+        with pytest.raises(SystemExit):
+            pool.submit(jobs.exits_where_it_is_read).result(20)
+        assert pool.submit(jobs.take_all, 1).result(20) == (1,)
+
+
+def test_a_task_without_a_thread_to_wait_for_it_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name == "torchwq-task":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", no_more)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        torchwq.BackgroundTask(jobs.take_all)
+    assert not background._unfinished
 
 
 def test_a_closure_is_refused_by_the_constructor() -> None:

@@ -136,3 +136,19 @@ def test_an_owner_killed_while_the_server_imports_leaves_nothing(tmp_path: Path)
         owner.wait(10)
         wait_until(lambda: not any(child.is_running() for child in children), 2, "the end of the server")
         wait_until(lambda: not os.path.exists(folder), 2, "the removal of the namespace")
+
+
+def test_a_program_ends_while_a_thread_of_it_warms_up(run_script: Callable[..., object]) -> None:
+    run_script(
+        """
+        import threading, torchwq
+        from torchwq.workers import client
+
+        begun = threading.Event()
+        order_preload = client.Connection.order_preload
+        client.Connection.order_preload = lambda self: (order_preload(self), begun.set())
+        threading.Thread(target=torchwq.warm_up).start()
+        begun.wait()
+        """,
+        timeout=40,
+    )

@@ -106,18 +106,24 @@ class Connection:
         self.lost = True
         self.warm.set()  # whoever waits for it must not wait for ever
         reactor.get().remove(self._socket.fileno())
+        self._tell_workers("the fork server, which had started it, died, and its workers with it")
+
+    def _tell_workers(self, reason: str) -> None:
         workers = [*self._ordered.values(), *self._running.values()]
         self._ordered.clear()
         self._running.clear()
         for worker in workers:
-            worker.ended(None, "the fork server, which had started it, died, and its workers with it")
+            worker.ended(None, reason)
 
     def close(self) -> None:
         """Give the server up; it ends, with whatever workers are left, and is waited for."""
         self.lost = True
+        self.warm.set()
         if self._socket.fileno() >= 0:
             reactor.get().remove(self._socket.fileno())
         self._socket.close()
+        if self._ordered or self._running:  # by a thread that starts workers while the interpreter ends
+            reactor.get().call_later(0, lambda: self._tell_workers("the process that had started it is ending"))
         if self.process is not None:
             try:
                 self.process.wait(2)

@@ -63,18 +63,21 @@ def run() -> None:
     _done = True
     if not interrupted():
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends all that exit was waiting for
-            for callback in _finish:
-                callback()
-    for callback in _close:
-        try:
-            callback()
-        except Exception:  # the others must be called all the same
-            traceback.print_exc()
+            _call_all(_finish)
+    _call_all(_close)
     end_workers(_GRACE)
     directory.close()
     client.close()
     namespace.remove()
     recycling.end()
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # the others must be called all the same
+            traceback.print_exc()
 
 
 def end_workers(grace: float) -> None:
