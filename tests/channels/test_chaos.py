@@ -80,7 +80,7 @@ def run_chaos(seconds: float, capacity: int | None) -> Counter[str]:
     source.close()
     while True:
         try:
-            sink.read(timeout=5)
+            sink.read(timeout=20)
         except torchwq.WorkerDied as death:
             if "nobody is left" in str(death):
                 break
