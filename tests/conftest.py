@@ -12,6 +12,7 @@ import glob
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,10 @@ atexit.register(shutil.rmtree, _TEMP, ignore_errors=True)
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMP
 os.environ.pop("XDG_RUNTIME_DIR", None)
 os.environ.pop(namespace.VARIABLE, None)
+
+# The background jobs of a shell ignore Ctrl-C, and so would every program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: How long, in seconds, a test's leftovers may take to go away: processes end, garbage is closed by the reactor.
 SETTLE = 5.0
