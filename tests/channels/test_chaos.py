@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
 import time
@@ -13,6 +14,7 @@ import torch
 
 import torchwq
 from torchwq import Channel, ChannelState
+from torchwq.workers import worker
 
 
 def write_for_ever(channel: Channel, name: int) -> None:
@@ -78,9 +80,14 @@ def run_chaos(seconds: float, capacity: int | None) -> Counter[str]:
             kill_one(victims)
             seen["kills"] += 1
     source.close()
+    until = time.monotonic() + 20
     while True:
+        someone_lives = bool(worker.living())  # how long they take to end is the machine's affair
         try:
-            sink.read(timeout=20)
+            sink.read(timeout=5)
+        except queue.Empty:
+            assert someone_lives, "nobody is left, and that is not told"
+            assert time.monotonic() < until, "the workers do not end"
         except torchwq.WorkerDied as death:
             if "nobody is left" in str(death):
                 break
