@@ -118,9 +118,11 @@ class BackgroundTask(Future[T]):
             raise
         self._worker.send(payload)
         self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
+        _unfinished.add(completion)
         try:
             completion.start()
         except BaseException:  # no more threads
+            _unfinished.discard(completion)
             self._queue.close()
             self._worker.kill(signal.SIGKILL)
             raise
@@ -235,14 +237,6 @@ class _Completion(threading.Thread):
         self._name_of_task = task._name
         self._process = process
         self._events = events
-
-    def start(self) -> None:
-        _unfinished.add(self)
-        try:
-            super().start()
-        except BaseException:
-            _unfinished.discard(self)
-            raise
 
     @property
     def is_iterator(self) -> bool:
