@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import random
@@ -30,6 +31,7 @@ import torchwq
 
 from . import datasets
 from .datasets import same
+from .pinned import Pinned
 
 pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.timeout(120)]
 
@@ -308,3 +310,36 @@ def test_it_is_a_torch_dataloader() -> None:
     assert len(iter(loader)) == 10
     with pytest.raises(ValueError, match="should not be set"):
         loader.batch_size = 3
+
+
+#: After how many batches epochs are broken off, one after the other; None is a whole one.
+BREAKS: list[tuple[int | None, ...]] = [(3, 0, None), (0, 0, None, 1, 9, 0, 0, 0, None, None, 0, 7, 0, None)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "options", "pinned"),
+    [(2, {}, False), (3, {"prefetch_factor": 1}, False), (2, {}, True)],
+    ids=["two", "three", "pinned"],
+)
+def test_epochs_broken_off_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, workers: int, options: dict[str, Any], pinned: bool
+) -> None:
+    """Random numbers of persistent workers go on as with torch, however many batches were on their way."""
+
+    def run(cls: Any, breaks: tuple[int | None, ...]) -> Any:
+        torch.manual_seed(1)
+        loader = cls(
+            datasets.Random(), batch_size=4, shuffle=True, num_workers=workers, persistent_workers=True, **options
+        )
+        out = []
+        for stop in breaks:
+            iterator = iter(loader)
+            out.extend(copy.deepcopy(batch) for batch in itertools.islice(iterator, stop))
+        return out
+
+    expected = [run(torch.utils.data.DataLoader, breaks) for breaks in BREAKS]
+    if pinned:
+        Pinned(monkeypatch)
+        options = {**options, "pin_memory": True}
+    for each, breaks in zip(expected, BREAKS, strict=True):
+        assert same(each, run(torchwq.DataLoader, breaks)), breaks

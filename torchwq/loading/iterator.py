@@ -154,6 +154,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if self._goes_on_ahead():
                 return
             self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
+            self._receive_stale()
             self._abandon_tasks()
             for hand in self._hands:
                 hand.snapshot = hand.received = Snapshot(random=hand.received.random)
@@ -210,6 +211,23 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _flush(self) -> None:
         for hand in self._hands:
             hand.flush()
+
+    def _receive_stale(self) -> None:
+        """Wait for what an epoch before this one has left under way.
+
+        ``abandon_tasks`` counts on it: up to which answer a worker still makes batches is one number, for one epoch
+        that was broken off. torch's loader waits here for as much.
+        """
+        source = self._reception if self._pinner is None else self._pinner
+        deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
+        while True:
+            try:
+                source.receive_stale(deadline)
+                return
+            except Gone as gone:
+                self._mend(gone.hand)
+            except TimeoutError:
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
 
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""

@@ -40,6 +40,8 @@ class Pinner:
         self._generations: dict[Hand, deque[int]] = {}
         self._generation = 0
         self._ready: queue.SimpleQueue[tuple[Hand | None, Any]] = queue.SimpleQueue()
+        #: What was found in ``_ready`` among answers that nobody wants.
+        self._found: deque[tuple[Hand, Any]] = deque()
         self._mended: queue.SimpleQueue[bool] = queue.SimpleQueue()
         reception.leave_to_thread()
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -55,6 +57,8 @@ class Pinner:
     def abandon(self) -> None:
         """Nobody wants what was expected until now."""
         self._generation += 1
+        while self._found:
+            self._found.popleft()[0].consumed()
 
     def mended(self) -> None:
         """A worker that was gone has been replaced: what it was to answer will come."""
@@ -66,18 +70,31 @@ class Pinner:
         Raises TimeoutError after ``deadline`` (time.monotonic), Gone, after which the thread waits for ``mended``, or
         what has ended the thread.
         """
+        if self._found:
+            return self._found.popleft()
         while True:
-            try:
-                hand, answer = self._ready.get(
-                    timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-                )
-            except queue.Empty:
-                raise TimeoutError from None
-            if hand is None:
-                raise answer
-            if self._generations[hand].popleft() == self._generation:
+            hand, answer, generation = self._next(deadline)
+            if generation == self._generation:
                 return hand, answer
             hand.consumed()
+
+    def receive_stale(self, deadline: float | None) -> None:
+        """Drop what nobody wants any more, and wait for what of it is still to come. Raises as ``get`` does."""
+        while any(expected and expected[0] != self._generation for expected in self._generations.values()):
+            hand, answer, generation = self._next(deadline)
+            if generation == self._generation:
+                self._found.append((hand, answer))
+            else:
+                hand.consumed()
+
+    def _next(self, deadline: float | None) -> tuple[Hand, Any, int]:
+        try:
+            hand, answer = self._ready.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if hand is None:
+            raise answer
+        return hand, answer, self._generations[hand].popleft()
 
     def _run(self) -> None:
         try:

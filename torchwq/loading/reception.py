@@ -84,6 +84,20 @@ class Reception:
             found.consumed()
             codec.discard(*received)
 
+    def receive_stale(self, deadline: float | None) -> None:
+        """Receive what is to be skipped, of all workers. Raises TimeoutError after ``deadline``, Gone."""
+        for hand in self._hands:
+            while hand.to_skip:
+                try:
+                    received = hand.take() or hand.wait(deadline)
+                except EOFError:
+                    raise Gone(hand) from None
+                if received is None:
+                    raise TimeoutError
+                hand.to_skip -= 1
+                hand.consumed()
+                codec.discard(*received)
+
     def _from_one(self, hand: Hand, deadline: float | None) -> tuple[Hand, Received | None]:
         try:
             received = hand.take()
