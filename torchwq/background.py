@@ -39,7 +39,7 @@ _ENTRY: Final = "torchwq.background:run_worker"
 _GRACE: Final = 5.0
 
 # What the producer writes: a kind and a value.
-_ITEM, _END, _ERROR, _NO_ITERATOR = range(4)
+_ITEM, _END, _ERROR, _NO_ITERATOR, _DIED = range(5)
 
 
 @final
@@ -160,28 +160,29 @@ class BackgroundTask(Future[T]):
         except QueueClosed:
             self._exhausted = True
             raise StopIteration from None
-        except WorkerDied:
-            self._exhausted = True
-            self._raise_what_ended_it()
-            raise
+        except WorkerDied as death:
+            kind, value = _DIED, death  # raised below: not where it is handled, or both would be shown
         if kind == _NO_ITERATOR:
             self._returned = value
             self._queue.close()
             return next(self)
         self._exhausted = True
+        if kind == _DIED:
+            try:
+                raise self._what_ended_it() or value
+            finally:
+                del value  # or the error would keep this frame, and that the error
         self.close()
         if kind == _ERROR:
             raise exceptions.unpack(value)
         raise StopIteration
 
-    def _raise_what_ended_it(self) -> None:
+    def _what_ended_it(self) -> BaseException | None:
         """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
         try:
-            error = self.exception(timeout=_GRACE)
+            return self.exception(timeout=_GRACE)
         except TimeoutError:
-            return
-        if error is not None:
-            raise error
+            return None
 
     def __len__(self) -> int:
         """Number of items in all, where the source has a length.

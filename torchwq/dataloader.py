@@ -187,7 +187,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             snapshots=self._snapshots,
             backend=self.backend,
         )
-        return Iterator(self, options, self._meter, loaded)
+        iterator = Iterator(self, options, self._meter, loaded)
+        # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.
+        self._last = weakref.ref(iterator)
+        return iterator
 
     def __iter__(self) -> Any:
         if self._loaded is not None and self._iterator is not None:
@@ -197,7 +200,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         elif self._iterator is not None and isinstance(self._iterator, Iterator) and self._iterator.is_closed:
             self._iterator = None
         iterator = super().__iter__()
-        self._last = weakref.ref(iterator) if isinstance(iterator, Iterator) else iterator
+        if isinstance(iterator, _IteratorHere):
+            self._last = iterator
         return iterator
 
     def _here(self, loaded: state.State | None) -> Any:

@@ -117,6 +117,11 @@ class Dying(Plain):
         return super().__getitem__(index), torch.rand(2), random.random(), np.random.rand()
 
 
+class Exiting(Plain):
+    def __getitem__(self, index: int) -> Any:
+        os._exit(3)
+
+
 class Slow(Plain):
     def __getitem__(self, index: int) -> Any:
         time.sleep(30)
@@ -176,6 +181,11 @@ def tag(worker_id: int) -> None:
     assert info is not None
     assert info.id == worker_id
     random.seed(1000 + worker_id)
+
+
+def fail(batch: list[Any]) -> Any:
+    """A collate_fn."""
+    raise ValueError("no batch")
 
 
 def fail_to_start(worker_id: int) -> None:

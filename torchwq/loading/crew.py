@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch.multiprocessing
 
@@ -40,70 +40,14 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
-from ..workers import child, deaths, starting, threads, worker
+from ..workers import child, deaths, starting, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
+from .processes import Forked, Process, Served
 
 #: Seconds that a worker may take to end by itself, as with torch's DataLoader.
 PATIENCE: Final = 5.0
-
-
-class Process(Protocol):
-    """A worker's process or thread, however it was started."""
-
-    #: Whether it is a thread.
-    here: bool
-
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    def wait(self, seconds: float) -> bool: ...
-    def kill(self, number: signal.Signals) -> None: ...
-
-
-class _Forked:
-    here = False
-
-    def __init__(self, process: Any) -> None:
-        self._process = process
-        self.pid: int | None = process.pid
-
-    @property
-    def exitcode(self) -> int | None:
-        return self._process.exitcode  # type: ignore[no-any-return]
-
-    def wait(self, seconds: float) -> bool:
-        self._process.join(seconds)
-        return self._process.exitcode is not None
-
-    def kill(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if self._process.exitcode is None and self.pid is not None:
-                os.kill(self.pid, number)
-
-
-class _Served:
-    def __init__(self, process: worker.Worker) -> None:
-        self._process = process
-        self.here = process.here
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
-    @property
-    def exitcode(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, seconds: float) -> bool:
-        if self._process is threads.current():
-            return True  # the iterator was dropped in its own worker
-        return self._process.ended_event.wait(seconds)
-
-    def kill(self, number: signal.Signals) -> None:
-        self._process.kill(number)
 
 
 class _Ticket:
@@ -148,13 +92,14 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
     finally:
         for fd in ticket:
             os.close(fd)
-    return _Forked(process)
+    return Forked(process)
 
 
 def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
     child.set_signal_handlers()
     functions.main_is_shared = True
-    Job(plan, part).run(endpoint.adopt(ticket))
+    with contextlib.closing(endpoint.adopt(ticket)) as end:
+        Job(plan, part).run(end)
 
 
 def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
@@ -164,7 +109,7 @@ def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
     )
     process.send(own)
     process.send(plan)
-    return _Served(process)
+    return Served(process)
 
 
 def _start_thread(plan: Plan, part: Part, end: LocalEndpoint) -> Process:
@@ -178,7 +123,7 @@ def _start_thread(plan: Plan, part: Part, end: LocalEndpoint) -> Process:
         of=part.num_workers,
     )
     thread.send(Letter(None, [(plan, part, end)]))
-    return _Served(thread)
+    return Served(thread)
 
 
 def thread_main(context: child.Context) -> int:
@@ -202,13 +147,16 @@ def _nothing(process: worker.Worker) -> None:
 def served_main(context: child.Context) -> int:
     """Entry of a worker that the fork server has made."""
     part, end = codec.decode(*context.receive())
-    try:
-        plan = codec.decode(*context.receive())
-    except Exception as error:
-        failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
-        Outbox(end).send(codec.encode(failure, end.max_message - TRAILER, upvalues=True))
-        return 1
-    Job(plan, part).run(end)
+    with contextlib.closing(end):
+        try:
+            plan = codec.decode(*context.receive())
+        except Exception as error:
+            failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
+            outbox = Outbox(end)
+            outbox.send(codec.encode(failure, end.max_message - TRAILER, upvalues=True))
+            outbox.wait_empty()
+            return 1
+        Job(plan, part).run(end)
     return 0
 
 
@@ -363,14 +311,14 @@ class Hand:
         return self._closed or self.end.has_passed(mark)
 
     def died(self) -> WorkerDied:
-        """Why no answer will come."""
-        if not self.process.wait(2.0):
+        """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
+        if not self.process.wait(PATIENCE):
             self.process.kill(signal.SIGKILL)
-            self.process.wait(2.0)
+            self.process.wait(PATIENCE)
         in_hand = describe_index(self.tasks[0]) if self.tasks else ""
-        death = deaths.died(mapid=self.worker_id, pid=self.process.pid, exitcode=self.process.exitcode, in_hand=in_hand)
-        assert isinstance(death, WorkerDied)
-        death.args = (f"DataLoader {death}",)
+        pid, exitcode = self.process.pid, self.process.exitcode
+        death = deaths.died(mapid=self.worker_id, pid=pid, exitcode=exitcode, in_hand=in_hand)
+        death.args = (f"{_as_torch_says(pid, exitcode)}DataLoader {death}",)
         return death
 
     def restart(self, shared_seed: int | None) -> None:
@@ -408,6 +356,15 @@ class Hand:
             pass
         finally:
             self._disconnect()
+
+
+def _as_torch_says(pid: int | None, exitcode: int | None) -> str:
+    """The sentence of torch's loader about a dead worker, which programs look for. Source: ``DataLoader.cpp``."""
+    if pid is None or exitcode is None:
+        return ""
+    if exitcode < 0:
+        return f"DataLoader worker (pid {pid}) is killed by signal: {signal.strsignal(-exitcode)}. "
+    return f"DataLoader worker (pid {pid}) exited unexpectedly with exit code {exitcode}. "
 
 
 def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:

@@ -20,6 +20,7 @@ Invariants:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import sys
@@ -55,6 +56,8 @@ _AHEAD: Final = 8
 #: How many batches an automatic number of workers is looked at after, and the part of the time that is too long a wait.
 _LOOK_EVERY: Final = 64
 _TOO_LONG: Final = 0.1
+#: Stands where a sampler has no more indices.
+_NONE_LEFT: Final = object()
 
 
 @dataclass
@@ -148,7 +151,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         """A persistent iterator's next epoch. (torch calls this.)"""
         if self._broken is not None:
-            raise self._broken
+            raise _without_frames(self._broken)
         try:
             self._IterableDataset_len_called = loader._IterableDataset_len_called
             if self._goes_on_ahead():
@@ -258,9 +261,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._ahead is not None:
             self._put_index_ahead()
             return
-        try:
-            index = next(self._sampler_iter)
-        except StopIteration:
+        index = next(self._sampler_iter, _NONE_LEFT)
+        if index is _NONE_LEFT:
             if not self._sampler_ended:
                 self._sampler_ended = True
                 self._flush()
@@ -279,9 +281,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _put_index_ahead(self) -> None:
         assert self._ahead is not None
-        try:
-            index = next(self._ahead.sampler)
-        except StopIteration:
+        index = next(self._ahead.sampler, _NONE_LEFT)
+        if index is _NONE_LEFT:
             self._flush()
             return
         self._note_sampler_state()
@@ -331,7 +332,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _next_data(self) -> Any:
         if self._broken is not None:
-            raise self._broken
+            raise _without_frames(self._broken)
         try:
             return self._next_batch()
         except Exception:
@@ -343,7 +344,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _break_off(self, error: BaseException) -> None:
         """Close it, and let each further use say why."""
         if isinstance(error, Exception):
-            self._broken = error
+            self._broken = _without_frames(error)
         else:
             self._broken = RuntimeError(
                 f"{type(error).__name__} has interrupted this iterator of a DataLoader, and its workers were ended: "
@@ -379,7 +380,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if self._options.most_workers:
                 self._look_whether_to_hire()
             if type(answer) is Failure:
-                raise self._error(hand, answer)
+                try:
+                    raise self._error(hand, answer)
+                finally:
+                    del answer  # a thread's has the error, and so this frame would be kept by it
             return answer
 
     def _error(self, hand: Hand, failure: Failure) -> BaseException:
@@ -400,20 +404,21 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                         raise TimeoutError
                     answer = self._reception.unpack(received)
             except Gone as gone:
-                self._mend(gone.hand)
-                continue
+                dead = gone.hand
             except Exception as error:
                 if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
                     raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
                 # Descriptors have run out, or a signal handler has raised it: a message may be lost.
                 self._break_off(error)
                 raise
-            if type(answer) in (Batch, End, Failure) and answer.after is not None:
-                hand.received = answer.after
-            hand.tasks.popleft()
-            hand.consumed()
-            self._take_turn(hand)
-            return hand, answer
+            else:
+                if type(answer) in (Batch, End, Failure) and answer.after is not None:
+                    hand.received = answer.after
+                hand.tasks.popleft()
+                hand.consumed()
+                self._take_turn(hand)
+                return hand, answer
+            self._mend(dead)  # not where Gone is handled: nobody else should see it
 
     def _take_turn(self, hand: Hand) -> None:
         if self._turns[0][0] is hand:
@@ -433,7 +438,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if self._options.restarts:
                 death.args = (f"{death}. It was not restarted: {self._restarts} restarts were allowed (max_restarts)",)
             self._break_off(death)
-            raise death
+            try:
+                raise death
+            finally:
+                del death
         self._restarts += 1
         self._meter.restarts += 1
         warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
@@ -513,6 +521,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     #: torch's name for it, which frameworks call.
     _shutdown_workers = close
 
+    @property
+    def _workers(self) -> list[Any]:
+        """torch's name for its workers, which programs look for: with the methods of ``multiprocessing.Process``."""
+        return [hand.process.handle for hand in self._hands]
+
     def __del__(self) -> None:
         if self._closed or sys.is_finalizing():
             return
@@ -535,6 +548,14 @@ def _close_all() -> None:
 
 
 shutdown.at_close(_close_all)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """A copy of ``error``, to be kept: the frames in the traceback of one that was raised would keep the iterator."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _epoch_of(sampler: Any) -> Any:

@@ -93,7 +93,10 @@ class Pinner:
         except queue.Empty:
             raise TimeoutError from None
         if hand is None:
-            raise answer
+            try:
+                raise answer
+            finally:
+                del answer  # or the error would keep this frame, and that the error
         return hand, answer, self._generations[hand].popleft()
 
     def _run(self) -> None:

@@ -70,6 +70,10 @@ class Context:
         """Wait until everything is sent."""
         self._outbox.wait_empty()
 
+    def close(self) -> None:
+        """Nothing more is received or sent."""
+        self._endpoint.close()
+
 
 def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     """Run one worker; returns its exit status."""
@@ -86,7 +90,8 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
         context.finish()
     finally:
         shutdown.failed = bool(code)
-        _end(context)
+        _end()
+        context.close()
     return code
 
 
@@ -154,7 +159,7 @@ def _seed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _end(context: Context) -> None:
+def _end() -> None:
     """End as an interpreter does: other threads, exit functions, streams; the caller then leaves with ``os._exit``."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]

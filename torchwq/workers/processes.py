@@ -76,6 +76,7 @@ class ProcessWorker(Worker):
     def started(self, pid: int) -> None:
         with self._lock:
             self.pid = pid
+        self.started_event.set()
         note_started(self, pid)
         if self._kill_at_start is not None:
             self.kill(self._kill_at_start)

@@ -61,6 +61,7 @@ class ThreadWorker(Worker):
         self.belongings: weakref.WeakSet[Belonging] = weakref.WeakSet()
         #: Held while the thread must not be interrupted, and by whoever interrupts it.
         self._undisturbed = threading.Lock()
+        self.started_event.set()  # it has no pid
         self._is_ending = False
         self.thread = threading.Thread(
             target=self._run, args=(entry,), name=f"torchwq-worker-{info.mapid}", daemon=True

@@ -41,6 +41,8 @@ class Worker(abc.ABC):
         self.pid: int | None = None
         self.exitcode: int | None = None
         self.reason = ""
+        #: Set when ``pid`` is known, or never will be.
+        self.started_event = threading.Event()
         self.ended_event = threading.Event()
         self._on_message = on_message
         self._on_end = on_end
@@ -87,6 +89,7 @@ class Worker(abc.ABC):
         with _listeners_lock:
             listeners = list(_listeners)  # those that were there while it lived: what comes later is not concerned
         with self._lock:
+            self.started_event.set()
             self.ended_event.set()
             after, self._after = self._after, []
         self._on_end(self)

@@ -1,0 +1,189 @@
+"""How the workers of a loader live and end, as programs that were written for torch's loader see it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import re
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import torchwq
+
+from . import datasets
+
+METHODS = ["fork", "forkserver"]
+
+
+def of(iterator: Any) -> list[Any]:
+    return list(iterator._workers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_are_found_where_torch_has_them(method: str) -> None:
+    iterator = iter(torchwq.DataLoader(datasets.Plain(), num_workers=2, multiprocessing_context=method))
+    workers = of(iterator)
+    assert len({worker.pid for worker in workers} - {None, os.getpid()}) == 2
+    next(iterator)
+    for worker in workers:
+        os.kill(worker.pid, 0)
+        assert worker.is_alive()
+        assert worker.exitcode is None
+    del iterator
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+        assert worker.exitcode == 0
+    iterator = iter(torchwq.DataLoader(datasets.Slow(), num_workers=1, multiprocessing_context=method))
+    (worker,) = of(iterator)
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_death_is_told_in_torchs_words_and_alone(method: str) -> None:
+    killed = torchwq.DataLoader(datasets.Dying(9), batch_size=4, num_workers=2, multiprocessing_context=method)
+    with pytest.raises(torchwq.WorkerDied) as caught:
+        list(killed)
+    death = caught.value
+    assert f"DataLoader worker (pid {death.pid}) is killed by signal: Killed. " in str(death)
+    assert death.__cause__ is death.__context__ is None
+    exiting = torchwq.DataLoader(datasets.Exiting(), num_workers=1, multiprocessing_context=method)
+    with pytest.raises(torchwq.WorkerDied, match=r"DataLoader worker \(pid \d+\) exited unexpectedly") as caught:
+        list(exiting)
+    assert caught.value.__context__ is None
+
+
+def test_the_death_of_a_producer_is_told_alone() -> None:
+    def produce() -> Iterator[int]:
+        yield 1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(torchwq.WorkerDied, match="SIGKILL") as caught:
+        list(torchwq.BackgroundTask(produce))
+    assert caught.value.__context__ is None
+
+
+class Wrapped(torchwq.DataLoader[Any]):
+    """Wraps what iterates, as loaders of PyG and litdata do."""
+
+    def _get_iterator(self) -> Any:
+        return Wrapper(super()._get_iterator())
+
+
+class Wrapper:
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+
+    def __iter__(self) -> Wrapper:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.iterator)
+
+
+def _raise_in_the_loop(loader: Any) -> None:
+    try:
+        for _ in loader:
+            raise KeyError
+    except KeyError:
+        pass
+
+
+def _hear_of_a_failure(loader: Any) -> None:
+    loader.collate_fn = datasets.fail
+    iterator = iter(loader)
+    with pytest.raises(ValueError, match="no batch"):
+        next(iterator)
+
+
+LEAVE: dict[str, Callable[[Any], Any]] = {
+    "wrapped by a subclass": lambda loader: next(iter(Wrapped(loader.dataset, num_workers=2, backend=loader.backend))),
+    "in a generator": lambda loader: next(batch for batch in loader),
+    "in zip": lambda loader: next(zip(loader, loader, strict=True)),
+    "in islice": lambda loader: list(itertools.islice(loader, 2)),
+    "in chain": lambda loader: next(itertools.chain(loader, loader)),
+    "in a traceback": _raise_in_the_loop,
+    "after a failure": _hear_of_a_failure,
+}
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_workers_end_with_the_last_reference_however_it_was_held(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    get_iterator = torchwq.DataLoader._get_iterator
+
+    def note(loader: Any) -> Any:
+        iterator = get_iterator(loader)
+        started.extend(of(iterator))
+        return iterator
+
+    monkeypatch.setattr(torchwq.DataLoader, "_get_iterator", note)
+    gc.collect()
+    gc.disable()
+    try:
+        for how, leave in LEAVE.items():
+            loader: Any = torchwq.DataLoader(datasets.Plain(200), num_workers=2, backend=backend)
+            leave(loader)
+            assert started
+            assert not any(worker.is_alive() for worker in started), how
+            started.clear()
+            del loader
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_iterator_is_kept_by_the_error_that_has_ended_it(method: str) -> None:
+    loader = torchwq.DataLoader(datasets.Dying(9), batch_size=4, num_workers=2, multiprocessing_context=method)
+    gc.collect()
+    gc.disable()
+    try:
+        iterator = iter(loader)
+        for _ in range(2):
+            with pytest.raises(torchwq.WorkerDied):
+                list(iterator)
+        gone = weakref.ref(iterator)
+        del iterator
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_workers_are_silent_where_warnings_are_errors(run_script: Any) -> None:
+    done = run_script(
+        """
+        import torch, torchwq
+        class Data(torch.utils.data.Dataset):
+            def __len__(self): return 12
+            def __getitem__(self, index): return torch.full((3,), float(index))
+        def count(n):
+            yield from range(n)
+        def answer(queue):
+            for question in queue:
+                queue.write(question)
+        def main():
+            with torchwq.workqueue() as queue:
+                workers = torchwq.map(2, answer, queue)
+                queue.write(1, None, None)
+                assert queue.read() == 1
+                workers.join()
+            assert list(torchwq.BackgroundTask(count, 3)) == [0, 1, 2]
+            with torchwq.BackgroundTaskPool(1) as pool:
+                assert pool.submit(abs, -1).result() == 1
+            for how in ({}, {"multiprocessing_context": "forkserver"}, {"backend": "thread"}):
+                for persistent in (False, True):
+                    loader = torchwq.DataLoader(Data(), num_workers=2, persistent_workers=persistent, **how)
+                    assert len(list(loader)) == 12
+                    next(iter(loader))
+        main()
+        """,
+        env={"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"},
+    )
+    assert re.sub(r"\s", "", done.stderr) == ""
