@@ -228,9 +228,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 source.receive_stale(deadline)
                 return
             except Gone as gone:
-                self._mend(gone.hand)
+                dead = gone.hand
             except TimeoutError:
                 raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+            self._mend(dead)  # not where Gone is handled: nobody else should see it
 
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
