@@ -32,6 +32,7 @@ import torch.multiprocessing
 from ..errors import WorkerDied
 from ..marshalling import codec, exceptions, functions, reducers
 from ..marshalling.letter import Letter
+from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint, local
@@ -370,6 +371,7 @@ def _as_torch_says(pid: int | None, exitcode: int | None) -> str:
 def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
     """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape."""
     with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
+        stack.callback(recycling.give_up_orphans)  # their blocks would be kept for a while: no process uses them again
         stack.callback(_wait_for, hands, patience)
         for hand in hands:
             stack.callback(hand.close)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import torch
@@ -213,10 +213,11 @@ def _lost() -> torch.UntypedStorage:
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
     """Map a block; None if this process may not have one more descriptor. Under the lock."""
     global misses
-    if recycling.open_blocks >= limits.descriptors():
-        _give_up_idle()
-        if recycling.open_blocks >= limits.descriptors():
+    while recycling.open_blocks >= limits.descriptors():
+        idle = recycling.next_idle()
+        if idle is None:
             return None
+        recycling.give_up(idle)
     misses += 1
     try:
         return storages.open_shared(fd, nbytes)
@@ -226,10 +227,10 @@ def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
         raise
 
 
-def _give_up_idle(which: Callable[[Block], bool] = lambda block: True) -> None:
-    """Give up the mapped blocks that nobody uses here, and of which ``which`` says so. Under the lock."""
+def _give_up_idle() -> None:
+    """Give up the mapped blocks that nobody uses here. Under the lock."""
     for block in list(recycling.table.values()):
-        if block.kind == MAPPED and which(block) and not block.in_use():
+        if block.kind == MAPPED and not block.in_use():
             recycling.release(block)
             recycling.give_up(block)
 
@@ -245,7 +246,7 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
 
 
 def _tick(now: float) -> None:
-    _give_up_idle(lambda block: now - block.used_at > recycling.IDLE or not recycling.is_current(block))
+    recycling.give_up_idle(now - recycling.IDLE)
 
 
 recycling.at_tick(_tick)

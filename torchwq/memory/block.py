@@ -43,7 +43,9 @@ class Block:
         "kind",
         "lost_at",
         "nbytes",
+        "noted_idle",
         "number",
+        "orphaned",
         "polled",
         "templates",
         "used_at",
@@ -74,6 +76,8 @@ class Block:
         self.content = False
         #: Whether it is looked at now and then because something uses it that is not watched.
         self.polled = False
+        #: Of a mapped one: whether it is among those that were found idle, and whether its maker is gone.
+        self.noted_idle = self.orphaned = False
         #: When it was last given to someone (time.monotonic).
         self.used_at = 0.0
         #: When references to it that are under way will be believed to be lost; 0 if none are.

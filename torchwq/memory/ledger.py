@@ -204,6 +204,18 @@ class Ledger:
         """Whether the number still stands for the block that it was given to."""
         return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] & _LOW == number >> 32)
 
+    def has_maker(self, number: int, lives: dict[int, bool]) -> bool:
+        """Whether the block's maker is there, and has not given it up. Only of blocks that other processes have made.
+
+        ``lives`` keeps, for a series of calls, what was found of each chunk of rows.
+        """
+        chunk = (number & _LOW) // _CHUNK
+        if chunk not in lives:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _CHUNK_LOCKS + chunk, 1, 0)
+            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
+            lives[chunk] = _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+        return lives[chunk] and self.is_current(number)
+
     def _was_clean(self, number: int) -> bool:
         """Whether a number that is not current was given back when no message referred to its block."""
         unclean = self._words[_GENERATIONS + (number & _LOW)] >> 32

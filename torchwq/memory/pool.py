@@ -14,6 +14,8 @@ Invariants:
   spoils it: the child may have the tensor that it is being filled for, so it is given up when it is lent.
 * Pages are reserved when a block is made (``fallocate``): running out is an error then, not a bus error later.
 * More than the limit is never *kept*: blocks beyond it are made if tensors need them, and given up when they are free.
+* What a block costs does not grow with how many there are. Nobody tells this process which of its blocks others do not
+  use any more, so they are looked at: a few for each new one, all in turn.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ T = TypeVar("T")
 #: How many blocks at the head of a ring are looked at, and how many rings of other sizes.
 _LOOKS: Final = 4
 _RINGS: Final = 4
+#: How many blocks are looked at, at a limit, to make room for one more.
+_LOOKS_FOR_ROOM: Final = 16
 _PAGE: Final = 4096
 #: Above this, memory comes in steps of an eighth of the next smaller power of two.
 _FINE: Final = 64 * 1024
@@ -43,6 +47,8 @@ _FINE: Final = 64 * 1024
 _rings: dict[int, dict[int, deque[Block]]] = {}
 #: Blocks between ``_take`` and ``_lend``, and whether this process was forked meanwhile.
 _taken: dict[Block, bool] = {}
+#: Those that are still to be looked at, in this round, to make room.
+_round: deque[Block] = deque()
 
 
 @reset_in_child
@@ -51,6 +57,7 @@ def _forget() -> None:
         recycling.unmark(block)
     _rings.clear()
     _taken.clear()
+    _round.clear()
 
 
 def blocks() -> list[Block]:
@@ -149,9 +156,17 @@ def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Bl
 
 
 def _may_make(capacity: int) -> bool:
-    """Make room for one more block, as far as that helps; False if there are no descriptors."""
-    if recycling.made_bytes + capacity > limits.memory_limit() or recycling.open_blocks >= limits.descriptors():
-        _give_up_free(None)
+    """Make room for one more block, as far as that helps; False if there are no descriptors. Under the lock."""
+    for _ in range(_LOOKS_FOR_ROOM):
+        if recycling.made_bytes + capacity <= limits.memory_limit() and recycling.open_blocks < limits.descriptors():
+            return True
+        if not _round:
+            _round.extend(blocks())
+            if not _round:
+                break
+        block = _round.popleft()
+        if block.kind == MADE and block not in _taken and recycling.is_free(block):
+            recycling.give_up(block, clean=True)  # its ring drops it when it comes to it
     return recycling.open_blocks < limits.descriptors()
 
 

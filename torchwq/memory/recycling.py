@@ -53,6 +53,8 @@ IDLE: Final = 10.0
 #: may have lost some. If they were not, a block is not used again that could have been; that is all.
 _LOST: Final = 60.0
 _LOST_AFTER_A_LOSS: Final = 2.0
+#: Seconds after which a process whose end was heard of has lost its locks, too.
+_UNTIL_DEAD: Final = 3 * TICK
 #: How many blocks one look takes in: the lock is held meanwhile.
 AT_ONCE: Final = 2000
 
@@ -74,9 +76,11 @@ open_blocks = made_bytes = 0
 _notes: deque[Any] = deque()
 #: Mapped blocks that are used by something which is not watched.
 _unwatched: deque[Block] = deque()
+#: Mapped blocks that were found idle, each once, the oldest first. Some may be in use again, or given up.
+_idle: deque[Block] = deque()
 _ticking = False
 _ended = False
-_loss_at = 0.0
+_loss_at = _end_at = 0.0
 
 
 class Inlet(Protocol):
@@ -123,7 +127,7 @@ _on_tick: list[Callable[[float], None]] = []
 @reset_in_child
 def _forget() -> None:
     """The child's tensors stay what they are, on memory that the parent does not use again: see ``before_fork``."""
-    global lock, open_blocks, made_bytes, _ticking, _ended, _loss_at
+    global lock, open_blocks, made_bytes, _ticking, _ended, _loss_at, _end_at
     lock = threading.RLock()
     for block in table.values():
         unmark(block)
@@ -132,7 +136,9 @@ def _forget() -> None:
     _inlets.clear()
     _notes.clear()
     _unwatched.clear()
-    open_blocks, made_bytes, _ticking, _ended, _loss_at = 0, 0, False, False, 0.0
+    _idle.clear()
+    open_blocks, made_bytes, _ticking, _ended = 0, 0, False, False
+    _loss_at = _end_at = 0.0
 
 
 class Watch(weakref.ref[Any]):
@@ -228,6 +234,53 @@ def release(block: Block) -> None:
     book = ledger.current()
     if book is not None:
         book.clear_flag(block.number, HELD)
+    if block.orphaned:
+        give_up(block)
+    elif not block.noted_idle:
+        block.noted_idle = True
+        _idle.append(block)
+
+
+def next_idle() -> Block | None:
+    """A mapped block that nobody uses here, to be given up; None if there is none. Under the lock.
+
+    What this costs does not grow with how many are in use: each is looked at once for each time that it was idle.
+    """
+    while _idle:
+        block = _idle.popleft()
+        block.noted_idle = False
+        if block.kind == MAPPED and not block.watches and not block.in_use():
+            return block
+    return None
+
+
+def give_up_idle(idle_since: float) -> None:
+    """Give up the mapped blocks that nobody has used here since then, or that their maker has given up. Under the
+    lock."""
+    for _ in range(len(_idle)):
+        block = next_idle()
+        if block is None:
+            return
+        if block.used_at < idle_since or not is_current(block):
+            give_up(block)
+        else:
+            block.noted_idle = True
+            _idle.append(block)
+
+
+def give_up_orphans() -> None:
+    """Give up the mapped blocks whose maker is gone, and will not use them again: now, or when they are not in use."""
+    with lock:
+        book = ledger.current()
+        if book is None:
+            return
+        settle()
+        lives: dict[int, bool] = {}
+        for block in list(table.values()):
+            if block.kind == MAPPED and not block.orphaned and not book.has_maker(block.number, lives):
+                block.orphaned = True
+                if not block.watches:
+                    release(block)
 
 
 def look_at_unwatched(most: int) -> None:
@@ -408,6 +461,12 @@ def suspect_losses() -> None:
     _loss_at = time.monotonic()
 
 
+def suspect_orphans() -> None:
+    """A worker has ended: its blocks, which this process may have mapped, are no use any more."""
+    global _end_at
+    _end_at = time.monotonic()
+
+
 # Looking after what is there
 
 
@@ -433,6 +492,8 @@ def tick() -> None:
             settle()
             look_at_unwatched(AT_ONCE)
             now = time.monotonic()
+            if now < max(_end_at, _loss_at) + _UNTIL_DEAD:
+                give_up_orphans()
             for callback in _on_tick:
                 callback(now)
             look_at_parting()

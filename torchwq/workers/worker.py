@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import WorkerDied
+from ..memory import recycling
 from ..transport.process import reset_in_child
 from . import deaths
 from .info import WorkerInfo
@@ -148,6 +149,8 @@ def note_started(worker: Worker, pid: int) -> None:
 def note_ended(worker: Worker) -> None:
     """It has ended; keep it findable for a while."""
     _recent.append(worker)
+    if not worker.here:
+        recycling.suspect_orphans()
 
 
 def listen(listener: EndListener) -> None:
