@@ -109,5 +109,9 @@ class WorkerDied(TorchwqError, RuntimeError):
         return (_rebuild_worker_died, (str(self), fields))
 
 
+class Interrupted(SystemExit):
+    """Ends a worker that is a thread, in the middle of whatever it does. Not for users, who never see it."""
+
+
 def _rebuild_worker_died(message: str, fields: dict[str, Any]) -> WorkerDied:
     return WorkerDied(message, **fields)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 counter = 0
@@ -65,6 +67,37 @@ class Marked(torch.Tensor):
 
 class MarkedParameter(torch.nn.Parameter):
     """A Parameter subclass."""
+
+
+class SlottedTensor(torch.Tensor):
+    __slots__ = ("__secret", "note")
+
+    def secret(self, *value: Any) -> Any:
+        if value:
+            (self.__secret,) = value
+        return self.__secret
+
+
+class SlottedParameter(torch.nn.Parameter):
+    __slots__ = ("note",)
+
+
+class StatefulTensor(torch.Tensor):
+    """Says itself what is to travel."""
+
+    def __getstate__(self) -> Any:
+        return {"told": self.note}
+
+    def __setstate__(self, state: Any) -> None:
+        self.note = f"told {state['told']}"
+
+
+class SlottedArray(np.ndarray):
+    __slots__ = ("note",)
+
+
+class AttributedArray(np.ndarray):
+    """Has attributes."""
 
 
 class Net(torch.nn.Module):
@@ -140,6 +173,37 @@ class Unrebuildable(Exception):
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")
+
+
+class EndsTheProcess(Exception):
+    """Calls ``sys.exit`` when it is made again of its ``args``."""
+
+    def __init__(self, text: str, again: bool = False) -> None:
+        if again:
+            sys.exit(3)
+        super().__init__(text, True)
+
+
+class EndsTheProcessInReduce(Exception):
+    def __reduce__(self) -> Any:
+        sys.exit(0)
+
+
+class Exits:
+    """An attribute that ends the process when it is read."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (0,)
+
+
+class OwnOSError(OSError):
+    def __init__(self, host: str) -> None:
+        super().__init__(2, "no such host", host)
+        self.host = host
+
+
+class SlottedError(Exception):
+    __slots__ = ("code",)
 
 
 class BecomesText(Exception):

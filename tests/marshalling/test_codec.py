@@ -395,6 +395,22 @@ def test_array_subclasses_keep_their_class_and_arrive_writable(size: int, tmp_pa
         assert not np.shares_memory(np.asarray(out), np.asarray(source))
 
 
+@pytest.mark.parametrize("size", [3, OUT_OF_BAND])
+def test_array_subclasses_keep_what_they_have_in_slots_and_attributes(size: int) -> None:
+    slotted: Any = np.arange(size).view(library.SlottedArray)
+    slotted.note = "a note"
+    attributed: Any = np.arange(size).view(library.AttributedArray)
+    attributed.unit = attributed.same = ["m"]
+    first, second = roundtrip([slotted, attributed])
+    assert type(first) is library.SlottedArray
+    assert first.note == "a note"
+    assert type(second) is library.AttributedArray
+    assert second.unit == ["m"]
+    assert second.same is second.unit
+    assert second.sum() == first.sum() == size * (size - 1) // 2
+    assert first.flags.writeable
+
+
 def test_arrays_of_objects_hold_what_they_held() -> None:
     tensor = torch.zeros(2)
     source = np.array([None, tensor, [np.arange(3)], "text"], dtype=object)

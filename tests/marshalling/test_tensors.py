@@ -300,6 +300,26 @@ def test_the_buffers_of_other_containers_travel_by_reference() -> None:
 # --- autograd --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cls", [library.SlottedTensor, library.SlottedParameter])
+def test_a_subclass_keeps_what_is_in_its_slots_and_its_attributes(peer: Peer, cls: Any) -> None:
+    tensor: Any = torch.arange(3.0).as_subclass(cls)
+    tensor.note, tensor.tag, tensor.myself = "a note", [1], tensor
+    if cls is library.SlottedTensor:
+        tensor.secret(5)
+    out = peer.echo(tensor)
+    assert type(out) is cls
+    assert (out.note, out.tag) == ("a note", [1])
+    assert out.myself is out
+    if cls is library.SlottedTensor:
+        assert out.secret() == 5
+
+
+def test_a_subclass_with_a_state_of_its_own_gets_that() -> None:
+    tensor: Any = torch.arange(3.0).as_subclass(library.StatefulTensor)
+    tensor.note = "a note"
+    assert roundtrip(tensor).note == "told a note"
+
+
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.as_subclass(library.Marked), torch.Tensor.to_sparse])
 def test_a_non_leaf_that_requires_grad_is_refused_with_its_place(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensor = make(torch.ones(2, requires_grad=True) * 2)

@@ -1,27 +1,45 @@
 """Carries an exception from a worker to its owner, whatever it is.
 
-The exception is pickled by itself inside the message, beside its text. If its class cannot be pickled, cannot be
-unpickled on the other side, or comes out as something else, the text is still there. One that holds tensors or large
+The exception is pickled by itself inside the message, beside its text. What is pickled is not the exception but its
+parts: so it arrives as what it is also if one of the parts cannot travel, which then is left behind, or if its class
+cannot be called again with ``args``. If even that fails, the text is still there. One that holds tensors or large
 arrays is part of the message itself, as those are; that it can be rebuilt is tried out before.
+
+Invariant: whatever the user's classes do while an exception is taken apart or put together, the owner gets an error. A
+``sys.exit`` in there ends nobody; only Ctrl-C passes, and the interruption of a worker that is a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import pickle
 import traceback
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
-from ..errors import RemoteError, RemoteTraceback
+from ..errors import Interrupted, RemoteError, RemoteTraceback
 from . import codec
 from .letter import Letter
 
 #: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
-_NO_LIMIT = 2**62
+_NO_LIMIT: Final = 2**62
+#: How deep, and in how long containers, other exceptions are looked for in what an exception holds.
+_DEEPEST: Final = 4
+_LONGEST: Final = 1000
+#: A class that was not made by a class statement, but in C.
+_HEAP_TYPE: Final = 1 << 9
+#: What is nobody's own affair, wherever it is raised.
+_NOT_OURS: Final = (KeyboardInterrupt, Interrupted)
 
 
 class PackedException(NamedTuple):
+    #: Its pickle; None if that cannot be had, or if it is ``whole``.
     pickled: bytes | None
-    whole: BaseException | None
+    #: The exception itself, if it takes more than a pickle.
+    whole: Any
+    #: A pickle of what is left if nothing of it travels but texts and numbers; None if ``pickled`` is that already.
+    bare: bytes | None
     kind: str
     summary: str
     text: str
@@ -29,22 +47,30 @@ class PackedException(NamedTuple):
 
 def pack(error: BaseException, *, here: bool = False) -> PackedException:
     """Turn a caught exception into something that always travels, or stays ``here``."""
-    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    try:
-        summary = str(error)
-    except Exception:
-        summary = "(its text cannot be had)"
+    pickled = whole = bare = None
+    for usable in (_is_usable, _Tried(here)):
+        try:
+            parts = _Dissection(usable).of(error)
+            payload = codec.encode(parts, _NO_LIMIT, upvalues=True, here=here)
+            if isinstance(payload, bytes):
+                pickled = payload
+            elif isinstance(codec.decode(*codec.received(payload)), BaseException):
+                whole = parts
+        except _NOT_OURS:
+            raise
+        except BaseException:
+            continue  # then without what cannot travel, or its text has to do
+        if pickled or whole:
+            break
+    if pickled is not None or whole is not None:
+        dissection = _Dissection(_is_atom)
+        with contextlib.suppress(Exception):
+            parts = dissection.of(error)
+            if dissection.has_left_out:
+                encoded = codec.encode(parts, _NO_LIMIT, upvalues=True)
+                bare = encoded if isinstance(encoded, bytes) else None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    pickled = whole = None
-    try:
-        payload = codec.encode(error, _NO_LIMIT, upvalues=True, here=here)
-        if isinstance(payload, bytes):
-            pickled = payload
-        elif isinstance(codec.decode(*codec.received(payload)), BaseException):
-            whole = error
-    except Exception:
-        pass  # then its text has to do
-    return PackedException(pickled, whole, kind, summary, text)
+    return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
 
 
 def encode(error: BaseException, limit: int, *, here: bool = False) -> codec.Encoded:
@@ -62,15 +88,207 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
     if isinstance(packed, BaseException):
         return packed
     error: object = packed.whole
-    if packed.pickled is not None:
+    for pickled in (packed.pickled, packed.bare):
+        if isinstance(error, BaseException) or pickled is None:
+            continue
         try:
-            error = pickle.loads(packed.pickled)
-        except Exception:
+            error = pickle.loads(pickled)
+        except _NOT_OURS:
+            raise
+        except BaseException:
             error = None
     if not isinstance(error, BaseException):
         error = RemoteError(f"{packed.kind}: {packed.summary}")
     error.__cause__ = RemoteTraceback(packed.text)
     return error
+
+
+def _kind(error: BaseException) -> str:
+    return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+
+
+def _summary(error: BaseException) -> str:
+    try:
+        return str(error)
+    except _NOT_OURS:
+        raise
+    except BaseException:
+        return "(its text cannot be had)"
+
+
+def _is_usable(part: Any) -> str | None:
+    """Why a part cannot travel: nothing is known against it."""
+    return None
+
+
+def _is_atom(part: Any) -> str | None:
+    return None if type(part) in codec.ATOMS else f"a {type(part).__qualname__}"
+
+
+class _Tried:
+    """Says why a part cannot travel, because it has been tried out."""
+
+    def __init__(self, here: bool) -> None:
+        self._here = here
+
+    def __call__(self, part: Any) -> str | None:
+        try:
+            codec.encode(part, _NO_LIMIT, upvalues=True, here=self._here)
+        except _NOT_OURS:
+            raise
+        except BaseException as error:
+            return f"{type(error).__name__}: {_summary(error)}"
+        return None
+
+
+class _Parts:
+    """The parts of an exception. Is pickled as the exception, and arrives as it."""
+
+    make: Any
+    made_of: tuple[Any, ...]
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __init__(self, error: BaseException) -> None:
+        self.cls = type(error)
+        self.told = _kind(error), _summary(error)
+        #: What was left behind, and why.
+        self.missing: list[str] = []
+
+    def __reduce__(self) -> Any:
+        same = self.made_of is self.args
+        args = self.cls, self.make, None if same else self.made_of, self.args, self.told
+        return _put_together, args, (self.state, self.missing), None, None, _put_state
+
+
+class _Dissection:
+    """Takes an exception apart, with the exceptions in it. ``usable`` says why a part cannot travel, or None."""
+
+    def __init__(self, usable: Callable[[Any], str | None]) -> None:
+        self._usable = usable
+        self._done: dict[int, _Parts] = {}
+        self.has_left_out = False
+
+    def of(self, error: BaseException) -> _Parts:
+        found = self._done.get(id(error))
+        if found is not None:
+            return found
+        parts = self._done[id(error)] = _Parts(error)
+        make, made_of, state = _reduced(error)
+        parts.make = make
+        parts.args = self._all(error.args, "args", parts.missing)
+        parts.made_of = parts.args if made_of is error.args else self._all(made_of, "args", parts.missing)
+        if isinstance(state, dict):
+            parts.state = {}
+            for name, value in state.items():
+                part, lost = self._part(value, f".{name}", parts.missing)
+                if not lost:
+                    parts.state[name] = part
+        elif state is not None:
+            part, lost = self._part(state, "its state", parts.missing)
+            parts.state = None if lost else part
+        return parts
+
+    def _all(self, values: tuple[Any, ...], name: str, missing: list[str]) -> tuple[Any, ...]:
+        found = [self._part(value, f"{name}[{index}]", missing)[0] for index, value in enumerate(values)]
+        return tuple(found) if any(new is not old for new, old in zip(found, values, strict=True)) else values
+
+    def _part(self, value: Any, place: str, missing: list[str], depth: int = 0) -> tuple[Any, bool]:
+        """What travels in the place of ``value``, and whether that is only a text that tells of it."""
+        if isinstance(value, BaseException):
+            return self.of(value), False
+        reason = None
+        cls = type(value)
+        if cls in (list, tuple, dict) and depth < _DEEPEST and len(value) < _LONGEST:
+            keys = list(value) if cls is dict else range(len(value))
+            reason = next((reason for key in keys if (reason := self._usable(key))), None)
+            if reason is None:
+                found = [self._part(value[key], f"{place}[{key!r:.40}]", missing, depth + 1)[0] for key in keys]
+                if all(new is value[key] for key, new in zip(keys, found, strict=True)):
+                    return value, False
+                return (dict(zip(keys, found, strict=True)) if cls is dict else cls(found)), False
+        reason = reason or self._usable(value)
+        if reason is None:
+            return value, False
+        missing.append(f"{place} ({reason})")
+        self.has_left_out = True
+        return _text_of(value), True
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except _NOT_OURS:
+        raise
+    except BaseException:
+        return f"<{type(value).__qualname__}>"
+
+
+def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
+    """What makes such an exception, of what, and its state; as its class wants it, if that can be had."""
+    cls = type(error)
+    make, made_of, state = cls, error.args, None
+    try:
+        reduced: Any = error.__reduce_ex__(4)
+    except _NOT_OURS:
+        raise
+    except BaseException:
+        reduced = None
+    if isinstance(reduced, tuple) and len(reduced) in (2, 3) and isinstance(reduced[1], tuple):
+        make, made_of, *rest = reduced
+        state = rest[0] if rest else None
+    else:
+        state = error.__dict__
+    if state is None or state is error.__dict__:
+        slots = {name: getattr(error, name) for name in copyreg._slotnames(cls) if hasattr(error, name)}  # type: ignore[attr-defined]
+        state = {**(state or {}), **slots} or None
+    return make, made_of, state
+
+
+def _put_together(
+    cls: Any, make: Any, made_of: tuple[Any, ...] | None, args: tuple[Any, ...], told: tuple[str, str]
+) -> BaseException:
+    """Make the exception as its class wants it; if that is not possible, as its class, without its ``__init__``."""
+    made_of = args if made_of is None else made_of
+    try:
+        error = make(*made_of)
+    except _NOT_OURS:
+        raise
+    except BaseException as raised:
+        error = _without_init(cls, made_of, args, raised) if make is cls else None
+    return error if isinstance(error, BaseException) else RemoteError(": ".join(told))
+
+
+def _without_init(
+    cls: Any, made_of: tuple[Any, ...], args: tuple[Any, ...], raised: BaseException
+) -> BaseException | None:
+    base: Any = next(base for base in cls.__mro__ if not base.__flags__ & _HEAP_TYPE)
+    try:
+        error: BaseException = base.__new__(cls, *made_of)
+        with contextlib.suppress(Exception):
+            base.__init__(error, *made_of)
+        error.args = args
+    except Exception:
+        return None
+    add_note(error, f"made here without its __init__, which raised {type(raised).__name__}: {_summary(raised)}")
+    return error
+
+
+def _put_state(error: BaseException, found: tuple[Any, list[str]]) -> None:
+    state, missing = found
+    notes = list(getattr(error, "__notes__", ()))
+    if state is not None:
+        try:
+            error.__setstate__(state)
+        except _NOT_OURS:
+            raise
+        except BaseException:
+            if isinstance(state, dict):
+                vars(error).update(state)
+    if missing:
+        notes.append(f"left behind in the worker, because it cannot be sent: {', '.join(missing)}")
+    for note in notes:
+        add_note(error, note)
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -11,12 +11,13 @@ import io
 import threading
 import types
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
+from . import state
 
 
 class Encoder(Protocol):
@@ -41,7 +42,7 @@ class Encoder(Protocol):
 Reducer = Callable[[Encoder, Any], Any]
 
 _exact: dict[type, Reducer] = {}
-_families: list[tuple[type, Reducer]] = []
+_families: dict[type, Reducer] = {}
 #: Functions that reducers name and that are known to be found by their names.
 rebuilders: set[Any] = set()
 
@@ -53,15 +54,15 @@ def register(cls: type, reducer: Reducer) -> None:
 
 def register_family(base: type, reducer: Reducer) -> None:
     """Let instances of subclasses of ``base`` that have no reducer of their own be reduced by ``reducer``."""
-    _families.append((base, reducer))
+    _families[base] = reducer
 
 
 def lookup(cls: type) -> Reducer | None:
     reducer = _exact.get(cls)
     if reducer is None:
-        for base, of_family in _families:
-            if base in cls.__mro__:
-                return of_family
+        for base in cls.__mro__:
+            if base in _families:
+                return _families[base]
     return reducer
 
 
@@ -120,6 +121,22 @@ def _reduce_array(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any:
     return array.copy(order="K").__reduce_ex__(5)
 
 
+_ARRAYS_WAYS: Final = ("__reduce__", "__reduce_ex__", "__setstate__")
+
+
+def _reduce_array_subclass(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any:
+    """With what the class adds to its arrays, which numpy leaves behind; unless the class sees to that itself."""
+    cls = type(array)
+    own = any(getattr(cls, way) is not getattr(np.ndarray, way) for way in _ARRAYS_WAYS)
+    if own or isinstance(array, np.memmap) or cls.__module__.partition(".")[0] == "numpy":
+        return NotImplemented
+    return state.reduced(_as_subclass, (array.view(np.ndarray), cls), array, np.ndarray)
+
+
+def _as_subclass(array: np.ndarray[Any, Any], cls: Any) -> Any:
+    return array.view(cls)
+
+
 def _refuse_file(encoder: Encoder, file: Any) -> Any:
     raise TypeError(f"an open file ({getattr(file, 'name', file)!r}) cannot be sent: send its path")
 
@@ -129,6 +146,7 @@ def _refuse_generator(encoder: Encoder, generator: Any) -> Any:
 
 
 register(np.ndarray, _reduce_array)
+register_family(np.ndarray, _reduce_array_subclass)
 register(types.GeneratorType, _refuse_generator)
 for _file in (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO):
     register(_file, _refuse_file)

@@ -20,6 +20,7 @@ from ..memory import sharing, storages
 from ..memory.block import Geometry
 from ..memory.recycling import block_of
 from ..memory.storages import geometry
+from . import state
 from .reducers import Encoder, enclosed, inbound, opened_as_it_is, rebuilders, register, register_family
 
 
@@ -161,17 +162,16 @@ def _reduce_subclass(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if not plain or "__torch_dispatch__" in {name for base in _own_bases(cls) for name in vars(base)}:
         return NotImplemented
     bare = torch.Tensor.as_subclass(torch.Tensor.detach(tensor), torch.Tensor)
-    return _rebuild_subclass, (cls, bare, tensor.requires_grad, tensor.__dict__)
+    return state.reduced(_rebuild_subclass, (cls, bare, tensor.requires_grad), tensor, torch.Tensor)
 
 
 def _own_bases(cls: type) -> list[type]:
     return [base for base in cls.__mro__ if base not in torch.nn.Parameter.__mro__]
 
 
-def _rebuild_subclass(cls: Any, bare: torch.Tensor, requires_grad: bool, attributes: dict[str, Any]) -> torch.Tensor:
+def _rebuild_subclass(cls: Any, bare: torch.Tensor, requires_grad: bool) -> torch.Tensor:
     tensor: torch.Tensor = bare.as_subclass(cls)
     tensor.requires_grad_(requires_grad)
-    tensor.__dict__.update(attributes)
     return tensor
 
 
@@ -257,6 +257,18 @@ def _rebuild_typed(cls: Any, untyped: torch.UntypedStorage, dtype: torch.dtype) 
     return cls(wrap_storage=untyped, _internal=True)
 
 
+def _reduce_memory_format(encoder: Encoder, memory_format: torch.memory_format) -> Any:
+    """By its name in ``torch``. torch itself says only the name, and pickle looks for that in one module after the
+    other: after ``import multiprocessing`` first in ``__mp_main__``, which is another module in a worker."""
+    return _memory_format, (str(memory_format).removeprefix("torch."),)
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name)
+    return found
+
+
+register(torch.memory_format, _reduce_memory_format)
 register(torch.Tensor, _reduce_tensor)
 register(torch.nn.Parameter, _reduce_tensor)
 register_family(torch.Tensor, _reduce_subclass)
@@ -266,5 +278,15 @@ for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
 rebuilders.update(
-    (_alias, enclosed, rebuild, _rebuild_leaf, _rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage)
+    (
+        _alias,
+        enclosed,
+        rebuild,
+        _rebuild_leaf,
+        _rebuild_copy,
+        _rebuild_dense,
+        _rebuild_subclass,
+        _open_storage,
+        state.put,
+    )
 )

@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from ..errors import Interrupted
 from ..transport.process import reset_in_child
 from . import info
 from .child import Context
@@ -87,7 +88,7 @@ class ThreadWorker(Worker):
         pass
 
     def force(self, number: signal.Signals) -> None:
-        """Raise SystemExit in it, as soon as it executes Python code again.
+        """Raise Interrupted, a SystemExit, in it, as soon as it executes Python code again.
 
         A daemon thread that comes back from torch's C++ code when the interpreter has ended would end the process by
         ``std::terminate``.
@@ -97,7 +98,7 @@ class ThreadWorker(Worker):
         try:
             if not self._is_ending:
                 set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-                set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
+                set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(Interrupted))
         finally:
             self._undisturbed.release()
 
