@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import random
 import signal
@@ -126,6 +127,51 @@ class Slow(Plain):
     def __getitem__(self, index: int) -> Any:
         time.sleep(30)
         return super().__getitem__(index)
+
+
+class DyingBesideABusyOne(Plain):
+    def __getitem__(self, index: int) -> Any:
+        if index:
+            time.sleep(8)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Finishing(IterableDataset[Any]):
+    """Takes its time to end, and leaves a file for each step of it."""
+
+    def __init__(self, folder: str, seconds: float = 1.8) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def note(self, what: str) -> None:
+        time.sleep(self.seconds)
+        with open(os.path.join(self.folder, f"{what}-{os.getpid()}"), "w"):
+            pass
+
+    def __iter__(self) -> Iterator[int]:
+        multiprocessing.util.Finalize(self, self.note, ("finalizer",), exitpriority=1)
+        try:
+            yield from range(1000)
+        finally:
+            self.note("finally")
+
+
+class Caching(Plain):
+    """Writes a file for each item, and is slow from the third on."""
+
+    def __init__(self, folder: str, seconds: float = 1.8) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        with open(os.path.join(self.folder, f"begun-{index}"), "w"):
+            pass
+        if index > 1:
+            time.sleep(self.seconds)
+            with open(os.path.join(self.folder, f"done-{index}"), "w"):
+                pass
+        return index
 
 
 class Identity(Plain):

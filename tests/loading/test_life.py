@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import torchwq
+from tests.conftest import wait_until
 
 from . import datasets
 
@@ -154,6 +162,85 @@ def test_no_iterator_is_kept_by_the_error_that_has_ended_it(method: str) -> None
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_worker_that_its_loader_lets_go_finishes_what_it_is_at(method: str, tmp_path: Path) -> None:
+    def files() -> list[str]:
+        return sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir())
+
+    how: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": method}
+    iterator = iter(torchwq.DataLoader(datasets.Finishing(str(tmp_path)), **how))
+    workers = of(iterator)
+    next(iterator)
+    next(iterator)
+    del iterator
+    assert files() == ["finalizer", "finalizer", "finally", "finally"]
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    iterator = iter(torchwq.DataLoader(datasets.Caching(str(tmp_path)), **how))
+    next(iterator)
+    next(iterator)
+    wait_until(lambda: (tmp_path / "begun-2").exists() and (tmp_path / "begun-3").exists())
+    del iterator
+    begun, done = ([path.name for path in tmp_path.glob(f"{what}-[!01]*")] for what in ("begun", "done"))
+    assert len(begun) == len(done) >= 2
+
+
+def test_persistent_workers_finish_at_exit(run_script: Any, tmp_path: Path) -> None:
+    run_script(
+        """
+        import sys, torchwq
+        from tests.loading import datasets
+        loader = torchwq.DataLoader(datasets.Finishing(sys.argv[1]), num_workers=1, persistent_workers=True)
+        for _ in loader:
+            break
+        """,
+        str(tmp_path),
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert len(list(tmp_path.glob("fin*"))) == 2
+
+
+def test_busy_workers_end_soon_after_an_owner_that_died(tmp_path: Path) -> None:
+    source = """
+        import os, sys, time
+        import torchwq
+        from tests.loading import datasets
+        iterators = [
+            iter(torchwq.DataLoader(datasets.Slow(), num_workers=2, multiprocessing_context=method))
+            for method in ("fork", "forkserver")
+        ]
+        print([worker.pid for iterator in iterators for worker in iterator._workers], flush=True)
+        time.sleep(60)
+    """
+    folder = str(Path(__file__).parents[2])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE, text=True, cwd=folder
+    )
+    with owner:
+        assert owner.stdout is not None
+        pids = json.loads(owner.stdout.readline())
+        owner.kill()
+    # 2 s on a quiet machine. The sample that they are at takes 30 s.
+    wait_until(lambda: not any(_runs(pid) for pid in pids), 15)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_death_is_told_although_another_worker_is_busy() -> None:
+    loader = torchwq.DataLoader(datasets.DyingBesideABusyOne(), num_workers=2)
+    iterator = iter(loader)
+    workers = of(iterator)
+    began = time.monotonic()
+    with pytest.raises(torchwq.WorkerDied):
+        next(iterator)
+    assert time.monotonic() - began < 5  # the busy one takes 8
+    wait_until(lambda: not any(worker.is_alive() for worker in workers), 20)
 
 
 def test_workers_are_silent_where_warnings_are_errors(run_script: Any) -> None:

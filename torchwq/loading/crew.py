@@ -9,7 +9,9 @@ is a thread has a connection of the same kind within this process, and the datas
 Invariants:
 
 * The descriptors of a worker's end are closed here as soon as the worker has them, before the next one is started.
-* ``close`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
+* ``end`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
+* A worker that still works when its loader lets go finishes what it is at: only this side ends it. A forked one whose
+  owner has *died* ends by itself, within ``_GRACE`` (``_end_with_owner``); a served one is killed by the fork server.
 * One thread gives a worker its indices. Either that thread receives its answers, or another one, which pins them. The
   one that receives sees to it that the worker knows of what it waits for. So both send indices: what has not been sent
   is taken, counted and sent in one piece, under the hand's lock, or the worker would get indices out of order.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import signal
 import threading
 import time
@@ -32,7 +35,6 @@ import torch.multiprocessing
 from ..errors import WorkerDied
 from ..marshalling import codec, exceptions, functions, reducers
 from ..marshalling.letter import Letter
-from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint, local
@@ -47,8 +49,12 @@ from .job import Job, Part, Plan, describe_index
 from .messages import Failure
 from .processes import Forked, Process, Served
 
-#: Seconds that a worker may take to end by itself, as with torch's DataLoader.
+#: Seconds that a worker may take to end by itself, as with torch's DataLoader (``MP_STATUS_CHECK_INTERVAL``): to
+#: finish the sample that it is at, what its generators do finally, and its exit functions.
 PATIENCE: Final = 5.0
+#: Seconds for which a worker whose owner has died may go on with what it is at; how often it asks who its parent is.
+_GRACE: Final = 1.5
+_LOOK_AT_PARENT: Final = 0.1
 
 
 class _Ticket:
@@ -87,7 +93,7 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
 
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
     ticket = [os.dup(fd) for fd in end.handover()]
-    process = context.Process(target=_forked_main, args=(plan, part, ticket), daemon=True)
+    process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
     try:
         process.start()
     finally:
@@ -96,11 +102,31 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
     return Forked(process)
 
 
-def _forked_main(plan: Plan, part: Part, ticket: Sequence[int]) -> None:
+def _forked_main(plan: Plan, part: Part, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
     functions.main_is_shared = True
     with contextlib.closing(endpoint.adopt(ticket)) as end:
+        _end_with_owner(end, owner)
         Job(plan, part).run(end)
+
+
+def _end_with_owner(end: Endpoint, owner: int) -> None:
+    """End this process soon after its parent ``owner`` has died, even if it is busy then.
+
+    The event is the end of the connection, which comes also if the loader lets go: after that, this looks who is the
+    parent until the process ends, which it does soon.
+    """
+    poll = select.poll()
+    poll.register(end.fileno(), getattr(select, "POLLRDHUP", 0))
+
+    def watch() -> None:
+        poll.poll()
+        while os.getppid() == owner:
+            time.sleep(_LOOK_AT_PARENT)
+        time.sleep(_GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
 
 
 def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
@@ -368,22 +394,46 @@ def _as_torch_says(pid: int | None, exitcode: int | None) -> str:
     return f"DataLoader worker (pid {pid}) exited unexpectedly with exit code {exitcode}. "
 
 
-def end(hands: Sequence[Hand], patience: float = PATIENCE) -> None:
-    """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape."""
+def end(hands: Sequence[Hand], in_all: float | None = None) -> None:
+    """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape.
+
+    Args:
+        in_all: seconds that all of them together may take to end by themselves; None: ``PATIENCE`` for each process,
+            one after the other, as torch's loader waits for them.
+    """
     with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
-        stack.callback(recycling.give_up_orphans)  # their blocks would be kept for a while: no process uses them again
-        stack.callback(_wait_for, hands, patience)
+        stack.callback(_wait_for, hands, in_all)
         for hand in hands:
             stack.callback(hand.close)
 
 
-def _wait_for(hands: Sequence[Hand], patience: float) -> None:
-    until = time.monotonic() + patience
+def let_go(hands: Sequence[Hand], seconds: float) -> None:
+    """The same for somebody who has no time: after ``seconds`` a thread goes on with it."""
+    try:
+        for hand in hands:
+            hand.close()
+        left = _wait(hands, seconds)
+    except BaseException:
+        left = list(hands)
+        raise
+    finally:
+        if left:
+            threading.Thread(target=end, args=(left,), name="torchwq-close", daemon=True).start()
+
+
+def _wait_for(hands: Sequence[Hand], in_all: float | None) -> None:
+    left = [hand for hand in _wait(hands, in_all) if not hand.process.here]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for hand in left:
+            hand.process.kill(number)
+        left = _wait(left, 1.0) if left else left
+
+
+def _wait(hands: Sequence[Hand], in_all: float | None) -> list[Hand]:
+    """Wait for workers to end, and return those that have not."""
+    until = time.monotonic() + (PATIENCE if in_all is None else in_all)
     for hand in hands:
-        if not hand.process.wait(max(0.0, until - time.monotonic())):
-            if hand.process.here:
-                continue
-            hand.process.kill(signal.SIGTERM)
-            if not hand.process.wait(1.0):
-                hand.process.kill(signal.SIGKILL)
-                hand.process.wait(1.0)
+        hand.process.wait(max(0.0, until - time.monotonic()))
+        if in_all is None and not hand.process.here:
+            until = time.monotonic() + PATIENCE
+    return [hand for hand in hands if not hand.process.wait(0.0)]

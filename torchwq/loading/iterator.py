@@ -29,6 +29,7 @@ import time
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,6 +51,8 @@ log = logging.getLogger("torchwq")
 
 #: Seconds that workers may take to end by themselves when the interpreter ends.
 _PATIENCE_AT_EXIT: Final = 0.5
+#: The same when a worker has died or Ctrl-C has come, which is to be told at once; a thread waits for longer.
+_PATIENCE_AT_ERRORS: Final = 0.5
 #: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
 #: anyone: a message then brings several.
 _AHEAD: Final = 8
@@ -352,7 +355,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 f"begin again with iter(loader)"
             )
         recycling.suspect_losses()
-        self.close()
+        self._close(lambda: crew.let_go(self._hands, _PATIENCE_AT_ERRORS))
 
     def _next_batch(self) -> Any:
         while True:
@@ -492,8 +495,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             next_worker=self._turns[0][0].worker_id if self._turns else 0,
         )
 
-    def close(self, patience: float = crew.PATIENCE) -> None:
-        """End the workers. May be called again."""
+    def close(self) -> None:
+        """End the workers, and wait until they have finished what they are at. May be called again."""
+        self._close(lambda: crew.end(self._hands))
+
+    def close_at_exit(self) -> None:
+        """End the workers because the interpreter ends. As with torch's loader, only persistent ones have the time."""
+        if self._persistent_workers and not shutdown.interrupted():
+            self.close()
+        else:
+            self._close(lambda: crew.end(self._hands, _PATIENCE_AT_EXIT), _PATIENCE_AT_EXIT)
+
+    def _close(self, end: Callable[[], None], pinners_patience: float = crew.PATIENCE) -> None:
         if self._closed:
             return
         if self._begun:
@@ -503,9 +516,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._turns = deque()
         try:
             if self._pinner is not None:
-                self._pinner.stop(patience)
+                self._pinner.stop(pinners_patience)
         finally:
-            crew.end(self._hands, patience)
+            end()
 
     def abandon(self) -> None:
         """In a fork: the workers are the parent's."""
@@ -545,7 +558,7 @@ _open: weakref.WeakSet[Iterator] = weakref.WeakSet()
 def _close_all() -> None:
     """At exit, before multiprocessing waits for its children."""
     for iterator in list(_open):
-        iterator.close(_PATIENCE_AT_EXIT)
+        iterator.close_at_exit()
 
 
 shutdown.at_close(_close_all)

@@ -9,8 +9,7 @@ Invariants:
 * A batch travels by value, in shared memory: a tensor goes by reference only if this worker has just collated it, and
   nobody else has it. So whatever the consumer does with a batch, the dataset does not see it. From a thread it goes as
   it is, as it does without workers.
-* The worker ends when its connection does, whoever has closed it and however: within ``_GRACE`` also in the middle of a
-  batch.
+* The worker ends when its connection does, whoever has closed it and however, after the batch that it is at.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import dis
 import itertools
 import os
 import random
-import select
 import threading
 import time
 import types
@@ -47,8 +45,6 @@ from .messages import Batch, End, Failure, NewEpoch, Snapshot
 
 #: How often a worker that is far enough ahead looks whether it still is before it sleeps.
 _LOOKS: Final = 10
-#: Seconds for which a worker whose loader is gone may go on with what it is at.
-_GRACE: Final = 1.5
 
 
 @dataclass
@@ -106,7 +102,6 @@ class Job:
 
     def run(self, end: Endpoint) -> None:
         """Answer until the loader closes the connection. In a process of its own."""
-        _end_with(end)
         self._limit = end.max_message - TRAILER
         outbox = Outbox(end)
         outbox.reader = self._plan.reader
@@ -377,18 +372,3 @@ def describe_index(index: Any) -> str:
     if len(text) > 200:
         text = f"{text[:150]} ... {text[-40:]}"
     return f"the batch of indices {text}" if isinstance(index, (list, tuple)) else f"index {text}"
-
-
-def _end_with(end: Endpoint) -> None:
-    """End this process soon after its loader has closed the connection, or died, even if it is busy then."""
-    if not hasattr(select, "POLLRDHUP"):
-        return
-    poll = select.poll()
-    poll.register(end.fileno(), select.POLLRDHUP)
-
-    def watch() -> None:
-        poll.poll()
-        time.sleep(_GRACE)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
