@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ def produce_large(channel: Channel, count: int, mapid: int) -> None:
     """Tensors and bytes, some of them too large for a message."""
     for number in range(count):
         channel.write((mapid, number, torch.full((50,), float(number)), bytes(20_000)))
+
+
+def write_from_threads(channel: Channel, threads: int, count: int, mapid: int) -> None:
+    """Large enough that the socket does not take all of it, so that the process leaves with a backlog."""
+
+    def write(thread: int) -> None:
+        for number in range(count):
+            channel.write((os.getpid(), mapid, thread, number, "x" * 2000))
+
+    started = [threading.Thread(target=write, args=(each,)) for each in range(threads)]
+    for each in started:
+        each.start()
+    for each in started:
+        each.join()
 
 
 def consume(channel: Channel) -> list[Any]:

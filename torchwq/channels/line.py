@@ -380,10 +380,14 @@ class Line:
             return None
         if received is None:
             return None
-        self._count_tried()
-        self._count_taken()
         if received[1] and bundle.is_bundle(received):
-            received = self._unpack(received)
+            item = self._unpack(received)
+            if item is None:
+                return self.take()
+            received = item
+        else:
+            self._count_tried()
+            self._count_taken()
         if self._words[ASKED]:
             self._give_room()
         return received
@@ -570,8 +574,11 @@ class Line:
     def _send_bundle(self) -> None:
         """Send the backlog as one item; give it up if nobody is there who could read it."""
         sent = False
-        self._announce_descriptors()
+        self._announce_descriptors()  # takes its time, in which the reactor may send the backlog
         backlog = self._outbox.withdraw()
+        if not backlog:
+            self._words[self._first + BACKLOG] = 0
+            return
         self._words[BUNDLES] += 1
         try:
             with bundle.pack(backlog) as (message, fd):
@@ -606,13 +613,16 @@ class Line:
             self._in.set_room(_ROOM)
         return False
 
-    def _unpack(self, received: Received) -> Received:
-        """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here."""
+    def _unpack(self, received: Received) -> Received | None:
+        """The first item of a bundle; the others become a backlog of this process, or, where they cannot, stay here.
+
+        None if there is none in it.
+        """
         items = bundle.unpack(received)
-        first = items.popleft()
         for _ in items:
             self._count_tried()
             self._count_taken()
+        first = items.popleft() if items else None
         with self._unpacking:
             self._forward(items)
         with self.roster.locked():
