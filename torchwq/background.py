@@ -101,8 +101,15 @@ class BackgroundTask(Future[T]):
         self._queue = workqueue()
         try:
             self._queue.write(*range(prefetch))
+            held: list[Any] = []
             payload = codec.encode_call(
-                f, args, (self._queue, iterable), codec.CALL_LIMIT, upvalues=upvalues, here=backend == "thread"
+                f,
+                args,
+                (self._queue, iterable),
+                codec.CALL_LIMIT,
+                upvalues=upvalues,
+                here=backend == "thread",
+                starting=held,
             )
             self.set_running_or_notify_cancel()
             events: queue.SimpleQueue[tuple[Any, list[int]] | None] = queue.SimpleQueue()
@@ -116,6 +123,7 @@ class BackgroundTask(Future[T]):
         except BaseException:
             self._queue.close()
             raise
+        self._worker.holds = held
         self._worker.send(payload)
         self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
         _unfinished.add(completion)

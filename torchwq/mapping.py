@@ -37,9 +37,10 @@ class Map:
         self._n = n
         self._workers: list[worker.Worker] = []
 
-    def _start(self, payloads: list[Any], backend: str) -> None:
+    def _start(self, payloads: list[Any], backend: str, held: list[Any]) -> None:
         self._workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
         for process, payload in zip(self._workers, payloads, strict=True):
+            process.holds = held
             process.send(payload)
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
@@ -181,12 +182,17 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     by_position, by_keyword = _wants_mapid(f, args)
     limit = codec.CALL_LIMIT
     payloads = []
+    held: list[Any] = []
     for mapid in range(n):
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
-        payloads.append(codec.encode_call(f, positional, keywords, limit, upvalues=upvalues, here=backend == "thread"))
+        payloads.append(
+            codec.encode_call(
+                f, positional, keywords, limit, upvalues=upvalues, here=backend == "thread", starting=held
+            )
+        )
     started = Map(n)
-    started._start(payloads, backend)
+    started._start(payloads, backend, held)
     return started
 
 

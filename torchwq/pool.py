@@ -65,7 +65,7 @@ class _Pool(threading.Thread):
     this thread's.
     """
 
-    def __init__(self, n: int, setup: codec.Encoded, backend: str) -> None:
+    def __init__(self, n: int, setup: codec.Encoded, backend: str, held: list[Any]) -> None:
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
@@ -77,6 +77,7 @@ class _Pool(threading.Thread):
         #: Whether this thread is to be told of a new task.
         self.asks = True
         self._setup = setup
+        self._held = held  # what the setup needs as long as there are workers
         self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
@@ -303,8 +304,11 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues
         self._here = backend == "thread"
-        setup = codec.encode_call(initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, here=self._here)
-        self._pool = _Pool(n, setup, backend)
+        held: list[Any] = []
+        setup = codec.encode_call(
+            initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, here=self._here, starting=held
+        )
+        self._pool = _Pool(n, setup, backend, held)
         _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)

@@ -87,8 +87,9 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
     context = context or torch.multiprocessing
     if context.get_start_method() == "fork":
         return functools.partial(_fork, context, plan)
-    (payload,) = codec.encode_all([plan], codec.CALL_LIMIT, upvalues=True, root="the loader's")
-    return functools.partial(_serve, payload)
+    held: list[Any] = []
+    (payload,) = codec.encode_all([plan], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
+    return functools.partial(_serve, payload, held)
 
 
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
@@ -129,13 +130,18 @@ def _end_with_owner(end: Endpoint, owner: int) -> None:
     threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
 
 
-def _serve(plan: bytes | Parcel, part: Part, end: Endpoint) -> Process:
+def _serve(plan: bytes | Parcel, held: list[Any], part: Part, end: Endpoint) -> Process:
     own = codec.encode((part, _Ticket(end)), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
         1, f"{__name__}:served_main", _close_message, _nothing, first_mapid=part.worker_id, of=part.num_workers
     )
-    process.send(own)
-    process.send(plan)
+    process.holds = held
+    try:
+        process.send(own)
+        process.send(plan)
+    except BaseException:  # it would wait for what it does not get
+        process.kill(signal.SIGKILL)
+        raise
     return Served(process)
 
 

@@ -13,6 +13,7 @@ What a message has beside the pickle is put together in ``payload``.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import types
 from collections.abc import Callable, Container, Sequence
@@ -29,7 +30,7 @@ from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import NO_FDS
 from ..transport.sockets import close_fds
-from . import functions, locate, plain, reducers
+from . import functions, inheritance, locate, plain, reducers
 from .letter import ENCLOSED, Letter
 from .payload import HEAD, Attachments, arrivals_of, listed
 
@@ -173,20 +174,35 @@ def encode(
     upvalues: bool = False,
     fresh: Container[Block] | None = None,
     here: Literal[False] = False,
+    starting: list[Any] | None = None,
 ) -> bytes | Parcel: ...
 @overload
 def encode(
-    obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None, here: bool
+    obj: Any,
+    limit: int,
+    *,
+    upvalues: bool = False,
+    fresh: Container[Block] | None = None,
+    here: bool,
+    starting: list[Any] | None = None,
 ) -> Payload: ...
 def encode(
-    obj: Any, limit: int, *, upvalues: bool = False, fresh: Container[Block] | None = None, here: bool = False
+    obj: Any,
+    limit: int,
+    *,
+    upvalues: bool = False,
+    fresh: Container[Block] | None = None,
+    here: bool = False,
+    starting: list[Any] | None = None,
 ) -> Payload:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
     If the message stays ``here``, in this process, it may be of any size, and its tensors stay where they are.
 
     A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
-    reference, and copies of all others, which stay as they are. Raises whatever pickling it raises; :func:`encode_all`
+    reference, and copies of all others, which stay as they are. If a worker is to begin with the message, ``starting``
+    is a list to which is added what must live as long as that worker; then what processes inherit from each other with
+    multiprocessing may be in it (see ``inheritance``). Raises whatever pickling it raises; :func:`encode_all`
     turns that into a MarshalError that names the place.
     """
     cls = type(obj)
@@ -208,7 +224,12 @@ def encode(
     try:
         if here or fresh is not None:
             out.here, out.fresh = here, fresh
-        dump(obj)
+        if starting is None:
+            dump(obj)
+        else:
+            out.starting = starting
+            with inheritance.playing_popen():
+                dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
     except Exception:  # cloudpickle may know how, and raises the same again if not
@@ -217,7 +238,9 @@ def encode(
         cloud = _CloudEncoder(upvalues)
         cloud.out.fresh = fresh
         cloud.out.here = here
-        cloud.dump(obj)
+        cloud.out.starting = starting
+        with contextlib.nullcontext() if starting is None else inheritance.playing_popen():
+            cloud.dump(obj)
         return cloud.out.letter() if here else cloud.out.payload(limit)
     if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
         payload: Payload = out.letter() if here else out.payload(limit)
@@ -226,6 +249,7 @@ def encode(
         payload = chunks.pop()
         if here or fresh is not None:
             out.here, out.fresh = False, None
+        out.starting = None
     clear_memo()
     _idle.append(tools)
     return payload
@@ -239,7 +263,13 @@ def large(pickled: bytes, limit: int) -> bytes | Parcel:
 
 
 def encode_all(
-    objs: Sequence[Any], limit: int, *, upvalues: bool = False, root: str = "args", here: bool = False
+    objs: Sequence[Any],
+    limit: int,
+    *,
+    upvalues: bool = False,
+    root: str = "args",
+    here: bool = False,
+    starting: list[Any] | None = None,
 ) -> list[Encoded]:
     """Encode each of ``objs``, all before the first is used.
 
@@ -248,11 +278,11 @@ def encode_all(
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(encode(obj, limit, upvalues=upvalues, here=here))
+            payloads.append(encode(obj, limit, upvalues=upvalues, here=here, starting=starting))
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, here)  # noqa: B904 - it has its cause already
+            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
     return payloads
 
 
@@ -291,14 +321,21 @@ def encode_result(value: Any, limit: int, root: str, *, here: bool = False) -> E
 
 
 def encode_call(
-    function: Any, args: Sequence[Any], extra: Any, limit: int, *, upvalues: bool = False, here: bool = False
+    function: Any,
+    args: Sequence[Any],
+    extra: Any,
+    limit: int,
+    *,
+    upvalues: bool = False,
+    here: bool = False,
+    starting: list[Any] | None = None,
 ) -> Encoded:
     """Encode ``(function, args, extra)`` as one payload, so that what they share stays shared.
 
     Raises MarshalError, which names the place (``args[0]['model'].hook``), or ResourceError.
     """
     try:
-        return encode((function, tuple(args), extra), limit, upvalues=upvalues, here=here)
+        return encode((function, tuple(args), extra), limit, upvalues=upvalues, here=here, starting=starting)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
@@ -306,16 +343,18 @@ def encode_call(
         what = f"function {name}" if callable(function) else f"the {name}"
         for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(part, limit, upvalues=upvalues, here=here)
+                encode(part, limit, upvalues=upvalues, here=here, starting=starting)
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues, here)  # noqa: B904 - it has its cause already
-        raise _located(error, extra, "the call", limit, upvalues, here)  # noqa: B904 - it has its cause already
+                raise _located(found, part, place, limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
+        raise _located(error, extra, "the call", limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
 
 
-def _located(error: Exception, obj: Any, name: str, limit: int, upvalues: bool, here: bool) -> MarshalError:
+def _located(
+    error: Exception, obj: Any, name: str, limit: int, upvalues: bool, here: bool, starting: list[Any] | None = None
+) -> MarshalError:
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(candidate, limit, upvalues=upvalues, here=here)
+            encode(candidate, limit, upvalues=upvalues, here=here, starting=starting)
         except Exception as raised:
             return raised
         return None

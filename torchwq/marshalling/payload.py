@@ -46,6 +46,7 @@ class Attachments:
         self.more = False
         self.fresh: Container[Block] | None = None
         self.here = False
+        self.starting: list[Any] | None = None
         self.enclosed: list[Any] = []
         self._copies: list[bytearray] = []
 
@@ -56,6 +57,7 @@ class Attachments:
         self.more = False
         self.fresh = None
         self.here = False
+        self.starting = None
         self.enclosed, self._copies = [], []
 
     def enclose(self, obj: Any) -> int:

@@ -25,6 +25,8 @@ class Encoder(Protocol):
     fresh: Container[Block] | None
     #: Whether the message stays in this process: then it may enclose what others have to rebuild.
     here: bool
+    #: If not None, the message is what a worker begins with, and this holds what must live as long as the worker.
+    starting: list[Any] | None
 
     def attach(self, fd: int, owner: Any) -> int:
         """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
@@ -43,6 +45,9 @@ Reducer = Callable[[Encoder, Any], Any]
 
 _exact: dict[type, Reducer] = {}
 _families: dict[type, Reducer] = {}
+_others: Container[type] = ()
+_not_others: Container[type] = ()
+_reduce_other: Reducer | None = None
 #: Functions that reducers name and that are known to be found by their names.
 rebuilders: set[Any] = set()
 
@@ -57,9 +62,18 @@ def register_family(base: type, reducer: Reducer) -> None:
     _families[base] = reducer
 
 
+def register_others(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
+    """Let instances of the classes that are in another ``registry`` at that time, ``but`` for some, and that have no
+    reducer of their own here, be reduced by ``reducer``."""
+    global _others, _not_others, _reduce_other
+    _others, _not_others, _reduce_other = registry, but, reducer
+
+
 def lookup(cls: type) -> Reducer | None:
     reducer = _exact.get(cls)
     if reducer is None:
+        if cls in _others and cls not in _not_others:
+            return _reduce_other
         for base in cls.__mro__:
             if base in _families:
                 return _families[base]
@@ -100,6 +114,11 @@ def inbound() -> Arrivals:
 def enclosed(index: int) -> Any:
     """What the letter being unpickled encloses under this index."""
     return _inbound.message.enclosed[index]
+
+
+def is_letter() -> bool:
+    """Whether what is being unpickled is a letter, and not a message."""
+    return bool(_inbound.message.enclosed)
 
 
 def opened_as_it_is() -> bool:

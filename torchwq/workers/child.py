@@ -31,7 +31,7 @@ from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
-from . import client, info, shutdown
+from . import client, descent, info, shutdown
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -126,10 +126,11 @@ def _standard_streams(stdout: int, stderr: int) -> None:
 def _set_up(context: Context) -> Callable[[Context], int]:
     """Take over what the owner sends, and return the entry function."""
     data, fds = context.receive()
-    if fds:
-        with contextlib.closing(anonymous.Descriptor(fds[0])) as block:
+    if len(data) == TRAILER:  # it was too large for a message
+        with contextlib.closing(anonymous.Descriptor(fds.pop())) as block:
             data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)
+    descent.take_over(setup["key"], fds[0] if fds else None)
     os.environ.clear()
     os.environ.update(setup["environment"])
     os.environ[namespace.VARIABLE] = setup["namespace"]

@@ -23,7 +23,7 @@ from typing import Protocol
 from ..transport import namespace, reactor
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import rights
-from . import server
+from . import descent, server
 
 
 class Ordered(Protocol):
@@ -171,6 +171,7 @@ def warm_up(wait: bool = True) -> None:
 
     Source: what ``multiprocessing.set_forkserver_preload`` is for.
     """
+    descent.warm_up()
     connection = connect()
     connection.order_preload()
     if wait:

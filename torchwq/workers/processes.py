@@ -14,10 +14,10 @@ import warnings
 from typing import Any
 
 from ..memory import anonymous
-from ..memory.parcel import Parcel
+from ..memory.parcel import TRAILER, Parcel
 from ..transport import endpoint, namespace, reactor
 from ..transport.outbox import Outbox
-from . import client
+from . import client, descent
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_started
 
@@ -29,10 +29,16 @@ class ProcessWorker(Worker):
         super().__init__(info, on_message, on_end, group)
         self._kill_at_start: signal.Signals | None = None
         self._endpoint, theirs = endpoint.pair()
+        try:
+            setup = _setup(info, entry, self._endpoint.max_message - TRAILER)
+        except BaseException:
+            theirs.close()
+            self._endpoint.close()
+            raise
         self._outbox = Outbox(self._endpoint)
         reactor.get().set_reader(self._endpoint.fileno(), self._ready)
         self._order(theirs)
-        self._send_setup(entry)
+        self.send(setup)
 
     def _order(self, theirs: endpoint.Endpoint) -> None:
         note_ordered(self)
@@ -49,14 +55,6 @@ class ProcessWorker(Worker):
         finally:
             os.close(null)
             theirs.close()
-
-    def _send_setup(self, entry: str) -> None:
-        setup = pickle.dumps(_environment(self.info, entry))
-        if len(setup) <= self._endpoint.max_message:
-            self._outbox.send(setup)
-        else:
-            fd = anonymous.fill([setup])
-            self._outbox.send(Parcel(b"", [fd], [anonymous.Descriptor(fd)]))
 
     def send(self, payload: bytes | Parcel) -> bool:
         try:
@@ -104,6 +102,20 @@ class ProcessWorker(Worker):
             self._on_message(self, *received)
 
 
+def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:
+    """The message that a worker begins with, of at most ``limit`` bytes; ``child`` takes it apart.
+
+    Raises ResourceError.
+    """
+    environment = pickle.dumps(_environment(info, entry))
+    tracker = descent.tracker()
+    keep = [] if tracker is None else [tracker]
+    if len(environment) > limit:
+        keep.append(anonymous.Descriptor(anonymous.fill([environment])))
+        environment = b""
+    return Parcel(environment, [each.fd for each in keep], keep)
+
+
 def _is_open(fd: int) -> bool:
     try:
         os.fstat(fd)
@@ -127,6 +139,7 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
         "path": list(sys.path),
         "argv": list(getattr(sys, "argv", [])),
         "started_ns": time.monotonic_ns(),
+        "key": descent.key(),
         "filters": _warning_filters(),
     }
 

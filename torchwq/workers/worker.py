@@ -45,6 +45,8 @@ class Worker(abc.ABC):
         #: Set when ``pid`` is known, or never will be.
         self.started_event = threading.Event()
         self.ended_event = threading.Event()
+        #: What must live as long as the worker does.
+        self.holds: object = None
         self._on_message = on_message
         self._on_end = on_end
         self._after: list[Callable[[Worker], None]] = []
@@ -92,6 +94,7 @@ class Worker(abc.ABC):
         with self._lock:
             self.started_event.set()
             self.ended_event.set()
+            self.holds = None
             after, self._after = self._after, []
         self._on_end(self)
         # This object may be kept for a while; what it reported to must not be.
