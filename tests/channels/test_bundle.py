@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,14 +9,9 @@ import pytest
 
 import torchwq
 from tests.channels import jobs
+from tests.channels.parts import another
 from torchwq.channels import bundle
 from torchwq.channels.line import BACKLOG, BUNDLES, SENT, TAKEN, Line
-
-
-def another(line: Line) -> Line:
-    """The part of another process, as it were."""
-    fds = [*line._in.handover(), *line._out.handover(), line.roster.fd]
-    return Line(line.name, [os.dup(fd) for fd in fds])
 
 
 @contextmanager

@@ -16,8 +16,10 @@ import torch
 
 import torchwq
 from tests.channels import jobs
+from tests.channels.parts import write_and_die
 from tests.conftest import wait_until
 from torchwq import ChannelState
+from torchwq.memory import roster
 from torchwq.transport import reactor
 
 OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
@@ -50,6 +52,21 @@ def test_a_death_is_told_once_while_others_can_still_write() -> None:
         channel.read(timeout=0.8)
     gate.write("go")
     holder.join(20)
+
+
+def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "KEPT", 2)
+    monkeypatch.setattr(roster, "SEATS", 4)
+    channel = torchwq.channel()
+    channel._core.open_to_processes()
+    line = channel._core.line
+    assert line is not None
+    for _ in range(6):
+        write_and_die(line)
+        with pytest.raises(torchwq.WorkerDied, match="ended without having closed"):
+            channel.read(timeout=5)
+    with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
+        channel.read(timeout=5)
 
 
 def test_other_readers_go_on_when_a_reader_is_killed() -> None:

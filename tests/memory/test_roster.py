@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import wait_until
+from torchwq.errors import ResourceError
 from torchwq.memory import roster as rosters
 from torchwq.memory.roster import FIRST_OF_SEAT, Roster
 
@@ -149,6 +150,65 @@ def test_the_head_is_locked_against_processes_and_threads() -> None:
 def enter(part: Roster) -> bool:
     with part.locked():
         return True
+
+
+def die(part: Roster) -> None:
+    """Leave the seat as a process does that is killed."""
+    part._close()
+
+
+def test_seats_of_the_dead_are_taken_again_and_deaths_do_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rosters, "KEPT", 64)
+    monkeypatch.setattr(rosters, "SEATS", 256)
+    with new_roster() as roster:
+        told: set[int] = set()
+        for number in range(rosters.SEATS + 200):
+            part = another(roster)
+            part.words[part.index(part.seat) + WORD] += 1
+            die(part)
+            if not number % 50:
+                told |= {tenancy for _, tenancy, lives in roster.tenancies() if not lives}
+        told |= {tenancy for _, tenancy, lives in roster.tenancies() if not lives}
+        assert len(told) == roster.losses == roster.sum(WORD) == rosters.SEATS + 200
+        assert len(roster.taken()) < rosters.SEATS
+
+
+def test_a_seat_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = WORD + 1
+    monkeypatch.setattr(rosters, "KEPT", 3)
+    with new_roster() as roster:
+        lasting = another(roster)
+        dead = [another(roster) for _ in range(4)]
+        for part in dead:
+            part.words[part.index(part.seat) + state] = 1
+            die(part)
+        before = {tenancy for _, tenancy, lives in roster.tenancies() if not lives}
+        assert len(before) == 4
+        heir = Roster(os.dup(roster.fd), states=[state])
+        assert heir.seat == dead[0].seat  # not that of the one who lasts
+        assert heir.words[heir.index(heir.seat) + state] == 0
+        assert [seat for seat, lives in roster.others() if lives] == [lasting.seat, heir.seat]
+        assert roster.losses == 4
+        die(heir)
+        new = {tenancy for _, tenancy, lives in roster.tenancies() if not lives} - before
+        assert len(new) == 1
+        assert roster.losses == 5
+        lasting.leave()
+
+
+def test_no_seat_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rosters, "KEPT", 2)
+    monkeypatch.setattr(rosters, "SEATS", 4)
+    with new_roster() as roster:
+        parts = [another(roster) for _ in range(3)]
+        with pytest.raises(ResourceError, match="more than 4 processes"):
+            another(roster)
+        die(parts.pop())
+        parts.append(another(roster))
+        with pytest.raises(ResourceError, match="more than 4 processes"):
+            another(roster)
+        for part in parts:
+            part.leave()
 
 
 def test_one_who_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:

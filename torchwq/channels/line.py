@@ -119,7 +119,7 @@ class Line:
             else:
                 self._in, self._out = endpoint.pair()
                 self._in.set_room(_ROOM)
-            self.roster = Roster(fds[2 * size] if fds else None)
+            self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
             #: Readable when there may be room again.
             self._room = -1
             if capacity is not None and hasattr(os, "eventfd"):

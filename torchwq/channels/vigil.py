@@ -45,16 +45,17 @@ _ALONE: Final = {
 
 @dataclass
 class Told:
-    """What a thread with a handle has been told of: dead seats, and how many workers that are threads had failed."""
+    """What a thread with a handle has been told of: deaths, and how many workers that are threads had failed."""
 
-    seats: set[int] = field(default_factory=set)
+    #: Tenancies, as a roster numbers them.
+    dead: set[int] = field(default_factory=set)
     failures: int = 0
     failed_closing: bool = False
     #: Whether ``select`` has just found that nobody is left: the next read says so, even one that does not wait.
     nobody_left: bool = False
 
     def copy(self) -> Told:
-        return Told(set(self.seats), self.failures, self.failed_closing)
+        return Told(set(self.dead), self.failures, self.failed_closing)
 
 
 class Vigil:
@@ -112,7 +113,7 @@ class Vigil:
         core = self._core()
         if core is None or core.line is None or core.line.left:
             return []
-        return [seat for seat, lives in core.line.roster.others() if not lives]
+        return [tenancy for _, tenancy, lives in core.line.roster.tenancies() if not lives]
 
     def writer(self) -> Any:
         """The handle with which this thread waits for room."""
@@ -154,7 +155,7 @@ class Vigil:
         if death is None:
             return
         if kind == READS and core.way.can_take():
-            told.seats, told.failures = before.seats, before.failures
+            told.dead, told.failures = before.dead, before.failures
             return
         raise death
 
@@ -184,19 +185,23 @@ class Vigil:
         )
         words, roster = line.roster.words, line.roster
         gone, unknown, someone_does = [], [], False
-        for seat, lives in roster.others():
+        dead = set()
+        for seat, tenancy, lives in roster.tenancies():
             first = roster.index(seat)
             did = words[first + does] > words[first + does_before]
             did = did or (kind == READS and bool(words[first + BACKLOG]))
             if lives:
                 someone_does = someone_does or did
-            elif seat not in told.seats:
+                continue
+            dead.add(tenancy)
+            if tenancy not in told.dead:
                 if did:
-                    gone.append(seat)
+                    gone.append((seat, tenancy))
                 elif words[first + other] == words[first + other_before]:
-                    unknown.append(seat)
-        for seat in gone or (() if someone_does else unknown):
-            told.seats.add(seat)
+                    unknown.append((seat, tenancy))
+        for seat, tenancy in gone or (() if someone_does else unknown):
+            told.dead &= dead  # those that nobody sees any more need not be remembered
+            told.dead.add(tenancy)
             return lost(roster, seat, "this channel")
         return None
 

@@ -36,9 +36,10 @@ _SLICE_WITHOUT_EVENTS: Final = 0.001
 
 @dataclass(slots=True)
 class News:
-    """The deaths that a handle has been told of: dead seats, and how many workers that are threads had failed."""
+    """The deaths that a handle has been told of, and how many workers that are threads had failed."""
 
-    seats: set[int] = field(default_factory=set)
+    #: Tenancies, as a roster numbers them.
+    dead: set[int] = field(default_factory=set)
     failures: int = 0
 
 
@@ -66,8 +67,8 @@ class Barrier:
 
     def news(self) -> News:
         """All that there is to tell now."""
-        seats = {seat for seat, lives in self._roster.others() if not lives}
-        return News(seats, int(self._words[FAILURES]))
+        dead = {tenancy for _, tenancy, lives in self._roster.tenancies() if not lives}
+        return News(dead, int(self._words[FAILURES]))
 
     def wait(self, n: int, timeout: float | None, told: News) -> int:
         self._users.add(threading.current_thread())
@@ -148,17 +149,17 @@ class Barrier:
                         self._break_round()
 
     def _losses(self) -> int:
-        return sum(not lives for _, lives in self._roster.others()) + int(self._words[FAILURES])
+        return self._roster.losses + int(self._words[FAILURES])
 
     def _has_news(self, told: News) -> bool:
         if self._words[FAILURES] > told.failures:
             return True
-        return any(not lives and seat not in told.seats for seat, lives in self._roster.others())
+        return any(not lives and tenancy not in told.dead for _, tenancy, lives in self._roster.tenancies())
 
     def _raise_news(self, told: News) -> None:
-        for seat, lives in self._roster.others():
-            if not lives and seat not in told.seats:
-                told.seats.add(seat)
+        for seat, tenancy, lives in self._roster.tenancies():
+            if not lives and tenancy not in told.dead:
+                told.dead.add(tenancy)
                 death = lost(self._roster, seat, "this mutex")
                 death.args = (f"the barrier cannot be completed: {death}",)
                 raise death

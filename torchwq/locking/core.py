@@ -21,7 +21,7 @@ from ..workers import shutdown
 from ..workers.presence import Presence
 from .barrier import Barrier, News, new_events
 from .lock import Lock
-from .words import FAILURES, ISSUED, LEFT, REDEEMED
+from .words import FAILURES, ISSUED, LEFT, REDEEMED, WAITING
 
 if TYPE_CHECKING:
     from .handle import Mutex
@@ -46,7 +46,7 @@ class Core:
 
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
-        self.roster = Roster(fds[0] if fds else None)
+        self.roster = Roster(fds[0] if fds else None, states=(WAITING,))
         self._events = list(fds[1:]) if fds else new_events()
         self._words = self.roster.words
         self.seat = self.roster.index(self.roster.seat)

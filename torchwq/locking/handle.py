@@ -157,7 +157,7 @@ class _Invitation(invitation.Invitation):
         super().__init__(core.invite)
 
     def accept(self) -> Mutex:
-        handle = Mutex(self.core, News(set(self.told.seats), self.told.failures))
+        handle = Mutex(self.core, News(set(self.told.dead), self.told.failures))
         self.settle()
         return handle
 
@@ -175,7 +175,7 @@ def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> An
     core.check()
     if encoder.here:
         return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.told)),)
-    told = list(invitation.told.seats), invitation.told.failures
+    told = list(invitation.told.dead), invitation.told.failures
     return _rebuild, (core.name, told, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])
 
 

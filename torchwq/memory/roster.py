@@ -10,7 +10,9 @@ Invariants:
 * A seat is taken, and words of the head are changed, under the lock of the head. That lock, too, ends with its holder:
   what is changed under it is changed word by word, such that it may end after any of them.
 * A seat that is left is FREE, and keeps its counts: they go on counting under the next holder, so that sums over all
-  seats stay true. A seat that is not FREE and not held is a dead process's. It stays so, for all to see.
+  seats stay true. A seat that is not FREE and not held is a dead process's. It stays so, for all to see, until
+  ``KEPT`` others have come after it: then it is taken again, and its counts, too, go on.
+* Each *tenancy* of a seat has a number of its own. Who remembers deaths remembers tenancies, not seats.
 * Locks belong to an *open file description* of their own, in which no other process has a part: not one that was sent a
   descriptor, nor, but for a moment, one that was forked. Where the system has no such locks they belong to the
   process, and closing any descriptor of the memory gives them up; there they are taken again.
@@ -26,7 +28,7 @@ import os
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -38,14 +40,18 @@ SEATS: Final = 4096
 _WORDS: Final = 16  # per seat: two cache lines
 _NBYTES: Final = (SEATS + 1) * _WORDS * 8
 
-#: Words of the head: how many seats were ever taken, and how often one was. The others are the user's.
-_TAKEN, _CAME = range(2)
-#: Words of a seat: its holder's process id, 0 if it is FREE, with FAILED set if it has failed. The others are the
-#: user's.
-_HOLDER: Final = 0
+#: How many come before a dead process's seat is taken again: until then everybody can be told of the death.
+KEPT: Final = 1024
+
+#: Words of the head: how many seats were ever taken, and how often one was; how often it was a dead process's. The
+#: others are the user's.
+_TAKEN, _CAME, _SUCCEEDED = range(3)
+#: Words of a seat: its holder's process id, 0 if it is FREE, with FAILED set if it has failed; the tenancy's number.
+#: The others are the user's.
+_HOLDER, _TENANCY = range(2)
 _FAILED: Final = 1 << 62
 #: The first words that the user may use, of the head and of a seat.
-FIRST_OF_HEAD, FIRST_OF_SEAT = 2, 1
+FIRST_OF_HEAD, FIRST_OF_SEAT = 3, 2
 
 _OWN_FILE: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
 _FLOCK: Final = struct.Struct("@hhqqi0q")
@@ -55,10 +61,13 @@ _HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
 class Roster:
     """One process's mapping of a roster, with its seat. Takes over ``fd``. Safe to use from several threads.
 
+    Args:
+        states: words of a seat that say how its holder is now, and do not count: 0 for each new one.
+
     Raises ResourceError if descriptors or memory have run out, or seats.
     """
 
-    def __init__(self, fd: int | None = None) -> None:
+    def __init__(self, fd: int | None = None, states: Sequence[int] = ()) -> None:
         self.fd = anonymous.create(_NBYTES) if fd is None else fd
         self._lock_fd = -1
         try:
@@ -73,7 +82,7 @@ class Roster:
         self.seat = -1
         closed_in_child(self)
         try:
-            self.seat = self._sit_down()
+            self.seat = self._sit_down(states)
         except BaseException:
             self.leave()
             raise
@@ -86,16 +95,38 @@ class Roster:
                 pass
         return os.dup(self.fd)
 
-    def _sit_down(self) -> int:
+    def _sit_down(self, states: Sequence[int]) -> int:
+        words = self.words
         with self.locked():
-            for seat in range(SEATS):
-                holder = self.index(seat) + _HOLDER
-                if not self.words[holder] and self._lock(seat, wait=False):
-                    self.words[_TAKEN] = max(int(self.words[_TAKEN]), seat + 1)
-                    self.words[_CAME] += 1
-                    self.words[holder] = os.getpid()
+            seat = self._lock_one()
+            if seat is None:
+                raise ResourceError(0, f"a channel or mutex cannot be open in more than {SEATS} processes at a time")
+            first = self.index(seat)
+            for word in states:
+                words[first + word] = 0
+            words[_SUCCEEDED] += bool(words[first + _HOLDER])
+            words[_TAKEN] = max(int(words[_TAKEN]), seat + 1)
+            words[_CAME] += 1
+            words[first + _TENANCY] = words[_CAME]
+            words[first + _HOLDER] = os.getpid()
+        return seat
+
+    def _lock_one(self) -> int | None:
+        """Take the lock of a seat that is FREE; or that of the first who has died, if enough have come since."""
+        taken, came = int(self.words[_TAKEN]), int(self.words[_CAME])
+        first, end = self.index(0), self.index(taken)
+        holders = self.words[first + _HOLDER : end : _WORDS].tolist()
+        for seat, holder in enumerate(holders):
+            if not holder and self._lock(seat, wait=False):
+                return seat
+        if taken >= KEPT:
+            tenancies = self.words[first + _TENANCY : end : _WORDS].tolist()
+            for tenancy, seat in sorted(zip(tenancies, range(taken), strict=True)):
+                if came - tenancy < KEPT and taken < SEATS:
+                    break
+                if holders[seat] and not self.lives(seat) and self._lock(seat, wait=False):
                     return seat
-        raise ResourceError(0, f"a channel or mutex cannot be open in more than {SEATS} processes at a time")
+        return taken if taken < SEATS and self._lock(taken, wait=False) else None
 
     # Locks. Byte 0 is the head's, byte 1 + n seat n's, and the one after the last seat's is the user's.
 
@@ -161,13 +192,31 @@ class Roster:
         """Whether it was ever open in another process."""
         return int(self.words[_CAME]) > 1
 
+    def tenancy(self, seat: int) -> int:
+        """The number of the present tenancy of a seat, or of the last one: no other of any seat has it."""
+        return int(self.words[self.index(seat) + _TENANCY])
+
+    @property
+    def losses(self) -> int:
+        """How many have died or failed. Only grows."""
+        return int(self.words[_SUCCEEDED]) + sum(not lives for _, lives in self.others())
+
     def others(self) -> Iterator[tuple[int, bool]]:
         """The seats of other processes that have it open, and those that died or failed: seat, and whether it lives."""
+        return ((seat, lives) for seat, _, lives in self.tenancies())
+
+    def tenancies(self) -> Iterator[tuple[int, int, bool]]:
+        """The same, with the number of the tenancy in between."""
         for seat in self.taken():
-            if seat != self.seat:
+            if seat == self.seat:
+                continue
+            while True:  # whoever takes it again has its lock before he changes the number
+                tenancy = self.tenancy(seat)
                 lives = self._is_held(seat)
-                if lives is not None:
-                    yield seat, lives
+                if tenancy == self.tenancy(seat):
+                    break
+            if lives is not None:
+                yield seat, tenancy, lives
 
     def _is_held(self, seat: int) -> bool | None:
         """Whether its holder lives; None if it is free. One who leaves while this looks has not died."""

@@ -1,0 +1,25 @@
+"""Parts of other processes in a channel, as it were."""
+
+from __future__ import annotations
+
+import os
+
+from torchwq.channels.line import SENT, Line, open_lines
+
+
+def another(line: Line) -> Line:
+    """A second part, which would normally be another process's."""
+    fds = [*line._in.handover(), *line._out.handover(), line.roster.fd]
+    return Line(line.name, [os.dup(fd) for fd in fds])
+
+
+def write_and_die(line: Line) -> None:
+    """What a process leaves that is killed after it has written."""
+    part = another(line)
+    part._add(SENT, 1)
+    part.roster._close()
+    part.left = True
+    open_lines.discard(part)
+    part.alarm.close()
+    part._in.close()
+    part._out.close()
