@@ -10,7 +10,9 @@ from torchwq.channels.line import SENT, Line, open_lines
 def another(line: Line) -> Line:
     """A second part, which would normally be another process's."""
     fds = [*line._in.handover(), *line._out.handover(), line.roster.fd]
-    return Line(line.name, [os.dup(fd) for fd in fds])
+    if line._room >= 0:
+        fds.append(line._room)
+    return Line(line.name, [os.dup(fd) for fd in fds], line.capacity)
 
 
 def write_and_die(line: Line) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import torchwq
 from tests.channels import jobs
-from tests.channels.parts import write_and_die
+from tests.channels.parts import another, write_and_die
 from tests.conftest import wait_until
 from torchwq import ChannelState
 from torchwq.memory import roster
@@ -67,6 +67,16 @@ def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPa
             channel.read(timeout=5)
     with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
         channel.read(timeout=5)
+
+
+def test_a_channel_that_too_many_have_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = torchwq.channel(capacity=3)
+    channel._core.open_to_processes()
+    line = channel._core.line
+    assert line is not None
+    monkeypatch.setattr(roster, "SEATS", 1)
+    with pytest.raises(torchwq.ResourceError, match="more than 1 processes"):
+        another(line)
 
 
 def test_other_readers_go_on_when_a_reader_is_killed() -> None:

@@ -45,6 +45,7 @@ from collections.abc import Callable, Sequence
 from pickle import dumps, loads
 from typing import Any, Final
 
+from ..errors import ResourceError
 from ..marshalling import codec
 from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
@@ -56,7 +57,7 @@ from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
-from ..transport.sockets import BROKEN, BUSY, NO_WAIT
+from ..transport.sockets import BROKEN, BUSY, NO_WAIT, close_fds
 from ..transport.waiting import Waiter
 from ..workers import shutdown
 from . import bundle
@@ -113,17 +114,25 @@ class Line:
         self.name = name
         size = endpoint.handover_size()
         self.capacity = capacity
+        #: Readable when there may be room again.
+        self._room = -1
         try:
-            if fds:
-                self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
-            else:
-                self._in, self._out = endpoint.pair()
-                self._in.set_room(_ROOM)
-            self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
-            #: Readable when there may be room again.
-            self._room = -1
-            if capacity is not None and hasattr(os, "eventfd"):
-                self._room = fds[2 * size + 1] if fds else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            with contextlib.ExitStack() as opened:
+                opened.callback(close_fds, fds[2 * size + 1 :])
+                if fds:
+                    self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
+                else:
+                    self._in, self._out = endpoint.pair()
+                    self._in.set_room(_ROOM)
+                opened.callback(self._in.close)
+                opened.callback(self._out.close)
+                self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
+                opened.callback(self.roster.leave)
+                if capacity is not None and hasattr(os, "eventfd"):
+                    self._room = fds[2 * size + 1] if fds else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                opened.pop_all()
+        except ResourceError:
+            raise  # it says which
         except OSError as error:
             raise anonymous.exhausted(error) from error
         self.max_payload = self._in.max_message - TRAILER

@@ -1,6 +1,6 @@
 """What a loader and its workers count, in shared memory, so that looking at it costs no message.
 
-Each worker has a line of words. In a loader's statistics only the worker writes to its line. In the line that governs
+Each worker has a line of words of its own, however many there are. In a loader's statistics only the worker writes to its line. In the line that governs
 the *flow*, the iterator writes ``CONSUMED``, ``GENERATION`` and ``LIMIT``, and the worker ``ASLEEP``.
 """
 
@@ -20,21 +20,30 @@ BUSY, WAITED, BATCHES, NBYTES = range(4)
 #: batches that nobody wants any more.
 CONSUMED, GENERATION, ASLEEP, LIMIT = range(4)
 _WORDS: Final = 8  # a cache line for each worker
-_NBYTES: Final = 8 * _WORDS * 1024
 
 
 class Counters:
-    """One mapping of the counters of all workers of a loader. Used again for those that come after them."""
+    """One mapping of the counters of ``workers`` workers of a loader. Used again for those that come after them."""
 
-    def __init__(self, fd: int | None = None) -> None:
-        self.fd = anonymous.create(_NBYTES) if fd is None else fd
-        self._mapping = mmap.mmap(self.fd, _NBYTES)
+    def __init__(self, workers: int, fd: int | None = None) -> None:
+        nbytes = 8 * _WORDS * workers
+        self.workers = workers
+        self.fd = anonymous.create(nbytes) if fd is None else fd
+        self._mapping = mmap.mmap(self.fd, nbytes)
         self._words = memoryview(self._mapping).cast("Q")
 
     def of(self, worker_id: int) -> memoryview:
         """The words of one worker."""
-        first = worker_id % 1024 * _WORDS
+        if worker_id >= self.workers:
+            raise IndexError(f"worker {worker_id} has no counters: there are {self.workers}")
+        first = worker_id * _WORDS
         return self._words[first : first + _WORDS]
+
+    def grown(self, workers: int) -> Counters:
+        """Others for more workers, which go on with these counts. Whoever counts in these is not seen any more."""
+        more = Counters(workers)
+        more._words[: len(self._words)] = self._words
+        return more
 
     def sum(self, word: int) -> int:
         return sum(self._words[word::_WORDS])
@@ -45,11 +54,11 @@ class Counters:
 
 
 def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:
-    return _rebuild, (encoder.attach(counters.fd, counters),)
+    return _rebuild, (counters.workers, encoder.attach(counters.fd, counters))
 
 
-def _rebuild(index: int) -> Counters:
-    return Counters(reducers.take_inbound_fd(index))
+def _rebuild(workers: int, index: int) -> Counters:
+    return Counters(workers, reducers.take_inbound_fd(index))
 
 
 reducers.register(Counters, _reduce)

@@ -46,7 +46,11 @@ class Core:
 
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
-        self.roster = Roster(fds[0] if fds else None, states=(WAITING,))
+        try:
+            self.roster = Roster(fds[0] if fds else None, states=(WAITING,))
+        except BaseException:
+            close_fds(fds[1:])
+            raise
         self._events = list(fds[1:]) if fds else new_events()
         self._words = self.roster.words
         self.seat = self.roster.index(self.roster.seat)
