@@ -110,6 +110,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
         if options.most_workers:
             meter.since_last_look()  # from now on
+        most = max(self._num_workers, options.most_workers)
         self._plan = Plan(
             kind=self._dataset_kind,
             dataset=self._dataset,
@@ -120,8 +121,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             init_fn=init_fn,
             batch_size=loader.batch_size,
             snapshots=options.snapshots or options.restarts > 0,
-            counters=meter.counters,
-            flow=Counters(),
+            counters=meter.counters(most),
+            flow=Counters(most),
             prefetch=self._prefetch,
             reader=recycling.slot(),
         )

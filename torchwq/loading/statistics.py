@@ -54,11 +54,12 @@ class Meter:
         # Of the last look: when, how long the consumer had waited, how long cores had been idle.
         self._looked_at = 0, 0, 0.0
 
-    @property
-    def counters(self) -> Counters:
-        """Made when they are needed: they take a descriptor."""
+    def counters(self, workers: int) -> Counters:
+        """For so many workers. Made when they are needed: they take a descriptor."""
         if self._counters is None:
-            self._counters = Counters()
+            self._counters = Counters(workers)
+        elif self._counters.workers < workers:
+            self._counters = self._counters.grown(workers)
         return self._counters
 
     def start(self) -> None:
