@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torchwq
 from tests.conftest import wait_until
 from tests.queues import jobs
+from tests.queues.handles import worker_handle
 
 
 def test_a_killed_worker_is_reported_within_a_second_with_what_it_had_in_hand() -> None:
@@ -226,3 +228,97 @@ def test_a_closed_handle_that_is_not_collected_does_not_spoil_a_fork() -> None:
         owner.write(None)
         workers.join(20)
     assert handles[0].closed
+
+
+@pytest.mark.parametrize("way", ["read", "aread"])
+def test_an_answer_given_just_before_the_last_worker_leaves_comes_before_its_leaving(way: str) -> None:
+    with torchwq.workqueue() as owner:
+        worker = worker_handle(owner)
+        owner.write("question")
+        role, left = owner._role, []
+        is_troubled = role.is_troubled
+
+        def answer_and_leave() -> bool:
+            """Between the owner's look at its answers and its look at its workers."""
+            if not left:
+                left.append(True)
+                worker.write(worker.read())
+                worker.close()
+                wait_until(lambda: role.alarm.is_set(), what="the owner's knowing that nobody is left")
+            return is_troubled()
+
+        role.is_troubled = answer_and_leave
+        read = owner.read if way == "read" else lambda: asyncio.run(owner.aread())
+        assert read() == "question"
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            read()
+
+
+def test_each_of_many_handles_has_a_slot_of_its_own_however_many_came_and_went() -> None:
+    with torchwq.workqueue() as owner:
+        # Handles of threads count as handles, but have no slots.
+        threads = [threading.Thread(target=lambda: kept.append(torchwq.marshal(owner).read())) for _ in range(3)]
+        kept: list[object] = []
+        for thread in threads:
+            thread.start()
+            thread.join()
+        handles = []
+        for count in (100, 60):
+            handles += [worker_handle(owner) for _ in range(count)]
+            for handle in handles[:20]:
+                handle.close()
+            handles = handles[20:]
+            wait_until(lambda: owner.statistics().handles <= 143)
+        slots = [handle._role._slot.number_index for handle in handles]
+        assert len(set(slots)) == len(handles) == 120
+        for handle in handles:
+            handle.close()
+
+
+def test_a_handle_of_very_many_busy_threads_is_waited_for() -> None:
+    with torchwq.workqueue() as owner, worker_handle(owner) as worker:
+        owner.write(*range(256))
+        may_answer = threading.Event()
+
+        def work() -> None:
+            question = worker.read()
+            may_answer.wait(30)
+            worker.write(question)
+
+        threads = [threading.Thread(target=work) for _ in range(256)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: owner.statistics().taken == 256)
+        with pytest.raises(TimeoutError):
+            owner.drain(0.5)
+        may_answer.set()
+        owner.drain(20)
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_threads_that_write_together_keep_to_the_capacity(opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torchwq.workqueue(capacity=3) as owner:
+        if opened:
+            owner._role.open_to_processes()
+        most = 0
+        send = owner._role._send_here
+
+        def send_late(payload: object) -> None:
+            nonlocal most
+            time.sleep(0.01)  # for the other threads to look whether there is room
+            send(payload)
+            most = max(most, owner.statistics().unsent + owner.statistics().written - owner.statistics().taken)
+
+        monkeypatch.setattr(owner._role, "_send_here", send_late)
+        threads = [threading.Thread(target=owner.write, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        worker = worker_handle(owner) if opened else torchwq.marshal(owner).read()
+        got = {worker.read(timeout=20) for _ in range(12)}
+        for thread in threads:
+            thread.join()
+        assert got == set(range(12))
+        assert most <= 3
+        worker.close()

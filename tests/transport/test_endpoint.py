@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -220,3 +221,21 @@ def test_a_bag_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.M
     for fd in taken[0]:
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(fd)
+
+
+def test_a_moment_s_wait_for_room_does_not_begin_anew_with_each_signal(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, _ = ends
+    while a.try_send(b"x" * 1000):
+        pass
+    signals = itertools.count(1)
+
+    def handler(*_: object) -> None:
+        assert next(signals) < 200, "it waits for as long as signals come"
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
+    try:
+        assert not a.send_in_time(b"x" * 1000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import QueueClosed
-from ..transport import reactor
+from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from ..transport.process import closed_in_child, reset_in_child
@@ -217,7 +217,7 @@ class Core:
             return
         line = self.line
         if line is not None and not line.left:
-            reactor.get().call_later(0, line.retire)
+            cleanup.later(line.retire)
         self.here.box.close()
         self._trouble.close()
         self._readiness.close()
@@ -252,13 +252,13 @@ def _call(method: Callable[[], Callable[[], None] | None]) -> None:
 
 
 _cores: weakref.WeakValueDictionary[bytes, Core] = weakref.WeakValueDictionary()
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 @reset_in_child
 def _forget() -> None:
     global _cores, _guard
-    _cores, _guard = weakref.WeakValueDictionary(), threading.Lock()
+    _cores, _guard = weakref.WeakValueDictionary(), threading.RLock()
 
 
 def new(capacity: int | None) -> Core:

@@ -28,7 +28,8 @@ Invariants:
   hide another one, and never comes about.
 * Nobody takes a lock to send or receive in the usual case. So the socket is closed only when no handle is left that
   could do so, or the process ends.
-* Lock order: the roster's lock, then the outbox's. ``emptied`` is called without the outbox's.
+* Who holds the roster's lock may wait until nobody sends. Who sends takes no lock; ``emptied`` is called when nobody
+  does.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
-from ..transport import endpoint, reactor
+from ..transport import cleanup, endpoint
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
@@ -143,16 +144,14 @@ class Line:
         # One who had the seat before may have left it in the middle of a try.
         self._words[first + MISSED] = max(0, int(self._words[first + TRIED]) - int(self._words[first + TAKEN]))
         self._start_counting()
-        self._writing = threading.Lock()
-        self._unpacking = threading.Lock()
+        self._unpacking = threading.RLock()
         self._outbox = Outbox(
             self._in,
             sent=lambda tag, data: self._count_sent(),
-            lock=self._writing,
             keeping=self._keep_backlog,
             emptied=self._emptied,
         )
-        self._fence = threading.Lock()
+        self._fence = threading.RLock()
         self._send_in_time = self._in.send_in_time
         self._send_bare = self._in.send_bare
         self._try_receive = self._out.try_receive
@@ -165,7 +164,6 @@ class Line:
         if capacity is not None or self._receive_bare is None:
             self.read = self._read_any  # type: ignore[method-assign]
         self._can_lose = self._receive_bare is not None
-        self._pending = self._outbox.pending
         #: What came in a bundle and can go nowhere else.
         self._kept: deque[Received] = deque()
         #: Whether a writer that is faster than its readers waits a moment for room, before its items become a backlog.
@@ -184,7 +182,7 @@ class Line:
         self.left = False
         self.alarm = Alarm()
         self._waiter: Waiter | None = None
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         closed_in_child(self)
         open_lines.add(self)
         if fds:
@@ -212,7 +210,9 @@ class Line:
             plain = False
         if plain:
             payload = dumps(obj, 5)
-            if len(payload) <= self.max_payload and not self._pending and not self._words[CLOSED]:
+            outbox = self._outbox  # is_idle, without calling it
+            idle = not outbox.pending and not outbox.handed_in and not outbox.sender
+            if idle and len(payload) <= self.max_payload and not self._words[CLOSED]:
                 try:
                     self._send_bare(payload, NO_WAIT)  # type: ignore[misc]
                 except OSError as error:
@@ -232,7 +232,7 @@ class Line:
         return _OPEN if self.send(payload) else self.state()
 
     def send(self, payload: Any) -> bool:
-        if type(payload) is bytes and self._flows and not self._pending:
+        if type(payload) is bytes and self._flows and self._outbox.is_idle:
             if self.is_closed:
                 return False
             try:
@@ -261,12 +261,12 @@ class Line:
             self._outbox.send(payload)
         except BrokenPipeError:
             return False
-        if self._pending:
+        if len(self._outbox):
             self._flows = False
         return True
 
     def _keep_backlog(self, any_: bool) -> bool:
-        """Announce a backlog, or that there is none any more. Called with the outbox's lock held."""
+        """Announce a backlog, or that there is none any more. Called by the one that sends."""
         if self.left:
             return False
         self._words[self._first + BACKLOG] = int(any_)
@@ -332,11 +332,16 @@ class Line:
             time.sleep(_INSTANT)
 
     def _emptied(self) -> None:
-        """The backlog has left, or nobody can receive it."""
+        """The backlog has left, or nobody can receive it. Called by the reactor, which must not wait for a lock that
+        another process holds."""
         self._flows = self._send_bare is not None
+        if not self.left and (self._words[CLOSED] or self._retiring):
+            cleanup.later(self._go_on_ending)
+
+    def _go_on_ending(self) -> None:
         self.finish_closing()
         if self._retiring:
-            reactor.get().call_later(0, self.retire)
+            self.retire()
 
     # Reading
 
@@ -482,7 +487,7 @@ class Line:
             return 0
         if self._at_end or not (self._out.has_arrived() or self._has_backlog()):
             return len(self._kept)
-        return max(1, self.roster.sum(SENT) + len(self._pending) - self.roster.sum(TAKEN)) + len(self._kept)
+        return max(1, self.roster.sum(SENT) + len(self._outbox) - self.roster.sum(TAKEN)) + len(self._kept)
 
     def counts(self) -> tuple[int, int, int]:
         if self.left:
@@ -490,7 +495,7 @@ class Line:
         sent, taken, sent_before, taken_before = (
             int(self._words[self._first + word]) for word in (SENT, TAKEN, SENT_BEFORE, TAKEN_BEFORE)
         )
-        return sent - sent_before + len(self._pending), taken - taken_before, len(self._pending)
+        return sent - sent_before + len(self._outbox), taken - taken_before, len(self._outbox)
 
     # Coming and going
 
@@ -528,10 +533,10 @@ class Line:
             self._add(REDEEMED, 1)
 
     def retire(self) -> None:
-        """Leave as soon as there is no backlog. Called by the reactor."""
+        """Leave as soon as there is no backlog."""
         with self.roster.locked():
             self._retiring = True
-            if not self._pending:
+            if not len(self._outbox):
                 self.leave(failed=shutdown.failed)
 
     def revive(self) -> bool:
@@ -552,7 +557,7 @@ class Line:
             self._leaves = True
             self.put = self._put_nothing  # type: ignore[method-assign]
             self._send_bare = self._send_in_time = _send_nothing  # type: ignore[assignment]
-            if self._pending:
+            if not self._outbox.is_idle:
                 self._send_bundle()
             self.finish_closing()
             self._last_counts = self.counts()
@@ -567,15 +572,14 @@ class Line:
                 self._waiter.close()
             else:
                 self.alarm.close()
-        with self._writing:
-            self._outbox.abandon()
-            if not at_exit:
-                self._in.close()
-                self._out.close()
-                if self._room >= 0:
-                    os.close(self._room)
-                    self._room = -1
-            self.roster.leave(failed=failed, keep_memory=at_exit)
+        self._outbox.end()
+        if not at_exit:
+            self._in.close()
+            self._out.close()
+            if self._room >= 0:
+                os.close(self._room)
+                self._room = -1
+        self.roster.leave(failed=failed, keep_memory=at_exit)
 
     def _put_nothing(self, obj: Any) -> ChannelState | None:
         return self.state()
@@ -585,7 +589,7 @@ class Line:
         sent = False
         self._announce_descriptors()  # takes its time, in which the reactor may send the backlog
         backlog = self._outbox.withdraw()
-        if not backlog:
+        if not backlog:  # it has left meanwhile
             self._words[self._first + BACKLOG] = 0
             return
         self._words[BUNDLES] += 1

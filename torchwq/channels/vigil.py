@@ -63,7 +63,7 @@ class Vigil:
 
     def __init__(self, core: Core) -> None:
         self._core = weakref.ref(core)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._handles: weakref.WeakSet[Any] = weakref.WeakSet()
         #: What each thread waits for with which handle.
         self._waiting: dict[tuple[Any, int], int] = {}
@@ -125,12 +125,16 @@ class Vigil:
         """Within this, ``handle`` waits."""
         key = handle, threading.get_ident()
         with self._lock:
+            before = self._waiting.get(key)  # a finalizer or signal handler writes or reads in the middle of doing so
             self._waiting[key] = kind
         try:
             yield
         finally:
             with self._lock:
-                del self._waiting[key]
+                if before is None:
+                    self._waiting.pop(key, None)
+                else:
+                    self._waiting[key] = before
             self._show(0)
 
     def _show(self, kind: int) -> None:

@@ -14,7 +14,7 @@ from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
 from ..memory.parcel import Ticket
 from ..memory.roster import Roster
-from ..transport import reactor
+from ..transport import cleanup
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import close_fds
 from ..workers import shutdown
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FORKED: Final = "this mutex was made before a fork and belongs to the parent process: pass it to workers of torchwq"
 
-#: What is open in this process. A part outlives its handles, until the reactor comes by.
+#: What is open in this process. A part outlives its handles, until it is given up in the background.
 _open: set[Core] = set()
 _by_name: weakref.WeakValueDictionary[bytes, Core] = weakref.WeakValueDictionary()
 _guard = threading.RLock()
@@ -164,9 +164,9 @@ def found(name: bytes) -> Iterator[Core | None]:
 
 
 def leave_later(core: Core) -> None:
-    """Give up this process's part if no handle is left when the reactor comes by."""
+    """Give up this process's part if no handle is left then."""
     if not core.left and not core.forked and not sys.is_finalizing():
-        reactor.get().call_later(0, lambda: _leave_if_unused(core))
+        cleanup.later(lambda: _leave_if_unused(core))
 
 
 def _leave_if_unused(core: Core) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from ..transport import reactor
+from ..transport import cleanup
 
 
 class Invitation:
@@ -30,4 +30,4 @@ class Invitation:
         # Garbage is collected at any moment, in any thread, with any lock held.
         count = self._count
         if count is not None and not sys.is_finalizing():
-            reactor.get().call_later(0, lambda: count(-1))
+            cleanup.later(lambda: count(-1))

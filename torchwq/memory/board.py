@@ -23,7 +23,7 @@ from . import anonymous
 
 SLOTS: Final = 4096
 #: The state word counts questions in multiples of this; what is below it counts busy threads.
-BUSY: Final = 1 << 8
+BUSY: Final = 1 << 24
 #: Index of the word that says whether the owner waits for questions to be taken.
 ASKED: Final = 0
 _WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down

@@ -100,7 +100,7 @@ class Ledger:
         self._fd = fd
         self._mapping = mmap.mmap(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
-        self._fence = threading.Lock()
+        self._fence = threading.RLock()
         self._rows: deque[int] = deque()
         self._next_chunk = 0
         closed_in_child(self)
@@ -348,7 +348,7 @@ class Ledger:
         os.close(self._fd)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _ledger: Ledger | None = None
 _tried = False
 #: In the process that has made the tree's namespace: the ledger's memory, which others open through this descriptor.
@@ -358,7 +358,7 @@ _made_fd = -1
 @reset_in_child
 def _forget() -> None:
     global _lock, _ledger, _tried, _made_fd
-    _lock, _ledger, _tried = threading.Lock(), None, False
+    _lock, _ledger, _tried = threading.RLock(), None, False
     if _made_fd >= 0:
         os.close(_made_fd)
         _made_fd = -1

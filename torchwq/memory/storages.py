@@ -227,9 +227,15 @@ def lasting_memory(storage: torch.UntypedStorage) -> memoryview:
     return memoryview(array)
 
 
+#: What is below the method of ``torch.UntypedStorage``, which holds a lock that a finalizer or signal handler of the
+#: same thread would wait for. There is no need of it for a storage that is shared already (torch 2.13; as old as torch
+#: 2.1).
+_share_fd: Any = getattr(torch._C.StorageBase, "_share_fd_cpu_", torch.UntypedStorage._share_fd_cpu_)
+
+
 def descriptor(storage: torch.UntypedStorage) -> int:
     """The descriptor of a storage that is shared already. It stays the storage's."""
-    return int(storage._share_fd_cpu_()[0])
+    return int(_share_fd(storage)[0])
 
 
 def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:

@@ -16,7 +16,7 @@ from ..marshalling import codec, reducers
 from ..marshalling.codec import COPIES, SCALARS, copied, encode, large, only_scalars
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import BLOCK, REFERENCES
-from ..transport import awaiting, reactor
+from ..transport import awaiting, cleanup
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
 from ..transport.waiting import SLICE
@@ -202,6 +202,9 @@ class WorkQueue:
             if role.closed:
                 raise QueueClosed(role.closed)
             if role.is_troubled():
+                received = role.take()  # the last worker answers before it leaves
+                if received is not None:
+                    return codec.decode(*received)
                 role.raise_trouble()
             left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
             if left <= 0:
@@ -297,10 +300,10 @@ class WorkQueue:
         self.close()
 
     def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held: close later, in the reactor's thread.
+        # Garbage is collected at any moment, in any thread, with any lock held: close later, in another thread.
         role = getattr(self, "_role", None)
         if role is not None and role in open_roles and not sys.is_finalizing():
-            reactor.get().call_later(0, role.close)
+            cleanup.later(role.close)
 
     def __repr__(self) -> str:
         role = "owner" if self.creator else "worker"

@@ -13,7 +13,9 @@ Invariants:
 * Questions are numbered in the order in which they enter the socket, from 1.
 * ``_receiving`` covers "inbox first, then the socket", so that answers keep their order although the reactor, too,
   moves answers into the inbox while a worker is leaving: nobody has to read for a worker to be able to end.
-* Lock order: ``_gate``, ``taking``, the outbox's lock, then ``_lock``. ``_lock`` is never held while sending.
+* Lock order: ``_gate``, ``taking``, then ``_lock``, which is never held while sending. All are reentrant: a finalizer
+  or a signal handler may write, read or close in the middle of anything.
+* A question that was let into a queue with a ``capacity`` counts, until it has been written, as one that waits.
 * As long as no other process has a handle, questions are ``inside`` and not in the socket. ``_gate`` covers "is
   it still there?" and putting a question, ``taking`` "is it still there?" and taking one; both are held while the
   questions move to the socket. They never move back.
@@ -36,7 +38,7 @@ from ..marshalling import codec
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
-from ..transport import endpoint, reactor
+from ..transport import cleanup, endpoint, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -60,7 +62,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         ours, self._theirs = endpoint.pair()
-        super().__init__(ours, True, self._note_sent, threading.Lock())
+        super().__init__(ours, True, self._note_sent)
         self._receive = ours.try_receive
         self._for_others = self.max_payload
         self.here, self.max_payload = True, codec.UNLIMITED
@@ -73,6 +75,10 @@ class Owner(SocketRole, worker.EndListener):
         self._gate = threading.RLock()
         self.taking = threading.RLock()
         self.someone_waits_for_room = False
+        #: Questions that there is room for and that are being written, and how many there ever were.
+        self._admitted: set[object] = set()
+        self._admissions = 0
+        self._waiting_for_room = 0
         #: Handles under way to threads of this process, and those that they have.
         self.invited = 0
         self.sides: weakref.WeakSet[ThreadSide] = weakref.WeakSet()
@@ -81,7 +87,7 @@ class Owner(SocketRole, worker.EndListener):
         self.closed_ns = 0
         self.board = Board()
         self._on_close = on_close
-        self._receiving = threading.Lock()
+        self._receiving = threading.RLock()
         self._lock = threading.RLock()
         self._taken = threading.Condition(self._lock)
         self._last_sent = 0
@@ -91,7 +97,9 @@ class Owner(SocketRole, worker.EndListener):
         self._members: dict[int, Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
         self._came = 0
-        self._free = deque(range(64))
+        #: Slots of the board that were ever given out, and those of them that are free.
+        self._slots = 0
+        self._free: deque[int] = deque()
         self._taken_by_gone = 0
         self._possibly_lost = 0
         self._pids: set[object] = set()
@@ -116,8 +124,14 @@ class Owner(SocketRole, worker.EndListener):
         self.outbox.send(codec.for_others(payload, self._for_others))
 
     def _send_if_room(self, payload: codec.Encoded) -> None:
-        self._wait_for_room()
-        self._send_here(payload)
+        question = object()
+        try:
+            self._wait_for_room(question)
+            self._send_here(payload)
+        finally:
+            self._admitted.discard(question)
+            if self.someone_waits_for_room:
+                self.note_taken()
 
     def open_to_processes(self) -> None:
         """Move the questions that are here to the socket, where other processes find them. May be called again.
@@ -128,16 +142,18 @@ class Owner(SocketRole, worker.EndListener):
             questions = self.inside.box
             if questions is None:
                 return
-            waiting = []
-            while (received := questions.take()) is not None:
-                waiting.append(received)
+            waiting, payloads = [], []
             try:
-                payloads = [codec.for_others(data, self._for_others) for data, _ in waiting]
+                while (
+                    received := questions.take()
+                ) is not None:  # also what pickling, which runs any code, has written
+                    waiting.append(received)
+                    payloads.append(codec.for_others(received[0], self._for_others))
+                self._open_inner()
             except BaseException:
                 for received in waiting:
                     questions.put(received)
                 raise
-            self._open_inner()
             self.outbox.number -= len(waiting)
             self.here, self.max_payload = False, self._for_others
             if self.capacity is None:
@@ -145,6 +161,9 @@ class Owner(SocketRole, worker.EndListener):
             self.inside.box = None
             for payload in payloads:
                 self.outbox.send(payload)
+            while (received := questions.take()) is not None:  # written by a signal handler just before
+                self.outbox.number -= 1
+                self.outbox.send(codec.for_others(received[0], self._for_others))
         for side in list(self.sides):
             side.rewatch()
         questions.end()
@@ -157,22 +176,40 @@ class Owner(SocketRole, worker.EndListener):
             with self._lock:
                 self._history.keep(m.slot.number for m in self._members.values() if m.slot.busy)
 
-    def _wait_for_room(self) -> None:
+    def _has_room(self, question: object) -> bool:
+        """Whether there is room for one more question; it is kept for this one then."""
         assert self.capacity is not None
-        if self._untaken() < self.capacity:
+        with self._lock:
+            while True:
+                before = self._admissions
+                if self._untaken() + len(self._admitted) >= self.capacity:
+                    return False
+                if before == self._admissions:  # no finalizer or signal handler has written while this looked
+                    self._admissions += 1
+                    self._admitted.add(question)
+                    return True
+
+    def _wait_for_room(self, question: object) -> None:
+        if self._has_room(question):
             return
         with self._taken:
-            self.board.set_asked(True)
+            self._waiting_for_room += 1
             self.someone_waits_for_room = True
+            if not self.closed:
+                self.board.set_asked(True)
             try:
-                while not self.closed and self._untaken() >= self.capacity:
+                while not self._has_room(question):
+                    if self.closed:
+                        raise QueueClosed(self.closed)
                     if self.alarm.is_set():
                         self.raise_trouble()
                     self._taken.wait(_GLANCE)
             finally:
-                self.someone_waits_for_room = False
-                if not self.closed:
-                    self.board.set_asked(False)
+                self._waiting_for_room -= 1
+                if not self._waiting_for_room:
+                    self.someone_waits_for_room = False
+                    if not self.closed:
+                        self.board.set_asked(False)
 
     def _untaken(self) -> int:
         questions = self.inside.box
@@ -335,8 +372,7 @@ class Owner(SocketRole, worker.EndListener):
                 link.close()
                 return True
         if self.inside.box is not None:
-            # Not in the reactor's thread, which pickles nothing.
-            threading.Thread(target=self._open_or_close, name="torchwq-open", daemon=True).start()
+            cleanup.later(self._open_or_close)  # not in the reactor's thread, which pickles nothing
         return True
 
     def _open_or_close(self) -> None:
@@ -357,13 +393,13 @@ class Owner(SocketRole, worker.EndListener):
             if self.board.fd < 0:
                 link.close()
                 raise QueueClosed(self.closed)
-            if not self._free:
-                next_free = len(self._members)
-                if next_free >= SLOTS:
-                    link.close()
-                    raise ResourceError(f"a queue cannot have more than {SLOTS} handles at a time: close some")
-                self._free.extend(range(next_free, min(2 * next_free, SLOTS)))
-            number = self._free.popleft()
+            if self._free:
+                number = self._free.popleft()
+            elif self._slots < SLOTS:
+                number, self._slots = self._slots, self._slots + 1
+            else:
+                link.close()
+                raise ResourceError(0, f"a queue cannot have more than {SLOTS} handles at a time: close some")
             slot = self.board.slot(number)
             slot.clear()
             member = Member(number, slot, link)

@@ -17,7 +17,7 @@ import weakref
 from dataclasses import dataclass
 
 from ..errors import QueueClosed
-from ..transport import directory
+from ..transport import cleanup, directory
 from ..transport.process import reset_in_child
 from ..workers import threads, worker
 from .handle import WorkQueue
@@ -37,13 +37,16 @@ _owned: dict[str, _Owned] = {}
 #: Queues of this process that were closed, and when, for threads that were workers then and may not have come yet.
 _closed: dict[str, tuple[float, Owner]] = {}
 _leftovers: list[Owner] = []
+#: Over these; held for moments only: whoever closes takes it.
 _guard = threading.RLock()
+#: Held by who opens or creates a name, which may have to wait for another process.
+_opening = threading.RLock()
 
 
 @reset_in_child
 def _forget() -> None:
-    global _owned, _guard
-    _owned, _guard = {}, threading.RLock()
+    global _owned, _guard, _opening
+    _owned, _guard, _opening = {}, threading.RLock(), threading.RLock()
     _leftovers.clear()
     _closed.clear()
 
@@ -79,7 +82,7 @@ def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQu
         raise TypeError(f"a queue's name must be a string, not {type(name).__name__}")
     if not name:
         raise ValueError("a queue's name must not be empty; leave it out for an anonymous queue")
-    with _guard:
+    with _opening:
         handle = _open_here(name) or _open_elsewhere(name) or _create(name, capacity)
     if capacity is not None and handle.capacity != capacity:
         existing = handle.capacity
@@ -133,8 +136,11 @@ def _create(name: str, capacity: int | None) -> WorkQueue:
             return handle
         owner = Owner(capacity, lambda owner: _withdraw(name, owner))
         handle = WorkQueue(owner, name)
-        _owned[name] = _Owned(owner, weakref.ref(threading.current_thread()), weakref.ref(handle))
-        _closed.pop(name, None)
+        with _guard:
+            _owned[name] = _Owned(owner, weakref.ref(threading.current_thread()), weakref.ref(handle))
+            closed = _closed.pop(name, None)
+        if closed is not None:
+            closed[1].invite(-1)
         here.publish(name, owner.open_by_name)
     return handle
 
@@ -142,7 +148,8 @@ def _create(name: str, capacity: int | None) -> WorkQueue:
 def _withdraw(name: str, owner: Owner) -> None:
     """The owner closes: give up the name, but not towards workers that are on their way to it."""
     with _guard:
-        _owned.pop(name, None)
+        if name in _owned and _owned[name].owner is owner:
+            del _owned[name]
         if any(each.here for each in worker.living()) and name not in _closed:
             _closed[name] = time.monotonic(), owner
             owner.invite(1)  # until none of them can come any more
@@ -152,7 +159,7 @@ def _withdraw(name: str, owner: Owner) -> None:
         return
     remember = bool(worker.living())
     leftovers = remember and owner.has_leftovers()
-    here.withdraw(name, remember=remember, leftovers=owner.open_by_name if leftovers else None)
+    here.withdraw(name, owner.open_by_name, remember=remember, leftovers=owner.open_by_name if leftovers else None)
     if leftovers:
         _leftovers.append(owner)
     else:
@@ -163,8 +170,12 @@ class _Janitor(worker.EndListener):
     """Forgets closed names once the last worker has ended that could still have asked for them."""
 
     def worker_ended(self, process: worker.Worker) -> None:
-        # What is closed after this is for workers that are started after this, whoever lives now.
-        now = time.monotonic_ns()
+        if not worker.living() or process.here:
+            # What is closed after this is for workers that are started after this, whoever lives now.
+            now = time.monotonic_ns()
+            cleanup.later(lambda: self._forget_closed(now))  # which waits for the lock of the names
+
+    def _forget_closed(self, now: int) -> None:
         if not any(each.here for each in worker.living()):
             with _guard:
                 closed = {name: (at, owner) for name, (at, owner) in _closed.items() if at < now / 1e9}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import queue
 import select
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -153,14 +152,14 @@ class Role(abc.ABC):
 class SocketRole(Role):
     """A side that holds an end of the queue's connection."""
 
-    def __init__(self, end: Endpoint, numbered: bool, sent: Sent, lock: threading.Lock) -> None:
+    def __init__(self, end: Endpoint, numbered: bool, sent: Sent) -> None:
         super().__init__()
         self.end = end
         self.here = False
         self.max_payload = end.max_message - TRAILER
         self.alarm = Alarm()
         self.waiter = Waiter(end, self.alarm)
-        self.outbox = Outbox(end, numbered=numbered, sent=sent, lock=lock, refusal=self.closed_error)
+        self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error)
         self.send = self.outbox.send
 
     def sleep(self, deadline: float | None) -> Received | None:

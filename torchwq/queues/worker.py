@@ -2,8 +2,11 @@
 
 Invariants:
 
-* Each question taken is noted in this handle's slot of the board before it is handed to the caller; the notes are made
-  in the order of the questions.
+* Each question taken is noted in this handle's slot of the board before it is handed to the caller. The slot's number
+  is that of the latest question, in whatever order threads, or the calls of one thread's stack, note theirs.
+* ``_taking`` covers "receive and note". It is reentrant: a finalizer or a signal handler may read, write or close in
+  the middle of it. So what the notes say is changed by statements that nothing interrupts, see
+  Note [Statements that nothing interrupts], and looked at afresh after each call.
 * A thread of this handle is *busy* from taking a question until an answer of its has left for the socket, or it takes
   another question, or it ends. The slot says how many are.
 * A goodbye is sent on the link after the last answer has left, never before.
@@ -28,24 +31,24 @@ from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
+_from_bytes = int.from_bytes
 
 
 class WorkerSide(SocketRole):
     """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
-        self._lock = threading.Lock()
+        self._taking = threading.RLock()
         self._busy: set[int] = set()
-        super().__init__(endpoint.adopt(fds[:-1]), False, self._answered, self._lock)
+        super().__init__(endpoint.adopt(fds[:-1]), False, self._answered)
         self._receive = self.end.try_receive
         self.capacity = capacity
         self._board = Board(fds[-1])
         self._slot = self._board.slot(slot)
         self._words = self._board.words
-        self._bytes = self._board.bytes
         self._state = 0
         self._state_at = self._slot.state_index
-        self._number_at = slice(self._slot.number_index * 8, self._slot.number_index * 8 + 8)
+        self._number_at = self._slot.number_index
         self._link = link
         self._threads = threading.local()
         self._known: set[int] = set()
@@ -53,25 +56,31 @@ class WorkerSide(SocketRole):
 
     def take(self) -> Received | None:
         ident = get_ident()
-        # The lock is held over taking and noting: the threads of this handle note in the order in which they take.
-        with self._lock:
+        with self._taking:
             try:
                 received = self._receive()
             except EOFError:
                 self._owner_gone()
                 return None
-            if received is None or self.closed:
-                return received
-            state = self._state + BUSY
-            if ident not in self._busy:
-                self._busy.add(ident)
-                state += 1
-                if ident not in self._known:
-                    self._meet(ident)
-            self._bytes[self._number_at] = received[0][-9:-1]
+            if received is None:
+                return None
+            number = _from_bytes(received[0][-9:-1], "little")
+            if ident not in self._known:
+                self._meet(ident)
             words = self._words
-            words[self._state_at] = self._state = state
-            if words[ASKED]:
+            if self.closed:
+                return received
+            if words[self._number_at] < number:
+                words[self._number_at] = number
+            if ident in self._busy:
+                self._state += BUSY
+            else:
+                self._state += BUSY + 1
+                self._busy.add(ident)
+            if self._board.fd < 0:
+                return received
+            words[self._state_at] = self._state
+            if self._board.fd >= 0 and words[ASKED]:
                 self._link.ping(TOOK)
             return received
 
@@ -81,22 +90,22 @@ class WorkerSide(SocketRole):
         self._threads.presence = Presence(self, ident)
 
     def _answered(self, ident: int, data: bytes) -> None:
-        """An answer of the thread ``ident`` has left. Called with the lock held."""
+        """An answer of the thread ``ident`` has left."""
         self.written += 1
-        if ident in self._busy:
-            self._idle(ident)
+        self._idle(ident)
 
     def _idle(self, ident: int) -> None:
-        self._busy.remove(ident)
-        self._state -= 1
-        if not self.closed:
-            self._words[self._state_at] = self._state
+        with self._taking:
+            if ident not in self._busy:
+                return
+            self._state -= 1
+            self._busy.remove(ident)
+            if not self.closed:
+                self._words[self._state_at] = self._state
 
     def thread_ended(self, ident: int) -> None:
-        with self._lock:
-            self._known.discard(ident)
-            if ident in self._busy:
-                self._idle(ident)
+        self._known.discard(ident)
+        self._idle(ident)
 
     def raise_trouble(self) -> None:
         if self.closed:
@@ -116,16 +125,15 @@ class WorkerSide(SocketRole):
             pass  # the owner is gone: whoever gets this handle will see that
         finally:
             ours.close()
-        with self._lock:
+        with self._taking:
             fds = [Descriptor(os.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
         return [*fds, Descriptor(theirs)]
 
     def close(self) -> None:
-        with self._lock:
-            if self._board.fd < 0 or self.closed == CLOSED_HERE:
-                return
-            self.closed = CLOSED_HERE
-            self.alarm.set()
+        if self._board.fd < 0 or self.closed == CLOSED_HERE:
+            return
+        self.closed = CLOSED_HERE
+        self.alarm.set()
         if len(self.outbox):
             # The owner may be waiting for this worker to end, and not be reading.
             self._tell(LEAVING)
@@ -138,13 +146,14 @@ class WorkerSide(SocketRole):
             pass  # the owner is gone
 
     def _leave(self) -> None:
-        """Called with the lock held, as soon as the last answer has left."""
+        """Called as soon as the last answer has left."""
         self._tell(GOODBYE)
         self._link.close()
         self.waiter.close()
         self._retire()
-        self.end.close()
-        self._board.close()
+        with self._taking:
+            self.end.close()
+            self._board.close()
 
     def abandon(self) -> None:
         super().abandon()

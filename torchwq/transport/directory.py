@@ -74,11 +74,13 @@ class Directory:
             self._tombstones.pop(name, None)
             self.space.claim(name, self.path)
 
-    def withdraw(self, name: str, *, remember: bool, leftovers: Opener | None) -> None:
-        """Give ``name`` up. ``remember``: processes started before now are still told that it was closed, or get
-        the ``leftovers``."""
+    def withdraw(self, name: str, opener: Opener, *, remember: bool, leftovers: Opener | None) -> None:
+        """Give ``name`` up, if it is still what was published with ``opener``. ``remember``: processes started before
+        now are still told that it was closed, or get the ``leftovers``."""
         with self._lock:
-            self._names.pop(name, None)
+            if self._names.get(name) != opener:
+                return
+            del self._names[name]
             if remember:
                 self._tombstones[name] = _Tombstone(time.monotonic_ns(), leftovers)
             else:

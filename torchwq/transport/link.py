@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from . import reactor
 from .endpoint import Received, kind
 from .process import closed_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, received_fds, rights
+from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, close_fds, received_fds, rights
 from .stream import receive_frame, send_frame
 
 _SIZE = 64 * 1024
@@ -34,7 +34,8 @@ class Link:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
         self._packets = self._socket.type == socket.SOCK_SEQPACKET
-        self._lock = threading.Lock()
+        # Reentrant: a finalizer or a signal handler may send in the middle of sending.
+        self._lock = threading.RLock()
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
         self._watched = False
         self._on_message: Callable[[bytes, list[int]], None]
@@ -45,7 +46,7 @@ class Link:
         """Send without blocking; what does not fit now is sent later. Raises BrokenPipeError if the peer is gone."""
         with self._lock:
             if self._unsent or not self._try_send(data, fds):
-                self._unsent.append((data, [os.dup(fd) for fd in fds]))
+                self._unsent.append((data, _copies(fds)))
                 reactor.get().set_writer(self.fileno(), self._flush)
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
@@ -69,10 +70,9 @@ class Link:
                     if not self._try_send(data, fds):
                         return
                     self._unsent.popleft()
-                    for fd in fds:
-                        os.close(fd)
+                    close_fds(fds)
             except BrokenPipeError:
-                self._unsent.clear()
+                self._drop()
             if self.fileno() >= 0:
                 reactor.get().set_writer(self.fileno(), None)
 
@@ -142,14 +142,28 @@ class Link:
                 if self._watched or self._unsent:
                     self._unwatch()
                 self._socket.close()
-            for _, fds in self._unsent:
-                for fd in fds:
-                    os.close(fd)
-            self._unsent.clear()
+            self._drop()
+
+    def _drop(self) -> None:
+        while self._unsent:
+            close_fds(self._unsent.popleft()[1])
 
     def abandon(self) -> None:
         self._watched = False
+        self._drop()
         self._socket.close()
+
+
+def _copies(fds: Sequence[int]) -> list[int]:
+    """The same descriptors, for a message that waits. Raises OSError, and leaves none, if there are too many."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError:
+        close_fds(copies)
+        raise
+    return copies
 
 
 def pair() -> tuple[Link, int]:

@@ -1,14 +1,22 @@
 """Keeps, in order, the messages that a full socket does not take, so that a write never blocks.
 
+A write may come from a finalizer or a signal handler, in the middle of another write of the same thread, or of anything
+else that this library does. So nobody waits for a lock here, see Note [Statements that nothing interrupts]. One thread
+at a time *sends*; whoever comes meanwhile, be it the same thread further down its stack, hands its message in, and the
+one that sends sees to it.
+
 Invariants:
 
-* Messages leave in the order of ``send``, whichever threads call it: one lock covers "is anything waiting?" and
-  the send itself.
+* ``sender`` says which thread sends, 0 if none does. It is claimed by a test and an assignment that nothing interrupts.
+  Only who has claimed it changes what waits, calls ``sent`` or touches the endpoint.
+* Whoever hands something in looks at ``sender`` afterwards; whoever gives ``sender`` up looks at what was handed in
+  afterwards. So one of them sees to it.
+* Messages leave in the order of ``send``: as long as something was handed in, everything is.
 * While something waits, the reactor watches the socket and sends on; nobody has to call anything for that.
 * A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``). It is
   asked which descriptors must go along (``descriptors``) in the moment in which it is sent.
 * A waiting message keeps alive whatever its descriptors belong to, and no longer than until it is sent.
-* ``sent(tag)`` is called exactly once per message that the socket took, under the lock, in order.
+* ``sent(tag, data)`` is called exactly once per message that the socket took, in order.
 * When the other side is gone, all that waits is dropped, and every later ``send`` is refused.
 """
 
@@ -16,12 +24,14 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from . import reactor
+from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
 from .process import closed_in_child
 
@@ -30,6 +40,12 @@ Sent = Callable[[int, bytes], None]
 #: What :mod:`torchwq.memory.parcel` lays down for a pickle without a number.
 _PLAIN: Final = 0
 _TRAILER: Final = struct.Struct("<QB").pack
+#: Threads that hand in more than the one that sends can keep up with pause so long, in seconds, from so many messages
+#: on.
+_PAUSE: Final = 0.001
+_MANY: Final = 256
+#: How long, in seconds, who closes waits for the one that sends.
+_LAST_PATIENCE: Final = 2.0
 
 
 class Payload(Protocol):
@@ -45,18 +61,17 @@ class Payload(Protocol):
 
 
 class Outbox:
-    """Sends over one endpoint without ever blocking. Safe to use from several threads.
+    """Sends over one endpoint without ever blocking. Safe to use from several threads, finalizers and signal handlers.
 
     Args:
         endpoint: where to.
         numbered: whether messages carry their number, from 1, in the order in which they leave.
-        sent: called under ``lock``, in order, for each message that the socket took, with its tag and its bytes. The
-            tag of a numbered message is its number, that of any other the thread that sent it.
-        lock: the outbox's lock, where its user needs it for more.
+        sent: called by the one that sends, in order, for each message that the socket took, with its tag and its bytes.
+            The tag of a numbered message is its number, that of any other the thread that wrote it.
         refusal: makes the error that ``send`` raises when nobody can receive any more.
-        keeping: called under ``lock``, with True before the first message waits here, which it does not if the answer
-            is False: it is refused then; with False when nothing waits any more.
-        emptied: called after that, without the lock.
+        keeping: called by the one that sends, with True before the first message waits here, which it does not if the
+            answer is False: it is refused then; with False when nothing waits any more.
+        emptied: called after that, when nobody sends.
     """
 
     def __init__(
@@ -65,7 +80,6 @@ class Outbox:
         *,
         numbered: bool = False,
         sent: Sent | None = None,
-        lock: threading.Lock | None = None,
         refusal: Callable[[], Exception] = BrokenPipeError,
         keeping: Callable[[bool], bool] | None = None,
         emptied: Callable[[], None] | None = None,
@@ -77,21 +91,37 @@ class Outbox:
         self._refusal = refusal
         self._keeping = keeping
         self._emptied = emptied
-        self._lock = lock or threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        #: The thread that sends now; 0 if none does.
+        self.sender = 0
+        #: What was handed in, with the thread that wrote it.
+        self.handed_in: deque[tuple[bytes | Payload, int]] = deque()
         #: What waits here. Changed by this object only.
         self.pending: deque[tuple[bytes, Payload | None, int]] = deque()
-        self._stopped = False
-        self._closing = False
-        self._then: Callable[[], None]
+        #: Whether something other than a message has to be seen to: the socket may have room, or there is to be closed.
+        self._has_to_look = False
+        #: Whether nothing new is taken, and whether nobody can receive any more.
+        self._refuses = self._is_broken = False
+        self._is_closing = False
+        self._then: Callable[[], None] | None = None
+        #: Of those who wait until nothing waits here.
+        self._latches: deque[threading.Lock] = deque()
         #: Number of the message sent last.
         self.number = 0
         #: Which process reads at the other end, as ``Payload.descriptors`` takes it; -1 if that is not known.
         self.reader = -1
+        if not HAS_GIL:
+            guard = threading.RLock()
+            for name in ("send", "_see_to_it"):
+                setattr(self, name, serialized(guard, getattr(self, name)))
         closed_in_child(self)
 
     def __len__(self) -> int:
-        return len(self.pending)
+        return len(self.pending) + len(self.handed_in)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether what is sent past it now comes after everything that was sent through it."""
+        return not self.sender and not self.handed_in and not self.pending
 
     def send(self, payload: bytes | Payload) -> None:
         """Send, or keep for later, one payload. It stays alive until it is sent.
@@ -100,48 +130,102 @@ class Outbox:
         """
         parcel = None if isinstance(payload, bytes) else payload
         if parcel is not None:
-            parcel.depart()  # takes a lock under which finalizers may run, and they may write
-        with self._lock:
-            if self._stopped:
+            parcel.depart()
+        me = get_ident()
+        if self.sender or self.handed_in:
+            self._hand_in(payload, parcel, me)
+            return
+        self.sender = me
+        try:
+            # What is refused by now came later than the end.
+            if self._refuses or not self._send(payload, parcel, me):
                 if parcel is not None:
                     parcel.come_back()
                 raise self._refusal()
-            if parcel is None:
-                assert isinstance(payload, bytes)
-                if self._numbered:
-                    self.number = tag = self.number + 1
-                    data = payload + _TRAILER(tag, _PLAIN)
-                else:
-                    data = payload
-                    tag = get_ident()
+        finally:
+            self.sender = 0
+            if self.handed_in or self._has_to_look:
+                self._see_to_it()
+
+    def _send(self, payload: bytes | Payload, parcel: Payload | None, ident: int) -> bool:
+        """Send one message, or let it wait; False if nobody can receive it."""
+        if parcel is None:
+            assert isinstance(payload, bytes)
+            if self._numbered:
+                self.number = tag = self.number + 1
+                data = payload + _TRAILER(tag, _PLAIN)
             else:
-                if self._numbered:
-                    self.number = tag = self.number + 1
-                    data = parcel.data + _TRAILER(tag, parcel.kind)
+                data = payload
+                tag = ident
+        else:
+            if self._numbered:
+                self.number = tag = self.number + 1
+                data = parcel.data + _TRAILER(tag, parcel.kind)
+            else:
+                data = parcel.data + _TRAILER(0, parcel.kind)
+                tag = ident
+        if not self.pending:
+            if self._is_broken:
+                return False
+            try:
+                is_sent = self._try_send(data, () if parcel is None else parcel.descriptors(self.reader))
+            except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
+                self._drop()
+                return False
+            if is_sent:
+                if self._sent is not None:
+                    self._sent(tag, data)
+                return True
+            if self._keeping is not None and not self._keeping(True):
+                return False
+            reactor.get().set_writer(self._endpoint.fileno(), self.flush)
+        self.pending.append((data, parcel, tag))
+        return True
+
+    def _hand_in(self, payload: bytes | Payload, parcel: Payload | None, ident: int) -> None:
+        """Another thread sends, or this one does, further down its stack: let it send this, too."""
+        if self._refuses:
+            if parcel is not None:
+                parcel.come_back()
+            raise self._refusal()
+        self.handed_in.append((payload, ident))
+        self._see_to_it()
+        if len(self.handed_in) > _MANY and self.sender != ident:
+            time.sleep(_PAUSE)
+
+    def _see_to_it(self) -> None:
+        """Do what there is to do, unless somebody is at it, who will."""
+        me = get_ident()
+        while (self.handed_in or self._has_to_look) and not self.sender:
+            self.sender = me
+            was_emptied = False
+            try:
+                if self.handed_in:
+                    payload, ident = self.handed_in.popleft()
+                    parcel = None if isinstance(payload, bytes) else payload
+                    # One that is refused now was accepted all the same, as what is in a socket that its reader closes.
+                    if not self._send(payload, parcel, ident) and parcel is not None:
+                        parcel.come_back()
                 else:
-                    data = parcel.data + _TRAILER(0, parcel.kind)
-                    tag = get_ident()
-            if not self.pending:
-                try:
-                    is_sent = self._try_send(data, () if parcel is None else parcel.descriptors(self.reader))
-                except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
-                    if parcel is not None:
-                        parcel.come_back()
-                    self._drop()
-                    raise self._refusal() from None
-                if is_sent:
-                    if self._sent is not None:
-                        self._sent(tag, data)
-                    return
-                if self._keeping is not None and not self._keeping(True):
-                    if parcel is not None:
-                        parcel.come_back()
-                    raise self._refusal()
-                reactor.get().set_writer(self._endpoint.fileno(), self.flush)
-            self.pending.append((data, parcel, tag))
+                    self._has_to_look = False
+                    was_emptied = self._flush()
+            finally:
+                self.sender = 0
+            if not self.pending and not self.handed_in:
+                self._tell_that_nothing_waits()
+            if was_emptied and self._emptied is not None:
+                self._emptied()
+
+    def _tell_that_nothing_waits(self) -> None:
+        for _ in range(len(self._latches)):
+            self._latches.popleft().release()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
     def _drop(self) -> None:
-        self._stopped = True
+        """Nobody can receive any more."""
+        self._refuses = self._is_broken = self._has_to_look = True
         for _, parcel, _ in self.pending:
             if parcel is not None:
                 parcel.come_back()
@@ -153,56 +237,89 @@ class Outbox:
             reactor.get().set_writer(self._endpoint.fileno(), None)
         if self._keeping is not None:
             self._keeping(False)
-        self._changed.notify_all()
-        if self._closing:
-            self._then()
 
     def flush(self) -> None:
         """Send what the socket takes of what waits. Never blocks, never raises for a closed queue."""
-        with self._lock:
-            if not self.pending:
-                return
-            try:
-                while self.pending:
-                    data, parcel, tag = self.pending[0]
-                    if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
-                        return
-                    self.pending.popleft()
-                    if self._sent is not None:
-                        self._sent(tag, data)
-            except BrokenPipeError:
-                self._drop()
-            else:
-                self._stop_watching()
-        if self._emptied is not None:
-            self._emptied()
+        self._has_to_look = True
+        self._see_to_it()
+
+    def _flush(self) -> bool:
+        """Returns whether nothing waits any more of what did."""
+        if not self.pending:
+            return False
+        try:
+            while self.pending:
+                data, parcel, tag = self.pending[0]
+                if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
+                    return False
+                self.pending.popleft()
+                if self._sent is not None:
+                    self._sent(tag, data)
+        except BrokenPipeError:
+            self._drop()
+        else:
+            self._stop_watching()
+        return True
+
+    def _claim(self) -> None:
+        """Become the one that sends; also who is it further down its stack. Sending takes no time: who is at it for
+        long is stuck, perhaps in a finalizer of the user's that waits for this."""
+        me = get_ident()
+        until = time.monotonic() + _LAST_PATIENCE
+        while self.sender and self.sender != me and time.monotonic() < until:
+            time.sleep(_PAUSE)
+        self.sender = me
 
     def withdraw(self) -> list[tuple[bytes, Payload | None]]:
         """What waits here, in order; it is the caller's now, who sends it in another way. Nothing more is taken."""
-        with self._lock:
-            self._stopped = True
+        self._refuses = True
+        self._claim()
+        try:
+            while self.handed_in:  # what is there is not to be sent by now, and waits behind the rest
+                payload, ident = self.handed_in.popleft()
+                data = payload if isinstance(payload, bytes) else payload.data + _TRAILER(0, payload.kind)
+                self.pending.append((data, None if isinstance(payload, bytes) else payload, ident))
             waiting = [(data, parcel) for data, parcel, _ in self.pending]
             self.pending.clear()
             if waiting and self._endpoint.fileno() >= 0:
                 reactor.get().set_writer(self._endpoint.fileno(), None)
-            self._changed.notify_all()
+        finally:
+            self.sender = 0
+        self._tell_that_nothing_waits()
         return waiting
+
+    def end(self) -> None:
+        """Take nothing more, forget what waits, and return when nobody sends: the endpoint may be closed then."""
+        self._refuses = self._is_broken = True
+        self._claim()
+        self.abandon()
 
     def wait_empty(self, timeout: float | None = None) -> bool:
         """Wait until nothing waits here any more, because it was sent or because the other side is gone."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.pending, timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        me = get_ident()
+        while len(self) or self.sender not in (0, me):
+            latch = threading.Lock()
+            latch.acquire()
+            self._latches.append(latch)
+            self._has_to_look = True  # whoever sends now tells, too, when it has sent
+            self._see_to_it()
+            latch.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+            if deadline is not None and time.monotonic() >= deadline:
+                return not len(self)
+        return True
 
     def close_when_sent(self, then: Callable[[], None]) -> None:
         """Take nothing more, and call ``then`` as soon as nothing waits. Returns at once."""
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = self._stopped = True
-            self._then = then
-            if not self.pending:
-                then()
+        if self._is_closing:
+            return
+        self._is_closing = self._refuses = True
+        self._then = then
+        self._has_to_look = True
+        self._see_to_it()
 
     def abandon(self) -> None:
         self.pending.clear()
-        self._stopped = True
+        self.handed_in.clear()
+        self._refuses = self._is_broken = True
+        self.sender = 0

@@ -6,7 +6,8 @@ held up by them.
 
 Invariants:
 
-* Callbacks run in the reactor's thread, one at a time, and must not block.
+* Callbacks run in the reactor's thread, one at a time, and must not block, nor run code of the user's, which pickling
+  does. What might do either is left to :mod:`torchwq.transport.cleanup`.
 * A callback may still run once after ``remove`` when its event was under way already; it must bear that.
 * A descriptor is removed *before* it is closed: its number may be used again, and epoll goes on reporting a closed
   descriptor whose file another process holds open.
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +48,9 @@ class Reactor:
         self._lock = threading.RLock()
         self._selector = selectors.DefaultSelector()
         self._watched: dict[int, _Watched] = {}
+        #: Changed by the thread only; what is new comes from anywhere.
         self._timers: list[tuple[float, int, Callback]] = []
+        self._new_timers: deque[tuple[float, int, Callback]] = deque()
         self._order = itertools.count()
         self._wake = Alarm()
         self._selector.register(self._wake.fileno(), selectors.EVENT_READ, None)
@@ -73,9 +77,11 @@ class Reactor:
                 self._selector.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callback) -> None:
-        with self._lock:
-            heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), callback))
-            self._start()
+        """Call ``callback`` in so many seconds. Takes no lock, once the thread runs: finalizers call this."""
+        self._new_timers.append((time.monotonic() + seconds, next(self._order), callback))
+        if self._thread is None:
+            with self._lock:
+                self._start()
         self._wake.set()
 
     @property
@@ -110,8 +116,9 @@ class Reactor:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                until = self._timers[0][0] if self._timers else None
+            while self._new_timers:
+                heapq.heappush(self._timers, self._new_timers.popleft())
+            until = self._timers[0][0] if self._timers else None
             ready = self._selector.select(None if until is None else max(0.0, until - time.monotonic()))
             for key, events in ready:
                 if key.data is None:
@@ -124,12 +131,8 @@ class Reactor:
             self._run_timers()
 
     def _run_timers(self) -> None:
-        while True:
-            with self._lock:
-                if not self._timers or self._timers[0][0] > time.monotonic():
-                    return
-                callback = heapq.heappop(self._timers)[2]
-            _call(callback)
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            _call(heapq.heappop(self._timers)[2])
 
     def abandon(self) -> None:
         self._selector.close()

@@ -27,7 +27,7 @@ class Readiness:
     """A set of descriptors, and one that stands for all of them. Opened when it is first asked for."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._fds: set[int] = set()
         self._poll: Any = None
         closed_in_child(self)

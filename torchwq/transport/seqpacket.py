@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import select
 import socket
 import struct
 import termios
@@ -33,8 +34,9 @@ from .sockets import (
 MAX_MESSAGE: Final = 32 * 1024
 RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
-#: How long ``send_in_time`` waits: 20 ms, as a struct timeval.
-_MOMENT: Final = struct.pack("@ll", 0, 20_000)
+#: How long ``send_in_time`` waits, in milliseconds. By ``poll``, which goes on after a signal with the time that is
+#: left; a ``send`` with SO_SNDTIMEO begins anew each time.
+_MOMENT: Final = 20
 
 
 class SeqpacketEndpoint:
@@ -66,12 +68,12 @@ class SeqpacketEndpoint:
         return True
 
     def send_in_time(self, data: bytes) -> bool:
-        try:
-            self._send(data)  # as long as SO_SNDTIMEO says
-        except OSError as error:
-            check_sendable(error)
-            return False
-        return True
+        if self.try_send(data):
+            return True
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLOUT)
+        poll.poll(_MOMENT)
+        return self.try_send(data)
 
     def try_receive(self) -> Received | None:
         while True:
@@ -134,5 +136,4 @@ def pair() -> tuple[SeqpacketEndpoint, SeqpacketEndpoint]:
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for sock in (a, b):
         send_buffer(sock, _BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _MOMENT)
     return SeqpacketEndpoint(a.detach()), SeqpacketEndpoint(b.detach())

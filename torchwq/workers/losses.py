@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import WorkerDied
 from ..memory.roster import Roster
+from ..transport import reactor
 from . import deaths, worker
 
 
@@ -17,5 +18,6 @@ def lost(roster: Roster, seat: int, what: str) -> WorkerDied:
     process = worker.find(pid)
     if process is None:
         return deaths.died(pid=pid, reason=f"its process ended without having closed {what}")
-    process.ended_event.wait(1.0)  # the kernel may be faster than the fork server
+    if not reactor.get().is_in_current_thread:
+        process.ended_event.wait(1.0)  # the kernel may be faster than the fork server, of which the reactor hears
     return process.died()
