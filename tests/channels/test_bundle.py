@@ -30,13 +30,13 @@ def test_a_backlog_that_the_reactor_sends_at_the_last_moment_leaves_no_bundle(
 ) -> None:
     with two() as (line, other):
         count = 0
-        while not line._pending:
+        while not line._outbox.pending:
             assert line._send_or_keep(b"x" * 1000 + b"\0" * 9)
             count += 1
         taken: list[object] = []
 
         def reactor_sends() -> None:
-            while line._pending:
+            while line._outbox.pending:
                 while (received := other.take()) is not None:
                     taken.append(received)
                 line._outbox.flush()
