@@ -17,6 +17,7 @@ from .errors import (
     ResourceError,
     TorchwqError,
     WorkerDied,
+    WorkerStartError,
 )
 from .loading.statistics import LoaderStatistics
 from .locking import Mutex, mutex
@@ -27,6 +28,7 @@ from .queues import QueueStatistics, WorkQueue, workqueue
 from .selecting import select
 from .shared import MemoryStats, empty, empty_like, memory_stats, set_memory_limit, share_, zeros
 from .workers.client import warm_up
+from .workers.executable import set_executable
 from .workers.info import WorkerInfo, worker_info
 
 __version__ = "0.1.0"
@@ -56,6 +58,7 @@ __all__ = [
     "WorkQueue",
     "WorkerDied",
     "WorkerInfo",
+    "WorkerStartError",
     "channel",
     "empty",
     "empty_like",
@@ -64,6 +67,7 @@ __all__ = [
     "memory_stats",
     "mutex",
     "select",
+    "set_executable",
     "set_memory_limit",
     "share_",
     "warm_up",

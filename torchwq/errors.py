@@ -21,6 +21,7 @@ __all__ = [
     "ResourceError",
     "TorchwqError",
     "WorkerDied",
+    "WorkerStartError",
 ]
 
 
@@ -58,6 +59,10 @@ class NamespaceError(TorchwqError, OSError):
 
 class ResourceError(TorchwqError, OSError):
     """Memory or file descriptors ran out. The message names the limit and how to raise it."""
+
+
+class WorkerStartError(TorchwqError, OSError):
+    """Workers cannot be started: no Python interpreter was found for them, or it cannot be run. The message tells."""
 
 
 class RemoteError(TorchwqError, RuntimeError):

@@ -130,7 +130,7 @@ class _Pool(threading.Thread):
             (process,) = starting.start(
                 1, _ENTRY, self._on_message, self._on_end, backend=self._backend, first_mapid=mapid, of=self.n
             )
-        except OSError as error:
+        except Exception as error:  # whatever it is: those who wait for a task must hear of it
             self._break(error)
             return
         self._workers[mapid] = process

@@ -46,13 +46,12 @@ from collections.abc import Callable, Sequence
 from pickle import dumps, loads
 from typing import Any, Final
 
-from ..errors import ResourceError
 from ..marshalling import codec
 from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import TRAILER, Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
-from ..transport import cleanup, endpoint
+from ..transport import cleanup, descriptors, endpoint
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
@@ -115,27 +114,23 @@ class Line:
         self.name = name
         size = endpoint.handover_size()
         self.capacity = capacity
-        #: Readable when there may be room again.
-        self._room = -1
-        try:
-            with contextlib.ExitStack() as opened:
-                opened.callback(close_fds, fds[2 * size + 1 :])
-                if fds:
-                    self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
-                else:
-                    self._in, self._out = endpoint.pair()
-                    self._in.set_room(_ROOM)
-                opened.callback(self._in.close)
-                opened.callback(self._out.close)
-                self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
-                opened.callback(self.roster.leave)
-                if capacity is not None and hasattr(os, "eventfd"):
-                    self._room = fds[2 * size + 1] if fds else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                opened.pop_all()
-        except ResourceError:
-            raise  # it says which
-        except OSError as error:
-            raise anonymous.exhausted(error) from error
+        with contextlib.ExitStack() as opened:  # what is to be closed again if the rest cannot be had
+            opened.callback(close_fds, fds[2 * size + 1 :])
+            if fds:
+                self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
+            else:
+                self._in, self._out = endpoint.pair()
+                self._in.set_room(_ROOM)
+            opened.callback(self._in.close)
+            opened.callback(self._out.close)
+            self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
+            opened.callback(self.roster.leave)
+            self.alarm = Alarm()
+            opened.callback(self.alarm.close)
+            room = next(iter(fds[2 * size + 1 :]), None) if fds else descriptors.eventfd() if capacity else None
+            #: Readable when there may be room again.
+            self._room = -1 if room is None else room
+            opened.pop_all()
         self.max_payload = self._in.max_message - TRAILER
         self._words = self.roster.words
         self._first = first = self.roster.index(self.roster.seat)
@@ -180,7 +175,6 @@ class Line:
         #: Whether nothing more is to be written here: a backlog is about to leave as the last.
         self._leaves = False
         self.left = False
-        self.alarm = Alarm()
         self._waiter: Waiter | None = None
         self._guard = threading.RLock()
         closed_in_child(self)
@@ -517,8 +511,8 @@ class Line:
         if self._room >= 0:
             fds.append(self._room)
         try:
-            first = Ticket(os.dup(fds[0]), self._count_issued)
-            return [first, *(anonymous.Descriptor(os.dup(fd)) for fd in fds[1:])]
+            first = Ticket(descriptors.dup(fds[0]), self._count_issued)
+            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in fds[1:])]
         except OSError as error:
             raise anonymous.exhausted(error) from error
 

@@ -1,17 +1,18 @@
 """What a loader and its workers count, in shared memory, so that looking at it costs no message.
 
-Each worker has a line of words of its own, however many there are. In a loader's statistics only the worker writes to its line. In the line that governs
-the *flow*, the iterator writes ``CONSUMED``, ``GENERATION`` and ``LIMIT``, and the worker ``ASLEEP``.
+Each worker has a line of words of its own, however many there are. In a loader's statistics only the worker writes to
+its line. In the line that governs the *flow*, the iterator writes ``CONSUMED``, ``GENERATION`` and ``LIMIT``, and the
+worker ``ASLEEP``.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import Any, Final
 
 from ..marshalling import reducers
 from ..memory import anonymous
+from ..transport import descriptors
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
 BUSY, WAITED, BATCHES, NBYTES = range(4)
@@ -29,7 +30,7 @@ class Counters:
         nbytes = 8 * _WORDS * workers
         self.workers = workers
         self.fd = anonymous.create(nbytes) if fd is None else fd
-        self._mapping = mmap.mmap(self.fd, nbytes)
+        self._mapping = descriptors.mapped(self.fd, nbytes)
         self._words = memoryview(self._mapping).cast("Q")
 
     def of(self, worker_id: int) -> memoryview:

@@ -37,7 +37,7 @@ from ..marshalling import codec, exceptions, functions, reducers
 from ..marshalling.letter import Letter
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
-from ..transport import endpoint, local
+from ..transport import descriptors, endpoint, local
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
@@ -61,7 +61,7 @@ class _Ticket:
     """A worker's end on its way to the worker. Whoever unpickles it gets the endpoint."""
 
     def __init__(self, end: Endpoint) -> None:
-        self.fds = [Descriptor(os.dup(fd)) for fd in end.handover()]
+        self.fds = [Descriptor(descriptors.dup(fd)) for fd in end.handover()]
 
 
 def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
@@ -93,7 +93,7 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
 
 
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
-    ticket = [os.dup(fd) for fd in end.handover()]
+    ticket = [descriptors.dup(fd) for fd in end.handover()]
     process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
     try:
         process.start()

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import WorkerDied
 from ..memory import anonymous
+from ..transport import descriptors
+from ..transport.sockets import close_fds
 from ..workers import info, threads, worker
 from ..workers.losses import lost
 from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, ISSUED, LEFT, LOSSES, NEEDED, REDEEMED, ROUND, WAITING
@@ -45,12 +47,17 @@ class News:
 
 def new_events() -> list[int]:
     """What wakes those who wait at a barrier: readable from the end of a round of its parity to the end of the next."""
-    if not hasattr(os, "eventfd"):
-        return []
+    events: list[int] = []
     try:
-        return [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        for _ in range(2):
+            event = descriptors.eventfd()
+            if event is None:
+                break
+            events.append(event)
     except OSError as error:
+        close_fds(events)
         raise anonymous.exhausted(error) from error
+    return events
 
 
 class Barrier:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import weakref
@@ -14,7 +13,7 @@ from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
 from ..memory.parcel import Ticket
 from ..memory.roster import Roster
-from ..transport import cleanup
+from ..transport import cleanup, descriptors
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import close_fds
 from ..workers import shutdown
@@ -113,8 +112,8 @@ class Core:
     def ticket(self) -> list[anonymous.Descriptor]:
         self.check()
         try:
-            first = Ticket(os.dup(self.roster.fd), self._count_issued)
-            return [first, *(anonymous.Descriptor(os.dup(fd)) for fd in self._events)]
+            first = Ticket(descriptors.dup(self.roster.fd), self._count_issued)
+            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in self._events)]
         except OSError as error:
             raise anonymous.exhausted(error) from error
 

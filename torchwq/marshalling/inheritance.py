@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import multiprocessing.connection
-import os
 import socket
 from collections.abc import Iterator
 from multiprocessing import context
@@ -32,6 +31,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
 from ..memory.anonymous import Descriptor, exhausted
+from ..transport import descriptors
 from . import reducers
 from .reducers import Encoder, enclosed, is_letter, take_inbound_fd
 
@@ -76,7 +76,7 @@ def playing_popen() -> Iterator[None]:
 
 def _duplicate(fd: int) -> int:
     try:
-        return os.dup(fd)
+        return descriptors.dup(fd)
     except OSError as error:
         if fd < 0 or error.errno == errno.EBADF:
             raise ValueError("it is closed") from error

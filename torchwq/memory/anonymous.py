@@ -12,17 +12,20 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Final
 
-from ..errors import ResourceError
+from ..transport import descriptors
 
 #: The kernel takes at most this many bytes in one call (MAX_RW_COUNT, rounded down).
 _CALL: Final = 1 << 30
+#: How much is written at a time where memory cannot be reserved in another way.
+_PIECE: Final = 1 << 20
+
+#: Says which limit an OSError of a memory or descriptor call stands for.
+exhausted = descriptors.exhausted
 
 
 def create(nbytes: int = 0) -> int:
@@ -30,42 +33,34 @@ def create(nbytes: int = 0) -> int:
 
     Raises ResourceError if descriptors or memory have run out.
     """
-    try:
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create("torchwq", os.MFD_CLOEXEC)
-        else:
-            fd, path = tempfile.mkstemp(prefix="torchwq-")
-            os.unlink(path)
-    except OSError as error:
-        raise exhausted(error) from error
+    fd = descriptors.memory("torchwq")
     try:
         os.ftruncate(fd, nbytes)
     except OSError as error:
         os.close(fd)
-        raise exhausted(error) from error
+        raise exhausted(error, "ftruncate") from error
     return fd
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Have memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none."""
+    """Have memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none.
+
+    What was in them may be lost.
+    """
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, nbytes)
-        else:
-            os.ftruncate(fd, nbytes)
+            try:
+                os.posix_fallocate(fd, 0, nbytes)
+                return
+            except OSError as error:
+                if error.errno not in descriptors.REFUSALS:
+                    raise
+        zeros = memoryview(bytes(min(nbytes, _PIECE)))
+        offset = 0
+        while offset < nbytes:
+            offset += os.pwrite(fd, zeros[: nbytes - offset], offset)
     except OSError as error:
-        raise exhausted(error) from error
-
-
-def exhausted(error: OSError) -> ResourceError:
-    """Say which limit an OSError of a memory or descriptor call stands for."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        remedy = "too many open file descriptors (RLIMIT_NOFILE): raise the limit with `ulimit -n`"
-    elif error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-        remedy = "no memory left for shared memory: look at the memory limit of the machine, container or cgroup"
-    else:
-        remedy = f"shared memory cannot be used ({os.strerror(error.errno or 0)})"
-    return ResourceError(error.errno or 0, remedy)
+        raise exhausted(error, "fallocate and pwrite") from error
 
 
 def fill(buffers: Sequence[bytes | memoryview]) -> int:
@@ -79,7 +74,7 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
         os.ftruncate(fd, max(offset, 1))
     except OSError as error:
         os.close(fd)
-        raise exhausted(error) from error
+        raise exhausted(error, "pwrite") from error
     except BaseException:
         os.close(fd)
         raise
@@ -93,13 +88,9 @@ def _write(fd: int, view: memoryview, offset: int) -> int:
     return offset + done
 
 
-def map_private(fd: int) -> memoryview:
-    """All of the block, writable, copy-on-write: changes stay in this process. The caller closes ``fd``."""
-    try:
-        mapping = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    except OSError as error:
-        raise exhausted(error) from error
-    return memoryview(mapping)
+def map_private(fd: int, nbytes: int | None = None) -> memoryview:
+    """The first ``nbytes`` of the block, or all of it, copy-on-write: changes stay here. The caller closes ``fd``."""
+    return memoryview(descriptors.mapped(fd, os.fstat(fd).st_size if nbytes is None else nbytes, mmap.MAP_PRIVATE))
 
 
 class Descriptor:

@@ -15,10 +15,10 @@ and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the t
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import Final
 
+from ..transport import descriptors
 from . import anonymous
 
 SLOTS: Final = 4096
@@ -35,7 +35,12 @@ class Board:
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = anonymous.create(_NBYTES) if fd is None else fd
-        self._mapping = mmap.mmap(self.fd, _NBYTES)
+        try:
+            self._mapping = descriptors.mapped(self.fd, _NBYTES)
+        except BaseException:
+            os.close(self.fd)
+            self.fd = -1
+            raise
         #: The same memory as words and as bytes.
         self.words = memoryview(self._mapping).cast("Q")
         self.bytes = memoryview(self._mapping)

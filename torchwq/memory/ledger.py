@@ -41,7 +41,6 @@ closes at once.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import secrets
 import struct
@@ -52,7 +51,7 @@ from typing import Final
 
 import numpy as np
 
-from ..transport import namespace
+from ..transport import descriptors, namespace
 from ..transport.process import closed_in_child, reset_in_child
 
 SLOTS: Final = 512
@@ -98,7 +97,7 @@ class Ledger:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._mapping = mmap.mmap(fd, _NBYTES)
+        self._mapping = descriptors.mapped(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
         self._fence = threading.RLock()
         self._rows: deque[int] = deque()
@@ -369,7 +368,7 @@ def _found(path: str) -> None:
     global _made_fd
     try:
         if _made_fd < 0:
-            fd = os.memfd_create("torchwq-ledger", os.MFD_CLOEXEC)
+            fd = descriptors.above(os.memfd_create("torchwq-ledger", os.MFD_CLOEXEC))
             os.ftruncate(fd, _NBYTES)
             os.pwrite(fd, struct.pack("=Q", secrets.randbits(31)), 8 * _SALT)
             _made_fd = fd
@@ -396,7 +395,7 @@ def _open() -> Ledger | None:
     if not hasattr(fcntl, "F_OFD_SETLK") or not hasattr(os, "SEEK_DATA"):
         return None
     try:
-        fd = os.open(f"{namespace.current().path}/{_FILE}", os.O_RDWR | os.O_CLOEXEC)
+        fd = descriptors.open_file(f"{namespace.current().path}/{_FILE}", os.O_RDWR)
     except OSError:
         return None
     try:

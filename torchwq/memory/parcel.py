@@ -9,10 +9,10 @@ to be cut off.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from ..transport import descriptors
 from ..transport.sockets import close_fds
 from . import recycling
 from .anonymous import Descriptor, exhausted
@@ -98,7 +98,7 @@ class Parcel:
         fds: list[int] = []
         try:
             for fd in self.fds:
-                fds.append(os.dup(fd))
+                fds.append(descriptors.dup(fd))
         except OSError as error:
             close_fds(fds)
             raise exhausted(error) from error

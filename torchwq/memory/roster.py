@@ -23,7 +23,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import mmap
 import os
 import struct
 import sys
@@ -33,6 +32,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from ..errors import ResourceError
+from ..transport import descriptors
 from ..transport.process import closed_in_child
 from . import anonymous
 
@@ -71,7 +71,7 @@ class Roster:
         self.fd = anonymous.create(_NBYTES) if fd is None else fd
         self._lock_fd = -1
         try:
-            self._mapping = mmap.mmap(self.fd, _NBYTES)
+            self._mapping = descriptors.mapped(self.fd, _NBYTES)
             self._lock_fd = self._open_locks()
         except OSError as error:
             os.close(self.fd)
@@ -90,10 +90,10 @@ class Roster:
     def _open_locks(self) -> int:
         if _OWN_FILE:
             try:
-                return os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+                return descriptors.open_file(f"/proc/self/fd/{self.fd}", os.O_RDWR)
             except FileNotFoundError:
                 pass
-        return os.dup(self.fd)
+        return descriptors.dup(self.fd)
 
     def _sit_down(self, states: Sequence[int]) -> int:
         words = self.words

@@ -29,6 +29,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import ResourceError
+from ..transport import descriptors
 from . import anonymous
 
 _private: Any = torch.UntypedStorage
@@ -53,6 +54,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     """
     try:
         if not storage.is_shared():
+            descriptors.fill()  # torch makes a descriptor, and takes any that is free
             _check_room(storage.nbytes())
             _keep_for_arrays(storage)
         fd, nbytes = storage._share_fd_cpu_()
@@ -242,7 +244,7 @@ def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:
     """Map shared memory copy-on-write: the mapping, which lives as long as anything uses the bytes, and the bytes."""
     path = f"/proc/self/fd/{fd}"
     if not os.path.exists(path):
-        view = anonymous.map_private(fd)
+        view = anonymous.map_private(fd, nbytes)
         return view.obj, view
     try:  # not with mmap, which would hold a descriptor for as long as the array lives
         storage: Any = torch.UntypedStorage.from_file(path, shared=False, nbytes=nbytes)

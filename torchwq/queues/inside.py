@@ -7,14 +7,11 @@ read.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 
-from ..memory.anonymous import exhausted
 from ..memory.parcel import TRAILER
-from ..transport import endpoint
-from ..transport.alarm import Alarm
+from ..transport import descriptors, endpoint
 from ..transport.endpoint import Endpoint, Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
@@ -95,11 +92,13 @@ class Inside:
     def open_end(self, handover: Sequence[int]) -> None:
         """Have an end, of these descriptors, which stay the caller's. Raises ResourceError."""
         if self._end is None:
+            end = endpoint.adopt(descriptors.dup_all(handover))
             try:
-                self._end = endpoint.adopt([os.dup(fd) for fd in handover])
-            except OSError as error:
-                raise exhausted(error) from error
-            self._waiter = Waiter(self._end, Alarm())
+                self._waiter, _ = Waiter.with_alarm(end)
+            except BaseException:
+                end.close()
+                raise
+            self._end = end
 
     def close(self, closed: bool) -> None:
         """Nobody is here who takes questions; ``closed``: nobody will come."""

@@ -23,6 +23,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -38,7 +39,7 @@ from ..marshalling import codec
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
-from ..transport import cleanup, endpoint, reactor
+from ..transport import cleanup, descriptors, endpoint, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -61,8 +62,15 @@ class Owner(SocketRole, worker.EndListener):
     """The owner's role. ``on_close(owner)`` runs once, when it is closed, before its ends are."""
 
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
-        ours, self._theirs = endpoint.pair()
-        super().__init__(ours, True, self._note_sent)
+        with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
+            reactor.get()  # which closes it when it is dropped, also if no descriptor is free then
+            ours, self._theirs = endpoint.pair()
+            made.callback(ours.close)
+            made.callback(self._theirs.close)
+            self.board = Board()
+            made.callback(self.board.close)
+            super().__init__(ours, True, self._note_sent)
+            made.pop_all()
         self._receive = ours.try_receive
         self._for_others = self.max_payload
         self.here, self.max_payload = True, codec.UNLIMITED
@@ -85,7 +93,6 @@ class Owner(SocketRole, worker.EndListener):
         self._last_side = 0
         self._is_released = False
         self.closed_ns = 0
-        self.board = Board()
         self._on_close = on_close
         self._receiving = threading.RLock()
         self._lock = threading.RLock()
@@ -356,10 +363,15 @@ class Owner(SocketRole, worker.EndListener):
     def ticket(self) -> list[Descriptor]:
         self.open_to_processes()
         ours, theirs = links.pair()
+        ticket = [Descriptor(theirs)]
         with self._lock:
-            tickets = [Descriptor(theirs)]
+            try:
+                ticket[:0] = [Descriptor(descriptors.dup(fd)) for fd in (*self._theirs.handover(), self.board.fd)]
+            except BaseException:
+                ours.close()
+                raise
             self._admit(ours, None)
-            return [Descriptor(os.dup(fd)) for fd in (*self._theirs.handover(), self.board.fd)] + tickets
+        return ticket
 
     def open_by_name(self, link: Link, pid: int) -> bool:
         """Hand a worker's handle to the process that asks on ``link``; False if the queue cannot be had any more."""

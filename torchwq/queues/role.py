@@ -12,7 +12,6 @@ from typing import Any, Final
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import TRAILER
-from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
@@ -153,12 +152,12 @@ class SocketRole(Role):
     """A side that holds an end of the queue's connection."""
 
     def __init__(self, end: Endpoint, numbered: bool, sent: Sent) -> None:
+        waiter, alarm = Waiter.with_alarm(end)
         super().__init__()
         self.end = end
         self.here = False
         self.max_payload = end.max_message - TRAILER
-        self.alarm = Alarm()
-        self.waiter = Waiter(end, self.alarm)
+        self.alarm, self.waiter = alarm, waiter
         self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error)
         self.send = self.outbox.send
 

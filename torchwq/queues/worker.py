@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from _thread import get_ident
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor
 from ..memory.board import ASKED, BUSY, Board
-from ..transport import endpoint
+from ..transport import descriptors, endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -40,10 +41,15 @@ class WorkerSide(SocketRole):
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
         self._taking = threading.RLock()
         self._busy: set[int] = set()
-        super().__init__(endpoint.adopt(fds[:-1]), False, self._answered)
+        with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
+            end = endpoint.adopt(fds[:-1])
+            made.callback(end.close)
+            self._board = Board(fds[-1])
+            made.callback(self._board.close)
+            super().__init__(end, False, self._answered)
+            made.pop_all()
         self._receive = self.end.try_receive
         self.capacity = capacity
-        self._board = Board(fds[-1])
         self._slot = self._board.slot(slot)
         self._words = self._board.words
         self._state = 0
@@ -118,7 +124,8 @@ class WorkerSide(SocketRole):
 
     def ticket(self) -> list[Descriptor]:
         """Another worker's handle; the owner learns of it over this one's link."""
-        ours, theirs = links.pair()
+        ours, fd = links.pair()
+        theirs = Descriptor(fd)
         try:
             self._link.send(ADOPT, [ours.fileno()])
         except BrokenPipeError:
@@ -126,8 +133,8 @@ class WorkerSide(SocketRole):
         finally:
             ours.close()
         with self._taking:
-            fds = [Descriptor(os.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
-        return [*fds, Descriptor(theirs)]
+            fds = [Descriptor(descriptors.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
+        return [*fds, theirs]
 
     def close(self) -> None:
         if self._board.fd < 0 or self.closed == CLOSED_HERE:
@@ -192,6 +199,12 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
 def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
     """Make a worker's side with the slot that the owner's reply names."""
     _, slot, capacity, reader = SLOT.unpack(reply)
-    side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
+    try:
+        side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
+    except BaseException:
+        with contextlib.suppress(BrokenPipeError):
+            link.send(GOODBYE)  # nobody has died
+        link.close()
+        raise
     side.outbox.reader = reader
     return side

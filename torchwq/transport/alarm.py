@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
+from . import descriptors
 from .process import closed_in_child
 
 
@@ -20,11 +21,8 @@ class Alarm:
         self._lock = threading.RLock()
         self._set = False
         self._read_fd = self._write_fd = -1
-        if hasattr(os, "eventfd"):
-            self._read_fd = self._write_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        else:
-            self._read_fd, self._write_fd = os.pipe()
-            os.set_blocking(self._read_fd, False)
+        fd = descriptors.eventfd()
+        self._read_fd, self._write_fd = descriptors.pipe() if fd is None else (fd, fd)
         closed_in_child(self)
 
     def set(self) -> None:

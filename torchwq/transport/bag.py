@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 
 from ..errors import ResourceError
+from . import descriptors
 from .endpoint import MAX_FDS
 from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, close_fds, received_fds, rights, send_buffer
 
@@ -14,7 +15,7 @@ _PER_MESSAGE = MAX_FDS - 3
 
 def pack(fds: Sequence[int]) -> socket.socket:
     """A socket from which ``unpack`` takes copies of ``fds``. Raises ResourceError if there are too many."""
-    inside, outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    inside, outside = descriptors.socketpair(socket.SOCK_DGRAM)
     send_buffer(inside, 1 << 20)
     with inside:
         for start in range(0, len(fds), _PER_MESSAGE):

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import secrets
-import socket
 import struct
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import NamespaceError
-from . import namespace, reactor
+from ..errors import NamespaceError, ResourceError
+from . import descriptors, namespace, reactor
 from .endpoint import Received
 from .link import Link, socket_type
 from .process import closed_in_child, reset_in_child
@@ -34,6 +36,8 @@ from .sockets import close_fds, peer_uid
 
 _REQUEST: Final = struct.Struct("=cQQ")
 _REPLY_SECONDS: Final = 30.0
+#: How long one waits who has found no free descriptor, or an owner that could not answer.
+_RETRY_SECONDS: Final = 0.1
 
 #: Given the asking process's link and pid: sends the reply itself and keeps the link. False: not any more.
 Opener = Callable[[Link, int], bool]
@@ -58,14 +62,20 @@ class Directory:
         self._lock = threading.Lock()
         self._names: dict[str, Opener] = {}
         self._tombstones: dict[str, _Tombstone] = {}
-        self._socket = socket.socket(socket.AF_UNIX, socket_type())
-        self._socket.bind(self.path)
-        os.chmod(self.path, 0o600)
-        self._socket.listen(1024)
-        self._socket.setblocking(False)
         self._asking: set[Link] = set()
+        self._has_told = False
+        watcher = reactor.get()
+        self._socket = descriptors.unix_socket(socket_type())
+        try:
+            self._socket.bind(self.path)
+            os.chmod(self.path, 0o600)
+            self._socket.listen(1024)
+            self._socket.setblocking(False)
+            watcher.set_reader(self._socket.fileno(), self._accept)
+        except BaseException:
+            self._socket.close()
+            raise
         closed_in_child(self)
-        reactor.get().set_reader(self._socket.fileno(), self._accept)
 
     def publish(self, name: str, opener: Opener) -> None:
         """Own ``name``. Only under the namespace's lock, after ``ask`` has found no living owner."""
@@ -99,14 +109,43 @@ class Directory:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # none left, or the peer has gone, or no descriptor is free: it will ask again
+            except OSError as error:  # none left, or the peer has gone
+                if error.errno in descriptors.SHORTAGE:
+                    self._wait_for_descriptors()
                 return
+            self._has_told = False
             if peer_uid(connection) != os.geteuid():
                 connection.close()
                 continue
-            link = Link(connection.detach())
+            try:
+                link = Link(descriptors.above(connection.detach()))
+            except ResourceError:  # it is closed, and asks again
+                continue
             self._asking.add(link)
             link.watch(functools.partial(self._answer, link), functools.partial(self._gone, link))
+
+    def _wait_for_descriptors(self) -> None:
+        """Who asks waits in the socket meanwhile. It would be reported as readable all the time."""
+        watcher = reactor.get()
+        watcher.set_reader(self._socket.fileno(), None)
+        watcher.call_later(_RETRY_SECONDS, self._listen_again)
+        if self._has_told:
+            return
+        self._has_told = True
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        text = (
+            f"no file descriptor is free (RLIMIT_NOFILE: {soft}): a process that opens a queue of this one by name "
+            f"waits until one is. Raise the limit with `ulimit -n`, or keep fewer queues and shared tensors at a time"
+        )
+        try:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # made an error, which nobody could catch here
+            if sys.stderr is not None:
+                print(f"torchwq: {text}", file=sys.stderr)
+
+    def _listen_again(self) -> None:
+        if self._socket.fileno() >= 0:
+            reactor.get().set_reader(self._socket.fileno(), self._accept)
 
     def _gone(self, link: Link) -> None:
         self._asking.discard(link)
@@ -187,13 +226,46 @@ def ask(name: str) -> tuple[Link, Received] | None:
     """Ask the owner of ``name`` for it.
 
     Returns the link and the reply (``Q…`` or ``C``), or None if there is no owner, or no living one: the caller may
-    create the name. Raises NamespaceError if the owner is there and does not answer.
+    create the name. Raises NamespaceError if the owner is there and does not answer, ResourceError if there is no
+    descriptor to ask with.
     """
     path = namespace.current().lookup(name)
     existing_here = existing()
     if path is None or (existing_here is not None and path == existing_here.path):
         return None
-    connection = socket.socket(socket.AF_UNIX, socket_type())
+    until = time.monotonic() + _REPLY_SECONDS
+    while True:
+        link = _connect(name, path)
+        if link is None:
+            return None
+        try:
+            link.send(_REQUEST.pack(b"O", os.getpid(), started_ns) + name.encode())
+            received = link.wait(max(0.0, until - time.monotonic()))
+        except (EOFError, BrokenPipeError):
+            # It has ended, or it lives and could not answer: which of both, connecting again tells.
+            link.close()
+            if time.monotonic() < until:
+                time.sleep(_RETRY_SECONDS / 10)
+                continue
+            received = None
+        except BaseException:
+            link.close()
+            raise
+        if received is None:
+            link.close()
+            raise NamespaceError(
+                f"the owner of the queue {name!r} is there and has not answered for {_REPLY_SECONDS:.0f} s: it may be "
+                f"stopped, or have no file descriptor left"
+            )
+        if received[0] == b"N":
+            link.close()
+            return None
+        return link, received
+
+
+def _connect(name: str, path: str) -> Link | None:
+    """A link to the owner; None if it does not live."""
+    connection = descriptors.unix_socket(socket_type())
     try:
         connection.connect(path)
         if peer_uid(connection) != os.geteuid():
@@ -204,17 +276,4 @@ def ask(name: str) -> tuple[Link, Received] | None:
     except BaseException:
         connection.close()
         raise
-    link = Link(connection.detach())
-    try:
-        link.send(_REQUEST.pack(b"O", os.getpid(), started_ns) + name.encode())
-        received = link.wait(_REPLY_SECONDS)
-    except (EOFError, BrokenPipeError):
-        link.close()
-        return None
-    if received is None:
-        link.close()
-        raise NamespaceError(f"the owner of the queue {name!r} has not answered for {_REPLY_SECONDS:.0f} s")
-    if received[0] == b"N":
-        link.close()
-        return None
-    return link, received
+    return Link(connection.detach())

@@ -7,14 +7,13 @@ server. The kernel closes it when the process at the other end dies, however it 
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from . import reactor
+from . import descriptors, reactor
 from .endpoint import Received, kind
 from .process import closed_in_child
 from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, close_fds, received_fds, rights
@@ -46,7 +45,7 @@ class Link:
         """Send without blocking; what does not fit now is sent later. Raises BrokenPipeError if the peer is gone."""
         with self._lock:
             if self._unsent or not self._try_send(data, fds):
-                self._unsent.append((data, _copies(fds)))
+                self._unsent.append((data, descriptors.dup_all(fds)))
                 reactor.get().set_writer(self.fileno(), self._flush)
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
@@ -154,19 +153,7 @@ class Link:
         self._socket.close()
 
 
-def _copies(fds: Sequence[int]) -> list[int]:
-    """The same descriptors, for a message that waits. Raises OSError, and leaves none, if there are too many."""
-    copies: list[int] = []
-    try:
-        for fd in fds:
-            copies.append(os.dup(fd))
-    except OSError:
-        close_fds(copies)
-        raise
-    return copies
-
-
 def pair() -> tuple[Link, int]:
     """Two connected ends: one to use here, and the descriptor of the other, to be sent elsewhere."""
-    a, b = socket.socketpair(socket.AF_UNIX, socket_type())
+    a, b = descriptors.socketpair(socket_type())
     return Link(a.detach()), b.detach()

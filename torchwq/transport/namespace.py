@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from ..errors import NamespaceError
+from ..errors import NamespaceError, ResourceError
+from . import descriptors
 from .process import closed_in_child, reset_in_child
 
 VARIABLE: Final = "TORCHWQ_NAMESPACE"
@@ -47,7 +48,7 @@ class Namespace:
         self.made = made
         self._alive_fd = -1
         if made:
-            self._alive_fd = os.open(f"{path}/alive", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._alive_fd = _open(f"{path}/alive", os.O_CREAT)
             fcntl.flock(self._alive_fd, fcntl.LOCK_EX)
             closed_in_child(self)
 
@@ -81,7 +82,9 @@ class Namespace:
     def locked(self) -> Iterator[None]:
         """Hold the lock under which names change. Raises NamespaceError if it cannot be had."""
         try:
-            fd = os.open(f"{self.path}/lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = _open(f"{self.path}/lock", os.O_CREAT)
+        except ResourceError:
+            raise
         except OSError as error:
             raise NamespaceError(error.errno, f"the namespace folder {self.path} cannot be used: {error}") from error
         try:
@@ -112,6 +115,10 @@ class Namespace:
             os.close(fd)
 
 
+def _open(path: str, flags: int = 0) -> int:
+    return descriptors.open_file(path, os.O_RDWR | flags)
+
+
 def _usable(path: str) -> bool:
     try:
         info = os.lstat(path)
@@ -123,18 +130,28 @@ def _usable(path: str) -> bool:
 def _folder() -> str:
     """Where to make namespace folders: private by itself if possible, and short enough for a socket's address."""
     for candidate in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
-        if candidate and len(candidate) < _LONGEST and os.path.isdir(candidate) and os.access(candidate, os.W_OK):
-            return candidate
+        if not candidate:
+            continue
+        try:
+            folder = os.path.abspath(candidate)  # this process, and those below it, may go to other directories
+        except FileNotFoundError:  # the working directory is gone
+            continue
+        if len(os.fsencode(folder)) < _LONGEST and os.path.isdir(folder) and os.access(folder, os.W_OK):
+            return folder
     raise NamespaceError("no writable folder with a short enough path for sockets: set TMPDIR to one")
 
 
 def _sweep(folder: str) -> None:
     """Remove folders whose makers were killed together with their fork servers."""
-    for path in Path(folder).glob(_PREFIX + "*"):
-        if not _usable(str(path)) or time.time() - path.lstat().st_mtime < _YOUNG_SECONDS:
-            continue
+    try:
+        paths = list(Path(folder).glob(_PREFIX + "*"))
+    except OSError:  # no descriptor is free, for one: the next process does it
+        return
+    for path in paths:
         with contextlib.suppress(OSError):
-            fd = os.open(path / "alive", os.O_RDWR | os.O_CLOEXEC)
+            if not _usable(str(path)) or time.time() - path.lstat().st_mtime < _YOUNG_SECONDS:
+                continue
+            fd = _open(f"{path}/alive")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
@@ -171,12 +188,20 @@ def current() -> Namespace:
         if _current is not None and _usable(_current.path):
             return _current
         inherited = os.environ.get(VARIABLE, "")
-        if inherited and _usable(inherited):
+        if os.path.isabs(inherited) and _usable(inherited):
             _current = Namespace(inherited, made=False)
             return _current
         folder = _folder()
         _sweep(folder)
-        _current = Namespace(tempfile.mkdtemp(prefix=_PREFIX, dir=folder), made=True)
+        path = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
+        try:
+            made = Namespace(path, made=True)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        if _current is not None and not os.path.exists(_current.path):
+            _current.abandon()  # somebody has removed it
+        _current = made
         os.environ[VARIABLE] = _current.path
         for callback in _on_made:
             callback(_current.path)

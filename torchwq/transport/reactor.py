@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import descriptors
 from .alarm import Alarm
 from .process import closed_in_child, reset_in_child
 
@@ -41,18 +42,35 @@ class _Watched:
         return (selectors.EVENT_READ if self.reader else 0) | (selectors.EVENT_WRITE if self.writer else 0)
 
 
+def _new_selector() -> selectors.BaseSelector:
+    """The best one that the system lets this process have."""
+    descriptors.fill()
+    try:
+        return selectors.DefaultSelector()
+    except OSError as error:
+        if error.errno in descriptors.REFUSALS:
+            return selectors.PollSelector()
+        raise descriptors.exhausted(error, "epoll_create1") from error
+
+
 class Reactor:
     """The thread, started with the first descriptor it is given. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._selector = selectors.DefaultSelector()
+        self._selector = _new_selector()
+        #: Whether the thread that waits does not learn by itself of what is changed meanwhile.
+        self._is_polling = not hasattr(self._selector, "fileno")
         self._watched: dict[int, _Watched] = {}
         #: Changed by the thread only; what is new comes from anywhere.
         self._timers: list[tuple[float, int, Callback]] = []
         self._new_timers: deque[tuple[float, int, Callback]] = deque()
         self._order = itertools.count()
-        self._wake = Alarm()
+        try:
+            self._wake = Alarm()
+        except BaseException:
+            self._selector.close()
+            raise
         self._selector.register(self._wake.fileno(), selectors.EVENT_READ, None)
         self._thread: threading.Thread | None = None
         closed_in_child(self)
@@ -75,6 +93,7 @@ class Reactor:
         with self._lock:
             if self._watched.pop(fd, None) is not None and fd in self._selector.get_map():
                 self._selector.unregister(fd)
+                self._tell_thread()
 
     def call_later(self, seconds: float, callback: Callback) -> None:
         """Call ``callback`` in so many seconds. Takes no lock, once the thread runs: finalizers call this."""
@@ -98,10 +117,15 @@ class Reactor:
             self._selector.modify(fd, events, watched)
         else:
             self._selector.unregister(fd)
+        self._tell_thread()
         if events:
             self._start()
         else:
             self._watched.pop(fd, None)
+
+    def _tell_thread(self) -> None:
+        if self._is_polling and not self.is_in_current_thread:
+            self._wake.set()
 
     def _start(self) -> None:
         if self._thread is None:

@@ -7,11 +7,14 @@ used is first opened by a process. So it is one of its own, and only what it sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import selectors
 import threading
 from typing import Any, Final
 
+from ..errors import ResourceError
+from . import descriptors
 from .process import closed_in_child
 
 _EPOLL: Final = hasattr(select, "epoll")
@@ -21,6 +24,17 @@ _IN: Final = select.EPOLLIN if _EPOLL else selectors.EVENT_READ
 def _kqueue() -> Any:
     """The same for the BSDs and macOS: a selector that is a kqueue can itself be watched."""
     return selectors.KqueueSelector()  # type: ignore[attr-defined,unused-ignore]
+
+
+def _epoll() -> select.epoll:
+    poll = descriptors.epoll()
+    if poll is None:
+        raise ResourceError(
+            errno.ENOSYS,
+            "this system does not let the process call epoll_create1, without which there is no fileno(): allow that "
+            "call in the seccomp filter of the sandbox or container, or use torchwq.select",
+        )
+    return poll
 
 
 class Readiness:
@@ -48,7 +62,7 @@ class Readiness:
     def fileno(self) -> int:
         with self._lock:
             if self._poll is None:
-                self._poll = select.epoll() if _EPOLL else _kqueue()
+                self._poll = _epoll() if _EPOLL else _kqueue()
                 for fd in self._fds:
                     self._add(fd)
             fd = int(self._poll.fileno())

@@ -16,6 +16,7 @@ import termios
 from collections.abc import Sequence
 from typing import Final
 
+from . import descriptors
 from .endpoint import NO_FDS, ReceiveBare, Received, SendBare
 from .process import closed_in_child
 from .sockets import (
@@ -133,7 +134,7 @@ class SeqpacketEndpoint:
 
 
 def pair() -> tuple[SeqpacketEndpoint, SeqpacketEndpoint]:
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    a, b = descriptors.socketpair(socket.SOCK_SEQPACKET)
     for sock in (a, b):
         send_buffer(sock, _BUFFER)
     return SeqpacketEndpoint(a.detach()), SeqpacketEndpoint(b.detach())

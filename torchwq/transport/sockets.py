@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ..errors import ResourceError
+from . import descriptors
 from .endpoint import MAX_FDS
 
 # Plain integers: the socket module's flags are enums, whose arithmetic costs as much as a system call.
@@ -69,7 +70,8 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     if len(ancillary) == 1 and not flags & TRUNCATED and CLOEXEC:
         level, what, data = ancillary[0]
         if len(data) == _INT.size and what == socket.SCM_RIGHTS and level == socket.SOL_SOCKET:
-            return [*_INT.unpack(data)]
+            fd: int = _INT.unpack(data)[0]
+            return [fd] if fd > 2 else [descriptors.above(fd)]
     fds = array.array("i")
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
@@ -85,7 +87,7 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     if not CLOEXEC:
         for fd in fds:
             os.set_inheritable(fd, False)
-    return list(fds)
+    return descriptors.above_all(fds)
 
 
 def close_fds(fds: Sequence[int]) -> None:

@@ -21,7 +21,6 @@ import os
 import select
 import socket
 import struct
-import tempfile
 import termios
 import threading
 import time
@@ -30,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+from . import descriptors
 from .endpoint import ReceiveBare, Received, SendBare
 from .process import closed_in_child, reset_in_child
 from .sockets import (
@@ -211,14 +211,10 @@ class StreamEndpoint:
 
 
 def pair() -> tuple[StreamEndpoint, StreamEndpoint]:
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    a, b = descriptors.socketpair()
     ends = []
     for sock in (a, b):
         send_buffer(sock, _BUFFER)
-        if hasattr(os, "memfd_create"):
-            lock_fd = os.memfd_create("torchwq-lock", os.MFD_CLOEXEC)
-        else:
-            lock_fd, path = tempfile.mkstemp(prefix="torchwq-lock-")
-            os.unlink(path)
+        lock_fd = descriptors.memory("torchwq-lock")
         ends.append(StreamEndpoint(sock.detach(), lock_fd))
     return ends[0], ends[1]

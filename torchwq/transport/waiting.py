@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar
 
+from . import descriptors
 from .alarm import Alarm
 from .process import closed_in_child
 
@@ -66,11 +67,24 @@ class Waiter:
         self._asleep: set[int] = set()
         self._watched = -1
         self._closed = False
-        self._epoll: select.epoll | None = None
-        if hasattr(select, "epoll"):
-            self._epoll = select.epoll()
-            self._epoll.register(alarm.fileno(), select.EPOLLIN)
+        self._epoll = descriptors.epoll()
+        if self._epoll is not None:
+            try:
+                self._epoll.register(alarm.fileno(), select.EPOLLIN)
+            except BaseException:
+                self._epoll.close()
+                raise
         closed_in_child(self)
+
+    @classmethod
+    def with_alarm(cls, source: _HasFileno) -> tuple[Waiter, Alarm]:
+        """One that has an alarm of its own, and the alarm. Raises ResourceError, and leaves nothing open then."""
+        alarm = Alarm()
+        try:
+            return cls(source, alarm), alarm
+        except BaseException:
+            alarm.close()
+            raise
 
     def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
         """Return what ``attempt`` gives; None when the alarm is set or ``deadline`` (time.monotonic) has passed.

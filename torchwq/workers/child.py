@@ -31,7 +31,7 @@ from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
-from . import client, descent, info, shutdown
+from . import client, descent, info, shutdown, standing
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -130,6 +130,7 @@ def _set_up(context: Context) -> Callable[[Context], int]:
         with contextlib.closing(anonymous.Descriptor(fds.pop())) as block:
             data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)
+    standing.take_on(setup["standing"])
     descent.take_over(setup["key"], fds[0] if fds else None)
     os.environ.clear()
     os.environ.update(setup["environment"])

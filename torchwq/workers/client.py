@@ -3,6 +3,14 @@
 A process that was started by torchwq shares its forefather's server, so workers of workers start as fast. Any other
 process starts a server when it first needs one. If the server dies, all its workers have died with it; the next
 order starts another.
+
+Invariants:
+
+* A server that does not fit this process any more (see :mod:`.standing`) gets no order: the next order starts another
+  one. The old one forks nothing more, and ends with its last worker.
+* A worker is ordered from one connection, and the same one tells of it and passes signals on.
+* What the server will not tell of any more is told as ended, once: whoever takes a worker out of ``_ordered`` or
+  ``_running`` tells it. Both are changed under the lock.
 """
 
 from __future__ import annotations
@@ -17,13 +25,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Hashable, Sequence
+from typing import Final, Protocol
 
-from ..transport import namespace, reactor
+from ..errors import TorchwqError, WorkerStartError
+from ..memory import anonymous
+from ..transport import descriptors, namespace, reactor
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import rights
-from . import descent, server
+from . import descent, executable, server, standing, streams
+
+#: Absolute: the working directory may change.
+_SERVER: Final = os.path.abspath(server.__file__)
 
 
 class Ordered(Protocol):
@@ -37,12 +50,32 @@ class Ordered(Protocol):
 
 
 class Connection:
-    """A connection to one fork server. Safe to use from several threads."""
+    """A connection to one fork server. Safe to use from several threads.
 
-    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+    Args:
+        sock: leads to the server; taken over.
+        process: the server, if this process has started it.
+        guards: the namespace folder that the server will remove; empty if it has none.
+        stands: the standing that the server has.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        process: subprocess.Popen[bytes] | None,
+        guards: str = "",
+        stands: tuple[Hashable, ...] | None = None,
+    ) -> None:
         self._socket = sock
         self.process = process
+        self.guards = guards
+        self._stands = standing.standing() if stands is None else stands
+        self._hard_limits = standing.hard_limits()
+        self._executable = executable.set_by_user()
         self.lost = False
+        #: Why it was lost, if nobody here wanted that.
+        self.failure = ""
+        self._answered = False
         self.warm = threading.Event()
         self._lock = threading.Lock()
         self._tokens = itertools.count(1)
@@ -52,9 +85,19 @@ class Connection:
         closed_in_child(self)
         reactor.get().set_reader(sock.fileno(), self._ready)
 
+    def fits(self) -> bool:
+        """Whether what the server forks would stand as a child of the calling thread does."""
+        return (
+            executable.set_by_user() in (None, self._executable)
+            and standing.allows(self._hard_limits)
+            and self._stands == standing.standing()
+        )
+
     def order(self, worker: Ordered, fds: Sequence[int]) -> None:
         """Have a worker forked that gets ``fds``. Raises BrokenPipeError if the server is gone."""
         with self._lock:
+            if self.lost:
+                raise BrokenPipeError(errno.EPIPE, "the fork server is gone")
             token = next(self._tokens)
             self._ordered[token] = worker
             try:
@@ -62,6 +105,11 @@ class Connection:
             except OSError as error:
                 del self._ordered[token]
                 raise BrokenPipeError(error.errno, "the fork server is gone") from error
+
+    def retire(self, *, keep_folder: bool) -> None:
+        """Order nothing more: the server ends with its last worker. ``keep_folder``: another one guards that now."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.send(server.FRAME.pack(b"R", int(keep_folder), 0))
 
     def order_preload(self) -> None:
         """Have the imports done that the first worker needs; ``warm`` is set when they are."""
@@ -90,34 +138,55 @@ class Connection:
             self._handle(op, number, token)
 
     def _handle(self, op: bytes, number: int, token: int) -> None:
+        self._answered = True
         if op == b"S":
-            worker = self._ordered.pop(token)
-            self._running[number] = worker
-            worker.started(number)
+            with self._lock:
+                worker = self._ordered.pop(token, None)
+                if worker is not None:
+                    self._running[number] = worker
+            if worker is not None:
+                worker.started(number)
         elif op == b"E":
-            limit = " (a limit on processes: RLIMIT_NPROC or the cgroup's pids.max)" if number == errno.EAGAIN else ""
-            self._ordered.pop(token).ended(None, f"it could not be started: {os.strerror(number)}{limit}")
+            self._tell(self._ordered, token, None, f"it could not be started: {os.strerror(number)}{_limit(number)}")
         elif op == b"P":
             self.warm.set()
         elif op == b"X":
-            self._running.pop(number).ended(token, "")
+            self._tell(self._running, number, token, "")
+
+    def _tell(self, workers: dict[int, Ordered], key: int, status: int | None, reason: str) -> None:
+        with self._lock:
+            worker = workers.pop(key, None)
+        if worker is not None:
+            worker.ended(status, reason)
 
     def _lose(self) -> None:
-        self.lost = True
+        if self._answered or self.process is None:
+            self.failure = "the fork server, which had started it, died, and its workers with it"
+        else:
+            self.failure = "the fork server ended before it was ready; it has printed why, if this process has a stderr"
+        with self._lock:
+            self.lost = True
         self.warm.set()  # whoever waits for it must not wait for ever
         reactor.get().remove(self._socket.fileno())
-        self._tell_workers("the fork server, which had started it, died, and its workers with it")
+        self._tell_workers(self.failure)
 
     def _tell_workers(self, reason: str) -> None:
-        workers = [*self._ordered.values(), *self._running.values()]
-        self._ordered.clear()
-        self._running.clear()
+        with self._lock:
+            workers = [*self._ordered.values(), *self._running.values()]
+            self._ordered.clear()
+            self._running.clear()
         for worker in workers:
             worker.ended(None, reason)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the server has ended, and there is nothing left to do."""
+        return self.lost and (self.process is None or self.process.poll() is not None)
+
     def close(self) -> None:
         """Give the server up; it ends, with whatever workers are left, and is waited for."""
-        self.lost = True
+        with self._lock:
+            self.lost = True
         self.warm.set()
         if self._socket.fileno() >= 0:
             reactor.get().remove(self._socket.fileno())
@@ -128,8 +197,9 @@ class Connection:
             try:
                 self.process.wait(2)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+                with contextlib.suppress(PermissionError):  # privileges that the server has were given up here
+                    self.process.kill()
+                    self.process.wait()
 
     def abandon(self) -> None:
         self._socket.close()
@@ -137,7 +207,18 @@ class Connection:
             self.process.returncode = 0  # not this process's child: nothing to wait for, nothing to warn about
 
 
+def _limit(number: int) -> str:
+    """Which limit an error number of the server's stands for."""
+    if number == errno.EAGAIN:
+        return " (a limit on processes: RLIMIT_NPROC or the cgroup's pids.max)"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return " (the fork server has too many file descriptors open: raise RLIMIT_NOFILE, or have fewer workers)"
+    return ""
+
+
 _connection: Connection | None = None
+#: Connections to servers that did not fit any more, whose workers may still run.
+_retired: list[Connection] = []
 _guard = threading.RLock()
 
 
@@ -145,19 +226,26 @@ _guard = threading.RLock()
 def _forget() -> None:
     global _connection, _guard
     _connection, _guard = None, threading.RLock()
+    _retired.clear()
 
 
 def connect() -> Connection:
-    """The connection of this process, made now if there is none."""
-    global _connection
+    """The connection of this process, to a server that fits it; made now if there is none.
+
+    Raises WorkerStartError if there is no program to start a server with, ResourceError if the system allows none.
+    """
     with _guard:
-        if _connection is None or _connection.lost:
-            if _connection is not None:
-                _connection.close()
-            space = namespace.current()  # making it may have connected us already, to have it guarded
-            if _connection is None or _connection.lost:
-                _connection = _launch(space.path if space.made else "")
-        return _connection
+        if _connection is not None and _is_usable(_connection):
+            return _connection
+    space = namespace.current()  # before the lock, which it takes: making it may connect us, to have it guarded
+    with _guard:
+        if _connection is not None and _is_usable(_connection):
+            return _connection
+        return _launch(space.path if space.made else "")
+
+
+def _is_usable(connection: Connection) -> bool:
+    return not connection.lost and connection.fits()
 
 
 def warm_up(wait: bool = True) -> None:
@@ -169,6 +257,10 @@ def warm_up(wait: bool = True) -> None:
     Args:
         wait: return when the server is ready; False returns at once and lets it get ready in the background.
 
+    Raises:
+        WorkerStartError: there is no Python interpreter to start it with, or it could not get ready.
+        ResourceError: a limit of the system does not allow it.
+
     Source: what ``multiprocessing.set_forkserver_preload`` is for.
     """
     descent.warm_up()
@@ -176,10 +268,12 @@ def warm_up(wait: bool = True) -> None:
     connection.order_preload()
     if wait:
         connection.warm.wait()
+        if connection.failure:
+            raise WorkerStartError(connection.failure)
 
 
 def born_with(fd: int) -> None:
-    """Use the connection that this worker was given when it was forked."""
+    """Use the connection that this worker was given when it was forked, and stands as the server does."""
     global _connection
     _connection = Connection(socket.socket(fileno=fd), None)
 
@@ -187,32 +281,66 @@ def born_with(fd: int) -> None:
 def close() -> None:
     global _connection
     with _guard:
-        if _connection is not None:
-            _connection.close()
-            _connection = None
+        connections = _retired if _connection is None else [_connection, *_retired]
+        for connection in connections:
+            connection.close()
+        _connection = None
+        _retired.clear()
 
 
-def _launch(namespace_path: str) -> Connection:
-    ours, theirs = socket.socketpair()
-    settings = {"path": [os.path.abspath(path) for path in sys.path], "namespace": namespace_path}
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, *flags, server.__file__, str(theirs.fileno()), json.dumps(settings)],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    return Connection(ours, process)
-
-
-def _guard_namespace(path: str) -> None:
-    """A folder was made: the server sees to its end if this process is killed."""
+def _launch(folder: str) -> Connection:
+    """Start a server that guards ``folder``, and use it from now on."""
     global _connection
-    with _guard:
-        if _connection is None or _connection.lost:
-            _connection = _launch(path)
+    new = _start(folder)
+    old, _connection = _connection, new
+    _retired[:] = [each for each in _retired if not each.is_over]
+    if old is not None and old.lost:
+        old.close()
+    elif old is not None:
+        old.retire(keep_folder=old.guards == folder)
+        _retired.append(old)
+    return new
 
 
-namespace.on_made(_guard_namespace)
+def _start(folder: str) -> Connection:
+    program = executable.find()
+    settings = {"path": [os.path.abspath(path) for path in sys.path], "namespace": folder}
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    stands = standing.standing()
+    try:
+        reactor.get()  # which the connection needs, and cannot do without once there is a server
+        ours, theirs = descriptors.socketpair()
+    except OSError as error:
+        raise anonymous.exhausted(error) from error
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [program, *flags, _SERVER, str(theirs.fileno()), json.dumps(settings)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if streams.is_stream("stderr", 2) else subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+                raise anonymous.exhausted(error) from error
+            raise WorkerStartError(
+                f"the fork server cannot be started: {program}: {error.strerror}, to user {os.geteuid()}"
+            ) from error
+    return Connection(ours, process, folder, stands)
+
+
+def _guard_folder(path: str) -> None:
+    """A folder was made: the server sees to its end if this process is killed.
+
+    Without a server it is removed when this process ends, or by the next one that makes a folder. Whoever needs workers
+    is told why there is none.
+    """
+    with _guard, contextlib.suppress(TorchwqError):
+        if _connection is None or not _is_usable(_connection):
+            _launch(path)
+
+
+namespace.on_made(_guard_folder)

@@ -12,11 +12,13 @@ any more. Private to multiprocessing is where a process has the tracker's descri
 from __future__ import annotations
 
 import contextlib
-import os
 from multiprocessing import process, resource_tracker
 from typing import Any
 
+from ..errors import WorkerStartError
 from ..memory.anonymous import Descriptor, exhausted
+from ..transport import descriptors
+from . import executable
 
 _tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
 
@@ -32,22 +34,27 @@ def tracker() -> Descriptor | None:
     None where there is none to be had. Raises ResourceError if descriptors have run out.
     """
     try:
-        fd = resource_tracker.getfd()
+        with executable.for_multiprocessing():
+            descriptors.fill()
+            fd = resource_tracker.getfd()
+    except WorkerStartError:  # whoever starts the worker is told
+        return None
     except OSError as error:
         raise exhausted(error) from error
-    except Exception:  # a program that cannot start a Python, or a finalizer in the middle of starting it
+    except Exception:  # a finalizer in the middle of starting it
         fd = getattr(_tracker, "_fd", None)
     if fd is None:
         return None
     try:
-        return Descriptor(os.dup(fd))
+        return Descriptor(descriptors.dup(fd))
     except OSError as error:
         raise exhausted(error) from error
 
 
 def warm_up() -> None:
     """Start the tracker now, if that is possible."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), executable.for_multiprocessing():
+        descriptors.fill()
         resource_tracker.ensure_running()
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
-from ..transport import endpoint, namespace, reactor
+from ..transport import descriptors, endpoint, namespace, reactor
 from ..transport.outbox import Outbox
-from . import client, descent
+from . import client, descent, standing
 from .info import WorkerInfo
+from .streams import is_stream
 from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_started
 
 
@@ -28,33 +29,48 @@ class ProcessWorker(Worker):
     def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         super().__init__(info, on_message, on_end, group)
         self._kill_at_start: signal.Signals | None = None
+        #: The connection from which it was ordered.
+        self._server: client.Connection | None = None
         self._endpoint, theirs = endpoint.pair()
         try:
             setup = _setup(info, entry, self._endpoint.max_message - TRAILER)
+            self._outbox = Outbox(self._endpoint)
+            reactor.get().set_reader(self._endpoint.fileno(), self._ready)
+            self._order(theirs)
+            self.send(setup)
         except BaseException:
-            theirs.close()
-            self._endpoint.close()
+            self._give_up()
             raise
-        self._outbox = Outbox(self._endpoint)
-        reactor.get().set_reader(self._endpoint.fileno(), self._ready)
-        self._order(theirs)
-        self.send(setup)
+        finally:
+            theirs.close()
 
     def _order(self, theirs: endpoint.Endpoint) -> None:
         note_ordered(self)
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        null = descriptors.open_file(os.devnull, os.O_RDWR)
         try:
-            fds = [*theirs.handover(), *(fd if _is_open(fd) else null for fd in (1, 2))]
+            streams_of_owner = [fd if is_stream(name, fd) else null for name, fd in (("stdout", 1), ("stderr", 2))]
+            fds = [*theirs.handover(), *streams_of_owner]
+            self._server = client.connect()
             try:
-                client.connect().order(self, fds)
+                self._server.order(self, fds)
             except BrokenPipeError:
-                client.connect().order(self, fds)  # the server had died unnoticed; this is another one
+                self._server = client.connect()  # the other one had died unnoticed
+                self._server.order(self, fds)
         except BaseException:
-            self._forget()
+            self._server = None
             raise
         finally:
             os.close(null)
-            theirs.close()
+
+    def _give_up(self) -> None:
+        """Nobody will know of it: it could not be ordered, or not be told what to do."""
+        self._silence()
+        if self._server is not None:
+            self.kill(signal.SIGKILL)
+            return
+        self._forget()
+        reactor.get().remove(self._endpoint.fileno())
+        self._endpoint.close()
 
     def send(self, payload: bytes | Parcel) -> bool:
         try:
@@ -68,8 +84,8 @@ class ProcessWorker(Worker):
             if self.pid is None:
                 self._kill_at_start = number
                 return
-        if not self.ended_event.is_set():
-            client.connect().kill(self.pid, number)
+        if self._server is not None and not self.ended_event.is_set():
+            self._server.kill(self.pid, number)
 
     def started(self, pid: int) -> None:
         with self._lock:
@@ -116,14 +132,6 @@ def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:
     return Parcel(environment, [each.fd for each in keep], keep)
 
 
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
-
-
 def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
     """What a worker takes over from its owner as it is now."""
     try:
@@ -140,6 +148,7 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
         "argv": list(getattr(sys, "argv", [])),
         "started_ns": time.monotonic_ns(),
         "key": descent.key(),
+        "standing": standing.taken_along(),
         "filters": _warning_filters(),
     }
 

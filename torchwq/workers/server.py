@@ -14,16 +14,19 @@ Invariants:
 
 Frames are 16 bytes, ``op, number, token``. To the server: ``F`` fork a worker (with its control socket's
 descriptors, and the owner's stdout and stderr), ``P`` import what workers need and say ``P``, ``K`` send signal
-``token`` to process ``number``. From it: ``S`` worker ``token`` has pid ``number``, ``E`` it could not be forked
-(errno), ``X`` process ``number`` has ended with wait status ``token``.
+``token`` to process ``number``, ``R`` fork nothing more for this client, and end with its last worker; ``number`` is 1
+if another server guards the namespace folder now. From it: ``S`` worker ``token`` has pid ``number``, ``E`` it could
+not be forked (errno), ``X`` process ``number`` has ended with wait status ``token``.
 """
 
 import array
 import contextlib
+import errno
 import gc
 import importlib
 import json
 import os
+import resource
 import select
 import selectors
 import shutil
@@ -45,6 +48,7 @@ class Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.unsent = b""
+        self.retired = False
 
     def send(self, op: bytes, number: int, token: int) -> None:
         self.unsent += FRAME.pack(op, number, token)
@@ -94,16 +98,18 @@ class Server:
             for client in clients:
                 if client.unsent:
                     client.flush()
+            if self.first.retired and not self.workers and not self.first.unsent:
+                self.lose(self.first)
 
     def serve(self, client: Client) -> None:
         try:
-            data, ancillary, _, _ = client.connection.recvmsg(
-                FRAME.size, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_DONTWAIT
+            data, ancillary, flags, _ = client.connection.recvmsg(
+                FRAME.size, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_DONTWAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
             )
         except BlockingIOError:
             return
         except OSError:
-            data, ancillary = b"", []
+            data, ancillary, flags = b"", [], 0
         fds = array.array("i")
         for _, _, rights in ancillary:
             fds.frombytes(rights)
@@ -114,9 +120,17 @@ class Server:
         if op == b"P":
             self.preload()
             client.send(b"P", 0, token)
+        elif op == b"F" and flags & socket.MSG_CTRUNC:  # some of its descriptors did not fit into this process
+            client.send(b"E", errno.EMFILE, token)
+        elif op == b"F" and client.retired:
+            client.send(b"E", errno.EPERM, token)
         elif op == b"F":
             self.preload()
             self.fork(client, token, list(fds))
+        elif op == b"R":
+            client.retired = True
+            if client is self.first and number:
+                self.namespace = ""
         elif op == b"K" and self.workers.get(number) is client:
             os.kill(number, token)
         for fd in fds:
@@ -155,12 +169,13 @@ class Server:
             stop.close()
 
     def fork(self, client: Client, token: int, fds: list[int]) -> None:
-        ours, theirs = socket.socketpair()
+        ends: tuple[socket.socket, ...] = ()
         try:
+            ours, theirs = ends = socket.socketpair()
             pid = os.fork()
         except OSError as error:
-            ours.close()
-            theirs.close()
+            for end in ends:
+                end.close()
             client.send(b"E", error.errno or 0, token)
             return
         if pid == 0:
@@ -219,6 +234,10 @@ class Server:
 def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # A worker gets the limits that its owner has; this process needs two descriptors for each.
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     settings: dict[str, Any] = json.loads(argv[2])
     sys.path[:] = settings["path"]
     connection = socket.socket(fileno=int(argv[1]))

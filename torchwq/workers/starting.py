@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from ..errors import TorchwqError
 from ..memory import anonymous
 from .info import WorkerInfo
 from .processes import ProcessWorker
@@ -41,7 +42,7 @@ def start(
 ) -> list[Worker]:
     """Start ``n`` workers that run ``entry`` (``module:function``), numbered from ``first_mapid``, of ``of`` in all.
 
-    Raises ResourceError if descriptors or threads have run out.
+    Raises ResourceError if descriptors or threads have run out, WorkerStartError if no process can be started.
     """
     group = next(_started)
     seed = _base_seed(group)
@@ -50,10 +51,12 @@ def start(
     try:
         for mapid in range(first_mapid, first_mapid + n):
             workers.append(make(WorkerInfo(mapid, of or n, (seed + mapid) % 2**63), entry, on_message, on_end, group))
-    except OSError as error:
+    except BaseException as error:
         for worker in workers:
             worker.kill(signal.SIGKILL)
-        raise anonymous.exhausted(error) from error
+        if isinstance(error, OSError) and not isinstance(error, TorchwqError):
+            raise anonymous.exhausted(error) from error
+        raise
     return workers
 
 

@@ -87,6 +87,10 @@ class Worker(abc.ABC):
     def _forget(self) -> None:
         _living.discard(self)
 
+    def _silence(self) -> None:
+        """Report no more. This object may be kept for a while; what it reported to must not be."""
+        self._on_end = self._on_message = _nothing
+
     def _tell_end(self) -> None:
         _living.discard(self)
         with _listeners_lock:
@@ -97,8 +101,7 @@ class Worker(abc.ABC):
             self.holds = None
             after, self._after = self._after, []
         self._on_end(self)
-        # This object may be kept for a while; what it reported to must not be.
-        self._on_end = self._on_message = _nothing
+        self._silence()
         for callback in after:
             callback(self)
         for listener in listeners:

@@ -1,0 +1,211 @@
+"""Makes descriptors: never in the place of a standard stream, and in another way where the system refuses a call.
+
+A program may run with its stdin, stdout or stderr closed (``>&-``), and what is opened next gets the closed one's
+number. Whatever prints there then, in this process or in one that it starts, writes into a queue's socket or a tensor's
+memory.
+
+Invariants:
+
+* No descriptor of this library is below 3. What makes many at once, or makes them in C, calls ``fill`` before; what
+  makes or receives single ones passes each through ``above``.
+* A standard descriptor that was closed when this library came by has /dev/null from then on. So torch, which
+  duplicates descriptors by itself, does not get it either.
+* What a system may refuse (by seccomp, in a sandbox) and can be done in another way is done so here.
+* What cannot be had raises ResourceError, which names the call and the limit, and leaves nothing open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import select
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from ..errors import ResourceError
+
+_FIRST: Final = 3
+_SHM: Final = "/dev/shm"
+#: What a system call gives that a filter or an old kernel does not let through.
+REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP})
+#: No descriptor can be had for now.
+SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def exhausted(error: OSError, call: str = "") -> ResourceError:
+    """Say which limit an OSError of a memory or descriptor call stands for."""
+    if isinstance(error, ResourceError):
+        return error
+    said = os.strerror(error.errno or 0)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        remedy = "too many open file descriptors (RLIMIT_NOFILE): raise the limit with `ulimit -n`"
+    elif error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+        remedy = "no memory left for shared memory: look at the memory limit of the machine, container or cgroup"
+    elif call and error.errno in REFUSALS:
+        remedy = (
+            f"this system refuses {call} ({said}): allow that call, in the seccomp filter or policy of the sandbox or "
+            f"container"
+        )
+    else:
+        remedy = f"shared memory cannot be used ({f'{call}: ' if call else ''}{said})"
+    return ResourceError(error.errno or 0, remedy)
+
+
+@contextlib.contextmanager
+def _called(call: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise exhausted(error, call) from error
+
+
+def fill() -> None:
+    """Put /dev/null in the place of each standard stream that is closed."""
+    for fd in range(_FIRST):
+        try:
+            fcntl.fcntl(fd, fcntl.F_GETFD)
+        except OSError:
+            _put_null(fd)
+
+
+def _put_null(fd: int) -> None:
+    with _called("open"):
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if null == fd:
+        os.set_inheritable(fd, True)  # as a standard stream is
+        return
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def above(fd: int) -> int:
+    """The same file at a descriptor that is no standard stream's; takes over ``fd``."""
+    if fd >= _FIRST:
+        return fd
+    try:
+        moved = dup(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    _put_null(fd)
+    return moved
+
+
+def dup(fd: int) -> int:
+    """Another descriptor of the same file, which programs that are executed do not inherit."""
+    with _called("fcntl"):
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
+
+
+def dup_all(fds: Sequence[int]) -> list[int]:
+    """The same for several. If one cannot be had, none is left open."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(dup(fd))
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
+
+
+def above_all(fds: Sequence[int]) -> list[int]:
+    """What ``above`` gives for each. If one cannot be moved, all are closed."""
+    moved = list(fds)
+    try:
+        for index, fd in enumerate(moved):
+            moved[index] = -1  # until it is moved nobody has it: ``above`` closes it if it fails
+            moved[index] = above(fd)
+    except OSError:
+        for fd in moved:
+            if fd >= 0:
+                os.close(fd)
+        raise
+    return moved
+
+
+def open_file(path: str, flags: int, mode: int = 0o600) -> int:
+    """A descriptor of a file. Raises ResourceError if there is none to be had, and else OSError as ``os.open``."""
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in SHORTAGE:
+            raise exhausted(error) from error
+        raise
+    return above(fd)
+
+
+def mapped(fd: int, nbytes: int, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
+    """A writable mapping of a file, which has a descriptor of its own."""
+    fill()
+    with _called("mmap"):
+        return mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def socketpair(kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
+    """Two connected AF_UNIX sockets."""
+    fill()
+    with _called("socketpair"):
+        return socket.socketpair(socket.AF_UNIX, kind)
+
+
+def unix_socket(kind: socket.SocketKind) -> socket.socket:
+    """An AF_UNIX socket."""
+    fill()
+    with _called("socket"):
+        return socket.socket(socket.AF_UNIX, kind)
+
+
+def epoll() -> select.epoll | None:
+    """An epoll; None where the system has none, or refuses it: whoever asks uses ``poll`` then."""
+    if not hasattr(select, "epoll"):
+        return None
+    fill()
+    try:
+        return select.epoll()
+    except OSError as error:
+        if error.errno in REFUSALS:
+            return None
+        raise exhausted(error, "epoll_create1") from error
+
+
+def eventfd() -> int | None:
+    """An eventfd of 0 that does not block; None where the system has none, or refuses it."""
+    if not hasattr(os, "eventfd"):
+        return None
+    try:
+        return above(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    except OSError as error:
+        if error.errno in REFUSALS:
+            return None
+        raise exhausted(error, "eventfd2") from error
+
+
+def pipe() -> tuple[int, int]:
+    """Both ends of a pipe; reading does not block."""
+    fill()
+    with _called("pipe2"):
+        read, write = os.pipe()
+    os.set_blocking(read, False)
+    return read, write
+
+
+def memory(name: str) -> int:
+    """An empty file without a name, in memory if the system allows that."""
+    if hasattr(os, "memfd_create"):
+        try:
+            return above(os.memfd_create(name, os.MFD_CLOEXEC))
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise exhausted(error, "memfd_create") from error
+    folder = _SHM if os.access(_SHM, os.W_OK | os.X_OK) else None
+    with _called("memfd_create, and files in /dev/shm or the temporary folder"):
+        fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
+    os.unlink(path)
+    return above(fd)
