@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -402,6 +403,43 @@ def test_a_state_dict_of_600_tensors_is_shared(peer: Peer) -> None:
 def double_all(state: dict[str, torch.Tensor]) -> None:
     for tensor in state.values():
         tensor *= 2
+
+
+def _mapped(path: Path, kind: str) -> tuple[Any, torch.Tensor]:
+    """What is to be sent, and the tensor that torch has mapped."""
+    np.arange(100.0).tofile(path)
+    tensor = torch.from_file(str(path), shared="private" not in kind, size=100, dtype=torch.float64)
+    if "gone" in kind:
+        path.unlink()
+    if "replaced" in kind:
+        path.unlink()
+        np.zeros(100).tofile(path)
+    if "storage" in kind:
+        return tensor.untyped_storage(), tensor
+    return (tensor[1:] if "view" in kind else tensor), tensor
+
+
+@pytest.mark.parametrize("kind", ["shared", "shared view", "shared storage", "private", "gone", "replaced"])
+def test_a_tensor_that_torch_has_mapped_from_a_file_is_shared(peer: Peer, kind: str, tmp_path: Path) -> None:
+    sent, tensor = _mapped(tmp_path / "numbers", kind)
+    back = peer.echo([sent])[0]
+    if isinstance(back, torch.UntypedStorage):
+        back = torch.empty(0, dtype=torch.float64).set_(back)
+    assert back[5] == tensor[5 + tensor.numel() - back.numel()]
+    peer.ask(add_one, sent if isinstance(sent, torch.Tensor) else back)
+    assert back[-1] == tensor[-1] == 100
+    if "shared" in kind:
+        assert np.fromfile(tmp_path / "numbers")[-1] == 100
+
+
+@pytest.mark.parametrize("kind", ["private view", "gone view"])
+def test_one_that_cannot_be_shared_arrives_as_a_copy_and_a_warning_says_so(
+    peer: Peer, kind: str, tmp_path: Path
+) -> None:
+    sent, _tensor = _mapped(tmp_path / "numbers", kind)
+    with pytest.warns(RuntimeWarning, match="mapped from a file"):
+        back = peer.echo(sent)
+    assert back.tolist() == list(range(1, 100))
 
 
 def test_the_file_system_strategy_works_too(run_script: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from torchwq.errors import ResourceError
 from torchwq.transport import bag, endpoint, seqpacket, stream
 from torchwq.transport.endpoint import Endpoint
-from torchwq.transport.sockets import close_fds, received_fds
+from torchwq.transport.sockets import NotSent, check_sendable, close_fds, received_fds
 
 KINDS = {"seqpacket": seqpacket.pair, "stream": stream.pair}
 
@@ -36,6 +38,34 @@ def test_messages_arrive_whole_and_in_order(ends: tuple[Endpoint, Endpoint]) -> 
         assert a.try_send(data)
     assert [b.try_receive() for _ in sent] == [(data, []) for data in sent]
     assert b.try_receive() is None
+
+
+def test_a_message_that_cannot_be_sent_is_not_taken_for_a_peer_that_is_gone(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    closed = os.dup(0)
+    os.close(closed)
+    for fd in (-1, closed):
+        with pytest.raises(NotSent) as caught:
+            a.try_send(b"with a descriptor", [fd])
+        assert caught.value.errno == errno.EBADF
+        assert not isinstance(caught.value, BrokenPipeError)
+    assert a.try_send(b"after it")
+    assert b.try_receive() == (b"after it", [])
+    a.close()
+    with pytest.raises(BrokenPipeError):  # here it is this end that is closed
+        a.try_send(b"x")
+
+
+def test_an_error_of_a_signal_handler_comes_out_as_it_is(ends: tuple[Endpoint, Endpoint]) -> None:
+    def raise_it(*_: object) -> None:
+        raise OSError(errno.EBADF, "of the handler")
+
+    with pytest.raises(OSError, match="of the handler") as caught:
+        try:
+            raise_it()
+        except OSError as error:
+            check_sendable(error, socket.socket(fileno=os.dup(ends[0].fileno())))
+    assert type(caught.value) is OSError
 
 
 def test_largest_message_passes(ends: tuple[Endpoint, Endpoint]) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.conftest import wait_until
+from torchwq.memory.parcel import Parcel
 from torchwq.transport import endpoint
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.outbox import Outbox
+from torchwq.transport.sockets import NotSent
 
 
 @pytest.fixture
@@ -33,6 +37,30 @@ def test_what_a_full_socket_does_not_take_is_flushed_in_order(ends: tuple[Endpoi
     assert [receive(b) for _ in range(20_000)] == [b"%d." % number for number in range(20_000)]
     assert outbox.wait_empty(5)
     assert len(outbox) == 0
+
+
+def test_what_cannot_be_sent_is_told_and_leaves_the_outbox_as_it_was(
+    ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = ends
+    outbox = Outbox(a, numbered=True)
+    bad = Parcel(b"bad.", [-1], [])
+    with pytest.raises(NotSent):
+        outbox.send(bad)
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error[0]))
+    count = 0
+    while not outbox.pending:
+        outbox.send(b"%d." % count)
+        count += 1
+    outbox.send(bad)  # waits with the others; whoever has written it is told nothing any more
+    outbox.send(b"%d." % count)
+    messages = [receive(b) for _ in range(count + 1)]
+    assert [message.partition(b".")[0] for message in messages] == [b"%d" % number for number in range(count + 1)]
+    numbers = [int.from_bytes(message[-9:-1], "little") for message in messages]
+    assert numbers == [*range(1, count + 1), count + 2]
+    assert outbox.wait_empty(5)
+    assert told == [NotSent]
 
 
 def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tuple[Endpoint, Endpoint]) -> None:

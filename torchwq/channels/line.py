@@ -211,7 +211,7 @@ class Line:
                     self._send_bare(payload, NO_WAIT)  # type: ignore[misc]
                 except OSError as error:
                     # Any other may be a signal handler's, a TimeoutError perhaps, after the item has left.
-                    if error.errno not in BUSY and error.errno not in BROKEN:
+                    if error.errno not in BUSY and error.errno not in BROKEN and self._in.fileno() >= 0:
                         raise
                 else:
                     self._count_sent()

@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
-from ..memory.anonymous import Descriptor, exhausted
+from ..memory.anonymous import Descriptor
 from ..transport import descriptors
 from . import reducers
 from .reducers import Encoder, enclosed, is_letter, take_inbound_fd
@@ -78,9 +78,9 @@ def _duplicate(fd: int) -> int:
     try:
         return descriptors.dup(fd)
     except OSError as error:
-        if fd < 0 or error.errno == errno.EBADF:
+        if error.errno == errno.EBADF:
             raise ValueError("it is closed") from error
-        raise exhausted(error) from error
+        raise
 
 
 def _reduce_descriptor(encoder: Encoder, descriptor: Descriptor) -> Any:

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import functools
 import threading
+import warnings
 from collections.abc import Container
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
@@ -32,6 +33,12 @@ _SPARSE: Final = 16
 _LARGE: Final = 1 << 20
 #: Up to so many bytes are copied in less time than another thread needs to wake up.
 _AT_ONCE: Final = 64 * 1024
+
+
+_OWN_FILE: Final = (
+    "a tensor with views, mapped from a file for this process alone, is copied instead of shared: a change on one side "
+    "is not seen on the other. Map it with torch.from_file(..., shared=True), or write tensor.clone()"
+)
 
 
 class _Mover:
@@ -79,7 +86,7 @@ def share(tensor: torch.Tensor) -> Block | None:
         block = recycling.block_of(storage)
         if block is not None:
             return block
-        movable = not storage.is_shared() and storages.is_sole_owner(tensor, storage)
+        movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
         if movable and storage.nbytes() <= _AT_ONCE and storage._cdata not in _moving:
             block = pool.use_at_once(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is not None:
@@ -94,19 +101,19 @@ def share(tensor: torch.Tensor) -> Block | None:
             key = tensor.untyped_storage()._cdata  # another one, if it has been moved
         with recycling.lock:
             storage = tensor.untyped_storage()
-            movable = not storage.is_shared() and storages.is_sole_owner(tensor, storage)
+            movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
         block = recycling.block_of(storage)
         if block is not None:
             return block
         if movable:
             block = pool.use(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
+            if block is None:
+                limits.warn_of_copies()
         else:
             del tensor
             block = _share_storage(storage)
     finally:
         _finish(key, mover)
-    if block is None:
-        limits.warn_of_copies()
     return block
 
 
@@ -183,8 +190,12 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
         fd, _ = storages.share(storage)
     except ResourceError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
+            limits.warn_of_copies()
             return None
         raise
+    if fd < 0:
+        warnings.warn(_OWN_FILE, RuntimeWarning, stacklevel=2)
+        return None
     with recycling.lock:
         recycling.settle()
         return recycling.adopt(storage, fd)

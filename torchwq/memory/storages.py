@@ -5,7 +5,8 @@ Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
 * ``UntypedStorage._share_fd_cpu_()`` moves a storage into shared memory in place, if it is not there yet, and returns
   the descriptor, which stays torch's, and the size. ``UntypedStorage._new_shared_fd_cpu(fd, nbytes)`` maps it in
   another process; it duplicates the descriptor. Both are what ``torch.multiprocessing.reductions`` uses for its
-  ``file_descriptor`` strategy; without them tensors go through those reductions.
+  ``file_descriptor`` strategy; without them tensors go through those reductions. For what ``torch.from_file`` has
+  mapped ``_share_fd_cpu_`` returns -1: that goes by the file, which is found in ``/proc/self/maps``, or is copied.
 * ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
   owned, torch moves each one into /dev/shm itself, and no memory is used again.
 * ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
@@ -48,7 +49,8 @@ _SHM: Final = "/dev/shm"
 def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     """Move ``storage`` into shared memory in place, if it is not there; returns (descriptor, bytes).
 
-    The descriptor belongs to the storage. Every tensor on the storage sees the shared memory afterwards.
+    The descriptor belongs to the storage; it is -1 if there is none, as for a file that torch has mapped for this
+    process alone. Every tensor on the storage sees the shared memory afterwards.
     Raises ResourceError if torch would put it into a /dev/shm that is too small for it (touching that would end
     the process with a bus error), or if descriptors have run out.
     """
@@ -63,7 +65,49 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
         raise _failed(
             f"torch could not move a storage of {storage.nbytes()} bytes into shared memory", error
         ) from error
-    return int(fd), int(nbytes)
+    return (int(fd) if fd >= 0 else _descriptor_of_file(storage)), int(nbytes)
+
+
+def is_shared(storage: torch.UntypedStorage) -> bool:
+    """Whether others can be given its memory. torch says so also of a file that is mapped for this process alone."""
+    try:
+        return storage.is_shared() and share(storage)[0] >= 0
+    except ResourceError:  # no descriptor is free, which whoever shares it will meet again
+        return True
+
+
+def _descriptor_of_file(storage: Any) -> int:
+    """A descriptor of the file that torch has mapped as ``storage`` (``torch.from_file``), for which it keeps none."""
+    found: anonymous.Descriptor | None = getattr(storage, "_torchwq_file", None)
+    if found is None:
+        storage._torchwq_file = found = anonymous.Descriptor(_open_mapped(storage.data_ptr(), storage.nbytes()))
+    return found.fd
+
+
+def _open_mapped(address: int, nbytes: int) -> int:
+    """Open the file that is mapped at ``address``, from its beginning, for all to see; -1 if there is none by now.
+
+    The kernel says the path that the mapped file has now, so this is no other file that has come in its place.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            lines = [line.rstrip("\n") for line in maps if line.startswith(f"{address:x}-")]
+    except OSError:
+        return -1
+    for line in lines:
+        _, mode, offset, _, _, *path = line.split(None, 5)
+        if mode != "rw-s" or int(offset, 16) or not path or path[0].endswith(" (deleted)") or "\\012" in path[0]:
+            continue
+        try:
+            fd = descriptors.open_file(path[0], os.O_RDWR)
+        except ResourceError:
+            raise
+        except OSError:
+            continue
+        if os.fstat(fd).st_size >= nbytes:
+            return fd
+        os.close(fd)
+    return -1
 
 
 def _keep_for_arrays(storage: torch.UntypedStorage) -> None:

@@ -7,7 +7,8 @@ these invariants:
 * No operation blocks. ``try_send`` and ``try_receive`` say that they would have to wait, and leave the waiting to
   the caller.
 * What was sent before one side closed can still be received; then :class:`EOFError`.
-* ``try_send`` to a side that no process holds any more raises :class:`BrokenPipeError`.
+* ``try_send`` to a side that no process holds any more raises :class:`BrokenPipeError`, and nothing else does. A
+  message that cannot be sent for another reason is :class:`~torchwq.transport.sockets.NotSent`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +17,17 @@ from collections.abc import Callable, Sequence
 from . import descriptors, reactor
 from .endpoint import Received, kind
 from .process import closed_in_child
-from .sockets import ANCILLARY_SIZE, BROKEN, BUSY, CLOEXEC, NO_WAIT, close_fds, received_fds, rights
+from .sockets import (
+    ANCILLARY_SIZE,
+    CLOEXEC,
+    NO_WAIT,
+    NotSent,
+    check_sendable,
+    close_fds,
+    is_broken,
+    received_fds,
+    rights,
+)
 from .stream import receive_frame, send_frame
 
 _SIZE = 64 * 1024
@@ -55,19 +66,19 @@ class Link:
                 return True
             return send_frame(self._socket, data, fds)
         except OSError as error:
-            if error.errno in BUSY:
-                return False
-            if error.errno in BROKEN:
-                raise BrokenPipeError(error.errno, "the process at the other end is gone") from None
-            raise
+            check_sendable(error, self._socket)
+            return False
 
     def _flush(self) -> None:
         with self._lock:
             try:
                 while self._unsent:
                     data, fds = self._unsent[0]
-                    if not self._try_send(data, fds):
-                        return
+                    try:
+                        if not self._try_send(data, fds):
+                            return
+                    except NotSent as error:  # nobody is left who could be told
+                        sys.excepthook(type(error), error, error.__traceback__)
                     self._unsent.popleft()
                     close_fds(fds)
             except BrokenPipeError:
@@ -92,7 +103,7 @@ class Link:
         except BlockingIOError:
             return None
         except OSError as error:
-            if error.errno in BROKEN:
+            if is_broken(error, self._socket):
                 raise EOFError from None
             raise
         if not data:

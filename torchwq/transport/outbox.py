@@ -23,6 +23,7 @@ Invariants:
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 import time
 from _thread import get_ident
@@ -34,6 +35,7 @@ from . import reactor
 from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
 from .process import closed_in_child
+from .sockets import NotSent
 
 Sent = Callable[[int, bytes], None]
 
@@ -126,7 +128,8 @@ class Outbox:
     def send(self, payload: bytes | Payload) -> None:
         """Send, or keep for later, one payload. It stays alive until it is sent.
 
-        Raises the ``refusal`` (BrokenPipeError, if none was given) if nobody can receive it any more.
+        Raises the ``refusal`` (BrokenPipeError, if none was given) if nobody can receive it any more; NotSent, and it
+        is as if it had not been written, if it cannot be sent for another reason than want of room.
         """
         parcel = None if isinstance(payload, bytes) else payload
         if parcel is not None:
@@ -142,6 +145,10 @@ class Outbox:
                 if parcel is not None:
                     parcel.come_back()
                 raise self._refusal()
+        except NotSent:
+            if parcel is not None:
+                parcel.come_back()
+            raise
         finally:
             self.sender = 0
             if self.handed_in or self._has_to_look:
@@ -172,6 +179,10 @@ class Outbox:
             except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
                 self._drop()
                 return False
+            except NotSent:
+                if self._numbered:
+                    self.number = tag - 1
+                raise
             if is_sent:
                 if self._sent is not None:
                     self._sent(tag, data)
@@ -204,7 +215,12 @@ class Outbox:
                     payload, ident = self.handed_in.popleft()
                     parcel = None if isinstance(payload, bytes) else payload
                     # One that is refused now was accepted all the same, as what is in a socket that its reader closes.
-                    if not self._send(payload, parcel, ident) and parcel is not None:
+                    try:
+                        is_on_its_way = self._send(payload, parcel, ident)
+                    except NotSent as error:
+                        is_on_its_way = False
+                        _tell(error)
+                    if not is_on_its_way and parcel is not None:
                         parcel.come_back()
                 else:
                     self._has_to_look = False
@@ -250,8 +266,15 @@ class Outbox:
         try:
             while self.pending:
                 data, parcel, tag = self.pending[0]
-                if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
-                    return False
+                try:
+                    if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
+                        return False
+                except NotSent as error:
+                    self.pending.popleft()
+                    if parcel is not None:
+                        parcel.come_back()
+                    _tell(error)
+                    continue
                 self.pending.popleft()
                 if self._sent is not None:
                     self._sent(tag, data)
@@ -323,3 +346,8 @@ class Outbox:
         self.handed_in.clear()
         self._refuses = self._is_broken = True
         self.sender = 0
+
+
+def _tell(error: NotSent) -> None:
+    """Of a message whose writer believes it sent."""
+    sys.excepthook(type(error), error, error.__traceback__)

@@ -64,7 +64,7 @@ class SeqpacketEndpoint:
             else:
                 self._send(data, NO_WAIT)
         except OSError as error:
-            check_sendable(error)
+            check_sendable(error, self._socket)
             return False
         return True
 

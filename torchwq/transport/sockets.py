@@ -24,10 +24,8 @@ CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
 ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
-#: The other side is gone for good, or this side was closed by another thread.
-BROKEN: Final = frozenset(
-    {errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF}
-)
+#: The other side is gone for good.
+BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN})
 #: The kernel is short of something that comes back: buffers, or descriptors in flight.
 BUSY: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
@@ -39,12 +37,45 @@ def send_buffer(sock: socket.socket, nbytes: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
 
 
-def check_sendable(error: OSError) -> None:
-    """Return if a message could not be sent only for want of room; else raise, BrokenPipeError if nobody is there."""
-    if error.errno in BROKEN:
+class NotSent(ResourceError):
+    """A message could not be sent, though the other side is there. It is still the sender's; later ones may go."""
+
+
+def is_broken(error: OSError, sock: socket.socket) -> bool:
+    """Whether nothing can be sent or received any more: nobody is there, or another thread has closed this side.
+
+    EBADF alone does not tell: it may be about a descriptor in the message.
+    """
+    return error.errno in BROKEN or (error.errno == errno.EBADF and sock.fileno() < 0)
+
+
+def check_sendable(error: OSError, sock: socket.socket) -> None:
+    """Return if a message could not be sent only for want of room; else raise.
+
+    Raises:
+        BrokenPipeError: nobody is there.
+        NotSent: it is something else about the message, or the system.
+        OSError: ``error`` itself, if it is that of a signal handler, which may have run after the message had left.
+    """
+    if is_broken(error, sock):
         raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
-    if error.errno not in BUSY:
+    if error.errno in BUSY:
+        return
+    if not _is_ours(error):
         raise error
+    what = f"the message could not be sent ({os.strerror(error.errno or 0)}); whoever is to get it is still there"
+    raise NotSent(error.errno or 0, what) from error
+
+
+def _is_ours(error: OSError) -> bool:
+    """Whether a system call of this package has raised it, and not a signal handler in the middle of one."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        if name != "contextlib" and name.rpartition(".")[0] != __package__:
+            return False
+        traceback = traceback.tb_next
+    return True
 
 
 #: Ancillary data for one descriptor, which most messages that have any have.

@@ -142,7 +142,7 @@ class StreamEndpoint:
             with self._held(self._locks.writing, 0):
                 return send_frame(self._socket, data, fds)
         except OSError as error:
-            check_sendable(error)
+            check_sendable(error, self._socket)
             return False
         except EOFError:
             raise BrokenPipeError("this end is closed") from None

@@ -32,7 +32,7 @@ from ..errors import TorchwqError, WorkerStartError
 from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
 from ..transport.process import closed_in_child, reset_in_child
-from ..transport.sockets import rights
+from ..transport.sockets import is_broken, rights
 from . import descent, executable, server, standing, streams
 
 #: Absolute: the working directory may change.
@@ -104,7 +104,9 @@ class Connection:
                 self._socket.sendmsg([server.FRAME.pack(b"F", 0, token)], rights(fds))
             except OSError as error:
                 del self._ordered[token]
-                raise BrokenPipeError(error.errno, "the fork server is gone") from error
+                if is_broken(error, self._socket):
+                    raise BrokenPipeError(error.errno, "the fork server is gone") from error
+                raise
 
     def retire(self, *, keep_folder: bool) -> None:
         """Order nothing more: the server ends with its last worker. ``keep_folder``: another one guards that now."""

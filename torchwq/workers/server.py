@@ -57,10 +57,10 @@ class Client:
     def flush(self) -> None:
         try:
             sent = self.connection.send(self.unsent, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
+        except ConnectionError:
             sent = len(self.unsent)  # the client is gone; the loop will notice
+        except OSError:
+            return  # no room now, or none in the kernel: the loop tries again
         self.unsent = self.unsent[sent:]
 
 
