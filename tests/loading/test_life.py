@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,10 +23,13 @@ import pytest
 
 import torchwq
 from tests.conftest import wait_until
+from torchwq.loading.counters import Counters
 
 from . import datasets
 
 METHODS = ["fork", "forkserver"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def of(iterator: Any) -> list[Any]:
@@ -274,3 +278,30 @@ def test_workers_are_silent_where_warnings_are_errors(run_script: Any) -> None:
         env={"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"},
     )
     assert re.sub(r"\s", "", done.stderr) == ""
+
+
+def test_many_workers_have_words_of_their_own() -> None:
+    counters = Counters(1100)
+    for worker in range(1100):
+        counters.of(worker)[0] = worker
+    assert [counters.of(worker)[0] for worker in range(1100)] == list(range(1100))
+    assert counters.grown(1200).of(1099)[0] == 1099
+    with pytest.raises(IndexError, match="there are 1100"):
+        counters.of(1100)
+    # Of threads: as many processes would be too much for a test.
+    numbers = torchwq.DataLoader(range(1100), None, num_workers=1100, backend="thread")  # type: ignore[arg-type]
+    assert [int(number) for number in numbers] == list(range(1100))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_workers_than_descriptors_is_an_error_that_names_the_limit(method: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    free = [fd for fd in range(len(used) + 20) if fd not in used]
+    loader: Any = torchwq.DataLoader(range(9), None, num_workers=12, multiprocessing_context=method)  # type: ignore[arg-type]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[9], hard))
+    try:
+        with pytest.raises(torchwq.ResourceError, match="RLIMIT_NOFILE"):
+            list(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

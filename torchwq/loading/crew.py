@@ -20,6 +20,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -32,7 +33,7 @@ from typing import Any, Final
 
 import torch.multiprocessing
 
-from ..errors import WorkerDied
+from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec, exceptions, functions, reducers
 from ..marshalling.letter import Letter
 from ..memory.anonymous import Descriptor, exhausted
@@ -42,6 +43,7 @@ from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
+from ..transport.sockets import close_fds
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, starting, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
@@ -93,13 +95,21 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
 
 
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
-    ticket = [descriptors.dup(fd) for fd in end.handover()]
-    process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
+    ticket: list[int] = []
     try:
+        for fd in end.handover():
+            ticket.append(descriptors.dup(fd))
+        process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
         process.start()
+    except ResourceError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
+            raise ResourceError(error.errno, f"worker {part.worker_id} could not be forked: {limit}") from error
+        raise exhausted(error) from error
     finally:
-        for fd in ticket:
-            os.close(fd)
+        close_fds(ticket)
     return Forked(process)
 
 
@@ -233,20 +243,22 @@ class Hand:
         self._closed = False
 
     def _open_process(self, part: Part) -> None:
-        try:
-            ours, theirs = endpoint.pair()
-        except OSError as error:
-            raise exhausted(error) from error
-        try:
-            self.process: Process = self._start(part, theirs)
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+        with contextlib.ExitStack() as opened:  # all of it before the worker starts, which has to be ended otherwise
+            try:
+                ours, theirs = endpoint.pair()
+                opened.callback(ours.close)
+                with contextlib.closing(theirs):
+                    waiter = Waiter(ours, Alarm())
+                    opened.callback(waiter.close)
+                    self.process: Process = self._start(part, theirs)
+            except ResourceError:
+                raise
+            except OSError as error:
+                raise exhausted(error) from error
+            opened.pop_all()
         self.end: Endpoint | LocalEndpoint = ours
         self.outbox = Outbox(ours)
-        self._waiter: Waiter | LocalEndpoint = Waiter(ours, Alarm())
+        self._waiter: Waiter | LocalEndpoint = waiter
         self.max_payload = ours.max_message - TRAILER
 
     def _open_here(self, part: Part) -> None:
