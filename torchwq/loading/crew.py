@@ -57,6 +57,9 @@ PATIENCE: Final = 5.0
 #: Seconds for which a worker whose owner has died may go on with what it is at; how often it asks who its parent is.
 _GRACE: Final = 1.5
 _LOOK_AT_PARENT: Final = 0.1
+#: Descriptors that multiprocessing needs to fork. It leaves some of them open if there are not enough, so that is seen
+#: before.
+_PIPES: Final = 4
 
 
 class _Ticket:
@@ -97,8 +100,10 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
     ticket: list[int] = []
     try:
-        for fd in end.handover():
+        for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
             ticket.append(descriptors.dup(fd))
+        close_fds(ticket[-_PIPES:])
+        del ticket[-_PIPES:]
         process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
         process.start()
     except ResourceError:
