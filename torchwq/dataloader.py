@@ -7,7 +7,7 @@ another iterator, of :mod:`torchwq.loading`.
 
 from __future__ import annotations
 
-import itertools
+import copyreg
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 import torch.utils.data
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .loading import internals, state
+from .loading import draws, internals, state
+from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator, Options
-from .loading.messages import Snapshot
 from .loading.statistics import LoaderStatistics, Meter
 from .transport.waiting import cores
 from .workers.starting import check_backend
@@ -49,6 +49,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         max_restarts: how often that is done in the life of an iterator.
         prefetch_across_epochs: when the sampler has no more indices, workers go on with the first batches of the next
             epoch. Needs ``persistent_workers=True``, ``in_order=True`` and a map-style dataset.
+        snapshot_every_n_steps: after how many batches workers (and the sampler) tell their state, if any. Where
+            it is large, a larger number saves time; what came after the last one is then made again when a state is
+            loaded. 0 or None: only at the beginning of an epoch.
         backend: ``"process"``, or ``"thread"``: workers are threads of this process. They start at once, share the
             dataset (each has a shallow copy of it, so that setting its attributes is each worker's own affair), and
             their batches are not copied: what a ``collate_fn`` passes on as it is, is the dataset's own. That pays
@@ -91,6 +94,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         max_restarts: int = 3,
         prefetch_across_epochs: bool = False,
         backend: Literal["process", "thread"] = "process",
+        snapshot_every_n_steps: int | None = 1,
     ) -> None:
         check_backend(backend)
         if backend == "thread" and multiprocessing_context is not None:
@@ -137,28 +141,27 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.max_restarts = max_restarts
         self.prefetch_across_epochs = prefetch_across_epochs
         self.backend = backend
+        self.snapshot_every_n_steps = snapshot_every_n_steps
         self._most_workers = most
         self._snapshots = False
         self._loaded: state.State | None = None
-        self._forget_iterators()
-
-    def _forget_iterators(self) -> None:
         self._meter = Meter(self.num_workers)
         #: The last iterator: with workers, weakly; else as it is, for it costs nothing to keep.
         self._last: Any = None
-        self._random_at_start: list[Any] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has the arguments, not the workers."""
-        kept = self.__dict__.copy()
-        for name in ("_meter", "_last", "_random_at_start"):
-            del kept[name]
-        kept["_iterator"] = None
-        return kept
+    def __reduce__(self) -> Any:
+        """A copy has the arguments, not the workers.
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update(kept)
-        self._forget_iterators()
+        Not by ``__getstate__`` and ``__setstate__``: a wrapper that passes on what it does not have itself would pass
+        on these two as well, and the wrapper's state would land in the loader.
+        """
+        found = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        if not isinstance(found, dict):  # a subclass has its own idea of it, or slots
+            return copyreg.__newobj__, (type(self),), found  # type: ignore[attr-defined]
+        kept = dict(found)
+        if "_meter" in kept:
+            kept.update(_meter=Meter(self.num_workers), _last=None, _iterator=None)
+        return copyreg.__newobj__, (type(self),), kept  # type: ignore[attr-defined]
 
     def _get_iterator(self) -> Any:
         if not internals.AVAILABLE:
@@ -170,11 +173,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
                 )
             return super()._get_iterator()
         loaded, self._loaded = self._loaded, None
-        if loaded is not None and loaded.finished:
-            state.restore_generators(self._index_sampler, self.generator, loaded.random)
-            loaded = None
         if self.num_workers == 0:
-            return self._here(loaded)
+            self._last = InProcessIterator(self, loaded)
+            return self._last
         if self._most_workers:
             self.num_workers = max(self.num_workers, self._meter.workers)
         else:
@@ -185,6 +186,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             prefetch_across_epochs=self.prefetch_across_epochs,
             most_workers=self._most_workers,
             snapshots=self._snapshots,
+            every=self.snapshot_every_n_steps or 0,
             backend=self.backend,
         )
         iterator = Iterator(self, options, self._meter, loaded)
@@ -199,40 +201,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             self._iterator = None
         elif self._iterator is not None and isinstance(self._iterator, Iterator) and self._iterator.is_closed:
             self._iterator = None
-        iterator = super().__iter__()
-        if isinstance(iterator, _IteratorHere):
-            self._last = iterator
-        return iterator
-
-    def _here(self, loaded: state.State | None) -> Any:
-        """torch's own iterator for this process, moved on to where a state was taken."""
-        sampler = self._index_sampler
-        if loaded is None:
-            self._random_at_start = state.random_state(sampler, self.generator)
-            return _IteratorHere(self)
-        self._random_at_start = loaded.random
-        stateful = state.stateful_sampler(sampler)
-        if stateful is not None and loaded.sampler is not None:
-            stateful.load_state_dict(loaded.sampler)
-        snapshot = loaded.snapshots[0]
-        dataset: Any = self.dataset
-        if snapshot.dataset is not None:
-            dataset.load_state_dict(snapshot.dataset)
-        with state.restored(sampler, self.generator, loaded.random):
-            iterator: Any = _IteratorHere(self)
-            samples = getattr(iterator._dataset_fetcher, "dataset_iter", None)
-            if samples is None:
-                if loaded.sampler is None:
-                    indices = itertools.islice(iterator._sampler_iter, loaded.yielded, None)
-                    # The next one is drawn now, while the random numbers are those of the state.
-                    iterator._sampler_iter = itertools.chain(list(itertools.islice(indices, 1)), indices)
-            elif snapshot.iterator is not None:
-                samples.load_state_dict(snapshot.iterator)
-            elif snapshot.dataset is None:
-                for _ in itertools.islice(samples, loaded.yielded * (self.batch_size or 1)):
-                    pass
-            iterator._num_yielded = loaded.yielded
-        return iterator
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """From where the loader can go on: after the batch that its iterator has handed out last.
@@ -245,43 +214,24 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         ``on_worker_death="restart"``, or was given a state or asked for one before: noting their state costs workers
         about 0.1 ms a batch.
 
+        Raises:
+            Exception: what ``state_dict`` of the dataset, its iterator or the sampler has raised.
+
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
         self._snapshots = True
         if self._loaded is not None:
             return self._loaded.to_dict()
         iterator = self._last() if isinstance(self._last, weakref.ref) else self._last
-        if isinstance(iterator, Iterator):
-            return iterator.capture().to_dict()
-        if self._meter.state is not None:
-            return self._meter.state.to_dict()  # type: ignore[no-any-return]
-        return self._capture_here(iterator).to_dict()
+        captured: state.State | None = self._meter.state if iterator is None else iterator.capture()
+        if captured is None:
+            captured = state.State.fresh(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
+        if captured.begins:  # with what is drawn from now on
+            draws_seed = not (captured.finished and self.persistent_workers)
+            captured.draws = draws.of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
+        return captured.to_dict()
 
-    def _capture_here(self, iterator: Any) -> state.State:
-        fetcher = getattr(iterator, "_dataset_fetcher", None)
-        samples = getattr(fetcher, "dataset_iter", None)
-        dataset: Any = self.dataset
-        snapshot = Snapshot(iterator._num_yielded if iterator is not None else 0)
-        if samples is not None and hasattr(samples, "state_dict"):
-            snapshot.iterator = samples.state_dict()
-        elif samples is not None and hasattr(dataset, "state_dict"):
-            snapshot.dataset = dataset.state_dict()
-        finished = not isinstance(iterator, _IteratorHere) or iterator.finished
-        stateful = state.stateful_sampler(self._index_sampler)
-        return state.State(
-            iterable=isinstance(self.dataset, IterableDataset),
-            num_workers=self.num_workers,
-            base_seed=iterator._base_seed if iterator is not None else 0,
-            yielded=snapshot.batches,
-            finished=finished,
-            random=state.random_state(self._index_sampler, self.generator) if finished else self._random_at_start,
-            sampler=None if stateful is None or finished else stateful.state_dict(),
-            snapshots=[snapshot],
-            active=[True],
-            next_worker=0,
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Let the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
 
         A map-style dataset is not asked for the batches before that: the sampler alone is moved on. An iterable one
@@ -289,6 +239,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
         Args:
             state_dict: what :meth:`state_dict` has returned, in this process or in another one.
+            strict: False lets a loader with another number of workers go on at the same sample of a map-style dataset,
+                with a warning: which worker makes which batch has changed, and workers' random numbers begin anew.
 
         Raises:
             ValueError: it is no state of a loader like this one; the message tells what it needs, for example the
@@ -297,10 +249,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """
         loaded = state.State.from_dict(state_dict)
-        if self._most_workers:
+        if self._most_workers and loaded.num_workers:
             self.num_workers = loaded.num_workers
-        loaded.check(isinstance(self.dataset, IterableDataset), self.num_workers)
-        self._loaded = loaded
+        self._loaded = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)
         self._snapshots = True
 
     def stats(self) -> LoaderStatistics:
@@ -309,16 +260,3 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         With ``num_workers=0`` nothing is counted.
         """
         return self._meter.read()
-
-
-class _IteratorHere(internals.SingleProcessIterator):  # type: ignore[misc]
-    """torch's own iterator for this process, which knows whether it has come to its end."""
-
-    finished = False
-
-    def _next_data(self) -> Any:
-        try:
-            return super()._next_data()
-        except StopIteration:
-            self.finished = True
-            raise

@@ -8,6 +8,7 @@ these is missing, ``AVAILABLE`` is False and the loader leaves everything to tor
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from typing import Any, Final
 
@@ -130,6 +131,35 @@ def can_be_drawn_ahead(sampler: Any) -> bool:
     if type(sampler) is RandomSampler:
         return sampler.generator is None or (not sampler.replacement and sampler.num_samples < len(sampler.data_source))
     return type(sampler) in _DRAWN_AT_ONCE
+
+
+def takes_seed(sampler: Any) -> RandomSampler | None:
+    """torch's RandomSampler, if ``sampler`` is one, or batches of one, that takes a seed from the global generator."""
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return sampler if type(sampler) is RandomSampler and sampler.generator is None else None
+
+
+def draws_nothing_global(sampler: Any) -> bool:
+    """Whether ``sampler`` is known to draw nothing from torch's global generator, but for what ``takes_seed`` tells."""
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
+        return sampler.generator is not None
+    return type(sampler) in _DRAWN_AT_ONCE or type(sampler) in (list, tuple, range)
+
+
+def has_no_state(sampler: Any) -> bool:
+    """Whether neither ``sampler`` nor its iterator can have a state that it tells."""
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    return type(sampler) in (RandomSampler, list, tuple, range) or type(sampler) in _DRAWN_AT_ONCE
+
+
+def may_have_state(kind: int, dataset: Any) -> bool:
+    """Whether the iterator of a dataset may have a state that it tells. A generator has none."""
+    iterate = getattr(type(dataset), "__iter__", None)
+    return bool(kind == ITERABLE) and not inspect.isgeneratorfunction(iterate)
 
 
 def is_profiled() -> bool:

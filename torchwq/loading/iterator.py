@@ -20,8 +20,8 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
 import logging
 import sys
 import threading
@@ -30,7 +30,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..marshalling import exceptions
@@ -38,14 +38,17 @@ from ..memory import recycling
 from ..transport import reactor
 from ..transport.process import closed_in_child
 from ..workers import shutdown
-from . import crew, internals, state
+from . import crew, draws, internals, state
 from .counters import Counters
 from .crew import Gone, Hand
+from .draws import Draws
 from .job import Part, Plan
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 from .pinning import Pinner
+from .plain import after, is_stateful, taken
 from .reception import Reception
 from .statistics import Meter
+from .walking import SamplerState, Walk
 
 log = logging.getLogger("torchwq")
 
@@ -71,6 +74,7 @@ class Options:
     prefetch_across_epochs: bool = False
     most_workers: int = 0
     snapshots: bool = False
+    every: int = 1
     backend: str = "process"
 
 
@@ -78,9 +82,20 @@ class Options:
 class _Ahead:
     """The next epoch's sampler, from which was drawn before this epoch was over, and what it depended on."""
 
-    sampler: Any
-    random: Any
+    walk: Walk
+    draws: Draws
     epoch: Any
+    state: SamplerState | None
+
+
+@dataclass(slots=True)
+class _Failed:
+    """An index that has failed: whose, and what the worker and the sampler have told with it."""
+
+    hand: Hand
+    index: Any
+    after: Snapshot | None
+    told: SamplerState | None
 
 
 class Iterator(internals.BaseIterator):  # type: ignore[misc]
@@ -91,7 +106,22 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._closed = self._begun = False
         self._meter = meter
         self._pinner: Pinner | None = None
-        super().__init__(loader)
+        # What the sampler draws again. A state that stands for the beginning of an epoch may need no such thing.
+        self._again: dict[str, Any] | None = None
+        #: Whether workers go on from the end of an epoch, as persistent ones do.
+        self._goes_on = resume is not None and resume.finished and loader.persistent_workers
+        if resume is not None:
+            if resume.begins:
+                draws.restore_own(loader._index_sampler, loader.generator, resume.draws)
+            if not resume.begins or not draws.is_current(resume.draws):
+                self._again = resume.draws
+        with draws.kept() if self._again is not None or self._goes_on else contextlib.nullcontext():
+            super().__init__(loader)
+        if resume is not None and (self._goes_on or not resume.begins):
+            self._base_seed = resume.base_seed
+            draws.restore_own(loader._index_sampler, loader.generator, resume.draws)  # that was drawn from them
+        elif self._again is not None:
+            self._base_seed = self._again.get("base_seed", self._base_seed)
         if loader.prefetch_factor <= 0:
             raise AssertionError("prefetch_factor must be greater than 0 for a loader with workers")
         self._prefetch = loader.prefetch_factor
@@ -105,8 +135,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         bulk = self._in_order and not self._pin_memory and internals.can_be_drawn_ahead(self._index_sampler)
         self._ahead_of_need, self._bulk = (_AHEAD, _AHEAD // 2) if bulk else (0, 1)
         self._ahead: _Ahead | None = None
-        if resume is not None:
-            self._base_seed = resume.base_seed
+        #: Whether workers may have to tell something of the dataset.
+        self._tells = is_stateful(self._dataset) or internals.may_have_state(self._dataset_kind, self._dataset)
         init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
         if options.most_workers:
             meter.since_last_look()  # from now on
@@ -121,16 +151,22 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             init_fn=init_fn,
             batch_size=loader.batch_size,
             snapshots=options.snapshots or options.restarts > 0,
+            every=1 if options.restarts else options.every and max(1, options.every // self._num_workers),
             counters=meter.counters(most),
             flow=Counters(most),
             prefetch=self._prefetch,
             reader=recycling.slot(),
         )
+        #: Whether batches that came without a note need their indices to be made again.
+        self._makes_again = (
+            self._dataset_kind != internals.ITERABLE and self._plan.every != 1 and (self._tells or self._plan.snapshots)
+        )
         self._reception = Reception(self._hands, self._in_order, meter)
         self._start = crew.starter(loader.multiprocessing_context, self._plan, options.backend)
         try:
             for worker_id in range(self._num_workers):
-                self._hire(worker_id, Snapshot() if resume is None else resume.snapshots[worker_id])
+                goes_on = resume is not None and (self._goes_on or not resume.begins)
+                self._hire(worker_id, resume.snapshots[worker_id] if resume and goes_on else Snapshot())
             # torch draws one more here, although its workers have been given the first.
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             if self._pin_memory:
@@ -144,7 +180,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise
 
     def _hire(self, worker_id: int, resume: Snapshot) -> Hand:
-        part = Part(worker_id, self._num_workers, self._shared_seed, resume)
+        part = Part(worker_id, self._num_workers, self._shared_seed, resume, self._goes_on)
         hand = Hand(self._start, part, self._plan.flow.of(worker_id), self._options.backend)
         self._hands.append(hand)
         recycling.add_inlet(hand)
@@ -182,33 +218,63 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._finished = False
         self._next_hand = 0
         self._sampler_ended = False
-        #: States of a sampler that has some, after each index under way.
-        self._sampler_states: deque[Any] = deque()
-        self._sampler_state: Any = None
-        self._stateful_sampler = state.stateful_sampler(self._index_sampler)
+        #: What the sampler has told after each index under way, and after the last one whose batch was handed out.
+        self._sampler_states: deque[SamplerState | None] = deque()
+        self._sampler_state: SamplerState | None = None
+        #: What the next epoch of the sampler begins with, once this one is over.
+        self._sampler_end: SamplerState | None = None
+        #: Answers that were received to learn something, and are to be handed out.
+        self._early: deque[tuple[Hand, Any]] = deque()
+        #: Indices that have failed since the last batch, and how many did before.
+        self._failures: list[_Failed] = []
+        self._failed = 0
+        #: Indices that come before the sampler's next.
+        self._pending: deque[Any] = deque()
+        self._tells_pending = not self._in_order
         for hand in self._hands:
             hand.active = True
-        self._random = state.random_state(self._index_sampler, self._loader_generator)
-        if resume is None:
-            self._sampler_iter = iter(self._index_sampler)
-            self._prime()
-            return
+        self._walk = Walk(self._index_sampler, self._options.every)
+        if resume is None or resume.begins:
+            self._begin_epoch(resume)
+        else:
+            self._go_on(resume)
+
+    def _begin_epoch(self, resume: state.State | None) -> None:
+        # Those of which nothing is known of where they begin, until their first answer tells it.
+        moved = self._plan.snapshots and (self._begun or self._goes_on)
+        self._unknown = set(self._hands) if self._tells or moved else set()
+        if resume is not None:
+            self._walk.restore_source(resume.sampler)
+            for hand in self._hands:
+                hand.snapshot = Snapshot()
+        again, self._again = self._again, None
+        self._draws = draws.now(self._index_sampler, self._loader_generator) if again is None else Draws.of(again)
+        with draws.again(self._index_sampler, self._loader_generator, again) if again else contextlib.nullcontext():
+            self._walk.begin()
+            self._walk.start()
+            self._begin_walk()
+
+    def _go_on(self, resume: state.State) -> None:
         for hand, active in zip(self._hands, resume.active, strict=True):
             hand.active = active
+        self._unknown = set()
         self._next_hand = resume.next_worker
-        self._random = resume.random
-        with state.restored(self._index_sampler, self._loader_generator, resume.random):
-            if resume.sampler is not None and self._stateful_sampler is not None:
-                self._stateful_sampler.load_state_dict(resume.sampler)
-                self._sampler_state = resume.sampler
-                self._sampler_iter = iter(self._index_sampler)
-            else:
-                self._sampler_iter = iter(self._index_sampler)
-                if self._dataset_kind != internals.ITERABLE:
-                    for _ in itertools.islice(self._sampler_iter, resume.yielded):
-                        pass
-            self._num_yielded = resume.yielded
-            self._prime()
+        self._draws = Draws.of(resume.draws)
+        self._pending.extend(resume.pending or ())
+        self._tells_pending = self._tells_pending or bool(self._pending)
+        self._num_yielded = resume.yielded
+        self._failed = resume.position - resume.yielded - len(self._pending)
+        with draws.again(self._index_sampler, self._loader_generator, resume.draws):
+            self._walk.go_on(resume.sampler, 0 if self._dataset_kind == internals.ITERABLE else resume.position)
+            self._begin_walk(resume.sampler)
+
+    def _begin_walk(self, resume: SamplerState | None = None) -> None:
+        walk = self._walk
+        self._sampler_iter = after(taken(self._pending), walk.indices) if self._pending else walk.indices
+        if walk.watches:
+            told = resume is not None and (resume.sampler is not None or resume.iterator is not None)
+            self._sampler_state = replace(resume) if resume is not None and told else walk.state()
+        self._prime()
 
     def _prime(self) -> None:
         for _ in range((self._prefetch + self._ahead_of_need) * len(self._hands)):
@@ -239,6 +305,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
+        for hand, _ in self._early:
+            hand.tasks.popleft()
+            hand.consumed()
         for hand in self._hands:
             hand.abandon_tasks(self._pinner is None, self._prefetch)
         if self._pinner is not None:
@@ -252,9 +321,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if _epoch_of(self._index_sampler) != ahead.epoch:
             return False  # set_epoch was called meanwhile
         self._epoch += 1
-        self._sampler_iter, self._sampler_ended = ahead.sampler, False
-        self._random = ahead.random
-        self._num_yielded = 0
+        self._sampler_iter, self._sampler_ended = ahead.walk.indices, False
+        self._draws, self._walk, self._sampler_state = ahead.draws, ahead.walk, ahead.state
+        self._num_yielded = self._failed = 0
         self._finished = False
         self._meter.start()
         return True
@@ -270,27 +339,28 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if index is _NONE_LEFT:
             if not self._sampler_ended:
                 self._sampler_ended = True
+                self._sampler_end = self._walk.end()
                 self._flush()
                 if self._options.prefetch_across_epochs:
-                    sampler = self._index_sampler
-                    random = state.random_state(sampler, self._loader_generator)
-                    self._ahead = _Ahead(iter(sampler), random, _epoch_of(sampler))
+                    sampler, walk = self._index_sampler, Walk(self._index_sampler, self._options.every)
+                    drawn = draws.now(sampler, self._loader_generator)
+                    walk.begin()
+                    self._ahead = _Ahead(walk, drawn, _epoch_of(sampler), self._sampler_end)
                     self._put_index_ahead()
             return
-        self._note_sampler_state()
+        if self._walk.watches:
+            self._sampler_states.append(self._walk.note())
         self._assign(index, self._epoch)
-
-    def _note_sampler_state(self) -> None:
-        if self._stateful_sampler is not None:
-            self._sampler_states.append(self._stateful_sampler.state_dict())
 
     def _put_index_ahead(self) -> None:
         assert self._ahead is not None
-        index = next(self._ahead.sampler, _NONE_LEFT)
+        walk = self._ahead.walk
+        index = next(walk.indices, _NONE_LEFT)
         if index is _NONE_LEFT:
             self._flush()
             return
-        self._note_sampler_state()
+        if walk.watches:
+            self._sampler_states.append(walk.note())
         self._assign(index, self._epoch + 1)
 
     def _assign(self, index: Any, epoch: int) -> None:
@@ -367,28 +437,35 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     self.close()
                 raise StopIteration
             hand, answer = self._next_answer()
-            if type(answer) is Batch:
-                hand.snapshot = answer.after
-                answer = answer.data
-            elif type(answer) is End:
-                hand.snapshot = answer.after
-                hand.active = False
-                self._put_index()
-                continue
-            elif type(answer) is not Failure:
-                hand.snapshot.batches += 1
-            if self._sampler_states:
-                self._sampler_state = self._sampler_states.popleft()
-            if type(answer) is Failure and answer.after is not None:
-                hand.snapshot = answer.after
-            self._put_index()
-            if self._options.most_workers:
-                self._look_whether_to_hire()
+            told = self._sampler_states.popleft() if self._sampler_states else None
             if type(answer) is Failure:
+                self._failures.append(_Failed(hand, self._index, answer.after, told))
+                self._put_index()
                 try:
                     raise self._error(hand, answer)
                 finally:
                     del answer  # a thread's has the error, and so this frame would be kept by it
+            if type(answer) is End:
+                hand.snapshot = answer.after
+                hand.active = False
+                self._put_index()
+                continue
+            if self._failures:
+                self._pass_failures()
+            if told is not None or self._sampler_state is not None:
+                self._hand_out_index(told)
+            if type(answer) is Batch:
+                self._hand_out(hand, answer)
+                answer = answer.data
+            else:
+                hand.snapshot.batches += 1
+                if self._makes_again:
+                    self._remember(hand)
+                if self._unknown:
+                    self._unknown.clear()  # it has nothing to tell
+            self._put_index()
+            if self._options.most_workers:
+                self._look_whether_to_hire()
             return answer
 
     def _error(self, hand: Hand, failure: Failure) -> BaseException:
@@ -398,13 +475,23 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _next_answer(self) -> tuple[Hand, Any]:
         """The next batch, and who has made it; restarts a worker that has died, or raises."""
+        hand, answer = self._early.popleft() if self._early else self._receive()
+        self._index = hand.tasks.popleft()
+        hand.consumed()
+        self._take_turn(hand)
+        if self._unknown:
+            self._learn(hand, answer)
+        return hand, answer
+
+    def _receive(self) -> tuple[Hand, Any]:
+        """The next answer after those that are here already."""
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         while True:
             try:
                 if self._pinner is not None:
                     hand, answer = self._pinner.get(deadline)
                 else:
-                    hand, received = self._reception.receive(self._turns[0][0], deadline)
+                    hand, received = self._reception.receive(self._turns[len(self._early)][0], deadline)
                     if received is None:
                         raise TimeoutError
                     answer = self._reception.unpack(received)
@@ -419,9 +506,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             else:
                 if type(answer) in (Batch, End, Failure) and answer.after is not None:
                     hand.received = answer.after
-                hand.tasks.popleft()
-                hand.consumed()
-                self._take_turn(hand)
                 return hand, answer
             self._mend(dead)  # not where Gone is handled: nobody else should see it
 
@@ -476,25 +560,97 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     # State and end
 
+    def _hand_out(self, hand: Hand, answer: Batch) -> None:
+        """The worker tells from where it would go on now; or from where it has begun, and not each time."""
+        if answer.after is not None:
+            hand.snapshot = answer.after
+            return
+        hand.snapshot.batches += 1
+        if self._makes_again:
+            self._remember(hand)
+
+    def _remember(self, hand: Hand) -> None:
+        """Whoever goes on from this worker's snapshot makes this batch again."""
+        if hand.snapshot.again is None:
+            hand.snapshot.again = []
+        hand.snapshot.again.append(self._index)
+
+    def _hand_out_index(self, told: SamplerState | None) -> None:
+        """The sampler's state is that after this index."""
+        if told is not None:
+            self._sampler_state = told
+        elif self._sampler_state is not None:
+            self._sampler_state.steps += 1
+
+    def _pass_failures(self) -> None:
+        """A batch comes after them: so whoever goes on from here does not try them again."""
+        failures, self._failures = self._failures, []
+        for each in failures:
+            self._failed += 1
+            if each.after is not None:
+                each.hand.snapshot = each.after
+            self._hand_out_index(each.told)
+
+    def _learn(self, hand: Hand, answer: Any) -> None:
+        """From where a worker has begun, if that is not known, of its first answer."""
+        if hand not in self._unknown:
+            return
+        self._unknown.discard(hand)
+        if type(answer) in (Batch, End, Failure) and answer.before is not None:
+            hand.snapshot = answer.before
+
+    def _learn_beginnings(self) -> None:
+        """Wait until it is known of all workers from where they have begun."""
+        while self._unknown and len(self._early) < len(self._turns):
+            hand, answer = self._receive()
+            if type(answer) not in (Batch, End, Failure):
+                self._unknown.clear()
+            self._learn(hand, answer)
+            self._early.append((hand, answer))
+
     def capture(self) -> state.State:
         """From where the loader can go on after the batch that was handed out last."""
         if self._closed:
             return self._last_state
-        random = self._random
-        if self._finished:  # the next epoch begins with what these generators draw next
-            random = state.random_state(self._index_sampler, self._loader_generator)
+        if self._unknown and not self._finished:
+            self._learn_beginnings()
+        return self._capture()
+
+    def _capture(self) -> state.State:
+        finished = self._finished
+        tells = self._persistent_workers or not finished  # others begin the next epoch as they began this one
+        pending = self._indices_under_way() if self._tells_pending and not finished else None
+        first = self._failures[0].hand if self._failures else self._turns[0][0] if self._turns else self._hands[0]
         return state.State(
             iterable=self._dataset_kind == internals.ITERABLE,
             num_workers=len(self._hands),
             base_seed=self._base_seed,
             yielded=self._num_yielded,
-            finished=self._finished,
-            random=random,
-            sampler=self._sampler_state,
-            snapshots=[hand.snapshot for hand in self._hands],
+            position=self._num_yielded + self._failed + len(pending or ()),
+            finished=finished,
+            begins=finished,
+            draws=self._draws.to_plain(),
+            sampler=self._sampler_end if finished else self._told_sampler_state(),
+            snapshots=[hand.snapshot.copied() if tells else Snapshot() for hand in self._hands],
             active=[hand.active for hand in self._hands],
-            next_worker=self._turns[0][0].worker_id if self._turns else 0,
+            next_worker=first.worker_id,
+            pending=pending,
         )
+
+    def _told_sampler_state(self) -> SamplerState | None:
+        if self._sampler_state is None:
+            return None
+        # Where indices come back in any order, the last one that was drawn counts.
+        return self._walk.state() if self._tells_pending else replace(self._sampler_state)
+
+    def _indices_under_way(self) -> list[Any]:
+        tasks = {hand: iter(hand.tasks) for hand in self._hands}
+        under_way = [(next(tasks[hand], None), epoch) for hand, epoch in self._turns]
+        return [
+            *(each.index for each in self._failures),
+            *(index for index, epoch in under_way if epoch == self._epoch),
+            *self._pending,
+        ]
 
     def close(self) -> None:
         """End the workers, and wait until they have finished what they are at. May be called again."""
@@ -511,7 +667,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._closed:
             return
         if self._begun:
-            self._last_state = self._meter.state = self.capture()
+            self._last_state = self._meter.state = self._capture()
         self._closed = True
         self._meter.stop()
         self._turns = deque()

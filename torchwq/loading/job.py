@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dis
-import itertools
 import os
 import random
 import threading
@@ -39,9 +38,10 @@ from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
-from . import collation, internals
+from . import collation, internals, plain
 from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, NBYTES, WAITED, Counters
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
+from .noting import Generators, Notes, set_generators
 
 #: How often a worker that is far enough ahead looks whether it still is before it sleeps.
 _LOOKS: Final = 10
@@ -59,8 +59,10 @@ class Plan:
     base_seed: int
     init_fn: Any
     batch_size: int | None
-    #: Whether each batch comes with from where to go on after it.
+    #: Whether random numbers go on where they were, too.
     snapshots: bool
+    #: After how many of its batches a worker tells from where it would go on; 0 for never.
+    every: int
     counters: Counters
     flow: Counters
     #: How many batches a worker may make ahead.
@@ -77,6 +79,8 @@ class Part:
     num_workers: int
     shared_seed: int | None
     resume: Snapshot = field(default_factory=Snapshot)
+    #: Whether ``resume`` is the end of an epoch, and another one begins.
+    begins: bool = False
 
 
 class Job:
@@ -90,7 +94,9 @@ class Job:
         self._failure: Exception | None = None
         self._ended = False
         self._batches = 0
-        self._wraps = False
+        self._notes = Notes(plan.kind, plan.every, None, copies=False)
+        #: From where this epoch began, until the first answer has told it.
+        self._before: Snapshot | None = None
         self._limit = 0
         self._made = 0
         self._tasks: deque[Any] = deque()
@@ -206,40 +212,65 @@ class Job:
         try:
             if plan.init_fn is not None:
                 plan.init_fn(part.worker_id)
-            self._make_fetcher(part.resume)
+            generators = Generators() if plan.snapshots and not self._here else None
+            self._notes = Notes(plan.kind, plan.every, generators, copies=self._here)
+            self._go_on(copy.deepcopy(part.resume) if self._here else part.resume, part.begins)
         except Exception as error:
             self._failure = error
-        if part.resume.random is not None and not self._here:
-            _set_random_state(part.resume.random)
 
-    def _make_fetcher(self, resume: Snapshot) -> None:
-        plan = self._plan
-        if self._here:
-            resume = copy.deepcopy(resume)
+    def _go_on(self, resume: Snapshot, begins: bool) -> None:
+        """Be where a worker was; with ``begins``, and begin the next epoch there."""
         if resume.dataset is not None:
             self._dataset.load_state_dict(resume.dataset)
+        if not begins or resume.iterator is not None or resume.again:
+            self._make_fetcher()
+        iterator: Any = getattr(self._fetcher, "dataset_iter", None)
+        if resume.iterator is not None:
+            iterator.load_state_dict(resume.iterator)
+        elif not begins and self._plan.kind == internals.ITERABLE and resume.dataset is None:
+            # What has no state of its own is iterated again up to where it was.
+            if resume.random is None:
+                resume.noted = resume.batches
+            samples = self._plan.batch_size if self._plan.auto_collation and self._plan.batch_size else 1
+            plain.skip(iterator, resume.noted * samples)
+        if resume.random is not None and not self._here:
+            set_generators(resume.random)
+        if not begins or resume.again:
+            self._make_again(resume)
+        if begins:
+            self._make_fetcher()
+        self._note_beginning()
+
+    def _make_again(self, resume: Snapshot) -> None:
+        """Make and drop what was made after the rest of the snapshot was noted."""
+        self._batches = resume.batches
+        if resume.ended:
+            self._fetcher.ended = True
+        indices = resume.again
+        if indices is None and self._plan.kind == internals.ITERABLE:
+            size = self._plan.batch_size if self._plan.auto_collation else None
+            indices = [None if size is None else [None] * size] * (resume.batches - resume.noted)
+        for index in indices or ():
+            with contextlib.suppress(Exception):  # it was raised, or will be
+                self._fetcher.fetch(index)
+
+    def _make_fetcher(self) -> None:
+        plan = self._plan
         self._fetcher = internals.make_fetcher(
             plan.kind, self._dataset, plan.auto_collation, plan.collate_fn, plan.drop_last
         )
         self._ended = False
-        self._batches = resume.batches
-        iterator: Any = getattr(self._fetcher, "dataset_iter", None)
-        stateful = hasattr(iterator, "state_dict") or hasattr(self._dataset, "state_dict")
-        self._wraps = plan.snapshots or (plan.kind == internals.ITERABLE and stateful)
-        if resume.ended:
-            self._fetcher.ended = True
-        if resume.iterator is not None:
-            iterator.load_state_dict(resume.iterator)
-        elif plan.kind == internals.ITERABLE and resume.dataset is None:
-            # What has no state of its own is iterated again up to where it was.
-            samples = plan.batch_size if plan.auto_collation and plan.batch_size else 1
-            for _ in itertools.islice(iterator, resume.batches * samples):
-                pass
+        self._batches = 0
+
+    def _note_beginning(self) -> None:
+        self._notes.begin(self._dataset, self._fetcher)
+        self._before = self._notes.take(self._batches) if self._notes.watches else None
 
     def _begin(self, shared_seed: int | None) -> None:
         self._dataset = internals.seeded(self._dataset, shared_seed)
         try:
-            self._make_fetcher(Snapshot())
+            self._make_fetcher()
+            self._note_beginning()
         except Exception as error:
             self._failure = error
 
@@ -256,15 +287,42 @@ class Job:
         except StopIteration as stop:
             if self._plan.kind == internals.ITERABLE:
                 self._ended = True
-                return self._encode(End(self._snapshot()))
+                return self._encode_noted(End(self._snapshot(), self._beginning()))
             return self._fail(stop, index)
         except Exception as error:
             return self._fail(error, index)
         self._batches += 1
         try:
-            return self._encode(Batch(data, self._snapshot()) if self._wraps else data)
+            notes = self._notes
+            if not notes.watches or (self._before is None and not notes.is_due(self._batches)):
+                return self._encode(data)
+            after = notes.take(self._batches) if notes.is_due(self._batches) else None
+            if after is not None and self._before is None and notes.says_nothing(after):
+                return self._encode(data)
+            return self._encode_noted(Batch(data, after, self._beginning()))
         except Exception as error:
             return self._fail(error, index)
+
+    def _beginning(self) -> Snapshot | None:
+        before, self._before = self._before, None
+        return before
+
+    def _snapshot(self) -> Snapshot:
+        if self._notes.watches:
+            return self._notes.take(self._batches)
+        return Snapshot(self._batches, ended=bool(getattr(self._fetcher, "ended", False)))
+
+    def _encode_noted(self, answer: Batch | End | Failure) -> Any:
+        """An answer with notes; if it is these that cannot be sent, that is for whoever asks for the state."""
+        try:
+            return self._encode(answer)
+        except Exception as error:
+            packed = exceptions.pack(error)
+            for note in (answer.after, answer.before):
+                if note is not None:
+                    note.iterator = note.dataset = None
+                    note.error = note.error or packed
+            return self._encode(answer)
 
     def _encode(self, answer: Any) -> Any:
         if self._here and self._plan.auto_collation:
@@ -275,26 +333,11 @@ class Job:
         return payload
 
     def _fail(self, error: Exception, index: Any) -> Any:
-        after = self._snapshot() if self._wraps else None
+        after = self._notes.take(self._batches) if self._notes.watches else None
         if self._here:
-            return Letter(None, [Failure(error, _place(error, index), after)])
-        failure = Failure(exceptions.pack(error), _place(error, index), after)
+            return Letter(None, [Failure(error, _place(error, index), after, self._beginning())])
+        failure = Failure(exceptions.pack(error), _place(error, index), after, self._beginning())
         return codec.encode(failure, self._limit, upvalues=True)
-
-    def _snapshot(self) -> Snapshot:
-        after = Snapshot(self._batches)
-        if self._plan.kind == internals.ITERABLE:
-            after.ended = self._fetcher.ended
-            iterator: Any = getattr(self._fetcher, "dataset_iter", None)
-            if hasattr(iterator, "state_dict"):
-                after.iterator = iterator.state_dict()
-            elif hasattr(self._dataset, "state_dict"):
-                after.dataset = self._dataset.state_dict()
-        if self._here:
-            return copy.deepcopy(after)  # the states of what goes on to work here
-        if self._plan.snapshots:
-            after.random = _random_state()
-        return after
 
 
 def _size(payload: bytes | Letter) -> int:
@@ -313,17 +356,6 @@ def nbytes_of(batch: Any) -> int:
     if isinstance(batch, (list, tuple)):
         return sum(map(nbytes_of, batch))
     return 0
-
-
-def _random_state() -> Any:
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), np.random.get_state()
-
-
-def _set_random_state(state: Any) -> None:
-    of_python, of_torch, of_numpy = state
-    random.setstate(of_python)
-    torch.set_rng_state(torch.frombuffer(bytearray(of_torch), dtype=torch.uint8))
-    np.random.set_state(of_numpy)
 
 
 def _place(error: BaseException, index: Any) -> str:

@@ -29,16 +29,29 @@ class Snapshot:
 
     Attributes:
         batches: how many batches the worker has made in this epoch.
+        noted: after how many of them the rest of this was noted. Those after it are made again.
+        again: the indices of these, for a map-style dataset.
         iterator, dataset: what their ``state_dict()`` gave, where they have one.
-        random: the states of the random number generators.
+        error: what one of these has raised instead.
+        random: the states of the random number generators that were drawn from.
         ended: whether the last batch was not complete, because an iterable dataset had no more.
     """
 
     batches: int = 0
+    noted: int = 0
+    again: list[Any] | None = None
     iterator: Any = None
     dataset: Any = None
+    error: PackedException | None = None
     random: Any = None
     ended: bool = False
+
+    def copied(self) -> Snapshot:
+        """One that no further batch changes. (``dataclasses.replace`` takes five times as long.)"""
+        again = None if self.again is None else self.again.copy()
+        return Snapshot(
+            self.batches, self.noted, again, self.iterator, self.dataset, self.error, self.random, self.ended
+        )
 
 
 @dataclass(slots=True)
@@ -50,10 +63,11 @@ class NewEpoch:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch, with from where to go on after it."""
+    """A batch, with from where to go on after it, if that was noted; the first of an epoch also with ``before``."""
 
     data: Any
-    after: Snapshot
+    after: Snapshot | None
+    before: Snapshot | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +75,7 @@ class End:
     """The worker's part of an iterable dataset has come to its end."""
 
     after: Snapshot = field(default_factory=Snapshot)
+    before: Snapshot | None = None
 
 
 @dataclass(slots=True)
@@ -70,3 +85,4 @@ class Failure:
     error: PackedException | BaseException
     where: str
     after: Snapshot | None = None
+    before: Snapshot | None = None

@@ -1,111 +1,239 @@
 """What a loader saves, and how the same batches come out of it again.
 
 For a map-style dataset the state is the position in the sampler's sequence, and what makes the sequence come out the
-same: the state of the random number generator from which the sampler began to draw, or the sampler's own state if it
-has one. Going on means to draw and drop that many indices; nothing is fetched.
+same: what its sampler drew from (``draws``), or the sampler's own state if it has one. Going on means to draw and drop
+that many indices; nothing is fetched. With ``in_order=False`` it is also the indices that were drawn and have not come
+back. For the dataset, whichever kind, it is what each worker has told of it (``noting``); an iterable one that tells
+nothing is iterated again up to where it was.
 
-For an iterable dataset it is the state of each worker's dataset or of its iterator, where they have one
-(``state_dict``, as in torchdata); else how far it had come, and it is iterated again up to there.
+The dict that users get has the keys of torchdata's StatefulDataLoader where it means the same, since programs look into
+it: flat without workers, with a part for each worker otherwise.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import torch
-
+from ..marshalling import exceptions
 from .messages import Snapshot
+from .plain import StateDict, detached, is_stateful, plain_index
+from .walking import SamplerState
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass
 class State:
-    """From where a loader can go on."""
+    """From where a loader can go on.
+
+    Attributes:
+        iterable: whether its dataset is.
+        num_workers: how many workers it had.
+        base_seed: of its workers.
+        yielded: how many batches of the epoch it had handed out.
+        position: how many indices it had drawn for that, those included that failed before the last batch.
+        finished: whether the epoch's end was reached.
+        begins: whether the state stands for the beginning of an epoch, the first or the one after this.
+        draws: see ``draws``.
+        sampler: of the sampler.
+        snapshots: of each worker, or of this process.
+        active: which workers' parts of an iterable dataset had not come to their end.
+        next_worker: whose batch is the next.
+        pending: indices that were drawn and not handed out, where these are not simply the next ones.
+    """
 
     iterable: bool
     num_workers: int
-    base_seed: int
-    yielded: int
-    finished: bool
-    random: Any
-    sampler: Any
-    snapshots: list[Snapshot]
-    active: list[bool]
-    next_worker: int
+    base_seed: int = 0
+    yielded: int = 0
+    position: int = 0
+    finished: bool = False
+    begins: bool = False
+    draws: dict[str, Any] = field(default_factory=dict)
+    sampler: SamplerState | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
+    active: list[bool] = field(default_factory=list)
+    next_worker: int = 0
+    pending: list[Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data that ``torch.save`` and pickle can write."""
-        saved = {each.name: getattr(self, each.name) for each in fields(self)}
-        saved["snapshots"] = [asdict(snapshot) for snapshot in self.snapshots]
-        saved["active"] = list(self.active)
-        return {"_torchwq_version": _VERSION, **saved}
+    @classmethod
+    def fresh(cls, dataset: Any, iterable: bool, num_workers: int) -> State:
+        """Of a loader that was not iterated over yet. Workers' datasets are as they are made."""
+        count = max(1, num_workers)
+        snapshots = [Snapshot() for _ in range(count)]
+        if not num_workers and is_stateful(dataset):
+            try:
+                snapshots[0].dataset = detached(dataset.state_dict())
+            except AttributeError:
+                if not iterable:
+                    raise
+                # It has a state once it is iterated over.
+        return cls(iterable, num_workers, begins=True, snapshots=snapshots, active=[True] * count)
+
+    def at_beginning(self) -> State:
+        """Nothing of the epoch was drawn yet; what workers or the sampler have told is with them already."""
+        count = max(1, self.num_workers)
+        return replace(
+            self,
+            begins=False,
+            finished=False,
+            yielded=0,
+            position=0,
+            sampler=None,
+            snapshots=[Snapshot() for _ in range(count)],
+            active=[True] * count,
+            next_worker=0,
+            pending=None,
+        )
+
+    def to_dict(self) -> StateDict:
+        """As plain data. Raises what ``state_dict`` of the dataset, its iterator or the sampler has raised."""
+        sampler = self.sampler or SamplerState()
+        if sampler.error is not None:
+            raise sampler.error
+        made = StateDict(
+            {
+                "_torchwq_version": _VERSION,
+                "iterable": self.iterable,
+                "num_workers": self.num_workers,
+                "yielded": self.yielded,
+                "begins": self.begins,
+                "draws": self.draws,
+                "pending": None if self.pending is None else plain_index(self.pending),
+                "next_worker": self.next_worker,
+                "_iterator_finished": self.finished,
+            }
+        )
+        main = {
+            "_sampler_iter_yielded": self.position,
+            "_index_sampler_state": sampler.sampler,
+            "_sampler_iter_state": sampler.iterator,
+            "_sampler_steps": sampler.steps,
+            "_base_seed": self.base_seed,
+        }
+        if not self.num_workers:
+            made.update(main)
+            made["_num_yielded"] = self.yielded
+            made.update(self._part(0))
+            return made
+        made["_snapshot"] = {
+            "_snapshot_step": self.yielded,
+            "_main_snapshot": main,
+            "_worker_snapshots": {f"worker_{each}": self._part(each) for each in range(self.num_workers)},
+        }
+        made["_steps_since_snapshot"] = 0
+        return made
+
+    def _part(self, worker_id: int) -> dict[str, Any]:
+        """What one worker has told."""
+        snapshot = self.snapshots[worker_id]
+        if snapshot.error is not None:
+            error = exceptions.unpack(snapshot.error)
+            who = f"DataLoader worker {worker_id}" if self.num_workers else "this process"
+            exceptions.add_note(error, f"raised by state_dict() of the dataset or its iterator, in {who}")
+            raise error
+        fetcher = {"dataset_iter_state": snapshot.iterator, "fetcher_ended": snapshot.ended} if self.iterable else None
+        return {
+            "worker_id": worker_id,
+            "active": self.active[worker_id],
+            "batches": snapshot.batches,
+            "noted": snapshot.noted,
+            "again": None if snapshot.again is None else plain_index(snapshot.again),
+            "random": snapshot.random,
+            "dataset_state": snapshot.dataset,
+            "fetcher_state": fetcher,
+        }
 
     @classmethod
     def from_dict(cls, saved: Any) -> State:
         """Raises ValueError if it is nothing that ``to_dict`` has made."""
-        names = {each.name for each in fields(cls)}
-        if not isinstance(saved, dict) or saved.get("_torchwq_version") != _VERSION or not names <= saved.keys():
-            raise ValueError(
-                "this is no state of a torchwq.DataLoader (of torchdata's StatefulDataLoader, perhaps?): load what "
-                "state_dict() of a torchwq.DataLoader has returned"
-            )
-        values = {name: saved[name] for name in names}
-        values["snapshots"] = [Snapshot(**each) for each in values["snapshots"]]
-        return cls(**values)
+        if not isinstance(saved, dict) or saved.get("_torchwq_version") != _VERSION:
+            raise ValueError(_NO_STATE)
+        try:
+            return cls._from_dict(saved)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{_NO_STATE} (this one lacks {error})") from error
 
-    def check(self, iterable: bool, num_workers: int) -> None:
-        """Raise ValueError if a loader of this kind cannot go on from here."""
+    @classmethod
+    def _from_dict(cls, saved: dict[str, Any]) -> State:
+        count = saved["num_workers"]
+        main = saved["_snapshot"]["_main_snapshot"] if count else saved
+        parts = [saved["_snapshot"]["_worker_snapshots"][f"worker_{each}"] for each in range(count)] or [saved]
+        sampler = SamplerState(main["_index_sampler_state"], main["_sampler_iter_state"], main["_sampler_steps"])
+        return cls(
+            iterable=saved["iterable"],
+            num_workers=count,
+            base_seed=main["_base_seed"],
+            yielded=saved["_num_yielded"] if not count else saved["yielded"],
+            position=main["_sampler_iter_yielded"],
+            finished=saved["_iterator_finished"],
+            begins=saved["begins"] or saved["_iterator_finished"],
+            draws=saved["draws"],
+            sampler=sampler,
+            snapshots=[_snapshot(each) for each in parts],
+            active=[each["active"] for each in parts],
+            next_worker=saved["next_worker"],
+            pending=saved["pending"],
+        )
+
+    def fitted(self, iterable: bool, num_workers: int, strict: bool) -> State:
+        """What a loader of this kind goes on from. Raises ValueError if it cannot; ``strict``: also if not quite."""
         if self.iterable != iterable:
             kinds = {True: "an iterable-style", False: "a map-style"}
             raise ValueError(
                 f"this state was taken from a loader with {kinds[self.iterable]} dataset, and this one has "
                 f"{kinds[iterable]} one: load it into a loader made like the first"
             )
-        if self.num_workers != num_workers and not self.finished:
-            raise ValueError(
+        told = any(each.dataset is not None or each.iterator is not None for each in self.snapshots)
+        if self.num_workers == num_workers:
+            return self
+        both = (
+            f"this state was taken with num_workers={self.num_workers} and this loader has num_workers={num_workers}: "
+            f"which worker makes which batch, and with which random numbers, depends on that. "
+        )
+        if not self.begins or told:
+            if self.iterable:
+                raise ValueError(
+                    f"{both}Make the loader with num_workers={self.num_workers}, or begin the epoch anew: an iterable "
+                    f"dataset is shared out among its workers, so there is no place in it for another number of them"
+                )
+            if strict:
+                raise ValueError(
+                    f"{both}Make the loader with num_workers={self.num_workers}, or begin the epoch anew, or go on at "
+                    f"the same sample with load_state_dict(state, strict=False)"
+                )
+            lost = ", and what the workers' datasets had told of themselves is lost" if told else ""
+            warnings.warn(
                 f"this state was taken with num_workers={self.num_workers} and this loader has "
-                f"num_workers={num_workers}: which worker makes which batch, and with which random numbers, depends on "
-                f"that. Make the loader with num_workers={self.num_workers}, or begin the epoch anew"
+                f"num_workers={num_workers}: it goes on at the same sample, but workers' random numbers begin "
+                f"anew{lost}",
+                stacklevel=3,
             )
+        return replace(
+            self,
+            num_workers=num_workers,
+            snapshots=[Snapshot() for _ in range(max(1, num_workers))],
+            active=[True] * max(1, num_workers),
+            next_worker=self.position % max(1, num_workers),
+        )
 
 
-def stateful_sampler(sampler: Any) -> Any:
-    """The batch sampler, or the sampler in it, if it has a state of its own; else None."""
-    for each in (sampler, getattr(sampler, "sampler", None)):
-        if hasattr(each, "state_dict") and hasattr(each, "load_state_dict"):
-            return each
-    return None
+_NO_STATE: Final = (
+    "this is no state of a torchwq.DataLoader (of torchdata's StatefulDataLoader, perhaps?): load what state_dict() of "
+    "a torchwq.DataLoader has returned"
+)
 
 
-def restore_generators(sampler: Any, generator: Any, states: list[Any]) -> None:
-    """Give generators of the loader's own the states that they had; torch's global one is left alone."""
-    for each, state in zip(_generators(sampler, generator), states, strict=False):
-        if each is not None:
-            each.set_state(state)
-
-
-def _generators(sampler: Any, generator: Any) -> list[Any]:
-    """The generators that a sampler may draw from. The first is None, which stands for torch's global one."""
-    own = [getattr(each, "generator", None) for each in (sampler, getattr(sampler, "sampler", None))]
-    return [None, *(each for each in (*own, generator) if isinstance(each, torch.Generator))]
-
-
-def random_state(sampler: Any, generator: Any) -> list[Any]:
-    """The states of all generators that a sampler may draw from."""
-    return [torch.get_rng_state() if each is None else each.get_state() for each in _generators(sampler, generator)]
-
-
-@contextlib.contextmanager
-def restored(sampler: Any, generator: Any, states: list[Any]) -> Iterator[None]:
-    """Within it these generators have these states; torch's global one is as before afterwards."""
-    before = torch.get_rng_state()
-    torch.set_rng_state(states[0])
-    restore_generators(sampler, generator, states)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+def _snapshot(part: dict[str, Any]) -> Snapshot:
+    fetcher = part["fetcher_state"] or {"dataset_iter_state": None, "fetcher_ended": False}
+    return Snapshot(
+        batches=part["batches"],
+        noted=part["noted"],
+        again=part["again"],
+        iterator=fetcher["dataset_iter_state"],
+        dataset=part["dataset_state"],
+        random=part["random"],
+        ended=fetcher["fetcher_ended"],
+    )

@@ -54,6 +54,10 @@ class Meter:
         # Of the last look: when, how long the consumer had waited, how long cores had been idle.
         self._looked_at = 0, 0, 0.0
 
+    def __reduce__(self) -> Any:
+        """A copy of a loader begins to count anew."""
+        return Meter, (self.workers,)
+
     def counters(self, workers: int) -> Counters:
         """For so many workers. Made when they are needed: they take a descriptor."""
         if self._counters is None:

@@ -1,0 +1,143 @@
+"""An iterator without workers: torch's own, which can also tell its state and begin from one.
+
+Nothing is ahead here. So nothing is noted with each batch, and whoever asks for the state gets that of the dataset, its
+iterator and the sampler as they are. It is not the training's business how the iterator came to its place: what is
+drawn meanwhile from the global generator was never drawn, unless a dataset sets it when it is given its state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import deque
+from typing import Any
+
+from . import draws, internals
+from .messages import Snapshot
+from .plain import after, detached, is_stateful, skip, taken
+from .state import State
+from .walking import Walk
+
+
+class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
+    """What ``iter(loader)`` gives for ``num_workers=0``."""
+
+    def __init__(self, loader: Any, resume: State | None = None) -> None:
+        self._loader_generator = loader.generator
+        self.finished = False
+        #: How many indices failed before the last batch, and how many after it.
+        self._failed = self._failing = 0
+        #: None until the first index is drawn.
+        self._draws: draws.Draws | None = None
+        #: Indices that come before the sampler's next.
+        self._pending: deque[Any] = deque()
+        self._walk = Walk(loader._index_sampler)
+        if resume is not None:
+            self._give_state_to_dataset(loader.dataset, resume)
+            if resume.begins:
+                draws.restore_own(loader._index_sampler, loader.generator, resume.draws)
+                self._walk.restore_source(resume.sampler)
+        if resume is None or (resume.begins and draws.is_current(resume.draws)):
+            sampler = loader._index_sampler
+            if draws.draws_when_iterated(sampler):
+                self._draws = draws.now(sampler, loader.generator)
+            super().__init__(loader)
+            self._walk.begin(self._sampler_iter)
+            self._sampler_iter: Any = self._walk.indices
+            return
+        # Nothing was drawn yet, and the dataset, perhaps, has set the global generator to what it was.
+        undrawn = "digest" in resume.draws and draws.is_current(resume.draws)
+        with draws.kept():
+            super().__init__(loader)
+        if resume.begins:
+            resume = resume.at_beginning()
+        self._base_seed = resume.base_seed
+        self._num_yielded = resume.yielded
+        if undrawn:
+            draws.restore_own(self._index_sampler, self._loader_generator, resume.draws)
+            self._walk.go_on(resume.sampler, 0)
+            self._sampler_iter = self._walk.indices
+        else:
+            self._go_on(resume)
+        self._give_state_to_samples(resume, loader.batch_size or 1)
+
+    def _give_state_to_dataset(self, dataset: Any, resume: State) -> None:
+        snapshot = resume.snapshots[0]
+        if snapshot.dataset is not None:
+            dataset.load_state_dict(detached(snapshot.dataset))
+        if resume.begins and snapshot.iterator is not None:
+            iter(dataset).load_state_dict(detached(snapshot.iterator))
+
+    def _go_on(self, resume: State) -> None:
+        samples = getattr(self._dataset_fetcher, "dataset_iter", None)
+        self._draws = draws.Draws.of(resume.draws)
+        self._pending.extend(resume.pending or ())
+        self._failed = resume.position - resume.yielded - len(self._pending)
+        ahead: list[Any] = []
+        with draws.again(self._index_sampler, self._loader_generator, resume.draws):
+            self._walk.go_on(resume.sampler, 0 if samples is not None else resume.position)
+            # Without a state, the next one is drawn now, while the random numbers are those of that time.
+            if samples is None and self._walk.state() is None:
+                with contextlib.suppress(StopIteration):
+                    ahead.append(next(self._walk.indices))
+        self._sampler_iter = after(itertools.chain(taken(self._pending), ahead), self._walk.indices)
+
+    def _give_state_to_samples(self, resume: State, batch_size: int) -> None:
+        samples, snapshot = getattr(self._dataset_fetcher, "dataset_iter", None), resume.snapshots[0]
+        if samples is None:
+            return
+        if snapshot.iterator is not None:
+            samples.load_state_dict(detached(snapshot.iterator))
+        elif snapshot.dataset is None:
+            skip(samples, resume.yielded * batch_size)
+        if snapshot.ended:
+            self._dataset_fetcher.ended = True
+
+    def _next_data(self) -> Any:
+        if self._draws is None:
+            self._draws = draws.now(self._index_sampler, self._loader_generator)
+        try:
+            data = super()._next_data()
+        except StopIteration:
+            self.finished = True
+            raise
+        except Exception:
+            self._failing += 1
+            raise
+        if self._failing:
+            self._failed, self._failing = self._failed + self._failing, 0
+        return data
+
+    def capture(self) -> State:
+        """From where the loader can go on after the batch that was handed out last. Raises what ``state_dict`` does."""
+        walk, told = self._walk, self._told_draws()
+        walk.start()
+        return State(
+            iterable=self._dataset_kind == internals.ITERABLE,
+            num_workers=0,
+            base_seed=self._base_seed,
+            yielded=self._num_yielded,
+            position=self._num_yielded + self._failed + len(self._pending),
+            finished=self.finished,
+            begins=self.finished,
+            draws=told,
+            sampler=walk.end() if self.finished else walk.state() if walk.watches else None,
+            snapshots=[self._snapshot()],
+            active=[True],
+            pending=list(self._pending) or None,
+        )
+
+    def _told_draws(self) -> dict[str, Any]:
+        if self._draws is not None:
+            return self._draws.to_plain()
+        return draws.of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)
+
+    def _snapshot(self) -> Snapshot:
+        samples = getattr(self._dataset_fetcher, "dataset_iter", None)
+        snapshot = Snapshot(self._num_yielded, self._num_yielded)
+        snapshot.ended = bool(getattr(self._dataset_fetcher, "ended", False))
+        if samples is not None and is_stateful(samples):
+            snapshot.iterator = detached(samples.state_dict())
+        if is_stateful(self._dataset) and self._dataset is not samples:
+            snapshot.dataset = detached(self._dataset.state_dict())
+        return snapshot

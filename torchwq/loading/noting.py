@@ -1,0 +1,127 @@
+"""Notes of a worker: from where it could go on after a batch.
+
+With a batch travels what the dataset and its iterator tell of themselves (``state_dict``, if there is
+``load_state_dict`` too), and, for loaders that were asked for it, the states of the generators of random numbers. Only
+what was moved: a generator that nobody has drawn from since the worker was seeded is as it will be when another worker
+is seeded like it. An error of ``state_dict`` is a note too. Nobody may ever ask for it: the batch is none the worse.
+
+The first answer of an epoch also brings from where the worker began.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..marshalling import exceptions
+from ..marshalling.exceptions import PackedException
+from . import internals, plain
+from .messages import Snapshot
+from .plain import is_stateful
+
+
+class Generators:
+    """The generators of random numbers of this process, compared with what they were when this was made."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state().numpy().tobytes()
+        self._numpy, self._words = _numpy_words()
+
+    def moved(self) -> dict[str, Any] | None:
+        """The states of those that were drawn from, as plain data."""
+        found: dict[str, Any] = {}
+        if random.getstate() != self._python:
+            found["python"] = plain.state_of_python()
+        if torch.get_rng_state().numpy().tobytes() != self._torch:
+            found["torch"] = plain.state_of_torch()
+        if self._numpy is None or _numpy_words() != (self._numpy, self._words):
+            found["numpy"] = plain.state_of_numpy()
+        return found or None
+
+
+def _numpy_words() -> tuple[Any, bytes]:
+    """numpy's generator and the memory of its state, which ``get_state`` would copy three times; None if unknown."""
+    if not hasattr(np.random, "get_bit_generator"):  # before numpy 1.24
+        return None, b""
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        return None, b""
+    # The words and the position in them: ``struct mt19937_state``. What is left of a normal number was drawn with them.
+    return generator, ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Let generators of this process go on from where they were noted."""
+    if "python" in states:
+        plain.set_state_of_python(states["python"])
+    if "torch" in states:
+        plain.set_state_of_torch(states["torch"])
+    if "numpy" in states:
+        plain.set_state_of_numpy(states["numpy"])
+
+
+class Notes:
+    """What a worker tells of an epoch. ``copies``: states are copied, because the message that brings them does not."""
+
+    def __init__(self, kind: int, every: int, generators: Generators | None, copies: bool) -> None:
+        self._kind = kind
+        self._every = every
+        self._generators = generators
+        self._copies = copies
+        self._dataset: Any = None
+        self._fetcher: Any = None
+        self._with_dataset = self._with_iterator = False
+        self._moved = False
+        self._error: tuple[str, PackedException] | None = None
+        #: Whether there is anything to tell.
+        self.watches = False
+
+    def begin(self, dataset: Any, fetcher: Any) -> None:
+        """These are what the epoch's batches are made of."""
+        self._dataset, self._fetcher = dataset, fetcher
+        iterator = getattr(fetcher, "dataset_iter", None)
+        self._with_iterator = self._kind == internals.ITERABLE and is_stateful(iterator)
+        self._with_dataset = is_stateful(dataset) and dataset is not iterator
+        self.watches = self._with_dataset or self._with_iterator or self._generators is not None
+
+    def is_due(self, batches: int) -> bool:
+        """Whether the worker's batch of this number brings a note, if there is anything to tell."""
+        return bool(self._every) and batches % self._every == 0
+
+    def take(self, batches: int) -> Snapshot:
+        """From where the worker would go on now."""
+        after = Snapshot(batches, noted=batches, ended=bool(getattr(self._fetcher, "ended", False)))
+        try:
+            if self._with_iterator:
+                after.iterator = self._apart(self._fetcher.dataset_iter.state_dict())
+            if self._with_dataset:
+                after.dataset = self._apart(self._dataset.state_dict())
+        except Exception as error:
+            after.error = self._packed(error)
+        if self._generators is not None:
+            after.random = self._generators.moved()
+        return after
+
+    def says_nothing(self, after: Snapshot) -> bool:
+        """Whether a worker that is made anew would be there too, but for the sampler: then it is not worth a word.
+
+        Not of an iterable dataset: there it tells how far the worker has come.
+        """
+        self._moved = self._moved or after.random is not None
+        return not (self._moved or self._with_dataset or self._kind == internals.ITERABLE)
+
+    def _packed(self, error: Exception) -> PackedException:
+        """The same error as before is not packed again: it may come with each batch."""
+        text = repr(error)
+        if self._error is None or self._error[0] != text:
+            self._error = text, exceptions.pack(error)
+        return self._error[1]
+
+    def _apart(self, state: Any) -> Any:
+        return copy.deepcopy(state) if self._copies else state
