@@ -1,7 +1,7 @@
 """Does something in the middle of something else, as a signal handler or a finalizer does: at every place, one by one.
 
-CPython runs signal handlers and finalizers where functions are called or return. ``sys.setprofile`` tells of each such
-place, so no luck is needed to meet one.
+CPython runs signal handlers and finalizers where a function begins or has returned. ``sys.setprofile`` tells of each such
+place, so no luck is needed to meet one. (It also tells when a function of C is about to be called: there nothing comes.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class _Injector:
         self.has_acted = False
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
-        if "torchwq" not in frame.f_code.co_filename:
+        if "torchwq" not in frame.f_code.co_filename or event == "c_call":
             return
         self._left -= 1
         if self._left < 0 and not self.has_acted:

@@ -16,7 +16,6 @@ from tests.injection import in_the_middle
 
 KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], int]]] = {
     "int": (lambda number: number, int),
-    "list": (lambda number: [number, "text", {"key": number}], lambda found: int(found[0])),
     "tensor": (lambda number: torch.full((16,), number), lambda found: int(found[0])),
     "array": (lambda number: np.full(20_000, number), lambda found: int(found[0])),
 }

@@ -18,8 +18,8 @@ from torchwq import QueueClosed, WorkQueue
 
 KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], int]]] = {
     "int": (lambda number: number, int),
-    "list": (lambda number: [number, "text", {"key": number}], lambda found: int(found[0])),
     "tensor": (lambda number: torch.full((16,), number), lambda found: int(found[0])),
+    "tensors": (lambda number: {key: torch.full((30_000,), number) for key in "ab"}, lambda found: int(found["a"][0])),
     "array": (lambda number: np.full(20_000, number), lambda found: int(found[0])),
 }
 
@@ -124,3 +124,39 @@ def test_what_is_counted_stays_right_when_answers_are_given_in_the_middle(outer:
                 pass
             if not more or at > 150:
                 break
+
+
+@pytest.mark.parametrize("outer", ["write", "read"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["owner", "worker"])
+def test_one_handle_may_be_used_both_ways_in_the_middle_of_either(side: str, kind: str, outer: str) -> None:
+    make, number_of = KINDS[kind]
+    with torchwq.workqueue() as queue, worker_handle(queue) as worker:
+        handle, other = (queue, worker) if side == "owner" else (worker, queue)
+        numbers = itertools.count()
+        written: list[int] = []
+        got: list[int] = []
+
+        def write() -> None:
+            number = next(numbers)
+            handle.write(make(number))
+            written.append(number)
+
+        def read() -> None:
+            got.append(number_of(handle.read(timeout=10)))
+
+        for at in itertools.count():
+            other.write(make(-1))
+            operation, nested = (write, read) if outer == "write" else (read, write)
+            more = in_the_middle(operation, nested, at)
+            if not more:
+                nested()
+            arrived = [number_of(other.read(timeout=10)) for _ in written]
+            assert arrived == written, f"at place {at}"
+            assert got == [-1]
+            assert other.read(True) is None
+            written.clear()
+            got.clear()
+            if not more:
+                break
+        assert at > 5

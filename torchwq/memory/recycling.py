@@ -288,6 +288,8 @@ def look_at_unwatched(most: int) -> None:
     if not _unwatched:
         return
     for _ in range(min(most, len(_unwatched))):
+        if not _unwatched:  # a finalizer that came in between has looked
+            return
         block = _unwatched.popleft()
         block.polled = False
         if block.kind == MAPPED and not block.watches:

@@ -79,6 +79,8 @@ class Link:
                             return
                     except NotSent as error:  # nobody is left who could be told
                         sys.excepthook(type(error), error, error.__traceback__)
+                    if not self._unsent:  # a finalizer that came in between has closed it
+                        return
                     self._unsent.popleft()
                     close_fds(fds)
             except BrokenPipeError:
