@@ -1,9 +1,10 @@
 """Processes that hand shared tensors around, and a model of what each of them must see.
 
 The test's process is the *conductor*. It tells *players*, one queue for each, what to do with their tensors. A player
-also owns a queue of its own, whose handles the conductor has given to all others: so tensors go from player to player
-without passing the conductor. A tensor is filled with one number, which the model knows; whoever can still see the
-tensor must see that number, whatever was sent, dropped, made and killed since.
+may also own a queue of its own, whose handles the conductor has given to all others: so tensors go from player to
+player without passing the conductor. One without a queue asks others through a queue that is there for one answer
+only. A tensor is filled with one number, which the model knows; whoever can still see the tensor must see that number,
+whatever was sent, dropped, made and killed since.
 """
 
 from __future__ import annotations
@@ -22,21 +23,28 @@ from torchwq.memory import arrivals, pool, recycling
 WAIT = 30.0
 #: What the conductor does while an answer is under way.
 MEANWHILE = ("nothing", "trim", "tick", "fork")
+#: What a player does between two questions of its.
+BETWEEN = ("trim", "nothing")
 #: Few, so that blocks are used again; the last is large enough to be mapped privately as an array.
 SIZES = (2, 16, 600, 5000)
 
 
-def play(commands: torchwq.WorkQueue) -> None:
+def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
     """A player."""
+    import contextlib
+    import gc
     import queue
+    import time
 
     import torch
 
     import torchwq
 
+    gc.freeze()  # torch's own heap need not be looked through each time
     store: dict[int, Any] = {}
     sources: dict[int, torchwq.WorkQueue] = {}
-    with torchwq.workqueue() as own:
+    asking: Any = None
+    with torchwq.workqueue() if has_queue else contextlib.nullcontext() as own:
         commands.write((os.getpid(), own))
         while True:
             what, *args = commands.read()
@@ -72,6 +80,27 @@ def play(commands: torchwq.WorkQueue) -> None:
                     answer = None
                 except queue.Empty:
                     answer = "nothing"
+            elif what == "ask":
+                answer = asking = torchwq.workqueue()
+            elif what == "reply":
+                with args[0] as reply:
+                    reply.write((args[1], store[args[1]]))
+                del reply
+            elif what == "hear":
+                answer, tensor = asking.read(timeout=10)
+                if args[0]:
+                    store[answer] = tensor
+                asking.close()
+                asking = None
+                del tensor
+            elif what == "trim":
+                gc.collect()
+                until = time.monotonic() + 5
+                while own is None and recycling.promise() and time.monotonic() < until:
+                    time.sleep(0.005)  # the reactor still has the closed queue in hand
+                    gc.collect()
+                pool.trim()
+                arrivals.trim()
             elif what == "look":
                 scribble(args[0])
                 answer = {key: (int(value.min()), int(value.max())) for key, value in store.items()}
@@ -90,9 +119,9 @@ def scribble(sizes: tuple[int, ...] = SIZES) -> None:
 
 
 class Player:
-    def __init__(self) -> None:
+    def __init__(self, has_queue: bool) -> None:
         self.commands = torchwq.workqueue()
-        self.map = torchwq.map(1, play, self.commands)
+        self.map = torchwq.map(1, play, self.commands, has_queue)
         self.pid, self.own = self.commands.read(timeout=WAIT)
         #: The tensors that it must have, by their keys.
         self.has: set[int] = set()
@@ -115,14 +144,16 @@ class Player:
         self.close()
 
     def close(self) -> None:
-        self.own.close()
+        if self.own is not None:
+            self.own.close()
         self.commands.close()
 
 
 class Ensemble:
-    """The conductor, and what it knows to be true."""
+    """The conductor, and what it knows to be true. All players but the last have a queue."""
 
     def __init__(self, players: int) -> None:
+        self.without_queue = players - 1
         self.done: Counter[str] = Counter()
         self.next_key = 1000
         #: What each tensor is filled with.
@@ -137,12 +168,14 @@ class Ensemble:
             self.enter(name)
 
     def enter(self, name: int) -> None:
-        player = self.players[name] = Player()
+        player = self.players[name] = Player(name != self.without_queue)
         self.published[name] = []
         for other, each in self.players.items():
             if other != name:
-                player.tell("source", other, each.own)
-                each.tell("source", name, player.own)
+                if each.own is not None:
+                    player.tell("source", other, each.own)
+                if player.own is not None:
+                    each.tell("source", name, player.own)
 
     def new_key(self) -> int:
         self.next_key += 1
@@ -204,6 +237,20 @@ class Ensemble:
         if keep:
             self.players[name].has.add(key)
         self.done["fetch"] += 1
+
+    def ask(self, name: int, source: int, key: int, questions: int, between: str, keep: bool) -> None:
+        """A player asks another for the same tensor, again and again, each time through a queue for this one answer."""
+        self.done[f"ask, {between}"] += 1
+        for left in reversed(range(questions)):
+            reply = self.players[name].tell("ask")
+            self.players[source].tell("reply", reply, key)
+            reply.close()
+            del reply
+            assert self.players[name].tell("hear", keep and not left) == key
+            if between != "nothing" and left:
+                self.players[name].tell(between)
+        if keep:
+            self.players[name].has.add(key)
 
     def drop(self, name: int | None, key: int) -> None:
         self.done["drop"] += 1

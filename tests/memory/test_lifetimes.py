@@ -10,13 +10,16 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from . import ensemble
 from .ensemble import Ensemble
 
 PLAYERS = 3
 NAMES = st.integers(0, PLAYERS - 1)
+WITH_QUEUE = st.integers(0, PLAYERS - 2)
+#: Who asks: the one without a queue as often as all others together.
+ASKING = st.sampled_from([*range(PLAYERS - 1), *[PLAYERS - 1] * (PLAYERS - 1)])
 SIZES = st.sampled_from(ensemble.SIZES)
 
 
@@ -31,6 +34,11 @@ class Lifetimes(RuleBasedStateMachine):
     def _has(self, data: st.DataObject, name: int) -> int | None:
         has = sorted(self.all.players[name].has)
         return data.draw(st.sampled_from(has)) if has else None
+
+    @initialize(size=SIZES, in_place=st.booleans())
+    def make_one_each(self, size: int, in_place: bool) -> None:
+        for name in (None, *range(PLAYERS)):
+            self.all.make(name, size, in_place)
 
     @rule(name=st.none() | NAMES, size=SIZES, in_place=st.booleans())
     def make(self, name: int | None, size: int, in_place: bool) -> None:
@@ -53,16 +61,31 @@ class Lifetimes(RuleBasedStateMachine):
         if key is not None:
             self.all.collect(key, name, meanwhile)
 
-    @rule(data=st.data(), name=NAMES)
+    @rule(data=st.data(), name=WITH_QUEUE)
     def publish(self, data: st.DataObject, name: int) -> None:
         key = self._has(data, name)
         if key is not None:
             self.all.publish(key, name)
 
-    @rule(source=NAMES, name=NAMES, keep=st.booleans())
+    @rule(source=WITH_QUEUE, name=NAMES, keep=st.booleans())
     def fetch(self, source: int, name: int, keep: bool) -> None:
         if source != name and self.all.published[source]:
             self.all.fetch(source, name, keep)
+
+    @rule(
+        data=st.data(),
+        name=ASKING,
+        questions=st.integers(2, 3),
+        between=st.sampled_from(ensemble.BETWEEN),
+        keep=st.booleans(),
+    )
+    def ask(self, data: st.DataObject, name: int, questions: int, between: str, keep: bool) -> None:
+        players = self.all.players
+        offers = [
+            (other, key) for other in players if other != name for key in sorted(players[other].has - players[name].has)
+        ]
+        if offers:
+            self.all.ask(name, *data.draw(st.sampled_from(offers)), questions, between, keep)
 
     @rule(data=st.data(), name=NAMES)
     def drop(self, data: st.DataObject, name: int) -> None:
@@ -119,8 +142,8 @@ def random_step(everything: Ensemble, choose: random.Random) -> None:
     size = choose.choice(ensemble.SIZES)
     other = choose.choice([each for each in range(PLAYERS) if each != name])
     step = choose.choices(
-        ["make", "give", "array", "collect", "publish", "fetch", "drop", "drop mine", "fill", "kill", "fork"],
-        [4, 4, 1, 3, 3, 3, 4, 4, 2, 0.3, 0.3],
+        ["make", "give", "array", "collect", "publish", "fetch", "ask", "drop", "drop mine", "fill", "kill", "fork"],
+        [4, 4, 1, 3, 3, 3, 2, 4, 4, 2, 0.3, 0.3],
     )[0]
     if step == "make":
         everything.make(choose.choice([name, None]), size, choose.random() < 0.5)
@@ -138,14 +161,19 @@ def random_step(everything: Ensemble, choose: random.Random) -> None:
             everything.fork(key)
         else:
             everything.drop(None, key)
-    elif has and step in ("collect", "publish", "drop", "fill"):
+    elif has and step in ("collect", "publish", "ask", "drop", "fill"):
         key = choose.choice(has)
         if step == "fill":
             everything.fill(name, key)
+        elif step == "ask":
+            if key not in everything.players[other].has:
+                between = choose.choice(ensemble.BETWEEN)
+                everything.ask(other, name, key, choose.randint(2, 3), between, choose.random() < 0.5)
         elif step == "collect":
             everything.collect(key, name, choose.choice(ensemble.MEANWHILE))
         elif step == "publish":
-            everything.publish(key, name)
+            if name != everything.without_queue:
+                everything.publish(key, name)
         else:
             everything.drop(name, key)
     return None

@@ -373,6 +373,35 @@ def test_a_finalizer_may_write_what_its_own_thread_is_moving(monkeypatch: pytest
     torchwq.share_(tensor)
 
 
+def test_a_reader_without_a_queue_has_promised_nothing_to_the_next_queues_senders(peer: Peer) -> None:
+    """The peer reads through one queue after the other, has none in between, and gives up what it can then."""
+    tensor = torch.full((600,), 7.0)
+    for _ in range(3):
+        queue = peer.ask(open_a_queue)
+        queue.write(tensor)
+        queue.close()
+        assert peer.ask(apply_to_kept, read_and_close) == 7.0
+        peer.ask(give_up_all)
+
+
+def open_a_queue() -> torchwq.WorkQueue:
+    queue = torchwq.workqueue()
+    keep(queue)
+    return queue
+
+
+def read_and_close(queue: torchwq.WorkQueue) -> float:
+    with queue:
+        return float(queue.read(timeout=20).mean())
+
+
+def give_up_all() -> None:
+    drop_kept()
+    wait_until(lambda: (gc.collect(), not recycling.promise())[1], what="the end of the queue")
+    pool.trim()
+    arrivals.trim()
+
+
 def itself(kept: Any) -> Any:
     return kept
 

@@ -36,6 +36,7 @@ import torch.multiprocessing
 from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec, exceptions, functions, reducers
 from ..marshalling.letter import Letter
+from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import descriptors, endpoint, local
@@ -255,13 +256,16 @@ class Hand:
                 with contextlib.closing(theirs):
                     waiter = Waiter(ours, Alarm())
                     opened.callback(waiter.close)
+                    self.end: Endpoint | LocalEndpoint = ours
+                    self._closed = False
+                    opened.callback(setattr, self, "_closed", True)
+                    recycling.add_inlet(self)
                     self.process: Process = self._start(part, theirs)
             except ResourceError:
                 raise
             except OSError as error:
                 raise exhausted(error) from error
             opened.pop_all()
-        self.end: Endpoint | LocalEndpoint = ours
         self.outbox = Outbox(ours)
         self._waiter: Waiter | LocalEndpoint = waiter
         self.max_payload = ours.max_message - TRAILER

@@ -155,7 +155,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             counters=meter.counters(most),
             flow=Counters(most),
             prefetch=self._prefetch,
-            reader=recycling.slot(),
+            reader=recycling.address(),
         )
         #: Whether batches that came without a note need their indices to be made again.
         self._makes_again = (
@@ -183,7 +183,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         part = Part(worker_id, self._num_workers, self._shared_seed, resume, self._goes_on)
         hand = Hand(self._start, part, self._plan.flow.of(worker_id), self._options.backend)
         self._hands.append(hand)
-        recycling.add_inlet(hand)
         return hand
 
     # Epochs

@@ -32,6 +32,7 @@ import torch
 
 from ..marshalling import codec, exceptions
 from ..marshalling.letter import Letter
+from ..memory import recycling
 from ..memory.parcel import TRAILER, Parcel
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint
@@ -67,7 +68,7 @@ class Plan:
     flow: Counters
     #: How many batches a worker may make ahead.
     prefetch: int
-    #: The loader's slot in the ledger of shared memory.
+    #: Where the loader's promises stand in the ledger of shared memory.
     reader: int
 
 
@@ -110,7 +111,7 @@ class Job:
         """Answer until the loader closes the connection. In a process of its own."""
         self._limit = end.max_message - TRAILER
         outbox = Outbox(end)
-        outbox.reader = self._plan.reader
+        outbox.reader = recycling.reader_at(self._plan.reader)
         self._end: Endpoint | LocalEndpoint = end
         self._waiter: Waiter | LocalEndpoint = Waiter(end, Alarm())
         self._set_up()

@@ -32,7 +32,12 @@ Invariants:
 * A sender counts first and looks for ``KEPT`` then; whoever withdraws ``KEPT`` does that first and looks then for what
   is under way. So at least one of the two sees the other: either the message brings a descriptor, or the memory is
   kept until the message is there (``recycling``).
-* Rows belong to processes in chunks, by locks on the chunks' bytes: what a dead maker had can be taken over.
+* Rows belong to processes in chunks, by locks on the chunks' bytes: what a dead maker had, and what a living one has
+  given back, can be taken over (``rows``).
+* What is opened by another process's descriptor is looked at before a byte of it is changed: that process may have
+  ended, or begun another program, and its id or its descriptor's number may stand for something else now.
+* A slot means nothing in another ledger than its own. So processes tell each other an *address*: the slot, and which
+  ledger it is in.
 
 The locks are open file description locks: they belong to this process's own opening of the file, which a forked child
 closes at once.
@@ -40,23 +45,27 @@ closes at once.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import os
 import secrets
+import stat
 import struct
 import threading
-from collections import deque
+import time
 from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from ..errors import NamespaceError
 from ..transport import descriptors, namespace
 from ..transport.process import closed_in_child, reset_in_child
+from .rows import CHUNK, Rows
 
 SLOTS: Final = 512
 ROWS: Final = 32768
-_CHUNK: Final = 64
 
 #: What a message says of a block that is in no ledger.
 UNTRACKED: Final = 2**64 - 1
@@ -72,11 +81,11 @@ _ONE: Final = 8
 _COUNT: Final = 0xFFFFFFFF - _FLAGS
 _LOW: Final = 0xFFFFFFFF
 
-# In words of 8 bytes: the head (how many slots were ever used, and where generations begin); for each row its
-# generation and, in the upper half, the last one that was given back while messages may have referred to its block;
-# then for each slot its words, two for each row.
+# In words of 8 bytes: the head (how many slots were ever used, and the ledger's name, a random number, whose lower half
+# is also where generations begin); for each row its generation and, in the upper half, the last one that was given back
+# while messages may have referred to its block; then for each slot its words, two for each row.
 _USED: Final = 0
-_SALT: Final = 1
+_NAME: Final = 1
 _GENERATIONS: Final = 512
 _COLUMNS: Final = _GENERATIONS + ROWS
 _STRIDE: Final = 2 * ROWS
@@ -86,27 +95,49 @@ _MANY: Final = 24
 
 # Which byte's lock means what.
 _CHUNK_LOCKS: Final = SLOTS
-_CLAIM_LOCK: Final = SLOTS + ROWS // _CHUNK
+_CLAIM_LOCK: Final = SLOTS + ROWS // CHUNK
 _FLOCK: Final = struct.Struct("@hhqqi4x")
 
 _FILE: Final = "ledger"
+_MEMFD: Final = "torchwq-ledger"
+#: An address has the slot in its lower bits, and the ledger's name above them; it fits into 63 bits.
+_SLOT_BITS: Final = 9
+_NAME_BITS: Final = 63 - _SLOT_BITS
+#: Seconds until what could not be opened is tried again: processes end, and then there are slots, and other folders.
+_LOOK_AGAIN: Final = 10.0
 
 
 class Ledger:
     """This process's mapping of the tree's ledger. Not safe by itself: used under ``recycling``'s lock."""
 
     def __init__(self, fd: int) -> None:
+        """Take over ``fd``. Raises NamespaceError if it is no ledger, or OSError; ``fd`` is the caller's again then."""
+        _check(fd)
         self._fd = fd
         self._mapping = descriptors.mapped(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
-        self._fence = threading.RLock()
-        self._rows: deque[int] = deque()
-        self._next_chunk = 0
-        closed_in_child(self)
-        self.slot = self._claim_slot()
-        self._column = _COLUMNS + self.slot * _STRIDE
         # A row of this has the words of all slots for one row of the ledger.
         self._array = np.frombuffer(self._mapping, np.uint64, SLOTS * _STRIDE, 8 * _COLUMNS).reshape(SLOTS, ROWS, 2)
+        self._fence = threading.RLock()
+        closed_in_child(self)
+        try:
+            self.slot = self._claim_slot()
+        except BaseException:
+            self._fd = -1
+            raise
+        self._column = _COLUMNS + self.slot * _STRIDE
+        self.address = int(self._words[_NAME]) << _SLOT_BITS | self.slot
+        self._rows = Rows(
+            ROWS // CHUNK,
+            self.slot * 7,
+            lambda chunk: self._lock(fcntl.F_OFD_SETLK, _CHUNK_LOCKS + chunk),
+            lambda chunk: self._unlock(_CHUNK_LOCKS + chunk),
+            self._take_over,
+        )
+
+    def slot_at(self, address: int) -> int:
+        """The slot with this address; -1 if it is not in this ledger."""
+        return address & SLOTS - 1 if address >= 0 and address >> _SLOT_BITS == self._words[_NAME] else -1
 
     # Locks
 
@@ -164,10 +195,8 @@ class Ledger:
 
     def new_row(self) -> int | None:
         """A row with a fresh generation, as one number: that of a block. None if there is none left."""
-        if not self._rows and not self._claim_chunk():
-            return None
-        row = self._rows.popleft()
-        return self._raise_generation(row, clean=True) << 32 | row
+        row = self._rows.take()
+        return None if row is None else self._raise_generation(row, clean=True) << 32 | row
 
     def give_back(self, number: int, clean: bool) -> None:
         """The block is used no more under this number; whoever still has it keeps its memory.
@@ -175,29 +204,19 @@ class Ledger:
         ``clean``: it was FREE, so that no message refers to it, and none ever will.
         """
         self._raise_generation(number & _LOW, clean)
-        self._rows.append(number & _LOW)
+        self._rows.give_back(number & _LOW)
 
     def _raise_generation(self, row: int, clean: bool) -> int:
         index = _GENERATIONS + row
         word = self._words[index]
         before, unclean = word & _LOW, word >> 32
-        generation = (before or self._words[_SALT]) + 1 & _LOW or 1
+        generation = (before or self._words[_NAME]) + 1 & _LOW or 1
         self._words[index] = (unclean if clean else before) << 32 | generation
         return int(generation)
 
-    def _claim_chunk(self) -> bool:
-        chunks = ROWS // _CHUNK
-        while self._next_chunk < chunks:
-            # Begin where other processes are not likely to be.
-            chunk = (self._next_chunk + self.slot * 7) % chunks
-            self._next_chunk += 1
-            if self._lock(fcntl.F_OFD_SETLK, _CHUNK_LOCKS + chunk):
-                for row in range(chunk * _CHUNK, (chunk + 1) * _CHUNK):
-                    if self._words[_GENERATIONS + row]:
-                        self._raise_generation(row, clean=False)  # its last owner is dead
-                    self._rows.append(row)
-                return True
-        return False
+    def _take_over(self, row: int) -> None:
+        if self._words[_GENERATIONS + row]:
+            self._raise_generation(row, clean=False)  # its last owner may be dead
 
     def is_current(self, number: int) -> bool:
         """Whether the number still stands for the block that it was given to."""
@@ -208,7 +227,7 @@ class Ledger:
 
         ``lives`` keeps, for a series of calls, what was found of each chunk of rows.
         """
-        chunk = (number & _LOW) // _CHUNK
+        chunk = (number & _LOW) // CHUNK
         if chunk not in lives:
             asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _CHUNK_LOCKS + chunk, 1, 0)
             answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
@@ -341,23 +360,47 @@ class Ledger:
         return FREE
 
     def abandon(self) -> None:
-        del self._array
-        self._words.release()
-        self._mapping.close()
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            del self._array
+            self._words.release()
+            self._mapping.close()
+            os.close(fd)
+
+
+def _check(fd: int) -> None:
+    """Raise NamespaceError unless ``fd`` is a ledger that this user has made."""
+    info = os.fstat(fd)
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _seals() == _seals()
+    except OSError:  # it is of a kind that has none
+        sealed = False
+    expected = info.st_size == _NBYTES and info.st_uid == os.geteuid()
+    if not (expected and sealed and name.startswith(f"/memfd:{_MEMFD}")):
+        raise NamespaceError(errno.EINVAL, f"this is no reference table of torchwq: {name}, {info.st_size} bytes")
+
+
+def _seals() -> int:
+    """What makes sure that a mapping of it never ends before its last word."""
+    return fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 _lock = threading.RLock()
 _ledger: Ledger | None = None
-_tried = False
+_not_before = 0.0
+#: Whether a thread is about to open it: a finalizer that it runs meanwhile does without.
+_is_opening = False
+#: Why this process has no ledger although the system could have one; "" if there is nothing to be said.
+trouble = ""
 #: In the process that has made the tree's namespace: the ledger's memory, which others open through this descriptor.
 _made_fd = -1
 
 
 @reset_in_child
 def _forget() -> None:
-    global _lock, _ledger, _tried, _made_fd
-    _lock, _ledger, _tried = threading.RLock(), None, False
+    global _lock, _ledger, _not_before, _is_opening, trouble, _made_fd
+    _lock, _ledger, _not_before, _is_opening, trouble = threading.RLock(), None, 0.0, False, ""
     if _made_fd >= 0:
         os.close(_made_fd)
         _made_fd = -1
@@ -365,16 +408,26 @@ def _forget() -> None:
 
 def _found(path: str) -> None:
     """This process has made a namespace: a ledger belongs to it."""
-    global _made_fd
+    global _made_fd, _not_before
     try:
         if _made_fd < 0:
-            fd = descriptors.above(os.memfd_create("torchwq-ledger", os.MFD_CLOEXEC))
-            os.ftruncate(fd, _NBYTES)
-            os.pwrite(fd, struct.pack("=Q", secrets.randbits(31)), 8 * _SALT)
-            _made_fd = fd
+            _made_fd = _make()
         os.symlink(f"/proc/{os.getpid()}/fd/{_made_fd}", f"{path}/{_FILE}")
+        _not_before = 0.0
     except (AttributeError, OSError):
         pass  # not on this system: tensors travel by descriptor alone
+
+
+def _make() -> int:
+    fd = descriptors.above(os.memfd_create(_MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        os.ftruncate(fd, _NBYTES)
+        os.pwrite(fd, struct.pack("=Q", secrets.randbits(_NAME_BITS)), 8 * _NAME)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 namespace.on_made(_found)
@@ -382,24 +435,46 @@ namespace.on_made(_found)
 
 def current() -> Ledger | None:
     """The ledger of this process's tree; None if there is none that this process can use."""
-    global _ledger, _tried
-    if _ledger is None and not _tried:
+    global _ledger, _not_before, _is_opening
+    if _ledger is None and time.monotonic() >= _not_before:
         with _lock:
-            if not _tried:
-                _ledger = _open()
-                _tried = True
+            if not _is_opening and time.monotonic() >= _not_before:  # else another thread was here meanwhile
+                _is_opening = True
+                try:
+                    _ledger = _open()
+                    _not_before = time.monotonic() + _LOOK_AGAIN
+                finally:
+                    _is_opening = False
     return _ledger
 
 
+@functools.cache
+def _can_be() -> bool:
+    return all(hasattr(*each) for each in ((os, "SEEK_DATA"), (fcntl, "F_OFD_SETLK"), (fcntl, "F_GET_SEALS")))
+
+
 def _open() -> Ledger | None:
-    if not hasattr(fcntl, "F_OFD_SETLK") or not hasattr(os, "SEEK_DATA"):
+    global trouble
+    trouble = ""
+    if not _can_be():
         return None
+    path = f"{namespace.current().path}/{_FILE}"
     try:
-        fd = descriptors.open_file(f"{namespace.current().path}/{_FILE}", os.O_RDWR)
+        place = os.readlink(path)
     except OSError:
         return None
+    fd = -1
     try:
+        # Opening has effects of its own on what is no file.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise NamespaceError(errno.EINVAL, "this is no reference table of torchwq, and no file")
+        fd = descriptors.open_file(path, os.O_RDWR)
         return Ledger(fd)
-    except OSError:
-        os.close(fd)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        trouble = (
+            f"{place}, where the process that has made {path} had its reference table: {error}. If that process has "
+            f"ended, or is in another PID namespace, unset {namespace.VARIABLE}, so that this one makes a folder"
+        )
         return None

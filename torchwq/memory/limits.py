@@ -29,7 +29,7 @@ _MAPS: Final = "/proc/sys/vm/max_map_count"
 
 _default: int | None = None
 _descriptors: int | None = None
-_warned = False
+_warned = _warned_of_no_reuse = False
 #: How often a tensor was copied for want of descriptors.
 copies = 0
 
@@ -148,6 +148,19 @@ def warn_of_copies() -> None:
             f"(RLIMIT_NOFILE), or of memory mappings (vm.max_map_count), allows. Further tensors are copied instead of "
             f"shared: a change on one side is not seen on the other. Raise the limit with `ulimit -n`, or keep fewer "
             f"tensors at a time, for example by torch.stack",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_no_reuse(why: str) -> None:
+    """Say, once in this process, that shared memory which has been sent is not used again."""
+    global _warned_of_no_reuse
+    if not _warned_of_no_reuse:
+        _warned_of_no_reuse = True
+        warnings.warn(
+            f"shared memory of this process is made anew for each message instead of being used again, which is "
+            f"slower: the table in which the processes count who uses it cannot be had: {why}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -12,10 +12,13 @@ code of a user's is called under it; should a finalizer run, it finds every bloc
 * The memory is there for whoever receives a message. Either the message has a descriptor for each of its blocks, or its
   one possible reader has promised, by KEPT, that it has them. So *giving up* a block is always safe, even if every
   process that has had it is dead: its memory is not used again, and goes when nobody has it any more.
-* KEPT is set only by a process that reads the one end of some queue (an *inlet*). To break the promise it clears the
-  flag first, and if a reference may be under way then, the storage is *parting*: kept until what was under way has
-  been counted, or every inlet has handed out all that was in it then, and one tick more, so that nothing is being
-  decoded either.
+* KEPT is set only by a process that reads the one end of some queue (an *inlet*), and only while the block is in its
+  table. To break the promise it clears the flag first, whether it has an inlet just then or not: the next one's senders
+  would believe it. If a reference may be under way in an inlet, the storage is *parting*: kept until what was under way
+  has been counted, or every inlet has handed out all that was in it then, and one tick more, so that nothing is being
+  decoded either. An inlet is known here before anyone can send to it.
+* A sender believes KEPT only of a reader that is in the sender's own ledger: it knows the reader by an *address*, which
+  names the ledger too.
 * Given up is what cannot be accounted for: a block that a forked child or torch's own multiprocessing may see, one
   whose references do not come home, one whose maker is dead.
 * The table has every block of this process that has a number, under that number.
@@ -38,7 +41,7 @@ import torch
 
 from ..transport import reactor
 from ..transport.process import reset_in_child
-from . import ledger
+from . import ledger, limits
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, KEPT, PINNED, UNTRACKED
 
@@ -182,14 +185,20 @@ def are_kept(numbers: Sequence[int], reader: int) -> bool:
     return book is not None and book.are_kept(numbers, reader)
 
 
-def slot() -> int:
-    """This process's slot in the ledger, for those that send to an inlet of its; -1 if it has none."""
+def address() -> int:
+    """Where this process's promises stand, for those that send to an inlet of its; -1 if nowhere."""
     book = ledger.current()
-    return -1 if book is None else book.slot
+    return -1 if book is None else book.address
+
+
+def reader_at(address: int) -> int:
+    """The slot of the process that has told its ``address``; -1 if it is in no ledger, or in another one than this."""
+    book = ledger.current()
+    return -1 if book is None else book.slot_at(address)
 
 
 def add_inlet(inlet: Inlet) -> None:
-    """Messages that refer to what this process keeps may come here without descriptors."""
+    """Messages that refer to what this process keeps may come here without descriptors. Before the first can come."""
     with lock:
         _inlets.add(inlet)
 
@@ -317,10 +326,17 @@ def enrol(block: Block) -> bool:
 
 
 def prepare_to_send(block: Block) -> None:
-    """Give a block a number, or, if it can have none, use its memory no more: nobody would tell when it is free."""
+    """Give a block a number, or, if it can have none, use its memory no more: nobody would tell when it is free.
+
+    Says so, once in this process, if that need not be.
+    """
     with lock:
-        if block.kind == MADE and not enrol(block):
-            give_up(block)
+        if block.kind != MADE or enrol(block):
+            return
+        give_up(block)
+        why = ledger.trouble if ledger.current() is None else "all processes together have as many blocks as it counts"
+    if why:
+        limits.warn_of_no_reuse(why)
 
 
 def is_current(block: Block) -> bool:
@@ -376,10 +392,10 @@ def give_up(block: Block, clean: bool = False) -> None:
         del table[block.number]
         book = ledger.current()
         if book is not None:
-            if block.kind in (MADE, MAPPED) and _inlets:
+            if block.kind in (MADE, MAPPED):
                 # Another block may have the row by now, and so this process's word: then it was kept, perhaps.
                 kept = book.clear_flag(block.number, KEPT) or not book.is_current(block.number)
-                parting = kept and book.is_under_way(block.number)
+                parting = kept and bool(_inlets) and book.is_under_way(block.number)
             if block.kind != MAPPED:
                 book.give_back(block.number, clean)
     unmark(block)

@@ -420,7 +420,7 @@ class Owner(SocketRole, worker.EndListener):
                 self._arrive(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
         capacity = -1 if self.capacity is None else self.capacity
-        link.send(SLOT.pack(b"Q", number, capacity, recycling.slot()), fds)
+        link.send(SLOT.pack(b"Q", number, capacity, recycling.address()), fds)
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-#: From the owner, first of all: ``Q``, the handle's slot on the board, the queue's capacity (-1 for none), the owner's
-#: slot in the ledger of shared memory (-1 for none).
+#: From the owner, first of all: ``Q``, the handle's slot on the board, the queue's capacity (-1 for none), where the
+#: owner's promises stand in the ledger of shared memory (-1 for nowhere).
 SLOT: Final = struct.Struct("=cQqq")
 #: From a handle that came as a ticket: ``H`` and its process id.
 HELLO: Final = struct.Struct("=cQ")

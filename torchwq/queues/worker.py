@@ -21,6 +21,7 @@ from _thread import get_ident
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
+from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import ASKED, BUSY, Board
 from ..transport import descriptors, endpoint
@@ -198,7 +199,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
 
 def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
     """Make a worker's side with the slot that the owner's reply names."""
-    _, slot, capacity, reader = SLOT.unpack(reply)
+    _, slot, capacity, address = SLOT.unpack(reply)
     try:
         side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
     except BaseException:
@@ -206,5 +207,5 @@ def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
             link.send(GOODBYE)  # nobody has died
         link.close()
         raise
-    side.outbox.reader = reader
+    side.outbox.reader = recycling.reader_at(address)
     return side

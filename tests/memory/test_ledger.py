@@ -1,0 +1,170 @@
+"""The reference table: its rows come back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import torchwq
+from tests.marshalling.support import roundtrip
+from torchwq.memory import ledger, limits, recycling, rows
+from torchwq.memory.ledger import ROWS, Ledger
+
+
+@pytest.fixture
+def table() -> Iterator[str]:
+    """Where a reference table of its own can be opened, as often as there are processes to play."""
+    fd = ledger._make()
+    yield f"/proc/self/fd/{fd}"
+    os.close(fd)
+
+
+@pytest.fixture
+def two(table: str) -> Iterator[tuple[Ledger, Ledger]]:
+    """Two processes of one tree, as far as the table can tell: each has opened it by itself."""
+    both = [Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(2)]
+    yield both[0], both[1]
+    for each in both:
+        each.abandon()
+
+
+def test_rows_of_a_process_that_once_had_all_of_them_go_to_others(
+    two: tuple[Ledger, Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_LOOK_AGAIN", 0.0)
+    mine, others = two
+    had = [mine.new_row() for _ in range(ROWS)]
+    assert None not in had
+    assert mine.new_row() is None
+    assert others.new_row() is None
+    for number in had:
+        assert number is not None
+        mine.give_back(number, clean=True)
+    got = [others.new_row() for _ in range(ROWS - rows.CHUNK)]
+    assert None not in got, "all but what the other one keeps in hand"
+    assert len({number & 0xFFFFFFFF for number in got if number is not None}) == len(got)
+    assert not set(got) & set(had)
+    assert not any(others.is_current(number) for number in had if number is not None)
+    assert all(others.is_current(number) for number in got if number is not None)
+    assert mine.new_row() is not None
+
+
+def test_a_row_is_given_to_one_process_at_a_time(two: tuple[Ledger, Ledger]) -> None:
+    """They take and give back at random; no row is anybody's twice."""
+    import random
+
+    choose = random.Random(3)
+    has: list[set[int]] = [set(), set()]
+    for _ in range(20_000):
+        who = choose.randrange(2)
+        if choose.random() < 0.5 + 0.3 * (len(has[who]) < choose.choice([0, 100, 500])):
+            number = two[who].new_row()
+            assert number is not None
+            has[who].add(number)
+        elif has[who]:
+            number = has[who].pop()
+            two[who].give_back(number, clean=choose.random() < 0.5)
+            assert not two[1 - who].is_current(number)
+    taken = [number & 0xFFFFFFFF for number in has[0] | has[1]]
+    assert len(taken) == len(set(taken))
+
+
+def test_a_search_for_rows_in_vain_is_not_repeated_at_once() -> None:
+    looks: list[int] = []
+    none = rows.Rows(4, 0, lambda chunk: bool(looks.append(chunk)), lambda chunk: None, lambda row: None)
+    assert none.take() is None
+    assert none.take() is None
+    assert looks == [0, 1, 2, 3]
+
+
+def test_an_address_is_believed_in_its_own_table_only(two: tuple[Ledger, Ledger]) -> None:
+    mine, others = two
+    assert mine.slot_at(others.address) == others.slot != mine.slot
+    assert mine.slot_at(-1) == -1
+    fd = ledger._make()
+    try:
+        elsewhere = Ledger(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
+    finally:
+        os.close(fd)
+    assert elsewhere.slot == mine.slot
+    assert mine.slot_at(elsewhere.address) == -1
+    elsewhere.abandon()
+
+
+def of_the_right_size() -> int:
+    fd = os.memfd_create("torchwq-ledger")
+    os.ftruncate(fd, ledger._NBYTES)
+    return fd
+
+
+def of_another_name() -> int:
+    fd = os.memfd_create("somebody", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, ledger._NBYTES)
+    return fd
+
+
+def too_short() -> int:
+    fd = os.memfd_create("torchwq-ledger", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, mmap.PAGESIZE)
+    return fd
+
+
+def a_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("make", [of_the_right_size, of_another_name, too_short, a_pipe, lambda: -1])
+def test_what_is_no_reference_table_is_not_taken_for_one(
+    make: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The maker of the tree's folder has ended, and its process id and descriptor's number stand for something else."""
+    fd = make()
+    (tmp_path / "ledger").symlink_to(f"/proc/{os.getpid()}/fd/{fd if fd >= 0 else 1_000_000}")
+    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ledger, "_ledger", None)
+    monkeypatch.setattr(ledger, "_not_before", 0.0)
+    monkeypatch.setattr(ledger, "trouble", "")
+    monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
+    before = sorted(os.listdir("/proc/self/fd"))
+    assert ledger.current() is None
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert "TORCHWQ_NAMESPACE" in ledger.trouble
+    tensor = torchwq.zeros(10)
+    with pytest.warns(RuntimeWarning, match="made anew.*TORCHWQ_NAMESPACE"):
+        tensor = roundtrip(tensor)
+    assert tensor.tolist() == [0] * 10
+    if fd >= 0 and make is not a_pipe:
+        assert not any(os.pread(fd, 1 << 20, 0)), "not a byte of it was changed"
+    if fd >= 0:
+        os.close(fd)
+
+
+def test_a_table_that_could_not_be_had_is_looked_for_again(
+    table: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ledger, "_ledger", None)
+    monkeypatch.setattr(ledger, "_not_before", 0.0)
+    monkeypatch.setattr(ledger, "trouble", "")
+    monkeypatch.setattr(ledger, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(ledger, "SLOTS", 0)
+    (tmp_path / "ledger").symlink_to(table)
+    assert ledger.current() is None
+    assert "processes share memory" in ledger.trouble
+    assert recycling.address() == recycling.reader_at(0) == -1
+    monkeypatch.undo()
+    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ledger, "_ledger", None)
+    monkeypatch.setattr(ledger, "_not_before", 0.0)
+    found = ledger.current()
+    assert found is not None
+    assert not ledger.trouble
+    monkeypatch.undo()
+    found.abandon()
