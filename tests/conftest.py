@@ -7,9 +7,11 @@ once, before the first test, so that what a test adds can be told from them.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import glob
 import itertools
+import multiprocessing.process
 import os
 import shutil
 import signal
@@ -41,6 +43,12 @@ os.environ.pop(namespace.VARIABLE, None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Semaphores of this run, and of processes that multiprocessing starts for it, can be told from those of others.
+_SEMAPHORES = f"/twq{os.getpid()}"
+multiprocessing.process.current_process()._config["semprefix"] = _SEMAPHORES  # type: ignore[attr-defined]
+
+#: Torch's files that were seen to be another program's.
+_of_others: set[str] = set()
 #: How long, in seconds, a test's leftovers may take to go away: processes end, garbage is closed by the reactor.
 SETTLE = 5.0
 #: How often they are looked for at least: the machine may stop for longer than that, for everybody but the clock.
@@ -87,14 +95,24 @@ class Footprint:
 
 
 def _is_anothers(path: str) -> bool:
-    """Whether torch has made the file in a process that lives and is no child of this one: tests run side by side."""
-    parts = os.path.basename(path).split("_")
-    if parts[0] != "torch" or not parts[1:] or not parts[1].isdigit() or int(parts[1]) == os.getpid():
+    """Whether a file of /dev/shm belongs to some other program: other Python programs run on the machine.
+
+    What can be this run's has its mark, or is torch's. Torch's files are another's if the process that has made them
+    has been seen alive, and was no child of this one.
+    """
+    name = os.path.basename(path)
+    if name.startswith(f"sem{_SEMAPHORES.replace('/', '.')}"):
         return False
-    try:
-        return os.getpid() not in {each.pid for each in psutil.Process(int(parts[1])).parents()}
-    except psutil.NoSuchProcess:
+    parts = name.split("_")
+    if parts[0] != "torch" or not parts[1:] or not parts[1].isdigit():
+        return True
+    if int(parts[1]) == os.getpid():
         return False
+    if path not in _of_others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if os.getpid() not in {each.pid for each in psutil.Process(int(parts[1])).parents()}:
+                _of_others.add(path)
+    return path in _of_others
 
 
 def _descriptors() -> set[tuple[str, str]]:

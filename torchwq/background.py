@@ -13,6 +13,7 @@ consumer drops it, the producer stops.
 from __future__ import annotations
 
 import contextlib
+import enum
 import queue
 import signal
 import threading
@@ -22,14 +23,13 @@ from typing import Any, Final, TypeVar, final
 
 from torch.utils.data import Dataset
 
-from .errors import MarshalError, QueueClosed, WorkerDied
-from .futures import Future
+from .errors import MarshalError, QueueClosed, ResourceError, WorkerDied
 from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
-from .transport import reactor
+from .transport import cleanup, reactor
 from .transport.process import reset_in_child
-from .workers import child, shutdown, starting, worker
+from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.starting import check_backend
 
 T = TypeVar("T")
@@ -42,8 +42,17 @@ _GRACE: Final = 5.0
 _ITEM, _END, _ERROR, _NO_ITERATOR, _DIED = range(5)
 
 
+class _IsIterator(enum.Enum):
+    """What a worker tells in a value's place when its function turns out to give an iterator."""
+
+    YES = enum.auto()
+
+
+_IS_ITERATOR: Final = _IsIterator.YES
+
+
 @final
-class BackgroundTask(Future[T]):
+class BackgroundTask(unretrieved.Future[T]):
     """Run a function in the background, at once; or produce the items of an iterable ahead.
 
     As a future: ``done()``, ``result(timeout)``, ``exception()``, ``add_done_callback``; it works with
@@ -90,6 +99,7 @@ class BackgroundTask(Future[T]):
         self._name = getattr(f, "__qualname__", None) or type(f).__qualname__
         self._length: int | None = None
         self._exhausted = False
+        self._is_iterator = False
         self._returned: str | None = None
         iterable = isinstance(f, Dataset) or not callable(f)
         if iterable:
@@ -99,6 +109,7 @@ class BackgroundTask(Future[T]):
                 raise TypeError("arguments are for a function; a Dataset or an iterable takes none")
             self._length = _length(f)
         self._queue = workqueue()
+        self._queue._tell_no_failures()  # the future does
         try:
             self._queue.write(*range(prefetch))
             held: list[Any] = []
@@ -134,6 +145,7 @@ class BackgroundTask(Future[T]):
             self._queue.close()
             self._worker.kill(signal.SIGKILL)
             raise
+        weakref.finalize(self, _end_later, self._worker).atexit = False
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Yield what is left of the items. The producer is stopped when the loop is left early."""
@@ -168,6 +180,9 @@ class BackgroundTask(Future[T]):
         except QueueClosed:
             self._exhausted = True
             raise StopIteration from None
+        except ResourceError:  # an item is lost
+            self.close()
+            raise
         except WorkerDied as death:
             kind, value = _DIED, death  # raised below: not where it is handled, or both would be shown
         if kind == _NO_ITERATOR:
@@ -182,6 +197,7 @@ class BackgroundTask(Future[T]):
                 del value  # or the error would keep this frame, and that the error
         self.close()
         if kind == _ERROR:
+            self.ignore_error()  # it is told here
             raise exceptions.unpack(value)
         raise StopIteration
 
@@ -210,19 +226,22 @@ class BackgroundTask(Future[T]):
         self._exhausted = True
         if not self._queue.closed:
             self._queue.close()
+            if self._is_iterator:
+                self.ignore_error()  # of an item that its consumer did not want
             completion = self._completion()
             if completion is not None:
                 reactor.get().call_later(_GRACE, completion.end_producer)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_worker") and not self._worker.ended_event.is_set():
-            process = self._worker
-            reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL))
 
     def __repr__(self) -> str:
         state = {"RUNNING": "running", "FINISHED": "finished"}.get(self._state, self._state.lower())
         failed = f" with {type(self._exception).__name__}" if self._exception is not None else ""
         return f"<torchwq.BackgroundTask {self._name}, {state}{failed}>"
+
+
+def _end_later(process: worker.Worker) -> None:
+    """A task is garbage: of an iterator, whose worker may still be at an item."""
+    if not process.ended_event.is_set():
+        cleanup.later(lambda: reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL)))
 
 
 def _length(source: Any) -> int | None:
@@ -263,28 +282,26 @@ class _Completion(threading.Thread):
         task = self._task() if isinstance(self._task, weakref.ref) else self._task
         if task is None:
             return
-        if outcome[1] is not None and not (
-            self.is_iterator and task._queue.closed and isinstance(outcome[1], WorkerDied)
-        ):
-            task.set_exception(outcome[1])
+        value, error = outcome
+        if error is not None and not (self.is_iterator and task._queue.closed and isinstance(error, WorkerDied)):
+            if not unretrieved.is_reported(self._process, error):
+                task.ignore_error()
+            task.set_exception(error, f"torchwq.BackgroundTask({self._name_of_task})", self._process)
         else:
-            task.set_result(outcome[0])
+            task.set_result(value)
 
     def _wait_for_outcome(self) -> tuple[Any, BaseException | None]:
-        outcome: tuple[Any, Any] | None = None
+        outcome: tuple[Any, BaseException | None] | None = None
         while (event := self._events.get()) is not None:
-            try:
-                value, packed = codec.decode(*event)
-            except BaseException as error:  # SystemExit, too, is the task's affair and not this thread's
-                outcome = (None, error)
-                continue
-            if packed == "iterator":
+            value, error = exceptions.open_answer(*event)
+            if error is None and value is _IS_ITERATOR:
                 if not self.is_iterator:
                     assert isinstance(self._task, BackgroundTask)
+                    self._task._is_iterator = True
                     self._task = weakref.ref(self._task)
                 _unfinished.discard(self)
             else:
-                outcome = (value, None if packed is None else exceptions.unpack(packed))
+                outcome = (value, error)
         return outcome or (None, self._process.died(f"the task {self._name_of_task}"))
 
 
@@ -307,7 +324,7 @@ shutdown.at_finish(_finish_all)
 
 
 def run_worker(context: child.Context) -> int:
-    """Entry of a task's worker: sends (value, packed error) at its end, and "iterator" when it turns out to be one."""
+    """Entry of a task's worker: sends (value, packed error) at its end, and that it is an iterator if so."""
     limit = context.max_payload
     value: Any = None
     items: WorkQueue | None = None
@@ -316,7 +333,7 @@ def run_worker(context: child.Context) -> int:
         source, args, (items, iterable) = codec.decode(*context.receive())
         produced = _iterator_over(source) if iterable else source(*args)
         if isinstance(produced, Iterator):
-            context.send(codec.encode((None, "iterator"), limit))
+            context.send(codec.encode((_IS_ITERATOR, None), limit))
             value = _produce(produced, items)
         else:
             with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
@@ -326,12 +343,18 @@ def run_worker(context: child.Context) -> int:
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
-        return exit_status(stop)
+        if status := exit_status(stop):
+            return status
+        if items is not None:
+            with contextlib.suppress(QueueClosed):
+                items.write((_END, None))
+        payload = codec.encode((None, None), limit)
     except BaseException as error:
         failed = True
-        context.note_failure()
-        payload = exceptions.encode(error, limit, here=context.here)
-        _tell(items, error, here=context.here)
+        packed = error if context.here else exceptions.pack(error)
+        _tell(items, packed)
+        context.note_failure(packed)
+        payload = exceptions.encode(packed, limit)
     context.send(payload)
     return int(failed)
 
@@ -365,10 +388,12 @@ def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
     return None
 
 
-def _tell(items: WorkQueue | None, error: BaseException, *, here: bool) -> None:
+def _tell(items: WorkQueue | None, packed: exceptions.PackedException | BaseException) -> None:
     """Let the consumer meet the error after the items before it."""
     if items is not None:
+        if isinstance(packed, BaseException):  # of a thread
+            packed = exceptions.pack(packed, here=True)
         try:
-            items.writeup((_ERROR, exceptions.pack(error, here=here)))
+            items.writeup((_ERROR, packed))
         except (QueueClosed, MarshalError):
             pass  # the consumer has left

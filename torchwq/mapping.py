@@ -6,40 +6,52 @@ fit, whether it drags data along. What can be wrong is then wrong in the caller'
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, final
 
 from .errors import QueueClosed
 from .marshalling import codec, exceptions
-from .workers import child, starting, worker
+from .transport import cleanup, reactor
+from .transport.process import reset_in_child
+from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.starting import check_backend
 
 _ENTRY = "torchwq.mapping:run_worker"
 
 
-@final
-class Map:
-    """Workers started by :func:`torchwq.map`. ``len`` of it is their number.
+class _Outcomes:
+    """What the workers of a map have told. It outlives the :class:`Map`: somebody must print what nobody asks for.
 
-    Source: what torch-ipc's ``ipc.map`` returns.
+    Invariants:
+
+    * A worker's answer becomes its value or its error once, under the lock, in a thread where users' code may run.
+    * An error is in ``told``, and not here any more, before it is raised or printed. So it is never printed after it
+      was raised, and this object, which the finalizer keeps, does not keep the map by a raised error's traceback. The
+      owner of a queue may raise it as a cause: that is noted with the worker (``error_was_told``).
     """
 
-    def __init__(self, n: int) -> None:
-        self._changed = threading.Condition()
-        self._ended = 0
+    def __init__(self, n: int, name: str) -> None:
+        self.n = n
+        self.changed = threading.Condition()
+        self._settling = threading.RLock()  # unpickling may collect garbage that settles something
+        self.ended = 0
+        self.workers: list[worker.Worker] = []
+        self.values: dict[int, Any] = {}
+        self.errors: dict[int, BaseException] = {}
+        self.told: set[int] = set()
+        self._name = name
         self._answers: dict[int, tuple[Any, list[int]]] = {}
-        self._values: dict[int, Any] = {}
-        self._errors: dict[int, BaseException] = {}
-        self._consumed: set[int] = set()
-        self._n = n
-        self._workers: list[worker.Worker] = []
+        self._is_dropped = False
+        _known.add(self)
 
-    def _start(self, payloads: list[Any], backend: str, held: list[Any]) -> None:
-        self._workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
-        for process, payload in zip(self._workers, payloads, strict=True):
+    def start(self, payloads: list[Any], backend: str, held: list[Any]) -> None:
+        self.workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
+        for process, payload in zip(self.workers, payloads, strict=True):
             process.holds = held
             process.send(payload)
 
@@ -47,9 +59,122 @@ class Map:
         self._answers[process.info.mapid] = (data, fds)
 
     def _on_end(self, process: worker.Worker) -> None:
-        with self._changed:
-            self._ended += 1
-            self._changed.notify_all()
+        if process.exitcode != 0:
+            process.error = functools.partial(_error_of, weakref.ref(self), process.info.mapid)
+        with self.changed:
+            self.ended += 1
+            self.changed.notify_all()
+            is_over = self._is_dropped and self.ended == self.n
+        if is_over:
+            # After what else has come with the end: somebody who tells of an error says so.
+            reactor.get().call_later(0, lambda: cleanup.later(self._be_forgotten))
+
+    def drop(self) -> None:
+        """Nobody can ask any more."""
+        with self.changed:
+            self._is_dropped = True
+            is_over = self.ended == self.n
+        if is_over:
+            self._be_forgotten()
+
+    def _be_forgotten(self) -> None:
+        """It is dropped, and all workers have ended."""
+        if any(self._has_to_tell(process) for process in self.workers):
+            self.print_errors()
+        else:
+            self._let_go()
+
+    def _has_to_tell(self, process: worker.Worker) -> bool:
+        mapid = process.info.mapid
+        failed = process.exitcode != 0 or (mapid not in self._answers and mapid not in self.values)
+        return failed and process.ended_event.is_set() and not process.error_was_told and mapid not in self.told
+
+    def _let_go(self) -> None:
+        _known.discard(self)
+        answers, self._answers = self._answers, {}
+        for unread in answers.values():
+            exceptions.discard_answer(*unread)
+
+    def settle(self, process: worker.Worker) -> None:
+        """Turn what a worker that has ended sent last into its value or its error, once."""
+        mapid = process.info.mapid
+        with self._settling:
+            if mapid in self.values or mapid in self.errors or mapid in self.told:
+                return
+            answer = self._answers.pop(mapid, None)
+            value, error = (None, process.died()) if answer is None else exceptions.open_answer(*answer)
+            if error is None:
+                self.values[mapid] = value
+                return
+            if answer is not None and process.exitcode == 0:
+                exceptions.add_note(error, f"raised here while reading what worker {mapid} returned")
+            self.errors[mapid] = error
+
+    def hand_over(self, mapids: Iterable[int], errors: dict[int, BaseException]) -> None:
+        """Put the errors of these workers into ``errors``, for one who raises them."""
+        with self._settling:
+            for mapid in mapids:
+                if mapid in self.errors:
+                    errors[mapid] = self.errors[mapid]
+                    self.told.add(mapid)
+                    del self.errors[mapid]
+
+    def print_errors(self, at_exit: bool = False) -> None:
+        """Print what nobody has asked for, and can ask for any more."""
+        for process in filter(self._has_to_tell, self.workers):
+            if process.error_will_be_told and not at_exit:
+                return  # to one who reads from a queue; if not, then at exit
+            self.settle(process)
+            handed: dict[int, BaseException] = {}
+            self.hand_over([process.info.mapid], handed)
+            for mapid, error in handed.items():
+                if unretrieved.is_reported(process, error):
+                    unretrieved.tell(f"worker {mapid} of torchwq.map({self.n}, {self._name})", error)
+        self._let_go()
+
+
+def _error_of(find: Callable[[], _Outcomes | None], mapid: int) -> BaseException | None:
+    outcomes = find()
+    if outcomes is None:
+        return None
+    outcomes.settle(outcomes.workers[mapid])
+    return outcomes.errors.get(mapid)
+
+
+#: Those whose errors may still have to be printed.
+_known: set[_Outcomes] = set()
+
+
+@reset_in_child
+def _forget() -> None:
+    _known.clear()  # they are the parent's
+
+
+def _print_all() -> None:
+    """At exit."""
+    for outcomes in list(_known):
+        outcomes.print_errors(at_exit=True)
+
+
+shutdown.at_report(_print_all)
+
+
+@final
+class Map:
+    """Workers started by :func:`torchwq.map`. ``len`` of it is their number.
+
+    An error of theirs that nobody asks for, by :meth:`join` or :meth:`check_errors`, is printed (logged by the logger
+    ``torchwq``) when the map is dropped and its workers have ended, or the interpreter ends.
+
+    Source: what torch-ipc's ``ipc.map`` returns.
+    """
+
+    def __init__(self, outcomes: _Outcomes) -> None:
+        self._outcomes = outcomes
+        self._errors: dict[int, BaseException] = {}
+        #: The workers whose errors ``check_errors`` has raised.
+        self._consumed: set[int] = set()
+        weakref.finalize(self, _drop_later, outcomes).atexit = False
 
     def join(self, timeout: float | None = None) -> list[Any]:
         """Wait until all workers have ended.
@@ -65,16 +190,19 @@ class Map:
             TimeoutError: not within ``timeout``; ``join`` can be called again.
             Exception: the error of the failed worker with the lowest mapid: the exception that its function raised,
                 caused by a RemoteTraceback with the worker's traceback (from a thread, the exception itself, with its
-                own); WorkerDied if the worker died. Notes on it name the others that failed.
+                own); WorkerDied if the worker died, or ended before it had answered; ResourceError if its answer could
+                not be received. Notes on it name the others that failed.
 
         Source: torch-ipc's ``m:join``.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._ended == self._n, timeout):
-                running = self._n - self._ended
-                raise TimeoutError(f"{running} of {self._n} workers have not ended within {timeout} s")
-        for process in self._workers:
-            self._settle(process)
+        outcomes = self._outcomes
+        with outcomes.changed:
+            if not outcomes.changed.wait_for(lambda: outcomes.ended == outcomes.n, timeout):
+                running = outcomes.n - outcomes.ended
+                raise TimeoutError(f"{running} of {outcomes.n} workers have not ended within {timeout} s")
+        for process in outcomes.workers:
+            outcomes.settle(process)
+        outcomes.hand_over(range(outcomes.n), self._errors)
         failed = [mapid for mapid in sorted(self._errors) if mapid not in self._consumed]
         if failed:
             error = self._errors[failed[0]]
@@ -83,7 +211,7 @@ class Map:
                     continue  # threads may raise the same one
                 exceptions.add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
             raise error
-        return [self._values[mapid] for mapid in range(self._n) if mapid not in self._consumed]
+        return [outcomes.values[mapid] for mapid in range(outcomes.n) if mapid not in self._consumed]
 
     def check_errors(self) -> None:
         """Raise the error of a worker that has failed, if any has; do not wait.
@@ -95,47 +223,31 @@ class Map:
 
         Source: torch-ipc's ``m:checkErrors``.
         """
-        for process in self._workers:
+        outcomes = self._outcomes
+        for process in outcomes.workers:
             mapid = process.info.mapid
             if process.ended_event.is_set() and mapid not in self._consumed:
-                self._settle(process)
+                outcomes.settle(process)
+                outcomes.hand_over([mapid], self._errors)
                 if mapid in self._errors:
                     self._consumed.add(mapid)
                     raise self._errors[mapid]
 
-    def _settle(self, process: worker.Worker) -> None:
-        """Turn what a worker that has ended sent last into its value or its error, once."""
-        mapid = process.info.mapid
-        with self._changed:
-            if mapid in self._values or mapid in self._errors:
-                return
-            answer = self._answers.pop(mapid, None)
-            try:
-                value, packed = (None, None) if answer is None else codec.decode(*answer)
-                if packed is not None:
-                    self._errors[mapid] = exceptions.unpack(packed)
-                elif answer is None and process.exitcode != 0:
-                    self._errors[mapid] = process.died()
-                else:
-                    self._values[mapid] = value
-            except Exception as error:
-                exceptions.add_note(error, f"raised here while reading what worker {mapid} returned")
-                self._errors[mapid] = error
-
-    def __del__(self) -> None:
-        for unread in self._answers.values():
-            codec.discard(*unread)
-
     @property
     def pids(self) -> list[int | None]:
         """Process ids of the workers, in the order of mapid; None for one that has not started yet, or is a thread."""
-        return [process.pid for process in self._workers]
+        return [process.pid for process in self._outcomes.workers]
 
     def __len__(self) -> int:
-        return self._n
+        return self._outcomes.n
 
     def __repr__(self) -> str:
-        return f"<torchwq.Map of {self._n} workers, {self._n - self._ended} running>"
+        outcomes = self._outcomes
+        return f"<torchwq.Map of {outcomes.n} workers, {outcomes.n - outcomes.ended} running>"
+
+
+def _drop_later(outcomes: _Outcomes) -> None:
+    cleanup.later(outcomes.drop)
 
 
 def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", upvalues: bool = False) -> Map:
@@ -191,8 +303,9 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
                 f, positional, keywords, limit, upvalues=upvalues, here=backend == "thread", starting=held
             )
         )
-    started = Map(n)
-    started._start(payloads, backend, held)
+    outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
+    started = Map(outcomes)
+    outcomes.start(payloads, backend, held)
     return started
 
 
@@ -232,11 +345,14 @@ def run_worker(context: child.Context) -> int:
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
-        return exit_status(stop)
+        if status := exit_status(stop):
+            return status
+        payload = codec.encode((None, None), context.max_payload)
     except BaseException as error:
         failed = True
-        context.note_failure()
-        payload = exceptions.encode(error, context.max_payload, here=context.here)
+        packed = error if context.here else exceptions.pack(error)
+        context.note_failure(packed)
+        payload = exceptions.encode(packed, context.max_payload)
     context.send(payload)
     return int(failed)
 

@@ -32,11 +32,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
-from .futures import Future
+from .errors import QueueClosed
 from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .transport.process import reset_in_child
-from .workers import child, shutdown, starting, worker
+from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.starting import check_backend
 
 T = TypeVar("T")
@@ -46,11 +46,13 @@ _ENTRY: Final = "torchwq.pool:run_worker"
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    future: concurrent.futures.Future[Any]
+    future: unretrieved.Future[Any]
     payload: codec.Encoded
     name: str
     #: Whether its future is running already: a worker that was dead could not take it.
     started: bool = False
+    #: Whether its error is printed if nobody asks for it.
+    is_reported: bool = True
 
     def start(self) -> bool:
         """Whether it is to be done now, and cannot be cancelled any more."""
@@ -83,6 +85,7 @@ class _Pool(threading.Thread):
         self._idle: deque[worker.Worker] = deque()
         self._hands: dict[int, deque[_Task]] = {}
         self._starting: set[int] = set()
+        self._is_killed = False
 
     def run(self) -> None:
         try:
@@ -165,14 +168,14 @@ class _Pool(threading.Thread):
         mapid = process.info.mapid
         if mapid in self._starting:
             self._starting.discard(mapid)
-            _, error = _opened(data, fds)
+            _, error = exceptions.open_answer(data, fds)
             if error is not None:
                 self._break(error)
             else:
                 self._idle.append(process)
         else:
             hand = self._hands[mapid]
-            task, value, error = hand.popleft(), *_opened(data, fds)
+            task, value, error = hand.popleft(), *exceptions.open_answer(data, fds)
             if not hand:
                 self._idle.append(process)
             _complete(task, value, error)
@@ -183,7 +186,9 @@ class _Pool(threading.Thread):
         if process in self._idle:
             self._idle.remove(process)
         for task in self._hands.pop(mapid, ()):
-            _complete(task, None, process.died(f"the task {task.name}"))
+            death = process.died(f"the task {task.name}")
+            task.is_reported = not self._is_killed and unretrieved.is_reported(process, death)
+            _complete(task, None, death)
         if mapid in self._starting:
             # One that dies before it can work would be replaced for ever.
             self._starting.discard(mapid)
@@ -223,23 +228,17 @@ class _Pool(threading.Thread):
         self.events.put(("wake", None, None))
 
     def kill(self) -> None:
+        self._is_killed = True
         for process in list(self._workers.values()):
             process.force(signal.SIGKILL)
-
-
-def _opened(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
-    """Value and error of a worker's message."""
-    try:
-        value, packed = codec.decode(data, fds)
-        return value, None if packed is None else exceptions.unpack(packed)
-    except BaseException as raised:  # SystemExit, too, is the task's affair and not the pool's
-        return None, raised
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has set it
         if error is not None:
-            task.future.set_exception(error)
+            if not task.is_reported:
+                task.future.ignore_error()
+            task.future.set_exception(error, f"the task {task.name} of a torchwq.BackgroundTaskPool")
         else:
             task.future.set_result(value)
 
@@ -331,7 +330,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         """
         pool = self._pool
         payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=self._here)
-        future: concurrent.futures.Future[T] = Future()
+        future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:
                 raise pool.error()
@@ -375,11 +374,13 @@ def run_worker(context: child.Context) -> int:
     limit = context.max_payload
     while True:
         try:
-            received = context.receive()
+            call = codec.decode(*context.receive())
         except EOFError:
             return 0
+        except Exception as error:
+            context.send(_failure(context, error))
+            continue
         try:
-            call = codec.decode(*received)
             if call is None:
                 return 0
             function, args, kwargs = call
@@ -388,6 +389,14 @@ def run_worker(context: child.Context) -> int:
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:
-            payload = exceptions.encode(error, limit, here=context.here)
+            payload = _failure(context, error)
         value = function = args = kwargs = call = None
+        context.note_success()
         context.send(payload)
+
+
+def _failure(context: child.Context, error: BaseException) -> codec.Encoded:
+    packed = error if context.here else exceptions.pack(error)
+    if not isinstance(error, QueueClosed):
+        context.note_failed_task(packed)
+    return exceptions.encode(packed, context.max_payload)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -83,3 +84,44 @@ def fail(text: str) -> None:
 def pass_on(queue: torchwq.WorkQueue, inner: torchwq.WorkQueue) -> list[Any]:
     """Give a worker's handle on ``inner`` to a worker of this worker."""
     return torchwq.map(1, echo, inner).join(30)
+
+
+class Unfit(ValueError):
+    """What these workers raise."""
+
+
+def square_or_fail(where: torchwq.WorkQueue | str, how: str) -> None:
+    """Answer with squares; at a 3, fail: as the function ends, or out of a ``with`` block, or after a clean-up."""
+    queue = torchwq.workqueue(where) if isinstance(where, str) else where
+    if how == "with":
+        with queue:
+            _square_or_fail(queue)
+    try:
+        _square_or_fail(queue)
+    finally:
+        if how == "other handle":
+            time.sleep(0.1)
+
+
+def _square_or_fail(queue: torchwq.WorkQueue) -> None:
+    for number in queue:
+        if number == 3:
+            raise Unfit("three")
+        queue.write(number * number)
+
+
+def fail_and_go_on(queue: torchwq.WorkQueue) -> str:
+    """An error leaves a ``with`` block, and the function ends well."""
+    try:
+        with queue:
+            raise Unfit("caught")
+    except Unfit:
+        return "went on"
+
+
+def exit_with(status: int, queue: torchwq.WorkQueue, hard: bool = False) -> None:
+    """End without an answer."""
+    queue.read()
+    if hard:
+        os._exit(status)
+    sys.exit(status)

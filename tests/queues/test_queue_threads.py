@@ -147,6 +147,9 @@ def test_a_thread_that_fails_ends_the_owners_wait() -> None:
     with torchwq.workqueue() as q:
         workers = torchwq.map(2, take_and_fail, q, backend="thread")
         q.write(1, 2)
+        for _ in range(2):
+            with pytest.raises(torchwq.WorkerDied, match=r"ended with an error, with question .* in hand: .*taken"):
+                q.read(timeout=20)
         with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
             q.read(timeout=20)
         with pytest.raises(ValueError, match="taken"):

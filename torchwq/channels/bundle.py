@@ -10,7 +10,7 @@ import contextlib
 import pickle
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from ..memory import anonymous
@@ -85,5 +85,5 @@ class Forwarded:
     def come_back(self) -> None:
         pass
 
-    def __del__(self) -> None:
-        close_fds(self.fds)
+    def __del__(self, close: Callable[[Sequence[int]], None] = close_fds) -> None:
+        close(self.fds)

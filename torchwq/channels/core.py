@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import queue
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from ..errors import QueueClosed
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
+from ..transport.mailbox import Mailbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from ..transport.sockets import close_fds
@@ -50,9 +50,16 @@ class Core:
         self.here.on_wait_for_room = _weakly(self._wait_for_room)
         self.way: Way = self.here
         self.forked = False
+        #: Those that are to be given up when this object is gone.
+        self._lines: list[Line] = []
         self.vigil = Vigil(self)
         self._trouble = Alarm()
         self._readiness = Readiness()
+        # The box only weakly: this channel may be in it.
+        self._finalizer = weakref.finalize(
+            self, _end_later, self._lines, weakref.ref(self.here.box), self._trouble, self._readiness
+        )
+        self._finalizer.atexit = False
         if line is not None:
             self._use(line)
         closed_in_child(self)
@@ -60,6 +67,7 @@ class Core:
 
     def _use(self, line: Line) -> None:
         line.on_wait_for_room = _weakly(self._wait_for_room)
+        self._lines.append(line)
         self.line = self.way = line
 
     # Waiting
@@ -209,18 +217,21 @@ class Core:
         return all(self.vigil.has_news(told, READS) for told in handle.all_told())
 
     def abandon(self) -> None:
+        self._finalizer.detach()
         self.forked = True
         self.way = _Forked()
 
-    def __del__(self) -> None:
-        if sys.is_finalizing() or self.forked or not hasattr(self, "_readiness"):
-            return
-        line = self.line
-        if line is not None and not line.left:
+
+def _end_later(
+    lines: list[Line], find_box: Callable[[], Mailbox[Received] | None], trouble: Alarm, readiness: Readiness
+) -> None:
+    """A part is garbage, which is collected at any moment, in any thread, with any lock held."""
+    for line in lines:
+        if not line.left:
             cleanup.later(line.retire)
-        self.here.box.close()
-        self._trouble.close()
-        self._readiness.close()
+    for each in (find_box(), trouble, readiness):
+        if each is not None:
+            cleanup.later(each.close)
 
 
 class _Forked:

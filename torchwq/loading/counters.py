@@ -51,7 +51,10 @@ class Counters:
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            self._close_fd(self.fd)
+
+    #: There when the interpreter ends, too, and module os may be gone.
+    _close_fd = staticmethod(os.close)
 
 
 def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:

@@ -186,7 +186,7 @@ def thread_main(context: child.Context) -> int:
 
 
 def _close_message(process: worker.Worker, data: Any, fds: list[int]) -> None:
-    codec.discard(data, fds)
+    exceptions.discard_answer(data, fds)
 
 
 def _nothing(process: worker.Worker) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import functools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -164,13 +164,13 @@ def found(name: bytes) -> Iterator[Core | None]:
 
 def leave_later(core: Core) -> None:
     """Give up this process's part if no handle is left then."""
-    if not core.left and not core.forked and not sys.is_finalizing():
-        cleanup.later(lambda: _leave_if_unused(core))
+    if not core.left and not core.forked:
+        cleanup.later(functools.partial(_leave_if_unused, core))
 
 
 def _leave_if_unused(core: Core) -> None:
     with _guard:
-        if not len(core.handles) and not core.under_way:
+        if not list(core.handles) and not core.under_way:  # not len: that may still count one that is just going
             core.leave(shutdown.failed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, final
@@ -44,6 +45,7 @@ class Mutex:
         self._core = core
         self._told = told
         core.handles.add(self)
+        weakref.finalize(self, leave_later, core).atexit = False
         threads.belongs_here(self)
 
     def acquire(self, timeout: float | None = None) -> bool:
@@ -116,12 +118,6 @@ class Mutex:
         """See ``threads.Belonging``."""
         self._core.handles.discard(self)
         self._core.thread_ended_with_handle(failed)
-
-    def __del__(self) -> None:
-        core = getattr(self, "_core", None)
-        if core is not None:
-            core.handles.discard(self)  # by itself it goes only when this is over, which the reactor does not wait for
-            leave_later(core)
 
     def __repr__(self) -> str:
         core = self._core

@@ -73,14 +73,14 @@ def pack(error: BaseException, *, here: bool = False) -> PackedException:
     return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
 
 
-def encode(error: BaseException, limit: int, *, here: bool = False) -> codec.Encoded:
+def encode(error: PackedException | BaseException, limit: int) -> codec.Encoded:
     """The payload with which a worker tells its owner that it has failed: no value, and the packed exception.
 
-    A worker that is ``here``, a thread, has no need to pack it: it is the exception itself.
+    A worker that is a thread of its owner's process has no need to pack it: it is the exception itself.
     """
-    if here:
+    if isinstance(error, BaseException):
         return Letter(None, [(None, error)])
-    return codec.encode((None, pack(error)), limit, upvalues=True)
+    return codec.encode((None, error), limit, upvalues=True)
 
 
 def unpack(packed: PackedException | BaseException) -> BaseException:
@@ -101,6 +101,28 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
         error = RemoteError(f"{packed.kind}: {packed.summary}")
     error.__cause__ = RemoteTraceback(packed.text)
     return error
+
+
+def open_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
+    """Value and error of what a worker has told its owner: ``(value, packed error)``.
+
+    ``data`` may also be the error with which receiving it has failed, and which stands in its place.
+    """
+    try:
+        if isinstance(data, BaseException):
+            raise data
+        value, packed = codec.decode(data, fds)
+        return value, None if packed is None else unpack(packed)
+    except _NOT_OURS:
+        raise
+    except BaseException as raised:  # SystemExit, too, is the answer's affair, not that of whoever opens it
+        return None, raised
+
+
+def discard_answer(data: Any, fds: list[int]) -> None:
+    """Nobody wants what a worker has told its owner."""
+    if not isinstance(data, BaseException):
+        codec.discard(data, fds)
 
 
 def _kind(error: BaseException) -> str:

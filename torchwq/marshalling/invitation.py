@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+import weakref
 from collections.abc import Callable
 
 from ..transport import cleanup
@@ -14,20 +15,18 @@ class Invitation:
     ``count(1)`` is called when it is made, and ``count(-1)`` once: by ``settle``, or when it is garbage.
     """
 
-    _count: Callable[[int], None] | None = None  # also of one that could not be made
-
     def __init__(self, count: Callable[[int], None]) -> None:
-        self._count = count
         count(1)
+        self._uncounted = weakref.finalize(self, _uncount_later, count)
+        self._uncounted.atexit = False
+        self._count = count
 
     def settle(self) -> None:
         """It was accepted."""
-        count, self._count = self._count, None
-        if count is not None:
-            count(-1)
+        if self._uncounted.detach() is not None:
+            self._count(-1)
 
-    def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held.
-        count = self._count
-        if count is not None and not sys.is_finalizing():
-            cleanup.later(lambda: count(-1))
+
+def _uncount_later(count: Callable[[int], None]) -> None:
+    """It is garbage, which is collected at any moment, in any thread, with any lock held."""
+    cleanup.later(functools.partial(count, -1))

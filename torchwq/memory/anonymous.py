@@ -109,6 +109,8 @@ class Descriptor:
     def close(self) -> None:
         fd = self.detach()
         if fd >= 0:
-            os.close(fd)
+            self._close_fd(fd)
 
     __del__ = close
+    #: There when the interpreter ends, too, and module os may be gone.
+    _close_fd = staticmethod(os.close)

@@ -51,9 +51,11 @@ class Board:
             self.words.release()
             self.bytes.release()
             self._mapping.close()
-            os.close(fd)
+            self._close_fd(fd)
 
     __del__ = close
+    #: There when the interpreter ends, too, and module os may be gone.
+    _close_fd = staticmethod(os.close)
 
     def slot(self, number: int) -> Slot:
         return Slot(self.words, (number + 1) * _WORDS)

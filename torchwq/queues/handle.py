@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pickle import dumps, loads
@@ -22,7 +22,7 @@ from ..transport.link import Link
 from ..transport.waiting import SLICE
 from ..workers import shutdown
 from .owner import Owner
-from .role import open_roles
+from .role import Role, open_roles
 from .thread import Invitation, ThreadSide
 from .worker import WorkerSide, accept
 
@@ -66,6 +66,7 @@ class WorkQueue:
     def __init__(self, role: Owner | WorkerSide | ThreadSide, name: str | None) -> None:
         self._role = role
         self._name = name
+        weakref.finalize(self, _close_later, role).atexit = False
 
     @property
     def name(self) -> str | None:
@@ -221,6 +222,11 @@ class WorkQueue:
         """
         return self._role.fileno()
 
+    def _tell_no_failures(self) -> None:
+        """Do not tell the owner of workers that fail: who has made it for his own use hears of that otherwise."""
+        assert isinstance(self._role, Owner)
+        self._role.tells_failures = False
+
     def _is_ready(self) -> bool:
         return self._role.is_ready()
 
@@ -297,13 +303,10 @@ class WorkQueue:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # Garbage is collected at any moment, in any thread, with any lock held: close later, in another thread.
-        role = getattr(self, "_role", None)
-        if role is not None and role in open_roles and not sys.is_finalizing():
-            cleanup.later(role.close)
+        if isinstance(self._role, Owner) or error is None or isinstance(error, (QueueClosed, GeneratorExit)):
+            self._role.close()
+        else:
+            self._role.close(in_doubt=True)  # the owner is told if that ends the worker
 
     def __repr__(self) -> str:
         role = "owner" if self.creator else "worker"
@@ -318,6 +321,12 @@ class WorkQueue:
             "a WorkQueue can only be sent by torchwq: as an argument of torchwq.map, BackgroundTask or a pool's task, "
             "or inside a message; in a process started otherwise, open it by its name"
         )
+
+
+def _close_later(role: Role) -> None:
+    """The handle is garbage, which is collected at any moment, in any thread, with any lock held."""
+    if role in open_roles:
+        cleanup.later(role.close)
 
 
 def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:

@@ -28,6 +28,7 @@ class Member:
     link: Link | None
     pid: int | None = None
     leaving: bool = False
+    in_hand: str = ""
 
 
 def patience(came: Container[object], groups: Container[int]) -> float:

@@ -45,10 +45,12 @@ from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
 from ..workers import deaths, threads, worker
+from . import failing
+from .failing import Failed, NeverCame
 from .history import History
 from .inside import Inside
 from .members import Member, patience
-from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
+from .protocol import ADOPT, FAILED, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
 from .role import SocketRole
 from .thread import Notes, ThreadSide
 
@@ -56,6 +58,11 @@ from .thread import Notes, ThreadSide
 _GLANCE: Final = 0.02
 #: A question that nobody seems to have taken although the socket is empty is given up as lost after this, in seconds.
 _LOST_AFTER: Final = 0.2
+#: How long, in seconds, a handle that an error has closed may keep a reader from hearing that nobody is left; and a
+#: worker that has failed, its error from being told.
+_LONGEST_DOUBT: Final = 1.0
+_LONGEST_END: Final = 1.0
+_TOLD_LATELY: Final = 64
 
 
 class Owner(SocketRole, worker.EndListener):
@@ -112,10 +119,18 @@ class Owner(SocketRole, worker.EndListener):
         self._pids: set[object] = set()
         self._groups: set[int] = set()
         self._will_look = False
-        self._deaths: deque[WorkerDied] = deque()
+        #: What is to be told to one who waits: deaths and failures of workers.
+        self._deaths: deque[WorkerDied | Failed | NeverCame] = deque()
         self._last_end = ""
+        #: Whether failures are to be told; who makes a queue for his own use may hear of them otherwise.
+        self.tells_failures = True
+        #: What has told lately: several handles of a worker tell of the same failure.
+        self._told: deque[object] = deque(maxlen=_TOLD_LATELY)
+        #: Handles that were closed by an error which may be a failure; until when that hinders "nobody is left".
+        self._in_doubt: dict[Member | ThreadSide, float] = {}
         worker.listen(self)
         recycling.add_inlet(self)
+        self._opened()
 
     # Writing
 
@@ -306,17 +321,16 @@ class Owner(SocketRole, worker.EndListener):
         with self._lock:
             if self.closed:
                 raise QueueClosed(self.closed)
-            if self._deaths:
-                death = self._deaths.popleft()
-                self._update_alarm()
-                raise death
-            if self._nobody_left():
+            death = self._deaths.popleft() if self._deaths else None
+            if death is None and self._nobody_left():
                 raise WorkerDied(
                     "no worker is left to answer: every worker that had opened this queue has ended or closed it"
                     + (f"; the last to die: {self._last_end}" if self._last_end else "")
                     + ". If one of them failed, join() of its map raises its error"
                 )
             self._update_alarm()
+        if death is not None:
+            raise death if isinstance(death, WorkerDied) else death.error()
 
     def drain(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -505,14 +519,21 @@ class Owner(SocketRole, worker.EndListener):
                 self._watch_for_leavers()
         elif what == GOODBYE:
             self._remove(member)
+        elif what == IN_DOUBT:
+            member.in_hand = self._remove(member, keep_link=True)
+            self.doubt(member)
+        elif what == FAILED and member.pid is not None:
+            in_hand = member.in_hand or self.in_hand_of(member.number, member)
+            self.note_failure(Failed(worker.find(member.pid), member.pid, in_hand, failing.received(data)))
         for fd in fds:
             os.close(fd)
 
-    def _remove(self, member: Member) -> str:
+    def _remove(self, member: Member, keep_link: bool = False) -> str:
         """Forget a member; returns what it had in hand."""
         with self._lock:
-            if self._members.pop(member.number, None) is None:
+            if self._members.get(member.number) is not member:
                 return ""
+            del self._members[member.number]
             in_hand = ""
             if not self.closed:
                 self._taken_by_gone += member.slot.taken
@@ -523,7 +544,7 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
             self._watch_for_leavers()
             self._taken.notify_all()
-        if member.link is not None:
+        if member.link is not None and not keep_link:
             member.link.close()
         return in_hand
 
@@ -535,7 +556,8 @@ class Owner(SocketRole, worker.EndListener):
     def _lose(self, member: Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
         with self._lock:
-            known = member.number in self._members
+            self.doubt_is_over(member)
+            known = self._members.get(member.number) is member
             recycling.suspect_losses()
             if known and member.pid is not None:
                 self._ending += 1
@@ -558,6 +580,66 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
             self._taken.notify_all()
 
+    # Failures
+
+    def doubt(self, who: Member | ThreadSide) -> None:
+        """It was closed by an error that may turn out to be a failure of its worker."""
+        with self._lock:
+            if not self.closed:
+                self._in_doubt[who] = time.monotonic() + _LONGEST_DOUBT
+                reactor.get().call_later(_LONGEST_DOUBT, self._look_again)
+
+    def doubt_is_over(self, who: Member | ThreadSide) -> None:
+        with self._lock:
+            if self._in_doubt.pop(who, None) is not None:
+                if isinstance(who, Member) and who.link is not None:
+                    who.link.close()
+                self._update_alarm()
+                self._taken.notify_all()
+
+    def in_hand_of(self, number: int, who: Member | None = None) -> str:
+        with self._lock:
+            member = self._members.get(number)
+            if member is None or not member.slot.busy or (who is not None and who is not member):
+                return ""
+            return self._history.describe(member.slot.number)
+
+    def note_failure(self, failed: Failed) -> None:
+        """A worker that has this queue open has failed; it is told when it has ended, so that its error is known."""
+        failure, process = failed.failure, failed.process
+        with self._lock:
+            identity = (
+                failed.pid,
+                failure.number,
+            )  # not the failure itself: its error may refer to a handle on this queue
+            if self.closed or not self.tells_failures or identity in self._told:
+                return
+            self._told.append(identity)
+            self._ending += 1
+        if process is None:
+            self._tell_failure(failed)
+            return
+        process.error_will_be_told = True
+        once = functools.partial(self._tell_failure, failed, deque([failed]))
+        if failure.ends:
+            process.when_ended(lambda _: once())
+            reactor.get().call_later(_LONGEST_END, once)
+        else:
+            once()
+
+    def _tell_failure(self, failed: Failed, unless_told: deque[Failed] | None = None) -> None:
+        with self._lock:
+            if unless_told is not None:
+                if not unless_told:
+                    return
+                unless_told.clear()
+            self._ending -= 1
+            self._deaths.append(failed)
+            self._last_end = failed.summary()
+            self._update_alarm()
+            self._taken.notify_all()
+        self.answers.wake_all()
+
     def worker_ended(self, process: worker.Worker) -> None:
         """A worker that failed before it opened this queue, while no other has come or is there, will not answer."""
         with self._lock:
@@ -567,16 +649,17 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
             if self._came or process.exitcode == 0 or worker.living():
                 return
-            death = process.died()
-            assert isinstance(death, WorkerDied)
-            death.args = (
-                f"{death}. It had not opened this queue, and no other worker is there; join() of its map tells more",
-            )
-            self._deaths.append(death)
+            self._deaths.append(NeverCame(process))
             self._update_alarm()
 
     def _nobody_left(self) -> bool:
-        return self._came > 0 and not self._ending and not self._members and not self.invited and not self._expected()
+        if not self._came or self._ending or self._members or self.invited or self._is_in_doubt():
+            return False
+        return not self._expected()
+
+    def _is_in_doubt(self) -> bool:
+        now = time.monotonic()
+        return any(until > now for until in self._in_doubt.values())
 
     def _expected(self) -> bool:
         """Whether a worker may still be on its way; if so, the alarm is looked at again when it should have come."""
@@ -619,6 +702,9 @@ class Owner(SocketRole, worker.EndListener):
             self._members = {number: member for number, member in self._members.items() if number < 0}
             self._history.clear()
             unread, self._inbox = self._inbox, deque()
+            members += [each for each in self._in_doubt if isinstance(each, Member)]
+            self._in_doubt.clear()
+            self._deaths.clear()
             self._taken.notify_all()
         for message in unread:  # not under the lock: it takes that of the memory
             codec.discard(*message)

@@ -18,6 +18,10 @@ HELLO: Final = struct.Struct("=cQ")
 LEAVING: Final = b"L"
 #: It has left; its last answer is in the socket.
 GOODBYE: Final = b"B"
+#: The function of its worker has failed; what follows is pickled: see ``failing``. The handle may still be open.
+FAILED: Final = b"F"
+#: It has left, as with ``GOODBYE``, but by an error that may yet turn out to be a failure of its worker's function.
+IN_DOUBT: Final = b"D"
 #: It has taken a question while the owner waits for that.
 TOOK: Final = b"T"
 #: With a descriptor: the link of another handle, which it passes on.

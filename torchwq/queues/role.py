@@ -52,9 +52,12 @@ class Role(abc.ABC):
     def __init__(self) -> None:
         self.closed = ""
         self._readiness = Readiness()
+
+    def _opened(self) -> None:
+        """It is complete: from now on it is closed at exit, in the child of a fork, and when its worker ends."""
         closed_in_child(self)
-        open_roles.add(self)
         threads.belongs_here(self)
+        open_roles.add(self)
 
     @abc.abstractmethod
     def take(self) -> Received | None:
@@ -151,14 +154,14 @@ class Role(abc.ABC):
 class SocketRole(Role):
     """A side that holds an end of the queue's connection."""
 
-    def __init__(self, end: Endpoint, numbered: bool, sent: Sent) -> None:
+    def __init__(self, end: Endpoint, numbered: bool, sent: Sent, emptied: Callable[[], None] | None = None) -> None:
         waiter, alarm = Waiter.with_alarm(end)
         super().__init__()
         self.end = end
         self.here = False
         self.max_payload = end.max_message - TRAILER
         self.alarm, self.waiter = alarm, waiter
-        self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error)
+        self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)
         self.send = self.outbox.send
 
     def sleep(self, deadline: float | None) -> Received | None:

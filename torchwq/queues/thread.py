@@ -18,7 +18,10 @@ from ..errors import QueueClosed
 from ..marshalling import codec, invitation
 from ..memory.anonymous import Descriptor
 from ..transport.endpoint import Received
+from ..workers import threads
+from ..workers.failures import Failure
 from ..workers.presence import Presence
+from .failing import Failed
 from .role import CLOSED_HERE, ENDED, Role
 
 if TYPE_CHECKING:
@@ -54,9 +57,13 @@ class ThreadSide(Role):
         self._busy = self.notes.busy_threads
         self._known: set[int] = set()
         self._threads = threading.local()
-        self.number = owner.admit_here(self.notes)
         super().__init__()
+        self.number = owner.admit_here(self.notes)
         owner.sides.add(self)
+        self._failures = threads.failures_here()
+        self._failures.add(self)
+        self._is_in_doubt = False
+        self._opened()
 
     def take(self) -> Received | None:
         owner, ident, notes = self.owner, get_ident(), self.notes
@@ -118,13 +125,26 @@ class ThreadSide(Role):
         if self._readiness.is_watched:
             self.watch()
 
-    def close(self) -> None:
+    def close(self, in_doubt: bool = False) -> None:
         with self.owner.taking:
             if self.closed == CLOSED_HERE:
                 return
             self.closed = CLOSED_HERE
+        self._failures.remove(self)
+        if in_doubt and self._failures.doubt(self):
+            self._is_in_doubt = True
+            self.owner.doubt(self)
         self.owner.dismiss_here(self.number)
         self._retire()
+
+    def worker_failed(self, failure: Failure) -> None:
+        worker = threads.current()
+        self.owner.note_failure(Failed(worker, None, self.owner.in_hand_of(self.number), failure))
+        self.worker_succeeded()
+
+    def worker_succeeded(self) -> None:
+        if self._is_in_doubt:
+            self.owner.doubt_is_over(self)
 
     @property
     def unsent(self) -> int:

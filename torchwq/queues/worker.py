@@ -18,6 +18,7 @@ import contextlib
 import os
 import threading
 from _thread import get_ident
+from collections import deque
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
@@ -28,8 +29,11 @@ from ..transport import descriptors, endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
+from ..workers import threads
+from ..workers.failures import Failure
 from ..workers.presence import Presence
-from .protocol import ADOPT, GOODBYE, HELLO, LEAVING, SLOT, TOOK
+from . import failing
+from .protocol import ADOPT, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
@@ -42,12 +46,14 @@ class WorkerSide(SocketRole):
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
         self._taking = threading.RLock()
         self._busy: set[int] = set()
+        #: What is to be told as soon as the last answer has left.
+        self._untold: deque[bytes] = deque()
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
             end = endpoint.adopt(fds[:-1])
             made.callback(end.close)
             self._board = Board(fds[-1])
             made.callback(self._board.close)
-            super().__init__(end, False, self._answered)
+            super().__init__(end, False, self._answered, self._tell_untold)
             made.pop_all()
         self._receive = self.end.try_receive
         self.capacity = capacity
@@ -60,6 +66,10 @@ class WorkerSide(SocketRole):
         self._threads = threading.local()
         self._known: set[int] = set()
         self.written = 0
+        self._failures = threads.failures_here()
+        self._failures.add(self)
+        self._is_in_doubt = False
+        self._opened()
 
     def take(self) -> Received | None:
         ident = get_ident()
@@ -137,11 +147,29 @@ class WorkerSide(SocketRole):
             fds = [Descriptor(descriptors.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
         return [*fds, theirs]
 
-    def close(self) -> None:
+    def worker_failed(self, failure: Failure) -> None:
+        self._untold.append(failing.encode(failure))
+        if self.outbox.is_idle:
+            self._tell_untold()
+        self.worker_succeeded()
+
+    def worker_succeeded(self) -> None:
+        if self._is_in_doubt:
+            self._is_in_doubt = False
+            if self._board.fd < 0:  # it has left already
+                self._link.close()
+
+    def _tell_untold(self) -> None:
+        while self._untold:
+            self._tell(self._untold.popleft())
+
+    def close(self, in_doubt: bool = False) -> None:
         if self._board.fd < 0 or self.closed == CLOSED_HERE:
             return
         self.closed = CLOSED_HERE
         self.alarm.set()
+        self._is_in_doubt = in_doubt and self._failures.doubt(self)
+        self._failures.remove(self)
         if len(self.outbox):
             # The owner may be waiting for this worker to end, and not be reading.
             self._tell(LEAVING)
@@ -155,8 +183,12 @@ class WorkerSide(SocketRole):
 
     def _leave(self) -> None:
         """Called as soon as the last answer has left."""
-        self._tell(GOODBYE)
-        self._link.close()
+        self._tell_untold()
+        if self._is_in_doubt:
+            self._tell(IN_DOUBT)
+        else:
+            self._tell(GOODBYE)
+            self._link.close()
         self.waiter.close()
         self._retire()
         with self._taking:

@@ -15,12 +15,17 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from . import reactor
 from .process import reset_in_child
+
+#: How long, in seconds, the end of the process waits for what the thread is just at.
+_MOMENT: Final = 1.0
 
 _due: deque[Callable[[], None]] = deque()
 _runs = False
@@ -39,7 +44,10 @@ def later(callback: Callable[[], None]) -> None:
         return
     _due.append(callback)
     if not _runs:
-        reactor.get().call_later(0, _start)
+        try:
+            reactor.get().call_later(0, _start)
+        except RuntimeError:
+            pass  # there are too many threads: the next one who leaves something, or the end of the process
 
 
 def _start() -> None:
@@ -53,15 +61,31 @@ def _start() -> None:
         _runs = False
 
 
+def finish() -> None:
+    """At the end of the process: do what is left. What the thread is just at is waited for, for a moment."""
+    until = time.monotonic() + _MOMENT
+    _work_off()
+    while _runs and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def _work_off() -> None:
+    while True:
+        try:
+            callback = _due.popleft()
+        except IndexError:
+            return
+        try:
+            callback()
+        except Exception:
+            print("torchwq: internal error while cleaning up", file=sys.stderr)
+            traceback.print_exc()
+
+
 def _run() -> None:
     global _runs
     while True:
-        while _due:
-            try:
-                _due.popleft()()
-            except Exception:
-                print("torchwq: internal error while cleaning up", file=sys.stderr)
-                traceback.print_exc()
+        _work_off()
         _runs = False
         if not _due or _runs:
             return

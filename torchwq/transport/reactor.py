@@ -25,12 +25,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from . import descriptors
 from .alarm import Alarm
 from .process import closed_in_child, reset_in_child
 
 Callback = Callable[[], None]
+#: How long, in seconds, a thread that may have been started is waited for.
+_MOMENT: Final = 0.2
 
 
 @dataclass(slots=True)
@@ -129,14 +132,22 @@ class Reactor:
 
     def _start(self) -> None:
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
+            # Noted first: a finalizer that runs while the thread is started finds that it is.
+            thread = self._thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
+                self._thread = None
                 if "shutdown" not in str(error):
                     raise
-                return  # the interpreter ends: Python 3.12 starts no thread then, nor is there a need for one
-            self._thread = thread
+                # The interpreter ends: Python 3.12 starts no thread then, nor is there a need for one.
+            except BaseException:  # Ctrl-C: perhaps the thread was started, perhaps not
+                until = time.monotonic() + _MOMENT
+                while not thread.is_alive() and time.monotonic() < until:
+                    time.sleep(0.001)
+                if not thread.is_alive():
+                    self._thread = None
+                raise
 
     def _run(self) -> None:
         while True:
@@ -173,13 +184,13 @@ def _call(callback: Callback | None) -> None:
 
 
 _reactor: Reactor | None = None
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 @reset_in_child
 def _forget() -> None:
     global _reactor, _guard
-    _reactor, _guard = None, threading.Lock()
+    _reactor, _guard = None, threading.RLock()
 
 
 def get() -> Reactor:
@@ -188,5 +199,7 @@ def get() -> Reactor:
     if _reactor is None:
         with _guard:
             if _reactor is None:
-                _reactor = Reactor()
+                made = Reactor()
+                if _reactor is None:  # else a finalizer has come in between, and made one
+                    _reactor = made
     return _reactor

@@ -11,7 +11,7 @@ import resource
 import socket
 import struct
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..errors import ResourceError
@@ -121,12 +121,12 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     return descriptors.above_all(fds)
 
 
-def close_fds(fds: Sequence[int]) -> None:
-    """Close descriptors; those below 0 were given away."""
+def close_fds(fds: Sequence[int], close: Callable[[int], None] = os.close) -> None:
+    """Close descriptors; those below 0 were given away. (``close`` is there when the interpreter ends, too.)"""
     for fd in fds:
         if fd >= 0:
             try:
-                os.close(fd)
+                close(fd)
             except OSError:
                 pass
 

@@ -22,7 +22,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
-from . import client, descent, info, shutdown, standing
+from . import client, descent, failures, info, shutdown, standing
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -62,9 +62,18 @@ class Context:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
         self._outbox.send(payload)
 
-    def note_failure(self) -> None:
-        """The worker will end, with an error: what it had open from now on is left as by one that failed."""
+    def note_failure(self, error: Any) -> None:
+        """The worker will end, with this packed error: what it had open is left as by one that failed."""
         shutdown.failed = True
+        failures.of_process.fail(error, ends=True)
+
+    def note_failed_task(self, error: Any) -> None:
+        """A task has failed, with this packed error; the worker goes on."""
+        failures.of_process.fail(error, ends=False)
+
+    def note_success(self) -> None:
+        """A task has ended, and not failed."""
+        failures.of_process.succeed()
 
     def finish(self) -> None:
         """Wait until everything is sent."""
@@ -89,6 +98,8 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
         code = _set_up(context)(context)
         context.finish()
     finally:
+        if code and not shutdown.failed:
+            context.note_failure(None)
         shutdown.failed = bool(code)
         _end()
         context.close()

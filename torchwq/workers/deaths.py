@@ -40,6 +40,8 @@ def died(
         how = f"was killed by {number.name}"
     elif exitcode is not None and exitcode < 0:
         how = f"was killed by signal {-exitcode}"
+    elif exitcode == 0:
+        how = "ended before it had answered, by sys.exit or os._exit, with exit status 0"
     elif exitcode is not None:
         how = f"ended with exit status {exitcode}, by sys.exit or os._exit, before it had finished"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -14,10 +15,10 @@ class Presence:
     """Lives in its thread's locals, and so as long as its thread: a thread that ends is not busy any more."""
 
     def __init__(self, side: _Side, ident: int) -> None:
-        self._side = weakref.ref(side)
-        self._ident = ident
+        weakref.finalize(self, _tell_end, weakref.ref(side), ident).atexit = False
 
-    def __del__(self) -> None:
-        side = self._side()
-        if side is not None:
-            side.thread_ended(self._ident)
+
+def _tell_end(find: Callable[[], _Side | None], ident: int) -> None:
+    side = find()
+    if side is not None:
+        side.thread_ended(ident)

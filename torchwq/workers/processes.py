@@ -13,6 +13,7 @@ import time
 import warnings
 from typing import Any
 
+from ..errors import ResourceError
 from ..memory import anonymous
 from ..memory.parcel import TRAILER, Parcel
 from ..transport import descriptors, endpoint, namespace, reactor
@@ -107,12 +108,15 @@ class ProcessWorker(Worker):
 
     def _ready(self) -> None:
         while not self.ended_event.is_set():
+            received: tuple[Any, list[int]] | None
             try:
                 received = self._endpoint.try_receive()
             except EOFError:
                 if self._endpoint.fileno() >= 0:
                     reactor.get().remove(self._endpoint.fileno())
                 return
+            except ResourceError as error:  # a message is lost; this stands in its place, for whoever waits for it
+                received = error, []
             if received is None:
                 return
             self._on_message(self, *received)

@@ -2,7 +2,8 @@
 
 In this order, because each step needs the ones after it still to be there: finish what was promised (plain tasks and
 pools, as ``concurrent.futures`` does; not after Ctrl-C), close queues, so that workers that read from them end by
-themselves, end the workers that are left, give up the fork server and the namespace.
+themselves, end the workers that are left, tell of errors that nobody has asked for, give up the fork server and the
+namespace.
 
 A process that is killed does none of this; then the fork server does what is needed.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..memory import recycling
-from ..transport import directory, namespace
+from ..transport import cleanup, directory, namespace
 from ..transport.process import reset_in_child
 from . import client, worker
 
@@ -29,6 +30,7 @@ _GRACE: Final = 0.3
 
 _finish: list[Callable[[], None]] = []
 _close: list[Callable[[], None]] = []
+_report: list[Callable[[], None]] = []
 _done = False
 #: Whether this process is a worker that ends with an error.
 failed = False
@@ -50,6 +52,11 @@ def at_close(callback: Callable[[], None]) -> None:
     _close.append(callback)
 
 
+def at_report(callback: Callable[[], None]) -> None:
+    """Let ``callback()`` tell of errors that nobody has asked for, when no worker is left that could have some."""
+    _report.append(callback)
+
+
 def interrupted() -> bool:
     """Whether this process is ending because of Ctrl-C: an interactive one goes on after it, and ends otherwise."""
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
@@ -61,11 +68,15 @@ def run() -> None:
     if _done:
         return
     _done = True
+    cleanup.finish()
     if not interrupted():
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends all that exit was waiting for
             _call_all(_finish)
+    worker.owner_ends = True
     _call_all(_close)
     end_workers(_GRACE)
+    cleanup.finish()
+    _call_all(_report)
     directory.close()
     client.close()
     namespace.remove()

@@ -28,7 +28,7 @@ from typing import Any, Final, Protocol
 
 from ..errors import Interrupted
 from ..transport.process import reset_in_child
-from . import info
+from . import failures, info
 from .child import Context
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, note_ordered
@@ -60,6 +60,9 @@ class ThreadWorker(Worker):
         super().__init__(info, on_message, on_end, group)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.belongings: weakref.WeakSet[Belonging] = weakref.WeakSet()
+        self.failures = failures.State()
+        #: Whether its function has failed, as far as it has said so.
+        self.has_failed = False
         #: Held while the thread must not be interrupted, and by whoever interrupts it.
         self._undisturbed = threading.Lock()
         self.started_event.set()  # it has no pid
@@ -138,6 +141,8 @@ class ThreadWorker(Worker):
         _be_interrupted()
 
     def _close(self, failed: bool) -> None:
+        if failed and not self.has_failed:
+            self.failures.fail(None, ends=False)
         for each in list(self.belongings):
             each.let_go(self, failed)
 
@@ -149,14 +154,22 @@ class _ThreadContext(Context):
     max_payload = 1 << 62
 
     def __init__(self, worker: ThreadWorker) -> None:
+        self._worker = worker
         self._get = worker._inbox.get
         self.send = worker.tell  # type: ignore[method-assign]
 
     def receive(self) -> Any:
         return self._get(), _STAYS
 
-    def note_failure(self) -> None:
-        """Its belongings are told when it ends."""
+    def note_failure(self, error: Any) -> None:
+        self._worker.has_failed = True
+        self._worker.failures.fail(error, ends=False)
+
+    def note_failed_task(self, error: Any) -> None:
+        self._worker.failures.fail(error, ends=False)
+
+    def note_success(self) -> None:
+        self._worker.failures.succeed()
 
     def finish(self) -> None:
         pass
@@ -175,6 +188,12 @@ def current() -> ThreadWorker | None:
     """The worker that this thread is; None if it is none."""
     worker: ThreadWorker | None = getattr(_current, "worker", None)
     return worker
+
+
+def failures_here() -> failures.State:
+    """Of the worker that this thread is; else of this process."""
+    worker = current()
+    return failures.of_process if worker is None else worker.failures
 
 
 def of_user() -> list[threading.Thread]:

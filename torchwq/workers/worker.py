@@ -3,7 +3,8 @@
 Invariants:
 
 * ``on_message`` and ``on_end`` are called in this order: for every message that the worker sent, then for its end,
-  exactly once; by the reactor's thread, or by the worker itself if it is a thread.
+  exactly once; by the reactor's thread, or by the worker itself if it is a thread. In the place of a message that was
+  lost, because its descriptors did not fit into this process, there is the ResourceError.
 * A worker counts as living from the order to its end; ``living()`` is what exit has to take care of.
 """
 
@@ -47,6 +48,12 @@ class Worker(abc.ABC):
         self.ended_event = threading.Event()
         #: What must live as long as the worker does.
         self.holds: object = None
+        #: Whether it ended while its owner's process did, and so perhaps because of that.
+        self.ended_at_exit = False
+        #: Gives the error with which its function has failed, once that is known. Runs users' code.
+        self.error: Callable[[], BaseException | None] = _nothing
+        #: Whether somebody was told of that error already; whether somebody will be, who waits for its answers.
+        self.error_was_told = self.error_will_be_told = False
         self._on_message = on_message
         self._on_end = on_end
         self._after: list[Callable[[Worker], None]] = []
@@ -93,6 +100,7 @@ class Worker(abc.ABC):
 
     def _tell_end(self) -> None:
         _living.discard(self)
+        self.ended_at_exit = owner_ends
         with _listeners_lock:
             listeners = list(_listeners)  # those that were there while it lived: what comes later is not concerned
         with self._lock:
@@ -109,7 +117,7 @@ class Worker(abc.ABC):
 
 
 def _nothing(*args: object) -> None:
-    pass
+    return None
 
 
 class EndListener:
@@ -119,6 +127,8 @@ class EndListener:
         """Runs in the reactor's thread, or in that of a worker which is a thread; must not block."""
 
 
+#: Whether this process is ending its workers, because it ends.
+owner_ends = False
 _living: set[Worker] = set()
 _by_pid: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary()
 #: Keeps workers that have ended findable for those who learn of it a moment later.
@@ -129,7 +139,8 @@ _listeners_lock = threading.Lock()
 
 @reset_in_child
 def _forget() -> None:
-    global _living, _by_pid, _listeners, _listeners_lock
+    global _living, _by_pid, _listeners, _listeners_lock, owner_ends
+    owner_ends = False
     _recent.clear()
     _listeners_lock = threading.Lock()
     _living, _by_pid, _listeners = set(), weakref.WeakValueDictionary(), weakref.WeakSet()
