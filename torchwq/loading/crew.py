@@ -46,7 +46,7 @@ from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.sockets import close_fds
 from ..transport.waiting import Waiter
-from ..workers import child, deaths, starting, worker
+from ..workers import child, deaths, greenlets, starting, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .job import Job, Part, Plan, describe_index
 from .messages import Failure
@@ -86,8 +86,10 @@ Start = Callable[[Part, Any], Process]
 def starter(context: Any, plan: Plan, backend: str) -> Start:
     """How the workers of ``plan`` are started: as torch would on this platform, or as ``context`` or ``backend`` say.
 
-    Raises MarshalError if they are to be served and something of the plan cannot travel; its message names the place.
+    Raises MarshalError if they are to be served and something of the plan cannot travel; its message names the place;
+    RuntimeError if threads are green ones here.
     """
+    greenlets.check("a DataLoader with workers")
     if backend == "thread":
         return functools.partial(_start_thread, plan)
     context = context or torch.multiprocessing

@@ -139,9 +139,11 @@ class Core:
 
     def leave(self, failed: bool = False) -> None:
         """Give up this process's part, and with it the lock. ``failed``: see ``Roster.leave``."""
-        if self.left or self.forked:
+        if self.forked:
             return
         with self.roster.locked():
+            if self.left:
+                return
             self.left = True
             self._words[LEFT] += 1
         close_fds(self._events)

@@ -15,7 +15,8 @@ Invariants:
 * Each *tenancy* of a seat has a number of its own. Who remembers deaths remembers tenancies, not seats.
 * Locks belong to an *open file description* of their own, in which no other process has a part: not one that was sent a
   descriptor, nor, but for a moment, one that was forked. Where the system has no such locks they belong to the
-  process, and closing any descriptor of the memory gives them up; there they are taken again.
+  process, and closing any descriptor of the memory gives them up; there they are taken again. A process that could
+  only have a part in another one's description gets no seat.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import itertools
 import os
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from ..errors import ResourceError
-from ..transport import descriptors
+from ..transport import descriptors, namespace
 from ..transport.process import closed_in_child
 from . import anonymous
 
@@ -54,8 +56,28 @@ _FAILED: Final = 1 << 62
 FIRST_OF_HEAD, FIRST_OF_SEAT = 3, 2
 
 _OWN_FILE: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
+_OPEN_FILES: Final = "/proc/self/fd"
 _FLOCK: Final = struct.Struct("@hhqqi0q")
 _HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def _new_memory() -> int:
+    """Memory for a roster, which can be opened once more: without /proc by a name in the tree's folder, as long as that
+    is there."""
+    if not _OWN_FILE or os.path.exists(_OPEN_FILES):
+        return anonymous.create(_NBYTES)
+    try:
+        fd, path = tempfile.mkstemp(prefix="roster-", dir=namespace.current().path)
+        fd = descriptors.above(fd)
+        os.ftruncate(fd, _NBYTES)
+        os.rename(path, _path_of(fd))
+    except OSError as error:
+        raise anonymous.exhausted(error) from error
+    return fd
+
+
+def _path_of(fd: int) -> str:
+    return f"{namespace.current().path}/r-{os.fstat(fd).st_ino}"
 
 
 class Roster:
@@ -68,7 +90,7 @@ class Roster:
     """
 
     def __init__(self, fd: int | None = None, states: Sequence[int] = ()) -> None:
-        self.fd = anonymous.create(_NBYTES) if fd is None else fd
+        self.fd = _new_memory() if fd is None else fd
         self._lock_fd = -1
         try:
             self._mapping = descriptors.mapped(self.fd, _NBYTES)
@@ -88,12 +110,23 @@ class Roster:
             raise
 
     def _open_locks(self) -> int:
-        if _OWN_FILE:
+        if not _OWN_FILE:
+            return descriptors.dup(self.fd)
+        for path in (f"{_OPEN_FILES}/{self.fd}", _path_of(self.fd)):
             try:
-                return descriptors.open_file(f"/proc/self/fd/{self.fd}", os.O_RDWR)
-            except FileNotFoundError:
-                pass
-        return descriptors.dup(self.fd)
+                fd = descriptors.open_file(path, os.O_RDWR)
+            except ResourceError:
+                raise
+            except OSError:
+                continue
+            if os.path.sameopenfile(fd, self.fd):
+                return fd
+            os.close(fd)
+        raise ResourceError(
+            errno.ENOENT,
+            "a channel or mutex was made by a process that has /proc, and this one has none, and so cannot lock its "
+            "seat: mount /proc in this sandbox or container",
+        )
 
     def _sit_down(self, states: Sequence[int]) -> int:
         words = self.words

@@ -197,7 +197,9 @@ def current() -> Namespace:
         try:
             made = Namespace(path, made=True)
         except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
+            for remove, name in ((os.unlink, f"{path}/alive"), (os.rmdir, path)):  # without a descriptor
+                with contextlib.suppress(OSError):
+                    remove(name)
             raise
         if _current is not None and not os.path.exists(_current.path):
             _current.abandon()  # somebody has removed it

@@ -1,0 +1,173 @@
+"""No descriptor is free: who wants one is told the limit, nothing half made stays open, and nobody spins."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import torchwq
+from torchwq.errors import NamespaceError
+from torchwq.transport import directory, namespace
+from torchwq.transport.link import socket_type
+
+
+class FullSocket:
+    """A listening socket in a process that has no descriptor free for some time."""
+
+    def __init__(self, inner: socket.socket, refusals: int) -> None:
+        self.inner, self.refusals, self.calls = inner, refusals, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def accept(self) -> Any:
+        self.calls += 1
+        if self.calls <= self.refusals:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.inner.accept()
+
+
+def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner tells, once, and looks now and then: it was called thousands of times while it span."""
+    with torchwq.workqueue("full"):
+        here = directory.here()
+        full = FullSocket(here._socket, 3)
+        told: list[object] = []
+        monkeypatch.setattr(here, "_socket", full)
+        monkeypatch.setattr(directory.warnings, "warn", lambda *args, **_: told.append(args))
+        with socket.socket(socket.AF_UNIX, socket_type()) as asking:
+            asking.settimeout(30)
+            asking.connect(here.path)
+            asking.send(struct.pack("=cQQ", b"O", os.getpid(), 0) + b"full")
+            assert asking.recv(100)[:1] == b"Q"
+        assert full.calls <= 3 + 2, "it has tried again at once"
+        assert len(told) == 1
+        assert "RLIMIT_NOFILE" in str(told)
+
+
+def test_an_owner_that_lives_and_cannot_answer_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its link ends as that of a dead one does."""
+    with torchwq.workqueue("busy"):
+        here = directory.here()
+        with monkeypatch.context() as patched:
+            patched.setattr(directory, "_REPLY_SECONDS", 0.2)
+            patched.setattr(here, "_answer", lambda link, data, fds: here._gone(link))
+            patched.setattr(directory, "existing", lambda: None)  # as another process sees it
+            with pytest.raises(NamespaceError, match="is there and has not answered"):
+                directory.ask("busy")
+
+
+def test_descriptors_run_out_while_things_are_opened(run_script: Callable[..., object]) -> None:
+    done = run_script(
+        """
+        import gc, os, resource, time, torchwq
+
+        def count():
+            found = 0
+            for fd in range(300):
+                try:
+                    os.fstat(fd)
+                    found += 1
+                except OSError:
+                    pass
+            return found
+
+        def line():
+            channel = torchwq.channel(1)
+            channel._core.open_to_processes()
+            return channel
+
+        def watched():
+            channel = torchwq.channel()
+            channel.fileno()
+            return channel
+
+        names = iter(range(1000))
+        makers = {
+            "queue": torchwq.workqueue,
+            "named": lambda: torchwq.workqueue(f"queue {next(names)}"),
+            "channel": torchwq.channel,
+            "line": line,
+            "watched": watched,
+            "mutex": torchwq.mutex,
+            "task": lambda: torchwq.BackgroundTask(iter, [1, 2]),
+        }
+        for make in makers.values():
+            make()
+        torchwq.BackgroundTask(os.getpid).result(40)
+
+        def settled(most):
+            until = time.monotonic() + 10
+            while count() > most and time.monotonic() < until:
+                gc.collect()
+                time.sleep(0.02)
+            return count()
+
+        last = -1
+        while last != count():  # what was opened once stays
+            last = count()
+            gc.collect()
+            time.sleep(0.3)
+        base = count()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (base + 36, base + 36))
+        for spare in range(2):  # they run out at another place
+            kept = [os.open("/", os.O_RDONLY) for _ in range(spare)]
+            for name, make in makers.items():
+                made = []
+                try:
+                    while True:
+                        made.append(make())
+                except torchwq.ResourceError as error:
+                    assert "RLIMIT_NOFILE" in str(error), (name, error)
+                assert made, name
+                del made
+                assert settled(base + spare) <= base + spare, (name, spare, count(), base)
+            for fd in kept:
+                os.close(fd)
+        torchwq.workqueue().write(1)
+        """
+    )
+    assert done.stderr == ""  # type: ignore[attr-defined]
+
+
+def test_a_relative_folder_for_temporary_files(run_script: Callable[..., object], tmp_path: Path) -> None:
+    """Names are found, and removed, after the program has gone elsewhere."""
+    run_script(
+        """
+        import os, tempfile, torchwq
+        from torchwq.transport import namespace
+
+        def work():
+            import os, torchwq
+            with torchwq.workqueue("elsewhere") as queue:
+                queue.write(os.environ["TORCHWQ_NAMESPACE"])
+
+        with torchwq.workqueue("elsewhere") as queue:
+            os.chdir("/")
+            workers = torchwq.map(1, work)
+            assert os.path.isabs(queue.read(timeout=40))
+            workers.join(40)
+        """,
+        env={"TMPDIR": ".", "XDG_RUNTIME_DIR": ""},
+    )
+    assert not list(tmp_path.glob(f"{namespace._PREFIX}*"))
+
+
+def test_a_folder_that_cannot_be_finished_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(namespace, "_current", None)
+    monkeypatch.delenv(namespace.VARIABLE)
+    monkeypatch.setattr(namespace, "_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(namespace.descriptors.os, "open", refuse)
+    with pytest.raises(torchwq.ResourceError, match="RLIMIT_NOFILE"):
+        namespace.current()
+    assert not os.listdir(tmp_path)
