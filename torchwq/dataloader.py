@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch.utils.data
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .loading import draws, internals, state
+from .loading import draws, growth, internals, state
 from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator, Options
 from .loading.statistics import LoaderStatistics, Meter
@@ -39,8 +39,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             worker_init_fn, generator, prefetch_factor, persistent_workers, pin_memory_device, in_order: as for torch's
             DataLoader.
         num_workers: how many worker processes load batches; 0 loads in this process, by torch's own code; ``"auto"``
-            begins with one and adds more while the consumer waits for batches and cores are idle (with an iterable
-            dataset, whose parts depend on the number, one for each core from the start).
+            begins with one and adds more while the consumer waits for batches and they help: one for each idle core,
+            and up to four for each core (at least 8) if they mostly wait themselves. The logger ``torchwq`` tells when
+            it adds some, and why it does not any more. (With an iterable dataset, whose parts depend on the number, one
+            for each core from the start.)
         multiprocessing_context: as for torch's; with ``"forkserver"`` or ``"spawn"`` workers come from torchwq's warm
             fork server, with a clean environment: the dataset and the functions may be from a notebook or ``__main__``,
             lambdas and closures included, and tensors and arrays in the dataset are in memory once for all workers.
@@ -104,7 +106,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if isinstance(num_workers, str):
             if num_workers != "auto":
                 raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
-            most = 0 if iterable else cores()
+            most = 0 if iterable else growth.most(cores())
             num_workers = cores() if iterable else 1
         if on_worker_death not in ("raise", "restart"):
             raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
@@ -185,6 +187,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             restarts=self.max_restarts if self.on_worker_death == "restart" else 0,
             prefetch_across_epochs=self.prefetch_across_epochs,
             most_workers=self._most_workers,
+            cores=cores(),
             snapshots=self._snapshots,
             every=self.snapshot_every_n_steps or 0,
             backend=self.backend,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from torch.utils.data import DistributedSampler
 
 import torchwq
-from torchwq.loading import internals, iterator, statistics
+from torchwq.loading import growth, internals, iterator, statistics
+from torchwq.loading.counters import BATCHES
 
 from . import datasets
 from .datasets import same
@@ -156,3 +159,86 @@ def test_the_profiler_sees_the_loader() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         list(loader)
     assert any("enumerate(DataLoader)" in event.key for event in profile.key_averages())
+
+
+class Waiting(datasets.Plain):
+    """As one that reads from a network."""
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_workers_that_wait_themselves_become_more_than_there_are_cores(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torchwq.dataloader
+
+    monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 1)
+    loader = torchwq.DataLoader(Waiting(500), batch_size, num_workers="auto")
+    with caplog.at_level(logging.INFO, "torchwq"):
+        rows = torch.cat(list(loader))
+    assert rows[:, 0].tolist() == list(range(500))
+    assert loader.stats().num_workers >= 4
+    assert "workers now" in caplog.text
+
+
+class _Counted:
+    """Counters and workers as ``Growth`` sees them, which make batches at a given pace."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int, needs: float) -> None:
+        self.hands: list[Any] = [SimpleNamespace(has_answered=True)]
+        self.busy = self.batches = 0
+        self.meter = statistics.Meter(1)
+        self.waited = 0.9
+        monkeypatch.setattr(self.meter, "since_last_look", lambda: (self.waited, False))
+        monkeypatch.setattr(growth, "_processor_time", lambda hands: (int(self.busy * needs), 0))
+        self.growth = growth.Growth(self.meter, self, growth.most(cores), cores)  # type: ignore[arg-type]
+
+    def sum(self, word: int) -> int:
+        return self.batches if word == BATCHES else self.busy
+
+    def run(self, seconds_for_a_batch: Any) -> int:
+        """How many workers it comes to, where a batch takes as long as ``seconds_for_a_batch(workers)`` says."""
+        for _ in range(20):
+            count = len(self.hands)
+            self.batches += 100
+            self.busy += int(100 * seconds_for_a_batch(count) * 1e9)
+            self.hands += [SimpleNamespace(has_answered=True)] * self.growth.look(self.hands)
+        return len(self.hands)
+
+
+@pytest.mark.parametrize(
+    ("needs", "pace", "count", "why"),
+    [
+        (0.1, lambda count: 0.01, 8, "it starts no more on 2 cores"),
+        (0.1, lambda count: 0.01 * count, 2, "they make no more than fewer did"),
+        (0.9, lambda count: 0.01, 1, "no core is idle"),
+    ],
+)
+def test_it_is_said_once_why_a_number_of_workers_stays(
+    needs: float,
+    pace: Any,
+    count: int,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "torchwq"):
+        assert _Counted(monkeypatch, 2, needs).run(pace) == count
+    assert caplog.text.count("it stays at") == 1
+    assert why in caplog.text
+
+
+def test_it_is_said_that_the_consumer_hardly_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = _Counted(monkeypatch, 2, 0.1)
+    with caplog.at_level(logging.INFO, "torchwq"):
+        assert counted.run(lambda count: 0.002) == 8
+        counted = _Counted(monkeypatch, 2, 0.1)
+        counted.growth.look(counted.hands)
+        counted.waited = 0.01
+        assert counted.run(lambda count: 0.002) == 1
+    assert "the consumer waits for 1% of its time" in caplog.text

@@ -331,6 +331,11 @@ class Hand:
             self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
 
     @property
+    def has_answered(self) -> bool:
+        """Whether anything has come from it."""
+        return self._received > 0
+
+    @property
     def unreceived(self) -> int:
         """How many answers will still come."""
         return self._sent - self._received

@@ -42,6 +42,7 @@ from . import crew, draws, internals, state
 from .counters import Counters
 from .crew import Gone, Hand
 from .draws import Draws
+from .growth import Growth
 from .job import Part, Plan
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 from .pinning import Pinner
@@ -59,9 +60,8 @@ _PATIENCE_AT_ERRORS: Final = 0.5
 #: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
 #: anyone: a message then brings several.
 _AHEAD: Final = 8
-#: How many batches an automatic number of workers is looked at after, and the part of the time that is too long a wait.
+#: How many batches an automatic number of workers is looked at after.
 _LOOK_EVERY: Final = 64
-_TOO_LONG: Final = 0.1
 #: Stands where a sampler has no more indices.
 _NONE_LEFT: Final = object()
 
@@ -73,6 +73,7 @@ class Options:
     restarts: int = 0
     prefetch_across_epochs: bool = False
     most_workers: int = 0
+    cores: int = 1
     snapshots: bool = False
     every: int = 1
     backend: str = "process"
@@ -131,15 +132,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         #: What each further use of it raises.
         self._broken: Exception | None = None
         self._restarts = 0
-        # How many indices more than are needed now are drawn, and how many are sent in one message.
-        bulk = self._in_order and not self._pin_memory and internals.can_be_drawn_ahead(self._index_sampler)
+        # How many indices more than are needed now are drawn, and how many are sent in one message. While the number of
+        # workers may grow, none: a new worker would have to wait until what the others know of is done.
+        self._can_draw_ahead = (
+            self._in_order and not self._pin_memory and internals.can_be_drawn_ahead(self._index_sampler)
+        )
+        may_grow = options.most_workers > self._num_workers
+        bulk = self._can_draw_ahead and not may_grow
         self._ahead_of_need, self._bulk = (_AHEAD, _AHEAD // 2) if bulk else (0, 1)
         self._ahead: _Ahead | None = None
         #: Whether workers may have to tell something of the dataset.
         self._tells = is_stateful(self._dataset) or internals.may_have_state(self._dataset_kind, self._dataset)
         init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
-        if options.most_workers:
-            meter.since_last_look()  # from now on
         most = max(self._num_workers, options.most_workers)
         self._plan = Plan(
             kind=self._dataset_kind,
@@ -161,6 +165,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._makes_again = (
             self._dataset_kind != internals.ITERABLE and self._plan.every != 1 and (self._tells or self._plan.snapshots)
         )
+        self._growth: Growth | None = None
+        if may_grow:
+            self._growth = Growth(meter, self._plan.counters, options.most_workers, options.cores)
         self._reception = Reception(self._hands, self._in_order, meter)
         self._start = crew.starter(loader.multiprocessing_context, self._plan, options.backend)
         try:
@@ -463,8 +470,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 if self._unknown:
                     self._unknown.clear()  # it has nothing to tell
             self._put_index()
-            if self._options.most_workers:
-                self._look_whether_to_hire()
+            if self._growth is not None and not self._sampler_ended:
+                self._grow(self._growth)
             return answer
 
     def _error(self, hand: Hand, failure: Failure) -> BaseException:
@@ -541,20 +548,25 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._pinner is not None:
             self._pinner.mended()
 
-    def _look_whether_to_hire(self) -> None:
-        count = len(self._hands)
-        if self._num_yielded % _LOOK_EVERY or count >= self._options.most_workers:
+    def _grow(self, growth: Growth) -> None:
+        """Add workers if there is a need, as long as there is something for them to do."""
+        if not growth.is_due(_LOOK_EVERY, self._num_yielded):
             return
-        waited, idle = self._meter.since_last_look()
-        if waited < _TOO_LONG or not idle or self._sampler_ended:
-            return
-        self._num_workers = count + 1
-        hand = self._hire(count, Snapshot())
-        self._meter.workers = self._num_workers
-        log.info("DataLoader: %d workers now, because the consumer waited %.0f %% of its time", count + 1, 100 * waited)
-        for _ in range(self._prefetch + self._ahead_of_need):
-            self._next_hand = hand.worker_id
-            self._put_index()
+        for _ in range(growth.look(self._hands)):
+            if self._sampler_ended:
+                break
+            self._num_workers += 1
+            hand = self._hire(len(self._hands), Snapshot())
+            self._meter.workers = self._num_workers
+            for _ in range(self._prefetch + self._ahead_of_need):
+                self._next_hand = hand.worker_id
+                self._put_index()
+        if growth.has_ended:
+            self._growth = None
+            if self._can_draw_ahead:
+                self._ahead_of_need, self._bulk = _AHEAD, _AHEAD // 2
+                for _ in range(_AHEAD * len(self._hands)):
+                    self._put_index()
         self._flush()
 
     # State and end

@@ -46,6 +46,8 @@ class Meter:
         #: From where an iterator that is gone could have gone on.
         self.state: Any = None
         self.restarts = 0
+        #: At how many workers an automatic number was last said to stay.
+        self.stayed_at = 0
         #: Nanoseconds for which the consumer has waited.
         self.waited = 0
         self.handed_out = 0
