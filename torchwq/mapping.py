@@ -267,7 +267,9 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     Args:
         n: number of workers.
         f: the function. It travels as code; see ``upvalues``.
-        *args: its arguments; a :class:`WorkQueue` among them arrives as a worker's handle.
+        *args: its arguments; a :class:`WorkQueue` among them arrives as a worker's handle. Locks, queues and shared
+            values of ``multiprocessing`` may be among them, as they may be among those of a process that it starts with
+            ``spawn``.
         backend: ``"process"`` or ``"thread"``.
         upvalues: whether ``f`` may be a closure, and use global data of ``__main__``: these are then copied to the
             workers.

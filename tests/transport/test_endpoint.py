@@ -56,6 +56,11 @@ def test_a_message_that_cannot_be_sent_is_not_taken_for_a_peer_that_is_gone(ends
         a.try_send(b"x")
 
 
+def test_a_bag_that_cannot_be_packed_says_why() -> None:
+    with pytest.raises(NotSent, match="Bad file descriptor"):
+        bag.pack([-1])
+
+
 def test_an_error_of_a_signal_handler_comes_out_as_it_is(ends: tuple[Endpoint, Endpoint]) -> None:
     def raise_it(*_: object) -> None:
         raise OSError(errno.EBADF, "of the handler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -14,13 +15,48 @@ import torchwq
 from tests.conftest import wait_until
 from tests.workers import jobs
 from torchwq.transport import namespace
-from torchwq.workers import client
+from torchwq.workers import client, server
 
 
 def server_pid() -> int:
     process = client.connect().process
     assert process is not None
     return process.pid
+
+
+class _Failing:
+    """A socket whose ``send`` fails in one way, and then does not."""
+
+    def __init__(self, *errors: int) -> None:
+        self._errors = list(errors)
+        self.sent = b""
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        if self._errors:
+            raise OSError(self._errors.pop(), "failed")
+        self.sent += data
+        return len(data)
+
+
+def test_the_server_keeps_what_it_could_not_send_for_another_reason_than_that_its_client_is_gone() -> None:
+    connection = _Failing(errno.ENOBUFS)
+    served = server.Client(connection)  # type: ignore[arg-type]
+    served.send(b"X", 1, 2)
+    assert served.unsent == server.FRAME.pack(b"X", 1, 2)
+    served.flush()
+    assert connection.sent == server.FRAME.pack(b"X", 1, 2)
+    gone = server.Client(_Failing(errno.EPIPE))  # type: ignore[arg-type]
+    gone.send(b"X", 1, 2)
+    assert not gone.unsent
+
+
+def test_an_order_that_cannot_be_sent_is_no_sign_of_a_dead_server() -> None:
+    connection = client.connect()
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        connection.order(None, [-1])  # type: ignore[arg-type]
+    assert not isinstance(caught.value, BrokenPipeError)
+    assert torchwq.map(1, os.getpid).join(20)[0] > 0
+    assert client.connect() is connection
 
 
 def test_workers_of_workers_come_from_the_same_server() -> None:

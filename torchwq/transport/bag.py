@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..errors import ResourceError
 from . import descriptors
 from .endpoint import MAX_FDS
-from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, close_fds, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, close_fds, received_fds, rights, send_buffer
 
 _PER_MESSAGE = MAX_FDS - 3
 
@@ -24,6 +24,7 @@ def pack(fds: Sequence[int]) -> socket.socket:
                 inside.sendmsg([b"f"], rights(part), NO_WAIT)
             except OSError as error:
                 outside.close()
+                check_sendable(error, inside)
                 raise ResourceError(
                     error.errno or 0,
                     f"{len(fds)} shared tensors are too many for one message ({error.strerror}): write them in several",
