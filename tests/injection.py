@@ -1,7 +1,8 @@
 """Does something in the middle of something else, as a signal handler or a finalizer does: at every place, one by one.
 
-CPython runs signal handlers and finalizers where a function begins or has returned. ``sys.setprofile`` tells of each such
-place, so no luck is needed to meet one. (It also tells when a function of C is about to be called: there nothing comes.)
+CPython runs signal handlers and finalizers where a function begins or has returned. ``sys.setprofile`` tells of each
+such place, so no luck is needed to meet one. (It also tells when a function of C is about to be called: there nothing
+comes.)
 """
 
 from __future__ import annotations

@@ -63,32 +63,50 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> boo
     return True
 
 
-def receive_frame(sock: socket.socket) -> Received:
-    """Take one frame. Raises BlockingIOError if there is none, EOFError at the end."""
-    head = sock.recv(_LENGTH.size, NO_WAIT | socket.MSG_PEEK)
-    if not head:
-        raise EOFError
-    size = _LENGTH.size + _LENGTH.unpack(head)[0]
+def receive_frame(sock: socket.socket, locks: _Locks | None = None) -> Received:
+    """Take one frame. Raises BlockingIOError if there is none, EOFError at the end.
+
+    ``locks``: those held, if a finalizer or signal handler may take one from the same socket meanwhile.
+    """
+    while True:
+        taken = 0 if locks is None else locks.taken
+        head = sock.recv(_LENGTH.size, NO_WAIT | socket.MSG_PEEK)
+        if not head:
+            raise EOFError
+        size = _LENGTH.size + _LENGTH.unpack(head)[0]
+        if locks is None:
+            break
+        if taken == locks.taken:  # else the head was that of a frame which is gone
+            locks.taken += 1
+            break
     frame, ancillary, flags, _ = sock.recvmsg(size, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
     return frame[_LENGTH.size :], received_fds(ancillary, flags)
 
 
 class _Locks:
-    """Reader's and writer's lock among the threads of this process, for one lock file."""
+    """Reader's and writer's lock among the threads of this process, for one lock file.
+
+    They are reentrant: a finalizer or a signal handler may receive or send in the middle of either. The record lock is
+    the outermost call's.
+    """
 
     def __init__(self) -> None:
-        self.reading = threading.Lock()
-        self.writing = threading.Lock()
+        self.reading = threading.RLock()
+        self.writing = threading.RLock()
+        #: How often each byte's lock is held by the thread that holds it.
+        self.depths = [0, 0]
+        #: How many frames were taken.
+        self.taken = 0
 
 
 _locks: weakref.WeakValueDictionary[tuple[int, int], _Locks] = weakref.WeakValueDictionary()
-_locks_guard = threading.Lock()
+_locks_guard = threading.RLock()
 
 
 @reset_in_child
 def _forget_locks() -> None:
     global _locks, _locks_guard
-    _locks, _locks_guard = weakref.WeakValueDictionary(), threading.Lock()
+    _locks, _locks_guard = weakref.WeakValueDictionary(), threading.RLock()
 
 
 def _locks_of(fd: int) -> _Locks:
@@ -127,15 +145,19 @@ class StreamEndpoint:
         closed_in_child(self)
 
     @contextmanager
-    def _held(self, lock: threading.Lock, byte: int) -> Iterator[None]:
+    def _held(self, lock: threading.RLock, byte: int) -> Iterator[None]:
         with lock:
             if self._lock_fd < 0:
                 raise EOFError
-            _lock(self._lock_fd, byte)
+            depths = self._locks.depths
+            _lock(self._lock_fd, byte)  # again for a call further down the stack: it has no effect then
+            depths[byte] += 1
             try:
                 yield
             finally:
-                fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, byte)
+                depths[byte] -= 1
+                if not depths[byte] and self._lock_fd >= 0:
+                    fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, byte)
 
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         try:
@@ -154,7 +176,7 @@ class StreamEndpoint:
         while True:
             try:
                 with self._held(self._locks.reading, 1):
-                    received = receive_frame(self._socket)
+                    received = receive_frame(self._socket, self._locks)
                     self._received += _LENGTH.size + len(received[0])
                     return received
             except BlockingIOError:
