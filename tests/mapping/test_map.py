@@ -243,12 +243,15 @@ def test_a_chained_exception_shows_its_chain() -> None:
     assert "the reason" in str(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("kind", ["not rebuilt", "not pickled"])
-def test_an_exception_that_cannot_travel_arrives_as_its_text(kind: str) -> None:
-    with pytest.raises(torchwq.RemoteError, match="the original text") as caught:
+@pytest.mark.parametrize(("kind", "type_"), [("not rebuilt", jobs.NotRebuilt), ("not pickled", jobs.NotPickled)])
+def test_an_exception_that_cannot_travel_as_it_is_keeps_its_type_and_its_text(
+    kind: str, type_: type[Exception]
+) -> None:
+    with pytest.raises(type_, match="the original text") as caught:
         torchwq.map(1, jobs.fail_with, kind).join()
-    assert ("NotRebuilt" if kind == "not rebuilt" else "NotPickled") in str(caught.value)
     assert "fail_with" in str(caught.value.__cause__)
+    (note,) = caught.value.__notes__
+    assert ("made here without its __init__" if kind == "not rebuilt" else "cannot") in note
 
 
 def test_an_exception_whose_text_cannot_be_had_keeps_its_type() -> None:

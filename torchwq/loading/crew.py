@@ -228,7 +228,7 @@ class Hand:
         self._start = start
         self._part = part
         self._flow = flow
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._unsent: list[Any] = []
         self._generation = 0
         #: Indices that it has not answered, in order. What was sent before the last new epoch is only to be skipped.

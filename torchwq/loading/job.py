@@ -103,7 +103,7 @@ class Job:
         self._tasks: deque[Any] = deque()
         self._words = plan.counters.of(part.worker_id)
         self._flow = plan.flow.of(part.worker_id)
-        self._fence = threading.Lock()
+        self._fence = threading.RLock()
         self._here = False
         self._looks = _LOOKS
 

@@ -225,7 +225,7 @@ class Owner(SocketRole, worker.EndListener):
                         raise QueueClosed(self.closed)
                     if self.alarm.is_set():
                         self.raise_trouble()
-                    self.outbox.flush()  # this may be a finalizer's write in the reactor's thread, which flushes nothing now
+                    self.outbox.flush()  # the reactor cannot, if a finalizer that it runs is what waits here
                     self._taken.wait(_GLANCE)
             finally:
                 self._waiting_for_room -= 1

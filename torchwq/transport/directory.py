@@ -59,7 +59,7 @@ class Directory:
         self.space = space
         self.path = f"{space.path}/s-{os.getpid()}-{secrets.token_hex(4)}"
         #: Over names, tombstones and claims: a name may be given up and owned again by different threads.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._names: dict[str, Opener] = {}
         self._tombstones: dict[str, _Tombstone] = {}
         self._asking: set[Link] = set()
@@ -189,13 +189,13 @@ class Directory:
 
 
 _directory: Directory | None = None
-_guard = threading.Lock()
+_guard = threading.RLock()
 
 
 @reset_in_child
 def _forget() -> None:
     global _directory, _guard
-    _directory, _guard = None, threading.Lock()
+    _directory, _guard = None, threading.RLock()
 
 
 def here() -> Directory:

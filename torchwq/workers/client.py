@@ -77,7 +77,7 @@ class Connection:
         self.failure = ""
         self._answered = False
         self.warm = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._tokens = itertools.count(1)
         self._ordered: dict[int, Ordered] = {}
         self._running: dict[int, Ordered] = {}

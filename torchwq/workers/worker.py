@@ -57,7 +57,7 @@ class Worker(abc.ABC):
         self._on_message = on_message
         self._on_end = on_end
         self._after: list[Callable[[Worker], None]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def identity(self) -> object:
@@ -134,7 +134,7 @@ _by_pid: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary(
 #: Keeps workers that have ended findable for those who learn of it a moment later.
 _recent: deque[Worker] = deque(maxlen=1024)
 _listeners: weakref.WeakSet[EndListener] = weakref.WeakSet()
-_listeners_lock = threading.Lock()
+_listeners_lock = threading.RLock()
 
 
 @reset_in_child
@@ -142,7 +142,7 @@ def _forget() -> None:
     global _living, _by_pid, _listeners, _listeners_lock, owner_ends
     owner_ends = False
     _recent.clear()
-    _listeners_lock = threading.Lock()
+    _listeners_lock = threading.RLock()
     _living, _by_pid, _listeners = set(), weakref.WeakValueDictionary(), weakref.WeakSet()
 
 
