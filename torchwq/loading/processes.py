@@ -15,6 +15,8 @@ from ..workers import threads, worker
 
 #: How long, in seconds, whoever asks for a pid waits for the fork server, which may import torch meanwhile.
 _STARTED_WITHIN: Final = 60.0
+#: How long, in seconds, a thread that has ended may take until it is gone.
+_LAST_STEPS: Final = 1.0
 
 
 class Process(Protocol):
@@ -93,7 +95,12 @@ class Served:
     def wait(self, seconds: float | None) -> bool:
         if self._process is threads.current():
             return True  # the iterator was dropped in its own worker
-        return self._process.ended_event.wait(seconds)
+        if not self._process.ended_event.wait(seconds):
+            return False
+        if isinstance(self._process, threads.ThreadWorker):
+            # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
+            self._process.thread.join(_LAST_STEPS)
+        return True
 
     def join(self, timeout: float | None = None) -> None:
         self.wait(timeout)
