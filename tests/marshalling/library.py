@@ -237,3 +237,28 @@ class Carrier(Exception):
     def __init__(self, text: str, data: Any) -> None:
         super().__init__(text, data)
         self.data = data
+
+
+def with_settings(settings: Any) -> Any:
+    """A decorator that closes over settings, and says nothing of what it wraps."""
+
+    def decorate(function: Any) -> Any:
+        def wrapper(*args: Any) -> Any:
+            return function(*args) if settings else None
+
+        return wrapper
+
+    return decorate
+
+
+def with_method(data: Any) -> Any:
+    """A decorator of classes, which get a method that closes over data."""
+
+    def decorate(cls: Any) -> Any:
+        def closed_over(self: Any) -> Any:
+            return data
+
+        cls.closed_over = closed_over
+        return cls
+
+    return decorate

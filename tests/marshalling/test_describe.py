@@ -18,7 +18,7 @@ from torchwq.marshalling import codec
 from torchwq.marshalling.describe import describe
 
 from . import library
-from .support import marshal, received
+from .support import marshal, received, run_in_main
 
 
 def described(obj: Any) -> str:
@@ -120,3 +120,8 @@ def test_a_damaged_message_has_a_description_too(cut: int, place: int, byte: int
     damaged[place % len(damaged)] = byte
     for data in (whole[: cut % len(whole)], bytes(damaged)):
         assert len(describe(data + bytes(9))) <= 200
+
+
+def test_what_a_script_defines_is_named() -> None:
+    script = run_in_main("class Job:\n    def __init__(self, x): self.x = x\ndef work(x): return x")
+    assert described((script["work"], script["Job"](5), 7)) == "(<work>, <Job>, 7)"

@@ -34,7 +34,7 @@ from typing import Any, Final
 import torch.multiprocessing
 
 from ..errors import ResourceError, WorkerDied
-from ..marshalling import codec, exceptions, functions, reducers
+from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
@@ -101,6 +101,7 @@ def starter(context: Any, plan: Plan, backend: str) -> Start:
 
 
 def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
+    definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
     ticket: list[int] = []
     try:
         for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
@@ -123,10 +124,9 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
 
 def _forked_main(plan: Plan, part: Part, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
-    functions.main_is_shared = True
     with contextlib.closing(endpoint.adopt(ticket)) as end:
         _end_with_owner(end, owner)
-        Job(plan, part).run(end)
+        Job(plan, part).run(end, has_main=True)
 
 
 def _end_with_owner(end: Endpoint, owner: int) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ..marshalling import codec, exceptions
+from ..marshalling import codec, exceptions, importable
 from ..marshalling.letter import Letter
 from ..memory import recycling
 from ..memory.parcel import TRAILER, Parcel
@@ -105,10 +105,16 @@ class Job:
         self._flow = plan.flow.of(part.worker_id)
         self._fence = threading.RLock()
         self._here = False
+        self._has_main = False
         self._looks = _LOOKS
 
-    def run(self, end: Endpoint) -> None:
-        """Answer until the loader closes the connection. In a process of its own."""
+    def run(self, end: Endpoint, *, has_main: bool = False) -> None:
+        """Answer until the loader closes the connection. In a process of its own.
+
+        Args:
+            has_main: whether the loader's process has the same ``__main__``: it has forked this one.
+        """
+        self._has_main = has_main
         self._limit = end.max_message - TRAILER
         outbox = Outbox(end)
         outbox.reader = recycling.reader_at(self._plan.reader)
@@ -330,15 +336,23 @@ class Job:
             return Letter(None, [answer])
         if self._here:  # what the dataset itself may have, and use again
             return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), here=True)
-        payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+        importable.reader.has_main = self._has_main
+        try:
+            payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+        finally:
+            importable.reader.has_main = False
         return payload
 
     def _fail(self, error: Exception, index: Any) -> Any:
         after = self._notes.take(self._batches) if self._notes.watches else None
         if self._here:
             return Letter(None, [Failure(error, _place(error, index), after, self._beginning())])
-        failure = Failure(exceptions.pack(error), _place(error, index), after, self._beginning())
-        return codec.encode(failure, self._limit, upvalues=True)
+        importable.reader.has_main = self._has_main
+        try:
+            failure = Failure(exceptions.pack(error), _place(error, index), after, self._beginning())
+            return codec.encode(failure, self._limit, upvalues=True)
+        finally:
+            importable.reader.has_main = False
 
 
 def _size(payload: bytes | Letter) -> int:

@@ -17,6 +17,7 @@ import contextlib
 import pickle
 import types
 from collections.abc import Callable, Container, Sequence
+from multiprocessing.reduction import ForkingPickler
 from pickle import dumps
 from typing import Any, Final, Literal, TypeAlias, overload
 
@@ -30,7 +31,7 @@ from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
 from ..transport import bag
 from ..transport.endpoint import NO_FDS
 from ..transport.sockets import close_fds
-from . import functions, inheritance, locate, plain, reducers
+from . import classes, definitions, functions, inheritance, locate, named, namespaces, plain, reducers
 from .letter import ENCLOSED, Letter
 from .payload import HEAD, Attachments, arrivals_of, listed
 
@@ -87,38 +88,69 @@ class _FastEncoder(pickle.Pickler):
         reducer = reducers.lookup(cls)
         if reducer is not None:
             return reducer(self.out, obj)
-        by_name = obj in reducers.rebuilders if cls is types.FunctionType else not isinstance(obj, type)
-        if not by_name and not functions.goes_by_name(obj):
+        if cls is types.FunctionType:
+            if obj in reducers.rebuilders:
+                return NotImplemented
+        elif not isinstance(obj, type):
+            return NotImplemented if cls in named.ordinary else named.reduce_instance(obj, cls)
+        if functions.goes_by_name(obj):
+            return NotImplemented
+        sealed = None if self.out.here or self.out.in_full else definitions.reduce_sealed(obj)
+        if sealed is None:
             raise _NeedsCloud
-        return NotImplemented
+        return sealed
 
 
 class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, with the closure rule in front of it."""
+    """cloudpickle, with the closure rule in front of it.
 
-    def __init__(self, upvalues: bool) -> None:
+    Args:
+        upvalues: what functions drag along travels, too.
+        in_full: what this process has received travels as it is now; else as it was sealed.
+        sealing: what is encoded is a definition that was received. What its functions drag along stays here.
+    """
+
+    def __init__(self, upvalues: bool, in_full: bool = False, sealing: bool = False) -> None:
         self.out = out = Attachments()
-        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
+        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=None if sealing else out.take_buffer)
         self._upvalues = upvalues
+        self._in_full = in_full or sealing
+        self._sealing = sealing
         #: Classes that stay here, of which it is looked at only what they drag along.
         self._looked_at: set[type] = set()
+        #: Functions that a library has written for a class: what they close over is the library's.
+        self._of_library: set[types.FunctionType] = set()
 
     def reducer_override(self, obj: Any) -> Any:
-        reducer = reducers.lookup(type(obj))
+        cls = type(obj)
+        reducer = reducers.lookup(cls)
         if reducer is not None:
             return reducer(self.out, obj)
-        if type(obj) is types.FunctionType:
+        if cls is types.FunctionType:
             return (
                 NotImplemented
                 if obj in reducers.rebuilders or functions.goes_by_name(obj)
                 else self._reduce_function(obj)
             )
-        if self.out.here and isinstance(obj, type) and not functions.goes_by_name(obj):
-            return self._reduce_class_here(obj)
-        if type(obj) is types.CodeType:
+        if isinstance(obj, type):
+            if functions.goes_by_name(obj) or not classes.is_by_value(obj):
+                return super().reducer_override(obj)
+            return self._reduce_class(obj)
+        if cls is types.CodeType:
             _, args = self.dispatch_table[types.CodeType](obj)
             return functions.code_of_file, (obj.co_filename, args)
-        return super().reducer_override(obj)
+        if cls is types.ModuleType and not self.out.here and not functions.is_importable(obj):
+            return namespaces.reduce_module(obj)
+        return named.reduce_instance(obj, cls) if cls not in self.dispatch_table else super().reducer_override(obj)
+
+    def _reduce_class(self, cls: type) -> Any:
+        if self.out.here:
+            return self._reduce_class_here(cls)
+        found = None if self._in_full else definitions.reduce_received(cls, _seal)
+        if found is not None:
+            return found
+        self._of_library.update(functions.written_by_library(cls))
+        return classes.reduce(cls)
 
     def _reduce_class_here(self, cls: type) -> Any:
         """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
@@ -130,17 +162,56 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         return reducers.enclosed, (self.out.enclose(cls),)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
-        if not self._upvalues:
-            functions.check(function)
-        make, args, state, *rest = self._dynamic_function_reduce(function)
+        if named.is_dispatcher(function):
+            return named.reduce_dispatcher(function)
+        found = None if self._in_full or self.out.here else definitions.reduce_received(function, _seal)
+        if found is not None:
+            return found
+        if not self._upvalues and not self._sealing:
+            of_library = function in self._of_library or functions.is_wrapper(function)
+            functions.check(function, of_library=of_library)
+            if of_library:
+                self._of_library.update(functions.parts_of_library(function))
+        (code, _, _, _, cells), state = self._dynamic_function_reduce(function)[1:3]
         slots = state[1]
-        module = functions.own_module(function)
-        if module is not None:
-            args = (args[0], _ModuleGlobals(module), *args[2:])
-            slots["__globals__"] = {}
+        globals_ = function.__globals__
+        space: Any
+        if (module := functions.own_module(function)) is not None:
+            space = _ModuleGlobals(module)
+            slots["__globals__"] = functions.added_globals(function)
         else:
-            slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues)
-        return make, args, state, *rest
+            space = namespaces.of(globals_)
+            slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues, data=not self._sealing)
+        is_home_name = module is None and namespaces.look_up(globals_, function.__qualname__) is function
+        token = definitions.token_of(function) if is_home_name else None
+        return functions.make, (token, code, space, function.__name__, cells), state, None, None, functions.finish
+
+
+def _seal(obj: Any) -> bytes:
+    encoder = _CloudEncoder(True, sealing=True)
+    encoder.dump(obj)
+    return b"" if encoder.out.more else b"".join(encoder.out.chunks)
+
+
+def _bring_to_processes_of_multiprocessing() -> None:
+    """Let what multiprocessing sends from here bring the definitions that have come here.
+
+    Processes that it forks from a worker have them. But those that it spawns look for the script of ``__main__``, and
+    a worker's ``__main__`` has none.
+    """
+    pickler: Any = ForkingPickler
+    if not hasattr(pickler, "reducer_override"):
+        pickler.reducer_override = _reduce_for_multiprocessing
+
+
+def _reduce_for_multiprocessing(pickler: Any, obj: Any) -> Any:
+    if not isinstance(obj, (type, types.FunctionType)):
+        return NotImplemented
+    found = definitions.reduce_received(obj, _seal)
+    return NotImplemented if found is None else found
+
+
+definitions.on_first.append(_bring_to_processes_of_multiprocessing)
 
 
 class _ModuleGlobals:
@@ -175,6 +246,7 @@ def encode(
     fresh: Container[Block] | None = None,
     here: Literal[False] = False,
     starting: list[Any] | None = None,
+    in_full: bool = False,
 ) -> bytes | Parcel: ...
 @overload
 def encode(
@@ -185,6 +257,7 @@ def encode(
     fresh: Container[Block] | None = None,
     here: bool,
     starting: list[Any] | None = None,
+    in_full: bool = False,
 ) -> Payload: ...
 def encode(
     obj: Any,
@@ -194,10 +267,14 @@ def encode(
     fresh: Container[Block] | None = None,
     here: bool = False,
     starting: list[Any] | None = None,
+    in_full: bool = False,
 ) -> Payload:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
     If the message stays ``here``, in this process, it may be of any size, and its tensors stay where they are.
+
+    Functions and classes that came from another process and go by value travel as they came, at little cost; or, with
+    ``in_full``, as they are now, and under the closure rule.
 
     A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
     reference, and copies of all others, which stay as they are. If a worker is to begin with the message, ``starting``
@@ -222,8 +299,8 @@ def encode(
     out: Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
-        if here or fresh is not None:
-            out.here, out.fresh = here, fresh
+        if here or in_full or fresh is not None:
+            out.here, out.fresh, out.in_full = here, fresh, in_full
         if starting is None:
             dump(obj)
         else:
@@ -235,7 +312,7 @@ def encode(
     except Exception:  # cloudpickle may know how, and raises the same again if not
         out = None
     if out is None:
-        cloud = _CloudEncoder(upvalues)
+        cloud = _CloudEncoder(upvalues, in_full)
         cloud.out.fresh = fresh
         cloud.out.here = here
         cloud.out.starting = starting
@@ -247,8 +324,8 @@ def encode(
         out.clear()
     else:
         payload = chunks.pop()
-        if here or fresh is not None:
-            out.here, out.fresh = False, None
+        if here or in_full or fresh is not None:
+            out.here, out.fresh, out.in_full = False, None, False
         out.starting = None
     clear_memo()
     _idle.append(tools)
@@ -278,7 +355,7 @@ def encode_all(
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(encode(obj, limit, upvalues=upvalues, here=here, starting=starting))
+            payloads.append(encode(obj, limit, upvalues=upvalues, here=here, starting=starting, in_full=upvalues))
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
@@ -335,7 +412,9 @@ def encode_call(
     Raises MarshalError, which names the place (``args[0]['model'].hook``), or ResourceError.
     """
     try:
-        return encode((function, tuple(args), extra), limit, upvalues=upvalues, here=here, starting=starting)
+        return encode(
+            (function, tuple(args), extra), limit, upvalues=upvalues, here=here, starting=starting, in_full=True
+        )
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
@@ -343,7 +422,7 @@ def encode_call(
         what = f"function {name}" if callable(function) else f"the {name}"
         for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(part, limit, upvalues=upvalues, here=here, starting=starting)
+                encode(part, limit, upvalues=upvalues, here=here, starting=starting, in_full=True)
             except Exception as found:
                 raise _located(found, part, place, limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
         raise _located(error, extra, "the call", limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
@@ -354,7 +433,7 @@ def _located(
 ) -> MarshalError:
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(candidate, limit, upvalues=upvalues, here=here, starting=starting)
+            encode(candidate, limit, upvalues=upvalues, here=here, starting=starting, in_full=True)
         except Exception as raised:
             return raised
         return None

@@ -51,10 +51,27 @@ class _Placeholder(metaclass=_Named):
         return f"<{self._name}>"
 
 
+#: Functions that rebuild what a script defines, and which of their arguments is its name.
+_DEFINING: Final = {
+    ("torchwq.marshalling.functions", "make"): 3,
+    ("torchwq.marshalling.classes", "_make_class"): 2,
+    ("torchwq.marshalling.classes", "_make_enum"): 2,
+    ("torchwq.marshalling.named", "make"): 2,
+    ("torchwq.marshalling.definitions", "unsealed"): 1,
+}
+
+
+def _named(shown: str) -> Any:
+    # Its own name is always the same: reprlib goes by that, and would take one called "array" for an array.
+    return _Named("placeholder", (_Placeholder,), {"_name": shown})
+
+
 class _Describer(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        shown = _SHOWN.get(name, name)
-        return _Named(name.rpartition(".")[2] or "object", (_Placeholder,), {"_name": shown})
+        place = _DEFINING.get((module, name))
+        if place is not None:
+            return lambda *args: _named(str(args[place]))
+        return _named(_SHOWN.get(name, name))
 
     def persistent_load(self, pid: Any) -> Any:
         return _Placeholder()

@@ -1,17 +1,23 @@
 """Functions travel as code, not as data: what goes by name, what by value, and what is refused.
 
-A function or class that its module gives under its name goes by that name. Any other (of ``__main__``, of a
-notebook, made inside a function) goes by value, with cloudpickle. Such a function may use modules, and functions and
+A function or class that its importable module gives under its name goes by that name. Any other (of ``__main__``, of a
+notebook, of a plugin, made inside a function) goes by value. Such a function may use modules, and functions and
 classes that go by name, and others that go by value, which are looked at in turn when the encoder meets them.
-Anything else in its closure cells, or among the globals of ``__main__`` that it uses, is data the caller may not
-know it sends: refused, unless upvalues were asked for.
+Anything else in its closure cells, or among the globals of ``__main__`` and its like that it uses, is data the caller
+may not know it sends: refused, unless upvalues were asked for.
 
 A nested function or lambda of an importable module gets that module's globals on the other side, so they are no data.
+Nor is what a library's decorator closes over beside the function that it decorates, and what a library's methods of a
+class do: those belong to the library.
+
+What its home has under a function's name is defined once in each process (``definitions``), and is the same there, with
+its attributes, from message to message. A nested function or lambda is made anew for each.
 """
 
 from __future__ import annotations
 
 import collections
+import copyreg
 import dataclasses
 import dis
 import enum
@@ -20,14 +26,16 @@ import importlib
 import reprlib
 import sys
 import types
+import typing
 from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 import torch
+from cloudpickle import cloudpickle
 
 from ..errors import ClosureError
-from . import reducers
+from . import definitions, importable, namespaces, reducers
 
 #: Attributes that every module has; a function that uses them does not capture data.
 _MODULE_ATTRIBUTES: Final = frozenset(
@@ -42,6 +50,14 @@ _MODULE_ATTRIBUTES: Final = frozenset(
         "__annotations__",
     }
 )
+#: What is said of types, and has no data.
+_ABOUT_TYPES: Final[tuple[type, ...]] = (
+    *(getattr(typing, name) for name in ("NewType", "TypeVar", "ParamSpec", "TypeVarTuple") if hasattr(typing, name)),
+    types.GenericAlias,
+    types.UnionType,
+    type(typing.Union[int, str]),  # noqa: UP007 - another class than that of int | str
+    *type(typing.ClassVar[int]).__mro__[:-1],
+)
 _BOUND: Final = (types.BuiltinFunctionType, types.MethodType)
 _LruCache: Final = type(functools.lru_cache(len))
 #: Modules of the standard library whose functions write methods of classes: what those close over belongs to the class.
@@ -52,19 +68,41 @@ _WRITERS: Final = frozenset(
 _DATACLASS_CELLS: Final = ("__dataclass_", "_type_", "_dflt_", "_HAS_DEFAULT_FACTORY", "MISSING")
 
 
-#: Whether whoever reads what this process writes has the same ``__main__``: it was forked from it.
-main_is_shared = False
+def module_of(obj: Any) -> Any:
+    """The module that an object says it is of; None if there is none."""
+    name = getattr(obj, "__module__", None)
+    return sys.modules.get(name) if isinstance(name, str) else None
+
+
+def is_importable(module: types.ModuleType) -> bool:
+    """Whether another process can import the module under the name that it says it has."""
+    found = sys.modules.get(module.__name__)
+    return found is not None and importable.is_importable(module.__name__, found)
+
+
+def name_of(obj: Any) -> str | None:
+    """The name that an object says it has in its module; None if it says none."""
+    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    return name if isinstance(name, str) else None
 
 
 def goes_by_name(obj: Any) -> bool:
     """Whether ``obj`` is what its importable module has under its name."""
-    module = sys.modules.get(getattr(obj, "__module__", None) or "")
-    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    if module is None or not isinstance(name, str):
+    module, name = module_of(obj), name_of(obj)
+    if module is None or name is None or not importable.is_importable(obj.__module__, module):
         return False
-    if module is sys.modules.get("__main__") and not main_is_shared:
-        return False
-    return _find(module, name) is obj
+    return namespaces.look_up(vars(module), name) is obj
+
+
+def unwrapped(value: Any) -> types.FunctionType | None:
+    """The function that a class has under some name, without what makes a method of it; None if it is none."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (functools.cached_property, functools.partialmethod)):
+        value = value.func
+    return value if isinstance(value, types.FunctionType) else None
 
 
 def home(obj: Any) -> tuple[str, str] | None:
@@ -77,34 +115,27 @@ def home(obj: Any) -> tuple[str, str] | None:
     own = getattr(obj, "__module__", None)
     for module_name in [own] if own in sys.modules else list(sys.modules):
         module = sys.modules.get(module_name)
-        if isinstance(module, types.ModuleType) and module_name != "__main__":
+        if isinstance(module, types.ModuleType):
             for name in names:
-                if _find(module, name) is obj:
+                if namespaces.look_up(vars(module), name) is obj and importable.is_importable(module_name, module):
                     return module_name, name
     return None
 
 
-def _find(module: types.ModuleType, name: str) -> Any:
-    """What a module has under a dotted name; None if nothing. Runs no ``__getattr__`` of a module."""
-    first, *rest = name.split(".")
-    found = vars(module).get(first)
-    for part in rest:
-        found = getattr(found, part, None)
-    return found
-
-
 def imported(module_name: str, name: str) -> Any:
     """What ``home`` has found, on the other side."""
-    return _find(importlib.import_module(module_name), name)
+    return namespaces.look_up(vars(importlib.import_module(module_name)), name)
 
 
 def own_module(function: types.FunctionType) -> str | None:
     """Name of the importable module whose globals the function uses; None for ``__main__`` and its like."""
     name = function.__globals__.get("__name__")
-    if not isinstance(name, str) or name == "__main__":
+    if not isinstance(name, str):
         return None
     module = sys.modules.get(name)
-    return name if module is not None and module.__dict__ is function.__globals__ else None
+    if getattr(module, "__dict__", None) is not function.__globals__ or importable.is_main(name, module):
+        return None
+    return name if importable.is_importable(name, module) else None
 
 
 def code_of_file(filename: str, args: tuple[Any, ...]) -> types.CodeType:
@@ -116,6 +147,26 @@ def module_globals(name: str) -> dict[str, Any]:
     """The globals of an importable module, imported if need be."""
     __import__(name)
     return sys.modules[name].__dict__
+
+
+def make(token: str | None, code: types.CodeType, globals_: dict[str, Any], name: str, cells: Any) -> Any:
+    """The function with this token. If there is none, or no token, a new one without a state."""
+    known = None if token is None else definitions.with_token(token)
+    if known is not None:
+        return known
+    function = types.FunctionType(code, globals_, name, None, cells)
+    return function if token is None else definitions.received(token, function)
+
+
+def finish(function: types.FunctionType, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Set the state of a function, unless it was there before. Its globals get what it refers to, in any case."""
+    _, slots = state
+    namespaces.install(function.__globals__, slots["__globals__"].items())
+    slots["__globals__"] = {}
+    if not definitions.is_complete(function):
+        cloudpickle._function_setstate(function, state)
+        if definitions.of(function) is not None:
+            definitions.complete(function, function.__globals__, function.__qualname__)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,16 +191,35 @@ def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]
     return frozenset(read), frozenset(set_)
 
 
-def used_globals(function: types.FunctionType, *, upvalues: bool) -> dict[str, Any]:
-    """The globals that travel with a function of ``__main__``: without upvalues, none that it sets itself."""
+def used_globals(function: types.FunctionType, *, upvalues: bool, data: bool = True) -> dict[str, Any]:
+    """The globals that travel with a function of ``__main__``: without upvalues, none that it sets itself.
+
+    Args:
+        data: False leaves out what is data, too.
+    """
     read, set_ = _global_names(function.__code__)
-    names = read | set_ if upvalues else read - set_
+    names = (read | set_ if upvalues else read - set_) - {"__builtins__"}
+    globals_ = function.__globals__
+    return {name: globals_[name] for name in names if name in globals_ and (data or not _is_data(globals_[name]))}
+
+
+def added_globals(function: types.FunctionType) -> dict[str, Any]:
+    """What a function of an importable module finds in its globals although the module does not set it.
+
+    pytest gives those to a module whose assertions it has rewritten, under names that no program can have.
+    """
+    names = [name for name in _global_names(function.__code__)[0] if not name.isidentifier()]
     return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
 
-def check(function: types.FunctionType) -> None:
-    """Raise ClosureError if the function, which is about to travel by value, drags data along."""
-    captured = [*_captured_cells(function), *_captured_globals(function)]
+def check(function: types.FunctionType, *, of_library: bool = False) -> None:
+    """Raise ClosureError if the function, which is about to travel by value, drags data along.
+
+    Args:
+        of_library: whether what it closes over is a library's, in any case.
+    """
+    cells = () if of_library else _captured_cells(function)
+    captured = [*cells, *_captured_globals(function)]
     if not captured:
         return
     listing = "\n".join(f"  {kind} {name}: {_describe(value)}" for kind, name, value in captured)
@@ -162,27 +232,55 @@ def check(function: types.FunctionType) -> None:
 def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
     if function.__code__.co_filename in _WRITERS:
         return
-    library = own_module(function) is not None
     written_by_dataclasses = function.__code__.co_filename == "<string>"
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name == "__class__" or (written_by_dataclasses and name.startswith(_DATACLASS_CELLS)):
-            continue
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            continue
-        if _is_data(value) and not (library and _is_method_of_library(value)):
+    for name, value in _cells(function):
+        of_class = name == "__class__" or (written_by_dataclasses and name.startswith(_DATACLASS_CELLS))
+        if not of_class and _is_data(value):
             yield "closure variable", name, value
 
 
-def _is_method_of_library(value: Any) -> bool:
-    """What a library's decorator closes over beside the function, as that of ``torch.no_grad()`` does: no user's
-    data."""
-    return isinstance(value, types.MethodType) and goes_by_name(type(value.__self__))
+def is_wrapper(function: types.FunctionType) -> bool:
+    """Whether a library's decorator has made the function."""
+    if own_module(function) is None:
+        return False
+    return "__wrapped__" in vars(function) or any(
+        isinstance(value, (types.FunctionType, type)) and not goes_by_name(value) for _, value in _cells(function)
+    )
+
+
+def written_by_library(cls: type) -> Iterator[types.FunctionType]:
+    """The functions that a library has written into a class that is not the library's."""
+    for value in vars(cls).values():
+        parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (unwrapped(value),)
+        for function in parts:
+            if isinstance(function, types.FunctionType) and own_module(function) is not None:
+                yield function
+
+
+def parts_of_library(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """The nested functions of libraries that such a function closes over."""
+    for _, value in _cells(function):
+        if isinstance(value, types.FunctionType) and own_module(value) is not None:
+            yield value
+
+
+def _cells(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The closure cells of a function that have something in them, with their names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:
+            continue
+
+
+def _is_generated(function: types.FunctionType) -> bool:
+    """Whether a library has written the function's code and given it globals of its own, as attrs does."""
+    filename = function.__code__.co_filename
+    return filename.startswith("<") and "generated" in filename
 
 
 def _captured_globals(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
-    if own_module(function) is not None:
+    if own_module(function) is not None or _is_generated(function):
         return
     read, set_ = _global_names(function.__code__)
     for name in sorted(read - set_ - _MODULE_ATTRIBUTES):
@@ -192,12 +290,28 @@ def _captured_globals(function: types.FunctionType) -> Iterator[tuple[str, str, 
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
-        return value.__name__ not in sys.modules
+        return not is_importable(value)
     if isinstance(value, (types.FunctionType, type, _LruCache)):
         return False  # by name, or by value and then looked at when the encoder meets it
+    if type(value) is tuple and value:
+        return any(map(_is_data, value))
+    if isinstance(value, _ABOUT_TYPES) or type(value) is object or isinstance(own_reduction(value), str):
+        return False
     if isinstance(getattr(value, "__self__", None), (type, types.ModuleType)) and isinstance(value, _BOUND):
         return False
     return not (callable(value) and (goes_by_name(value) or home(value) is not None))
+
+
+def own_reduction(obj: Any) -> Any:
+    """What ``__reduce__`` of the object returns if its class has written one in Python; else NotImplemented.
+
+    A string means that pickle sends the name that the object has in its module: whatever that holds, it is no data.
+    """
+    cls: Any = type(obj)
+    reduce = cls.__reduce__ if cls.__reduce_ex__ is object.__reduce_ex__ else cls.__reduce_ex__
+    if not isinstance(reduce, types.FunctionType) or cls in copyreg.dispatch_table:
+        return NotImplemented
+    return obj.__reduce_ex__(5)
 
 
 def _describe(value: Any) -> str:
@@ -209,6 +323,8 @@ def _describe(value: Any) -> str:
 
 
 def _describe_as(kind: str, value: Any) -> str:
+    if isinstance(value, types.ModuleType):
+        return f"module {value.__name__!r}, which no other process can import"
     if isinstance(value, torch.Tensor):
         return f"{kind} of shape {tuple(value.shape)}, {_size(value.numel() * value.element_size())}"
     if isinstance(value, np.ndarray):
@@ -225,21 +341,6 @@ def _size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError
-
-
-def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
-    return functools.lru_cache(maxsize, typed)(function)
-
-
-def _reduce_lru_cache(encoder: reducers.Encoder, cached: Any) -> Any:
-    """A cached function travels as its function, with an empty cache; pickle would only send its name."""
-    if goes_by_name(cached):
-        return NotImplemented
-    parameters = cached.cache_parameters()
-    return _rebuild_lru_cache, (cached.__wrapped__, parameters["maxsize"], parameters["typed"])
-
-
-reducers.register(_LruCache, _reduce_lru_cache)
 
 
 def _reduce_bound(encoder: reducers.Encoder, function: Any) -> Any:

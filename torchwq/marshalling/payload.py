@@ -47,6 +47,8 @@ class Attachments:
         self.fresh: Container[Block] | None = None
         self.here = False
         self.starting: list[Any] | None = None
+        #: Whether definitions that came from elsewhere travel as they are now: see ``definitions``.
+        self.in_full = False
         self.enclosed: list[Any] = []
         self._copies: list[bytearray] = []
 
@@ -56,7 +58,7 @@ class Attachments:
         self.fds, self.keep, self.blocks = [], [], {}
         self.more = False
         self.fresh = None
-        self.here = False
+        self.here = self.in_full = False
         self.starting = None
         self.enclosed, self._copies = [], []
 

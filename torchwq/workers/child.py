@@ -87,7 +87,9 @@ class Context:
 def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     """Run one worker; returns its exit status."""
     _die_with_the_server()
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    # Empty: what comes along of the owner's is found in there by ``marshalling.namespaces``.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main = types.ModuleType("__main__")
+    vars(main)["__torchwq_worker__"] = True
     _standard_streams(stdout, stderr)
     set_signal_handlers()
     gc.enable()

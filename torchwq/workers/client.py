@@ -306,7 +306,8 @@ def _launch(folder: str) -> Connection:
 
 def _start(folder: str) -> Connection:
     program = executable.find()
-    settings = {"path": [os.path.abspath(path) for path in sys.path], "namespace": folder}
+    path, directory = _where_to_begin()
+    settings = {"path": path, "namespace": folder}
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     stands = standing.standing()
     try:
@@ -323,6 +324,7 @@ def _start(folder: str) -> Connection:
                 stdout=subprocess.DEVNULL,
                 stderr=None if streams.is_stream("stderr", 2) else subprocess.DEVNULL,
                 start_new_session=True,
+                cwd=directory,
             )
         except OSError as error:
             ours.close()
@@ -332,6 +334,18 @@ def _start(folder: str) -> Connection:
                 f"the fork server cannot be started: {program}: {error.strerror}, to user {os.geteuid()}"
             ) from error
     return Connection(ours, process, folder, stands)
+
+
+def _where_to_begin() -> tuple[list[str], str | None]:
+    """``sys.path`` without what depends on the working directory, and the directory to begin in; None: this one.
+
+    If this one was removed, nothing is found in it any more, and libraries that want to know where they are fail.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        return [path for path in sys.path if os.path.isabs(path)], "/"
+    return [os.path.join(here, path) for path in sys.path], None
 
 
 def _guard_folder(path: str) -> None:

@@ -70,6 +70,8 @@ class ThreadWorker(Worker):
         self.thread = threading.Thread(
             target=self._run, args=(entry,), name=f"torchwq-worker-{info.mapid}", daemon=True
         )
+        #: The functions that have come along with messages, and their globals: see ``marshalling.namespaces``.
+        self.thread.torchwq_definitions = {}  # type: ignore[attr-defined]
         note_ordered(self)
         try:
             self.thread.start()

@@ -1,0 +1,172 @@
+"""Classes that travel by value, as they are at home: private slots, metaclass, ``__init_subclass__`` and all.
+
+cloudpickle says what a class consists of. It is put together here, because cloudpickle does that by running the
+metaclass and ``__init_subclass__`` on a class that has nothing in it yet. Those of the script have run at home, and
+what they have done to the class comes along; so they are not run again. Those of libraries are, since they may keep
+what pickle cannot see, as ``abc`` does.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from typing import Any
+
+from cloudpickle import cloudpickle
+
+from . import definitions, functions, namespaces, structs
+
+
+class _Quiet:
+    """Where a class's bases would be told of it, keeps them from that."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: object) -> None: ...
+
+
+def is_by_value(cls: type) -> bool:
+    """Whether a class that does not go by name has a definition: those that C code keeps for itself have none."""
+    if cls in _BY_OTHER_NAMES or cls in cloudpickle._BUILTIN_TYPE_NAMES:
+        return False
+    return bool(cls.__flags__ & _HEAP_TYPE)
+
+
+_HEAP_TYPE = 1 << 9
+_BY_OTHER_NAMES = frozenset({type(None), type(Ellipsis), type(NotImplemented)})
+
+
+def reduce(cls: type) -> Any:
+    """The definition of a class, as ``reducer_override`` returns it."""
+    _, args, (attributes, _), *_ = cloudpickle._dynamic_class_reduce(cls)
+    slots = _own_slots(cls)
+    for name in [name for name, value in attributes.items() if isinstance(value, _DESCRIPTORS)]:
+        if attributes[name].__objclass__ is cls:
+            del attributes[name]
+    globals_ = globals_of(cls)
+    space = None if globals_ is None else namespaces.of(globals_)
+    token = definitions.token_of(cls)
+    made: tuple[Any, ...]
+    extra: Any = None
+    if structs.is_struct(cls):
+        made = structs.reduce(cls, token, attributes)
+    elif issubclass(cls, enum.Enum):
+        members = dict(cls.__members__)
+        for name in members:
+            attributes.pop(name, None)
+        made = (
+            _make_enum,
+            (token, args[0], args[1], args[2], {n: m.value for n, m in members.items()}, args[4]),
+        )
+        extra = {name: dict(vars(member)) for name, member in members.items()}
+        for each in extra.values():
+            each.pop("__objclass__", None)
+    else:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        if slots is not None:
+            names["__slots__"] = slots  # type: ignore[assignment]
+        if isinstance(vars(cls).get("__dict__"), property):
+            names["__dict__"] = vars(cls)["__dict__"]
+        made = _make_class, (token, type(cls), cls.__name__, args[2], cls.__bases__, names)
+    return *made, (attributes, extra, space, cls.__qualname__), None, None, _finish
+
+
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+def _own_slots(cls: type) -> tuple[str, ...] | None:
+    """The slots that the class adds, under the names that they have; None if it does not say that it has slots."""
+    names = vars(cls)
+    if "__slots__" not in names:
+        return None
+    found = [n for n, v in names.items() if isinstance(v, types.MemberDescriptorType) and v.__objclass__ is cls]
+    return (*found, *(name for name in ("__dict__", "__weakref__") if name in names))
+
+
+def globals_of(cls: type) -> dict[str, Any] | None:
+    """The globals, not of an importable module, that have the class under its name; None if none have."""
+    definition = definitions.of(cls)
+    if definition is not None and definition.globals is not None:
+        return definition.globals
+    candidates: list[dict[str, Any] | None] = [getattr(functions.module_of(cls), "__dict__", None)]
+    for value in vars(cls).values():
+        function = functions.unwrapped(value)
+        if function is not None and functions.own_module(function) is None:
+            candidates.append(function.__globals__)
+    for globals_ in candidates:
+        if globals_ is not None and namespaces.look_up(globals_, cls.__qualname__) is cls:
+            return globals_
+    return None
+
+
+def _make_class(
+    token: str, meta: type, name: str, bases: tuple[Any, ...], resolved: tuple[type, ...], names: dict[str, Any]
+) -> Any:
+    known = definitions.with_token(token)
+    if known is not None:
+        return known
+    if bases != resolved:
+        names["__orig_bases__"] = bases
+    cls = None
+    if functions.goes_by_name(meta) and not _tells_script(resolved):
+        try:
+            cls = types.new_class(name, resolved, {"metaclass": meta}, lambda namespace: namespace.update(names))
+        except Exception:  # it wants something of the class that is not there yet
+            pass
+    if cls is None:
+        cls = _make_quietly(meta, name, resolved, names)
+    return definitions.received(token, cloudpickle._lookup_class_or_track(token, cls))
+
+
+def _tells_script(bases: tuple[type, ...]) -> bool:
+    """Whether one of the bases wants to be told of its subclasses, and does not come from a module."""
+    tellers = [functions.unwrapped(getattr(base.__init_subclass__, "__func__", None)) for base in bases]
+    return any(teller is not None and functions.own_module(teller) is None for teller in tellers)
+
+
+def _make_quietly(meta: type, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
+    """Make a class of which nobody is told, but a metaclass of some library."""
+
+    def mro(cls: Any) -> list[type]:
+        found: list[type] = of_meta.mro(cls)
+        return [found[0], _Quiet, *found[1:]]
+
+    of_meta: Any = meta
+    of_library: Any = next(each for each in meta.__mro__ if functions.goes_by_name(each))
+    if all(isinstance(base.__init_subclass__, types.BuiltinMethodType) for base in bases):
+        return of_library.__new__(meta, name, bases, names)  # type: ignore[no-any-return]
+    cls: Any = of_library.__new__(type(meta)("_Quiet", (meta,), {"mro": mro}), name, bases, names)
+    cls.__class__ = meta
+    cls.__bases__ = bases  # has its order of resolution found anew
+    return cls  # type: ignore[no-any-return]
+
+
+def _make_enum(
+    token: str, bases: tuple[type, ...], name: str, qualname: str, members: dict[str, Any], module: str
+) -> Any:
+    known = definitions.with_token(token)
+    if known is not None:
+        return known
+    meta: Any = type(bases[-1])
+    names = meta.__prepare__(name, bases)
+    for member, value in members.items():
+        names[member] = value
+    cls = meta.__new__(meta, name, bases, names)
+    cls.__module__, cls.__qualname__ = module, qualname
+    return definitions.received(token, cloudpickle._lookup_class_or_track(token, cls))
+
+
+def _finish(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, str]) -> Any:
+    attributes, members, globals_, qualname = state
+    if not definitions.is_complete(cls):
+        registered = attributes.pop("_abc_impl", ())
+        for name, value in attributes.items():
+            type.__setattr__(cls, name, value)
+        if "__firstlineno__" in attributes:  # from Python 3.13 on, setting another attribute of a class deletes it
+            type.__setattr__(cls, "__firstlineno__", attributes["__firstlineno__"])
+        for subclass in registered:
+            cls.register(subclass)
+        for name, values in (members or {}).items():
+            vars(cls.__members__[name]).update(values)
+    definitions.complete(cls, globals_, qualname)
+    return cls

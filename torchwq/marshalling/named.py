@@ -1,0 +1,218 @@
+"""What pickle would send by its name, although it is neither a function nor a class.
+
+Type variables and new types, functions with a cache, functions that dispatch by type, the sentinels that a script has
+(``object()``, or an object whose ``__reduce__`` returns its name): where their module can be imported, their name goes.
+Where it cannot, they are defined once in each process as functions and classes are, and whoever asks with ``is`` gets
+the same answer everywhere.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import enum
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Final
+
+from cloudpickle import cloudpickle
+
+from . import definitions, functions, importable, namespaces, reducers
+
+_LruCache: Final = type(functools.lru_cache(len))
+_Globals = dict[str, Any]
+
+
+def _globals_with(obj: Any, name: str, module: Any = None) -> _Globals | None:
+    """The globals, not of an importable module, that have ``obj`` under ``name``."""
+    definition = definitions.of(obj)
+    if definition is not None and definition.globals is not None:
+        return definition.globals
+    globals_: _Globals | None = getattr(module or functions.module_of(obj), "__dict__", None)
+    return globals_ if globals_ is not None and namespaces.look_up(globals_, name) is obj else None
+
+
+def make(token: str, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What has this token: it is built if it is not there."""
+    known = definitions.with_token(token)
+    if known is not None:
+        return known
+    made = definitions.received(token, build(*args))
+    definitions.complete(made, globals_, name)
+    return made
+
+
+def _reduced(obj: Any, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    space = None if globals_ is None else namespaces.of(globals_)
+    return make, (definitions.token_of(obj), space, name, build, args)
+
+
+# --- what is said of types -------------------------------------------------------------------------
+
+
+def _reduce_new_type(encoder: reducers.Encoder, new: Any) -> Any:
+    if functions.goes_by_name(new):
+        return NotImplemented
+    name = new.__name__
+    args = new.__module__, typing.NewType, (name, new.__supertype__)
+    return _reduced(new, _globals_with(new, name), name, _about_types, args)
+
+
+def _reduce_type_variable(encoder: reducers.Encoder, variable: Any) -> Any:
+    if functions.goes_by_name(variable):
+        return NotImplemented
+    name = variable.__name__
+    args: tuple[Any, ...]
+    if isinstance(variable, typing.TypeVar):
+        args = (_make_type_variable, cloudpickle._decompose_typevar(variable)[:-1])
+    elif isinstance(variable, typing.ParamSpec):
+        args = (_make_param_spec, (name, variable.__bound__, variable.__covariant__, variable.__contravariant__))
+    else:
+        args = (type(variable), (name,))
+    return _reduced(variable, _globals_with(variable, name), name, _about_types, (variable.__module__, *args))
+
+
+def _about_types(module: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    made = build(*args)
+    made.__module__ = module  # it has taken the caller's
+    return made
+
+
+def _make_type_variable(*args: Any) -> Any:
+    return cloudpickle._make_typevar(*args, None)
+
+
+def _make_param_spec(name: str, bound: Any, covariant: bool, contravariant: bool) -> Any:
+    return typing.ParamSpec(name, bound=bound, covariant=covariant, contravariant=contravariant)
+
+
+reducers.register(typing.NewType, _reduce_new_type)
+for _name in ("TypeVar", "ParamSpec", "TypeVarTuple"):
+    if hasattr(typing, _name):
+        reducers.register(getattr(typing, _name), _reduce_type_variable)
+
+
+# --- functions with something around them ------------------------------------------------------------
+
+
+def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(function)
+
+
+def _reduce_lru_cache(encoder: reducers.Encoder, cached: Any) -> Any:
+    """A cached function travels as its function, with an empty cache; pickle would only send its name."""
+    if functions.goes_by_name(cached):
+        return NotImplemented
+    parameters = cached.cache_parameters()
+    args = cached.__wrapped__, parameters["maxsize"], parameters["typed"]
+    globals_ = getattr(cached.__wrapped__, "__globals__", {})
+    name = functions.name_of(cached) or ""
+    if namespaces.look_up(globals_, name) is not cached:
+        return _rebuild_lru_cache, args
+    return _reduced(cached, globals_, name, _rebuild_lru_cache, args)
+
+
+reducers.register(_LruCache, _reduce_lru_cache)
+
+
+def is_dispatcher(function: types.FunctionType) -> bool:
+    """Whether ``functools.singledispatch`` has made the function."""
+    return function.__code__ is _DISPATCHER and "registry" in vars(function)
+
+
+def reduce_dispatcher(function: Any) -> Any:
+    """A function that dispatches by type, as its implementations."""
+    original = function.registry[object]
+    name, globals_ = function.__qualname__, getattr(original, "__globals__", {})
+    top_level = namespaces.look_up(globals_, name) is function
+    token = definitions.token_of(function) if top_level else None
+    attributes = {key: value for key, value in vars(function).items() if key not in _OF_DISPATCHER}
+    attributes.update((key, getattr(function, key)) for key in functools.WRAPPER_ASSIGNMENTS if hasattr(function, key))
+    space = namespaces.of(globals_) if top_level and functions.own_module(original) is None else None
+    state = list(function.registry.items()), attributes, space
+    return _make_dispatcher, (token, function.__name__), state, None, None, _finish_dispatcher
+
+
+def _make_dispatcher(token: str | None, name: str) -> Any:
+    known = None if token is None else definitions.with_token(token)
+    if known is not None:
+        return known
+
+    def original(*args: Any, **kwargs: Any) -> Any: ...
+
+    original.__name__ = name
+    made = functools.singledispatch(original)
+    return made if token is None else definitions.received(token, made)
+
+
+def _finish_dispatcher(function: Any, state: tuple[list[tuple[type, Any]], dict[str, Any], _Globals | None]) -> None:
+    implementations, attributes, globals_ = state
+    if definitions.is_complete(function):
+        return
+    for cls, implementation in implementations:
+        function.register(cls, implementation)
+    for name, value in attributes.items():
+        setattr(function, name, value)
+    definitions.complete(function, globals_, function.__qualname__)
+
+
+_any_dispatcher: Any = functools.singledispatch(len)
+_DISPATCHER: Final = _any_dispatcher.__code__
+_OF_DISPATCHER: Final = frozenset(vars(_any_dispatcher)) - {"__wrapped__"}
+
+
+# --- sentinels -------------------------------------------------------------------------------------
+
+
+def _reduce_bare_object(encoder: reducers.Encoder, obj: object) -> Any:
+    """A bare object is only good for being compared with ``is``; a script's is the same everywhere."""
+    if encoder.here:
+        return reducers.enclosed, (encoder.enclose(obj),)
+    for space in namespaces.all_known():
+        for name, value in list(space.globals.items()):
+            if value is obj:
+                return _bare_object, (space, name)
+    return NotImplemented
+
+
+def _bare_object(globals_: _Globals, name: str) -> Any:
+    namespaces.install(globals_, [(name, globals_.get(name, object()))])
+    return globals_[name]
+
+
+reducers.register(object, _reduce_bare_object)
+
+#: Classes whose instances pickle never sends by name, as far as they are importable themselves.
+ordinary: set[type] = set()
+
+
+def reduce_instance(obj: Any, cls: type) -> Any:
+    """How an object goes whose class has a ``__reduce__`` of its own, which may return a name; or NotImplemented."""
+    reduced = functions.own_reduction(obj)
+    if reduced is NotImplemented and functions.goes_by_name(cls):
+        ordinary.add(cls)
+    if not isinstance(reduced, str):
+        return reduced
+    module = functions.module_of(obj)
+    if module is None or importable.is_importable(obj.__module__, module):
+        return NotImplemented  # asked again: pickle finds out where the name is from
+    globals_ = _globals_with(obj, reduced, module)
+    if globals_ is None:
+        return NotImplemented
+    if isinstance(obj, enum.Enum):
+        return _reduced(obj, globals_, reduced, cls, (obj.value,))
+    return _reduced(obj, globals_, reduced, _rebuild_sentinel, (cls, _attributes(obj)))
+
+
+def _attributes(obj: Any) -> dict[str, Any]:
+    found = dict(getattr(obj, "__dict__", {}))
+    found.update((name, getattr(obj, name)) for name in copyreg._slotnames(type(obj)) if hasattr(obj, name))  # type: ignore[attr-defined]
+    return found
+
+
+def _rebuild_sentinel(cls: Any, attributes: dict[str, Any]) -> Any:
+    made = object.__new__(cls)
+    for name, value in attributes.items():
+        object.__setattr__(made, name, value)
+    return made
