@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from ..errors import ResourceError
+from ..errors import ResourceError, TorchwqError
 
 _FIRST: Final = 3
 _SHM: Final = "/dev/shm"
@@ -37,9 +37,12 @@ REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINV
 SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def exhausted(error: OSError, call: str = "") -> ResourceError:
-    """Say which limit an OSError of a memory or descriptor call stands for."""
-    if isinstance(error, ResourceError):
+def exhausted(error: OSError, call: str = "") -> OSError:
+    """A ResourceError that says which limit an OSError of a memory or descriptor call stands for.
+
+    An error of this library says what there is to say, and is given as it is.
+    """
+    if isinstance(error, TorchwqError):
         return error
     said = os.strerror(error.errno or 0)
     if error.errno in (errno.EMFILE, errno.ENFILE):
