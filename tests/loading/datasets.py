@@ -61,6 +61,13 @@ class Mixed(Plain):
         }
 
 
+class Dicts(Plain):
+    """Ten small tensors by name."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {f"k{key}": self.data[index] + key for key in range(10)}
+
+
 class Many(Plain):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return [self.data[index] + 1000 for index in indices]

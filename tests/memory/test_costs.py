@@ -105,3 +105,12 @@ def test_blocks_of_a_worker_that_has_ended_go_when_they_are_not_used(peer: Peer)
         kept = [queue.read(timeout=10) for _ in range(20)][:2]
         wait_until(lambda: (recycling.tick(), _mapped())[1] <= len(kept))
         assert [each[0].item() for each in kept] == [0, 1]
+
+
+def test_a_loaders_dicts_of_small_tensors_take_a_block_each() -> None:
+    loader = torchwq.DataLoader(datasets.Dicts(200), batch_size=4, num_workers=2)
+    most = 0
+    for batch in loader:
+        most = max(most, _mapped())
+        assert len(batch) == 10
+    assert most <= 16

@@ -18,6 +18,7 @@ import torch
 from ..marshalling.tensors import is_unusual
 from ..memory import sharing, storages
 from ..memory.block import Block, Geometry
+from ..memory.packing import SMALL
 from ..memory.recycling import block_of
 from ..transport.process import reset_in_child
 from . import internals
@@ -60,6 +61,8 @@ def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None)
         return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
     key = first.dtype, len(batch), first.shape
     geometry, nbytes = _stacks.get(key) or _stack(*key)
+    if nbytes <= SMALL and _whole_process:
+        return torch.stack(tuple(batch), 0)  # it will be packed with others
     out = sharing.new(geometry, nbytes) if nbytes else None
     if out is None:
         return torch.stack(tuple(batch), 0)

@@ -536,7 +536,7 @@ def decode(data: Any, fds: list[int]) -> Any:
             obj = plain.decode(data)
             if obj is None:
                 obj = _loads(data, arrivals_of(data, len(data) - TRAILER, fds), fds)
-                plain.learn(obj)
+                plain.learn(obj, data)
             return obj
         if kind == BLOCK:
             return _decode_block(data, fds)
@@ -551,7 +551,7 @@ def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) 
             return pickle.loads(data)
     try:
         with reducers.Unpacking(fds, arrivals):
-            return pickle.loads(data, buffers=map(arrivals.private_memory, arrivals.buffers))
+            return pickle.loads(data, buffers=arrivals.buffers())
     finally:
         arrivals.done()
 
@@ -564,7 +564,7 @@ def _decode_block(data: bytes, fds: list[int]) -> Any:
         if in_bag:
             sack, fds[0] = fds[0], -1
             fds[:1] = bag.unpack(sack)
-        return _loads(memory, arrivals_of(memory, size, fds[:-1]), fds)
+        return _loads(memory, arrivals_of(memory, size, fds, behind=1), fds)
     finally:
         block.done()
 

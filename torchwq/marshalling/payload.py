@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Final
 
 from ..memory import anonymous, content, pool, recycling
@@ -17,6 +17,7 @@ from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.content import Buffer
 from ..memory.ledger import UNTRACKED
+from ..memory.packing import ROW, Packing, Row, most_own
 from ..memory.parcel import BLOCK, REFERENCES, Parcel
 from ..transport import bag
 from ..transport.endpoint import MAX_FDS
@@ -31,6 +32,8 @@ REFERENCE: Final = struct.Struct("=QQ")
 #: Set in the bytes of a block that is one of the pickle's buffers.
 BUFFER: Final = 1 << 63
 COUNT: Final = struct.Struct("=I")
+#: Set in that count if there are rows of packed storages before the list, with a count of their own behind them.
+PACKED: Final = 1 << 31
 
 
 class Attachments:
@@ -51,6 +54,7 @@ class Attachments:
         self.in_full = False
         self.enclosed: list[Any] = []
         self._copies: list[bytearray] = []
+        self._packing: Packing | None = None
 
     def clear(self) -> None:
         """Let go of everything; what has left in a payload is the payload's."""
@@ -61,6 +65,19 @@ class Attachments:
         self.here = self.in_full = False
         self.starting = None
         self.enclosed, self._copies = [], []
+        self._packing = None
+
+    @property
+    def packing(self) -> Packing:
+        """The storages that are to be packed."""
+        self.more = True
+        if self._packing is None:
+            self._packing = Packing()
+        return self._packing
+
+    @property
+    def own_blocks(self) -> int:
+        return len(self.blocks)
 
     def enclose(self, obj: Any) -> int:
         self.more = True
@@ -92,6 +109,9 @@ class Attachments:
             self.more = True
             self._copies.append(bytearray(raw))
             return False
+        if self.own_blocks >= most_own() or (self._packing is not None and self._packing.has_buffers):
+            self.packing.take_buffer(raw)
+            return False
         found = content.block_with([raw], raw.nbytes)
         if found is None:
             return True
@@ -109,25 +129,26 @@ class Attachments:
 
     def payload(self, limit: int) -> bytes | Parcel:
         """What was collected, as one payload of at most ``limit`` bytes."""
+        # A large buffer that had to stay in the pickle was written to it as it is.
+        chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
+        rows = self._packing.place(self.refer, chunks) if self._packing is not None else ()
         blocks = self.blocks
         fds = self.fds + [block.fd for block in blocks]
         in_bag = len(fds) > MAX_FDS - 4
-        # A large buffer that had to stay in the pickle was written to it as it is.
-        chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
+        tail = _tail(rows, blocks)
         size = sum(map(len, chunks))
-        if size + len(blocks) * REFERENCE.size + COUNT.size > limit or in_bag:
-            return self._large_payload(chunks, fds, in_bag)
-        if not blocks:
+        if size + sum(map(len, tail)) > limit or in_bag:
+            return self._large_payload([*chunks, *tail], fds, in_bag)
+        if not blocks and not rows:
             pickled = b"".join(chunks)
             return Parcel(pickled, fds, self.keep) if fds else pickled
-        data = b"".join((*chunks, *_references(blocks)))
+        data = b"".join((*chunks, *tail))
         parcel = Parcel(data, fds, self.keep, REFERENCES, [block.number for block in blocks], not self.fds)
         parcel.nbytes += sum(block.nbytes for block in blocks)
         return parcel
 
-    def _large_payload(self, pickled: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
+    def _large_payload(self, chunks: list[bytes | memoryview], fds: list[int], in_bag: bool) -> Parcel:
         numbers = [block.number for block in self.blocks]
-        chunks = [*pickled, *_references(self.blocks)]
         size = sum(map(len, chunks))
         if in_bag:
             sack = bag.pack(fds)
@@ -146,23 +167,43 @@ class Attachments:
         return parcel
 
 
-def _references(blocks: Iterable[Block | Buffer]) -> list[bytes]:
-    parts = [REFERENCE.pack(each.number, each.nbytes | BUFFER * isinstance(each, Buffer)) for each in blocks]
-    return [*parts, COUNT.pack(len(parts))]
+def _tail(rows: Sequence[Row], blocks: Iterable[Block | Buffer]) -> list[bytes]:
+    """What a message ends with: the rows of packed storages, if there are any, and the list of references."""
+    references = [REFERENCE.pack(each.number, each.nbytes | BUFFER * isinstance(each, Buffer)) for each in blocks]
+    count = COUNT.pack(len(references) | PACKED * bool(rows))
+    return [*packed_rows(rows), *references, count] if rows else [*references, count]
 
 
-def arrivals_of(data: bytes | memoryview, end: int, fds: list[int]) -> Arrivals:
-    """Take out the blocks that are listed in what ends at ``end``."""
+def packed_rows(rows: Sequence[Row]) -> list[bytes]:
+    return [*(ROW.pack(*row) for row in rows), COUNT.pack(len(rows))]
+
+
+def arrivals_of(data: bytes | memoryview, end: int, fds: list[int], behind: int = 0) -> Arrivals:
+    """Take out the blocks that are listed in what ends at ``end``; ``behind`` are descriptors after theirs."""
     references = listed(data, end)
+    rows = rows_of(data, end - COUNT.size - len(references) * REFERENCE.size) if is_packed(data, end) else ()
     buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & BUFFER]
     if buffers:
         references = [(number, nbytes & ~BUFFER) for number, nbytes in references]
-    return Arrivals(references, fds and fds[len(fds) - len(references) :], buffers)
+    first = max(0, len(fds) - behind - len(references))
+    return Arrivals(references, fds, first, buffers, rows, data if rows else b"")
+
+
+def is_packed(data: bytes | memoryview, end: int) -> bool:
+    """Whether there are rows before the list of references that ends at ``end``."""
+    return bool(COUNT.unpack_from(data, end - COUNT.size)[0] & PACKED)
+
+
+def rows_of(data: bytes | memoryview, end: int) -> list[Row]:
+    """The rows of packed storages, with their count, that end at ``end``."""
+    (count,) = COUNT.unpack_from(data, end - COUNT.size)
+    start = end - COUNT.size - count * ROW.size
+    return list(map(Row._make, ROW.iter_unpack(data[start : start + count * ROW.size])))
 
 
 def listed(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
     """The list of references that ends at ``end``: number and bytes, with the mark of a buffer in the bytes."""
-    (count,) = COUNT.unpack_from(data, end - COUNT.size)
+    count = COUNT.unpack_from(data, end - COUNT.size)[0] & ~PACKED
     start = end - COUNT.size - count * REFERENCE.size
     if count == 1:
         return [REFERENCE.unpack_from(data, start)]

@@ -16,15 +16,17 @@ from typing import Any, Final
 import torch
 
 from ..memory import recycling, sharing
-from ..memory.arrivals import take_tensor, take_tensors
+from ..memory.arrivals import take_packed, take_tensor, take_tensors
 from ..memory.block import MAPPED, Block, Geometry
 from ..memory.ledger import UNTRACKED
+from ..memory.packing import SLICE, SMALL, Row
 from ..memory.parcel import REFERENCES, TRAILER, Parcel
 from ..memory.recycling import block_of
-from ..memory.storages import geometry
+from ..memory.slices import aligned, slice_of
+from ..memory.storages import bytes_of, geometry
 from .letter import Letter
-from .payload import COUNT, REFERENCE
-from .tensors import alias, is_unusual, rebuild
+from .payload import COUNT, PACKED, REFERENCE, is_packed, listed, packed_rows, rows_of
+from .tensors import alias, is_unusual, rebuild, rebuild_packed
 
 #: One block's number and bytes, and that it is the only one.
 _ONE: Final = struct.Struct("=QQI")
@@ -32,27 +34,33 @@ _ONE: Final = struct.Struct("=QQI")
 _MOST: Final = 1024
 _MOST_TENSORS: Final = 64
 
-#: Type of the collection, its keys if it is a dict, and how its tensors lie. A tensor alone has its own type.
-_Shape = tuple[type, tuple[str, ...], tuple[Geometry, ...]]
+#: Type of the collection, its keys if it is a dict, and how its tensors lie. A tensor alone has its own type. Of a
+#: message with packed tensors also where in the last block they begin, and -1 for those that have a block of their own.
+_Shape = tuple[type, tuple[str, ...], tuple[Geometry, ...], tuple[int, ...]]
 
+#: A tensor's block, its storage, and how it lies there.
+_Found = tuple[Block, torch.UntypedStorage, Geometry]
+
+#: The pickle, and behind it the rows of packed tensors, if there are any.
 _pickles: dict[_Shape, bytes] = {}
 _shapes: dict[bytes, _Shape] = {}
 
 
 class _Tensor:
-    """Is pickled as a tensor that lies so on one of the blocks of its message."""
+    """Is pickled as a tensor that lies so on one of the blocks, or slices, of its message."""
 
-    def __init__(self, index: int, geometry: Geometry) -> None:
+    def __init__(self, rebuild: Any, index: int, geometry: Geometry) -> None:
+        self._rebuild = rebuild
         self._index = index
         self._geometry = geometry
 
     def __reduce__(self) -> Any:
         code, offset, size, stride = self._geometry
-        return rebuild, (self._index, code, offset, tuple(size), stride)
+        return self._rebuild, (self._index, code, offset, tuple(size), stride)
 
 
 def _build(shape: _Shape, tensors: Sequence[Any]) -> Any:
-    cls, keys, _ = shape
+    cls, keys, _, _ = shape
     if cls is dict:
         return dict(zip(keys, tensors, strict=True))
     if cls is torch.Tensor:
@@ -64,10 +72,24 @@ def _pickle_of(shape: _Shape) -> bytes:
     if len(_pickles) >= _MOST:
         _pickles.clear()
         _shapes.clear()
-    tensors = [_Tensor(index, geometry) for index, geometry in enumerate(shape[2])]
-    _pickles[shape] = pickled = pickle.dumps(_build(shape, tensors), 5)
-    _shapes[pickled] = shape
-    return pickled
+    geometries, shifts = shape[2:]
+    rows: list[Row] = []
+    if shifts:
+        tensors = []
+        own = 0
+        for number, (where, shift) in enumerate(zip(geometries, shifts, strict=True)):
+            if shift < 0:
+                tensors.append(_Tensor(rebuild, own, where))
+                own += 1
+            else:
+                tensors.append(_Tensor(rebuild_packed, number, where))
+                rows.append(Row(SLICE, number, 0, bytes_of(where), shifts.count(-1), shift))
+    else:
+        tensors = [_Tensor(rebuild, index, where) for index, where in enumerate(geometries)]
+    pickled = pickle.dumps(_build(shape, tensors), 5)
+    _pickles[shape] = prefix = b"".join((pickled, *packed_rows(rows))) if rows else pickled
+    _shapes[prefix] = shape
+    return prefix
 
 
 def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | None:
@@ -116,7 +138,7 @@ class PlainLetter(Letter):
         tensors = (
             self.enclosed if as_it_is else [alias(*each) for each in zip(self.enclosed, self._places, strict=True)]
         )
-        return _build((self._cls, self._keys, ()), tensors)
+        return _build((self._cls, self._keys, (), ()), tensors)
 
     def copy(self) -> Letter:
         return self  # it is not used up
@@ -148,7 +170,7 @@ def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parce
         if found is None:
             return None
         block, storage, where = found
-        shape: _Shape = (torch.Tensor, (), (where,))
+        shape: _Shape = (torch.Tensor, (), (where,), ())
         data = (_pickles.get(shape) or _pickle_of(shape)) + _ONE.pack(block.number, block.nbytes, 1)
         if len(data) > limit:
             return None
@@ -156,29 +178,87 @@ def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parce
         parcel.nbytes += block.nbytes
         return parcel
     content = _tensors_in(obj)
-    return None if content is None else _encode_all(type(obj), *content, limit, fresh)
-
-
-def _encode_all(
-    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], limit: int, fresh: Container[Block] | None
-) -> Parcel | None:
-    fds, storages, numbers, places, parts = [], [], [], [], []
-    nbytes = 0
+    if content is None:
+        return None
+    keys, tensors = content
+    if fresh is not None and len(tensors) > 1:
+        return _encode_by_value(type(obj), keys, tensors, limit, fresh)
+    found_all: list[_Found] = []
     for tensor in tensors:
         found = _block_for(tensor, fresh)
         if found is None:
             return None
-        block, storage, where = found
-        fds.append(block.fd)
-        storages.append(storage)
-        numbers.append(block.number)
-        places.append(where)
-        parts.append(REFERENCE.pack(block.number, block.nbytes))
-        nbytes += block.nbytes
+        found_all.append(found)
+    places = tuple(where for _, _, where in found_all)
+    return _parcel((type(obj), keys, places, ()), found_all, limit)
+
+
+def _encode_by_value(
+    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], limit: int, fresh: Container[Block]
+) -> Parcel | None:
+    """Those that are not on blocks of ``fresh`` are copied, the small ones among them into one block."""
+    found_all: list[_Found] = []
+    places: list[Geometry] = []
+    shifts: list[int] = []
+    small: list[tuple[torch.Tensor, int]] = []
+    seen, end = set(), 0
+    for tensor in tensors:
+        if tensor.requires_grad or is_unusual(tensor):
+            return None
+        storage = tensor.untyped_storage()
+        if storage._cdata in seen:
+            return None  # views of one storage, or the same tensor twice
+        seen.add(storage._cdata)
+        block = block_of(storage)
+        found: _Found | None = None
+        if block is not None and not sharing.goes_by_value(block, fresh):
+            found = block, storage, geometry(tensor)
+        else:
+            nbytes = tensor.numel() and sharing.span_bytes(tensor)
+            if not nbytes:
+                return None
+            if nbytes <= SMALL:
+                where = geometry(tensor)
+                places.append((where[0], 0, where[2], where[3]))
+                small.append((tensor, nbytes))
+                shifts.append(end)
+                end = aligned(end + nbytes)
+                continue
+            found = sharing.copy(tensor)
+            if found is None:
+                return None
+        found_all.append(found)
+        places.append(found[2])
+        shifts.append(-1)
+    if len(small) == 1:
+        found = sharing.copy(small[0][0])
+        if found is None:
+            return None
+        found_all.insert(shifts.index(0), found)
+    elif small:
+        packed = sharing.copy_all(small)
+        if packed is None:
+            return None
+        found_all.append((*packed, places[-1]))
+    for block, _, _ in found_all:
+        if block.number == UNTRACKED:
+            recycling.prepare_to_send(block)
+    return _parcel((cls, keys, tuple(places), tuple(shifts) if len(small) > 1 else ()), found_all, limit)
+
+
+def _parcel(shape: _Shape, found_all: Sequence[_Found], limit: int) -> Parcel | None:
+    fds = [block.fd for block, _, _ in found_all]
     if len(set(fds)) < len(fds):
         return None  # tensors that share a block, or the same tensor twice
-    shape = (cls, keys, tuple(places))
-    data = b"".join((_pickles.get(shape) or _pickle_of(shape), *parts, COUNT.pack(len(fds))))
+    storages, numbers, parts = [], [], []
+    nbytes = 0
+    for block, storage, _ in found_all:
+        storages.append(storage)
+        numbers.append(block.number)
+        parts.append(REFERENCE.pack(block.number, block.nbytes))
+        nbytes += block.nbytes
+    count = COUNT.pack(len(fds) | PACKED if shape[3] else len(fds))
+    data = b"".join((_pickles.get(shape) or _pickle_of(shape), *parts, count))
     if len(data) > limit:
         return None
     parcel = Parcel(data, fds, storages, REFERENCES, numbers, True)
@@ -186,9 +266,7 @@ def _encode_all(
     return parcel
 
 
-def _block_for(
-    tensor: torch.Tensor, fresh: Container[Block] | None
-) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
+def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found | None:
     """The block that a plain tensor is on now, or has been copied to; None if it is not plain, or has none."""
     if tensor.requires_grad or is_unusual(tensor):
         return None
@@ -201,7 +279,7 @@ def _block_for(
         block, storage, where = found
     else:
         if block is None:
-            if storage.nbytes() == 0 or sharing.is_for_torch(storage):
+            if storage.nbytes() == 0 or sharing.is_for_torch(storage) or slice_of(storage) is not None:
                 return None
             del storage
             block = sharing.share(tensor)
@@ -220,10 +298,13 @@ def decode(data: bytes) -> Any:
     """What is in such a message, if its like was here before. Else None, and nothing is taken."""
     end = len(data) - TRAILER - COUNT.size
     (count,) = COUNT.unpack_from(data, end)
-    start = end - count * REFERENCE.size
+    start = end - (count & ~PACKED) * REFERENCE.size
     shape = _shapes.get(data[:start])
     if shape is None:
         return None
+    if shape[3]:
+        tensors = take_packed(REFERENCE.iter_unpack(data[start:end]), shape[2], shape[3], shape)
+        return None if tensors is None else _build(shape, tensors)
     if count == 1:
         number, nbytes = REFERENCE.unpack_from(data, start)
         tensor = take_tensor(number, nbytes, shape[2][0])
@@ -232,8 +313,8 @@ def decode(data: bytes) -> Any:
     return None if tensors is None else _build(shape, tensors)
 
 
-def learn(obj: Any) -> None:
-    """Such an object came the general way: know its like the next time."""
+def learn(obj: Any, data: bytes) -> None:
+    """Such an object came the general way, in ``data``: know its like the next time."""
     cls = type(obj)
     if cls is torch.Tensor:
         content: Any = (), [obj]
@@ -246,6 +327,22 @@ def learn(obj: Any) -> None:
     keys, tensors = content
     if any(tensor.requires_grad or is_unusual(tensor) for tensor in tensors):
         return
-    shape = (cls, keys, tuple(geometry(tensor) for tensor in tensors))
+    shifts: tuple[int, ...] = ()
+    end = len(data) - TRAILER
+    if is_packed(data, end):
+        shifts = _shifts(data, end - COUNT.size - len(listed(data, end)) * REFERENCE.size, len(tensors))
+        if not shifts:
+            return
+    shape = (cls, keys, tuple(geometry(tensor) for tensor in tensors), shifts)
     if shape not in _pickles:
         _pickle_of(shape)
+
+
+def _shifts(data: bytes, end: int, count: int) -> tuple[int, ...]:
+    """Where ``count`` tensors begin, as a shape has it; nothing if they are not packed as one has it."""
+    shifts = [-1] * count
+    for row in rows_of(data, end):
+        if row.kind != SLICE or row.low or row.group >= count:
+            return ()
+        shifts[row.group] = row.shift
+    return tuple(shifts)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
+from ..memory.packing import Packing
 from . import state
 
 
@@ -34,6 +35,16 @@ class Encoder(Protocol):
 
     def refer(self, block: Block, storage: Any) -> int:
         """Let a reference to ``block`` travel with the message; ``storage`` is its. Returns its index."""
+        ...
+
+    @property
+    def packing(self) -> Packing:
+        """The storages that are to be packed into few blocks."""
+        ...
+
+    @property
+    def own_blocks(self) -> int:
+        """How many blocks the message refers to by now."""
         ...
 
     def enclose(self, obj: Any) -> int:

@@ -18,7 +18,9 @@ from torch.utils.hooks import warn_if_has_hooks
 
 from ..memory import sharing, storages
 from ..memory.block import Geometry
+from ..memory.packing import most_own
 from ..memory.recycling import block_of
+from ..memory.slices import slice_of
 from ..memory.storages import geometry
 from . import state
 from .reducers import Encoder, enclosed, inbound, opened_as_it_is, rebuilders, register, register_family
@@ -52,8 +54,15 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if sharing.goes_by_value(block, encoder.fresh):
         return _reduce_by_value(encoder, tensor)
     if block is None or not sharing.is_current(block):
-        if storage.nbytes() == 0 or sharing.is_for_torch(storage):
+        if storage.nbytes() == 0:
             return _reduce_with_storage(tensor, tensor)
+        if slice_of(storage) is not None:
+            return _refer_packed(tensor, encoder.packing.refer(storage), geometry(tensor))
+        if sharing.is_for_torch(storage):
+            return _reduce_with_storage(tensor, tensor)
+        many = encoder.own_blocks >= most_own()
+        if many and not storage.is_shared() and storages.is_sole_owner(tensor, storage):
+            return _refer_packed(tensor, encoder.packing.move(tensor), geometry(tensor))
         del storage
         block = sharing.share(tensor)
         if block is None:
@@ -87,6 +96,13 @@ def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
     return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, tuple(size), stride)
 
 
+def _refer_packed(tensor: torch.Tensor, group: int, where: Geometry) -> Any:
+    code, offset, size, stride = where
+    if type(tensor) is torch.Tensor and not tensor.requires_grad:
+        return rebuild_packed, (group, code, offset, tuple(size), stride)
+    return _rebuild_packed_leaf, (type(tensor), tensor.requires_grad, group, code, offset, tuple(size), stride)
+
+
 def _reduce_with_storage(tensor: torch.Tensor, data: torch.Tensor) -> Any:
     """As what ``tensor`` is, on the storage of ``data``, which pickle meets next."""
     code, offset, size, stride = geometry(data)
@@ -99,16 +115,22 @@ def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
         return _reduce_with_storage(
             tensor, torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
         )
-    copied = sharing.copy(tensor)
-    if copied is None:
-        return _reduce_to_copy(tensor)
-    block, storage, where = copied
-    return _refer(tensor, encoder.refer(block, storage), where)
+    bare, span = sharing.dense(tensor)
+    return _refer_packed(tensor, encoder.packing.copy(bare, span), geometry(bare))
 
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """The tensor that lies so on block ``index`` of the message being unpickled."""
     return inbound().tensor(index, (code, offset, size, stride))
+
+
+def rebuild_packed(group: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that lies so on the packed storage ``group`` of the message being unpickled."""
+    return inbound().packed_tensor(group, (code, offset, size, stride))
+
+
+def _rebuild_packed_leaf(cls: type[torch.Tensor], requires_grad: bool, *where: Any) -> torch.Tensor:
+    return _as_leaf(rebuild_packed(*where), cls, requires_grad)
 
 
 def _rebuild_leaf(cls: type[torch.Tensor], requires_grad: bool, *where: Any) -> torch.Tensor:
@@ -230,6 +252,8 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
         copied = sharing.copy(storages.place(storage, storages.CODES[torch.uint8], 0, (storage.nbytes(),), (1,)))
         block, storage = (None, storage) if copied is None else copied[:2]
     elif block is None or not sharing.is_current(block):
+        if slice_of(storage) is not None:
+            return _open_packed, (encoder.packing.refer(storage),)
         if sharing.is_for_torch(storage):
             return reductions.reduce_storage(storage)
         block = sharing.share_storage(storage)
@@ -244,6 +268,10 @@ def _rebuild_storage(data: Any) -> torch.UntypedStorage:
 
 def _open_storage(index: int) -> torch.UntypedStorage:
     return inbound().storage(index)
+
+
+def _open_packed(group: int) -> torch.UntypedStorage:
+    return inbound().packed_storage(group)
 
 
 def _reduce_typed(encoder: Encoder, storage: Any) -> Any:
@@ -277,16 +305,5 @@ register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
-rebuilders.update(
-    (
-        _alias,
-        enclosed,
-        rebuild,
-        _rebuild_leaf,
-        _rebuild_copy,
-        _rebuild_dense,
-        _rebuild_subclass,
-        _open_storage,
-        state.put,
-    )
-)
+rebuilders.update((_alias, enclosed, rebuild, _rebuild_leaf, rebuild_packed, _rebuild_packed_leaf, _open_packed))
+rebuilders.update((_rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage, state.put))

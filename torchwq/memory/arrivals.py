@@ -9,18 +9,20 @@ If this process may not have one more descriptor, the data are copied out of the
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
 
 import torch
 
 from ..errors import ResourceError
-from . import ledger, limits, recycling, storages
-from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
+from . import ledger, limits, recycling, slices, storages
+from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Cuts, Geometry
 from .ledger import HELD, KEPT, UNTRACKED
+from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .recycling import promise
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
@@ -34,19 +36,36 @@ hits = misses = 0
 class Arrivals:
     """The blocks of one message, which uses them until ``done``."""
 
-    __slots__ = ("_blocks", "_fds", "_storages", "buffers")
+    __slots__ = ("_blocks", "_buffers", "_data", "_fds", "_first", "_rows", "_slices", "_storages", "_views")
 
-    def __init__(self, references: Sequence[tuple[int, int]], fds: Sequence[int], buffers: Sequence[int] = ()) -> None:
-        """Take the blocks out of the message: (number, bytes) of each, and its descriptor, which stays the caller's.
+    def __init__(
+        self,
+        references: Sequence[tuple[int, int]],
+        fds: list[int],
+        first: int = 0,
+        buffers: Sequence[int] = (),
+        rows: Sequence[Row] = (),
+        data: Any = b"",
+    ) -> None:
+        """Take the blocks out of the message: (number, bytes) of each. Their descriptors are in ``fds`` from ``first``
+        on; each is closed as soon as it is not needed, and -1 in its place then: a process may have room for all of
+        a message's descriptors, but not twice.
 
         Without descriptors, this process has promised to have the blocks. Raises ResourceError if there is no memory
-        for one; none is taken then.
+        for one; none is taken then. ``rows`` are the slices in the blocks, and in ``data``, the message.
         """
         self._blocks: list[Block] = []
         self._storages: list[torch.UntypedStorage] = []
-        self._fds = fds or [-1] * len(references)
-        #: Which of the blocks are the pickle's buffers, in its order.
-        self.buffers = buffers
+        if fds and len(fds) < first + len(references):
+            raise ResourceError(0, f"a message of {len(references)} shared tensors has lost some of them on its way")
+        self._fds, self._first = fds, first
+        self._rows: dict[int, list[Row]] = {}
+        for row in rows:
+            self._rows.setdefault(row.group, []).append(row)
+        self._data = data
+        self._views: dict[int, Any] = {}
+        self._slices: dict[Row, torch.UntypedStorage] = {}
+        self._buffers = buffers
         with recycling.lock:
             recycling.settle()
             recycling.look_at_unwatched(2)
@@ -63,13 +82,19 @@ class Arrivals:
         global hits
         table, book = recycling.table, ledger.current()
         flags = _flags()
-        for (number, nbytes), fd in zip(references, self._fds, strict=True):
+        fds, at = self._fds, self._first
+        for number, nbytes in references:
+            fd = fds[at] if fds else -1
             block = table.get(number)
             storage = None if block is None else block.storage
             if block is not None and storage is not None and block.nbytes == nbytes:
                 hits += 1
             else:
                 block, storage = _new(number, nbytes, fd)
+            if fd >= 0:
+                fds[at] = -1
+                os.close(fd)
+            at += 1
             block.users += 1
             if book is not None and number != UNTRACKED:
                 book.count_got(number, flags[block.kind])
@@ -87,9 +112,63 @@ class Arrivals:
                 return tensor
         return storages.place(self._storages[index], *geometry)
 
+    def packed_tensor(self, group: int, geometry: Geometry) -> torch.Tensor:
+        """A new tensor that lies so on the message's packed storage ``group``."""
+        code, offset, size, stride = geometry
+        itemsize = storages.DTYPES[code].itemsize
+        row = self._row(group, offset * itemsize)
+        geometry = code, offset - row.low // itemsize, size, stride
+        return self.tensor(row.block, geometry) if row.kind == WHOLE else storages.place(self._packed(row), *geometry)
+
+    def packed_storage(self, group: int) -> torch.UntypedStorage:
+        """The message's packed storage ``group``, which is in one piece."""
+        row = self._row(group, 0)
+        return self._storages[row.block] if row.kind == WHOLE else self._packed(row)
+
+    def _row(self, group: int, at: int) -> Row:
+        rows = self._rows[group]
+        return rows[0] if len(rows) == 1 else rows[bisect.bisect_right(rows, at, key=_low) - 1]
+
+    def _packed(self, row: Row) -> torch.UntypedStorage:
+        storage = self._slices.get(row)
+        if storage is None:
+            if row.kind == INLINE:
+                storage = slices.cut(bytearray(self._data[row.shift : row.shift + row.nbytes]), 0, row.nbytes)
+            elif row.kind == SHARED and self._storages[row.block].is_shared():
+                base = self._storages[row.block]
+                storage = slices.cut_shared(self._view(row.block), base, row.shift, row.nbytes)
+            else:
+                storage = slices.cut(self._view(row.block), row.shift, row.nbytes)
+            self._slices[row] = storage
+        return storage
+
+    def _view(self, index: int) -> Any:
+        """The memory of a block, to be cut into slices, which keep it in use."""
+        view = self._views.get(index)
+        if view is None:
+            block = self._blocks[index]
+            whole = storages.place(self._storages[index], *storages.bytes_geometry(block.nbytes))
+            self._views[index] = view = whole.numpy()  # and this, for as long as it lives, keeps the tensor
+            with recycling.lock:
+                if block.kind == MAPPED:
+                    recycling.watch(whole, block)
+        return view
+
     def storage(self, index: int) -> torch.UntypedStorage:
         """The storage of the message's block ``index``."""
         return self._storages[index]
+
+    def buffers(self) -> Iterator[memoryview]:
+        """The pickle's buffers, in its order, for the reader to keep and to change."""
+        yield from map(self.private_memory, self._buffers)
+        packs: dict[int, memoryview] = {}
+        for (row,) in self._rows.values():
+            if row.kind == INLINE and row.group & BUFFER:
+                yield memoryview(bytearray(self._data[row.shift : row.shift + row.nbytes]))
+            elif row.group & BUFFER:
+                if row.block not in packs:
+                    packs[row.block] = self.private_memory(row.block)
+                yield packs[row.block][row.shift : row.shift + row.nbytes]
 
     def memory(self, index: int) -> memoryview:
         """The bytes of a block that is read and not changed. Valid until ``done``."""
@@ -100,9 +179,8 @@ class Arrivals:
         block, storage = self._blocks[index], self._storages[index]
         if block.kind == PLAIN and not storage.is_shared():
             return storages.lasting_memory(storage)  # was copied out already
-        fd = self._fds[index]
         try:
-            mapping, view = storages.map_private(fd if fd >= 0 else storages.descriptor(storage), block.nbytes)
+            mapping, view = storages.map_private(storages.descriptor(storage), block.nbytes)
         except ResourceError as error:
             if error.errno != errno.EMFILE:
                 raise
@@ -119,6 +197,8 @@ class Arrivals:
             self._release()
 
     def _release(self) -> None:
+        self._views.clear()
+        self._slices.clear()
         self._storages.clear()
         now = time.monotonic()
         for block in self._blocks:
@@ -127,6 +207,10 @@ class Arrivals:
             if block.kind == MAPPED and not block.watches:
                 recycling.release(block)
         self._blocks.clear()
+
+
+def _low(row: Row) -> int:
+    return row.low
 
 
 def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | None:
@@ -177,6 +261,48 @@ def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geo
                 recycling.watch(tensor, block)
             tensors.append(tensor)
         hits += len(tensors)
+        return tensors
+
+
+def take_packed(
+    references: Iterable[tuple[int, int]], geometries: Sequence[Geometry], shifts: Sequence[int], key: Any
+) -> list[torch.Tensor] | None:
+    """The same for a message with tensors that are slices of its last block, where ``shifts`` is not -1. ``key`` is the
+    same for messages that are alike in all this."""
+    global hits
+    with recycling.lock:
+        recycling.settle()
+        table, book = recycling.table, ledger.current()
+        if book is None:
+            return None
+        found = []
+        for number, nbytes in references:
+            block = table.get(number)
+            if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
+                return None
+            found.append(block)
+        flags, now = _flags(), time.monotonic()
+        pack = found[-1]
+        cuts = pack.cuts
+        if cuts is None or cuts.key is not key:
+            places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
+            pack.cuts = cuts = Cuts(pack.storage, key, places)
+        cut, own = iter(cuts.templates), iter(found)
+        tensors = []
+        for geometry, shift in zip(geometries, shifts, strict=True):
+            if shift < 0:
+                block = next(own)
+                tensor = recycling.template(block, geometry).detach()
+            else:
+                block = pack
+                tensor = next(cut).detach()
+            if block.kind == MAPPED:
+                recycling.watch(tensor, block)
+            tensors.append(tensor)
+        for block in found:
+            book.count_got(block.number, flags[block.kind])
+            block.used_at = now
+        hits += len(found)
         return tensors
 
 

@@ -9,12 +9,14 @@ in C++ or in Python, than an idle one. Whatever points into the memory by means 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 
-from . import storages
+from . import slices, storages
 from .ledger import UNTRACKED
+from .storages import Geometry as Geometry
 
 #: What a block is to this process. MADE: its memory is used again here. MAPPED: a message brought it; its storage is
 #: kept for the next message. ADOPTED: shared by torch; the storage is the user's and is not kept. PLAIN: in no ledger
@@ -24,8 +26,32 @@ MADE, MAPPED, ADOPTED, PLAIN = range(4)
 #: How many ways to lie on a block are remembered.
 _TEMPLATES: Final = 4
 
-#: How a tensor lies on a storage: the code of its dtype, offset, size, stride.
-Geometry = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+class Cuts:
+    """Tensors that are slices of a block, to make others of by ``detach()``, and what keeps the block for them.
+
+    Args:
+        storage: the block's.
+        key: what tells how they lie there.
+        places: where each begins, in bytes, and how it lies on its slice.
+    """
+
+    __slots__ = ("_storages", "key", "templates")
+
+    def __init__(self, storage: torch.UntypedStorage, key: Any, places: Iterable[tuple[int, Geometry]]) -> None:
+        self.key = key
+        whole = storages.place(storage, *storages.bytes_geometry(storage.nbytes()))
+        memory = whole.numpy()  # one owner of the storage, for as long as any of the slices lives
+        self.templates = [slices.tensor(memory, shift, geometry) for shift, geometry in places]
+        self._storages = [template.untyped_storage() for template in self.templates]
+
+    def is_in_use(self, index: int) -> bool:
+        """Whether there is any other tensor, or anything else, on this slice."""
+        owners, references = storages.owners(self._storages[index])
+        idle = storages.IDLE_OWNERS + 1
+        if owners > idle or references > storages.IDLE_REFERENCES_WITH_TENSOR:
+            return True
+        return storages.owners(self._storages[index])[0] > idle  # see ``Block.in_use``
 
 
 class Block:
@@ -39,6 +65,7 @@ class Block:
         "address",
         "capacity",
         "content",
+        "cuts",
         "fd",
         "kind",
         "lost_at",
@@ -66,6 +93,8 @@ class Block:
         self._storage: Any = storage if kind in (MADE, MAPPED) else weakref.ref(storage)
         #: Making a tensor that lies as another one does takes a fraction of what placing one on a storage takes.
         self.templates: dict[Geometry, torch.Tensor] = {}
+        #: The same for tensors that are slices of it, as they lay there in the last message.
+        self.cuts: Cuts | None = None
         self._view: memoryview | None = None
         self._kept: Any = None
         #: How many private mappings of it there are here, and messages with it that are being decoded.
@@ -109,8 +138,12 @@ class Block:
         """Whether anything in this process uses it. Only for a MADE or MAPPED one."""
         if self.users:
             return True
-        idle_owners = storages.IDLE_OWNERS + len(self.templates)
-        idle_references = storages.IDLE_REFERENCES_WITH_TENSOR if self.templates else storages.IDLE_REFERENCES
+        cuts = self.cuts
+        if cuts is not None and any(map(cuts.is_in_use, range(len(cuts.templates)))):
+            return True
+        with_tensor = bool(self.templates) or cuts is not None
+        idle_owners = storages.IDLE_OWNERS + len(self.templates) + (cuts is not None)
+        idle_references = storages.IDLE_REFERENCES_WITH_TENSOR if with_tensor else storages.IDLE_REFERENCES
         owners, references = storages.owners(self._storage)
         if owners > idle_owners or references > idle_references:
             return True
@@ -121,6 +154,7 @@ class Block:
         """Keep the storage no more."""
         if self.kind in (MADE, MAPPED):
             self.templates.clear()
+            self.cuts = None
             self._view = self._kept = None
             self._storage = weakref.ref(self._storage)
         self.kind = PLAIN

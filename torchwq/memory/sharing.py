@@ -15,7 +15,7 @@ import errno
 import functools
 import threading
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from ..errors import ResourceError
 from ..transport.process import reset_in_child
 from . import limits, pool, recycling, storages
 from .block import MAPPED, Block, Geometry
+from .slices import aligned, cut_shared, slice_of
 
 #: A view is copied without what is between its elements if that is so many times as much, and so many bytes.
 _SPARSE: Final = 16
@@ -137,9 +138,76 @@ def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, geometry: Geometr
     return block
 
 
+def move_to(tensor: torch.Tensor, make: Callable[[], torch.UntypedStorage]) -> bool:
+    """Move a dense CPU tensor, which alone owns its private storage, onto the storage that ``make`` makes.
+
+    Returns False, and leaves it where it is, if that is not so, or not any more.
+    """
+    geometry = storages.geometry(tensor)
+    mover = _Mover()
+    key = tensor.untyped_storage()._cdata
+    try:
+        while (other := _moving.setdefault(key, mover)) is not mover:
+            if not _wait_for(other):
+                return False
+            key = tensor.untyped_storage()._cdata
+        with recycling.lock:
+            storage = tensor.untyped_storage()
+            if storage.is_shared() or not storages.is_sole_owner(tensor, storage):
+                return False
+        target = make()
+        if target.nbytes() != storage.nbytes():
+            return False
+        storages.hold(target, storages.move(tensor, storages.place(target, *geometry), storage, target.data_ptr()))
+        return True
+    finally:
+        _finish(key, mover)
+
+
 def goes_by_value(block: Block | None, fresh: Container[Block] | None) -> bool:
     """Whether what is on this block, or on none, is to be copied: if ``fresh`` is given and does not have the block."""
     return fresh is not None and (block is None or block not in fresh)
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """How many bytes of its storage a dense tensor of at least one element spans."""
+    size: int = (tensor.numel() if tensor.is_contiguous() else storages.span(tensor)) * tensor.element_size()
+    return size
+
+
+def copy_all(tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[Block, torch.UntypedStorage] | None:
+    """A block with the values of several dense tensors, each with how many bytes it spans, as slices in this order.
+
+    Returns None if there is no descriptor for it. Raises ResourceError if there is no memory.
+    """
+    nbytes = 0
+    for _, each in tensors:
+        nbytes = aligned(nbytes) + each
+    fill = functools.partial(_copy_all, tensors)
+    copied = None
+    if nbytes <= _AT_ONCE:
+        with recycling.lock:
+            copied = pool.use_at_once(nbytes, fill)
+    return copied or pool.use(nbytes, fill)
+
+
+def _copy_all(tensors: Sequence[tuple[torch.Tensor, int]], block: Block) -> tuple[Block, torch.UntypedStorage]:
+    storage = block.storage
+    address, shift = block.address, 0
+    for tensor, nbytes in tensors:
+        ctypes.memmove(address + shift, tensor.data_ptr(), nbytes)
+        shift = aligned(shift + nbytes)
+    return block, storage
+
+
+def dense(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A dense tensor that is to be copied, and how many elements of its storage it spans; a copy, if there is much more
+    between its elements than in them."""
+    span = storages.span(tensor)
+    if span > _SPARSE * tensor.numel() and span * tensor.element_size() > _LARGE:
+        tensor = tensor.detach().contiguous()
+        span = tensor.numel()
+    return tensor, span
 
 
 def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
@@ -148,10 +216,7 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
     The copy has the tensor's strides, unless there is much more between its elements than in them. Returns None, with
     one warning, if there is no descriptor for it. Raises ResourceError if there is no memory.
     """
-    span = storages.span(tensor)
-    if span > _SPARSE * tensor.numel() and span * tensor.element_size() > _LARGE:
-        tensor = tensor.detach().contiguous()
-        span = tensor.numel()
+    tensor, span = dense(tensor)
     code, _, size, stride = storages.geometry(tensor)
     geometry = code, 0, size, stride
     nbytes = span * tensor.element_size()
@@ -215,11 +280,19 @@ def _place(geometry: Geometry, block: Block) -> torch.Tensor:
 
 def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:
     """What torch's own multiprocessing passes on, someone sees of whom the ledger knows nothing."""
+    found = slice_of(storage)
+    if found is not None:
+        return rebuild_slice, (found.base, found.shift, storage.nbytes())  # and the base comes here next
     block = recycling.block_of(storage)
     if block is not None:
         with recycling.lock:
             recycling.give_away(block)
     return reductions.reduce_storage(storage)
+
+
+def rebuild_slice(base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.UntypedStorage:
+    """A slice of a storage that torch has passed on."""
+    return cut_shared(storages.lasting_memory(base), base, shift, nbytes)
 
 
 ForkingPickler.register(torch.UntypedStorage, _reduce_for_torch)

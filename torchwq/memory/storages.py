@@ -33,6 +33,9 @@ from ..errors import ResourceError
 from ..transport import descriptors
 from . import anonymous
 
+#: How a tensor lies on a storage: the code of its dtype, offset, size, stride.
+Geometry = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
 _private: Any = torch.UntypedStorage
 
 CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasattr(
@@ -61,7 +64,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
             _keep_for_arrays(storage)
         fd, nbytes = storage._share_fd_cpu_()
     except RuntimeError as error:
-        _hold(storage, None)  # it has left nothing
+        hold(storage, None)  # it has left nothing
         raise _failed(
             f"torch could not move a storage of {storage.nbytes()} bytes into shared memory", error
         ) from error
@@ -119,12 +122,12 @@ def _keep_for_arrays(storage: torch.UntypedStorage) -> None:
     if storage.resizable() or _lazy_clone is None:
         return  # no array was ever made of it
     try:
-        _hold(storage, _lazy_clone(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)))
+        hold(storage, _lazy_clone(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)))
     except RuntimeError:
         pass
 
 
-def _hold(storage: Any, memory: Any) -> None:
+def hold(storage: Any, memory: Any) -> None:
     """Keep ``memory`` as long as ``storage``: torch keeps a storage's Python object for as long as the storage."""
     storage._torchwq_left_memory = memory
 
@@ -240,10 +243,21 @@ DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each
 CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
-def geometry(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def geometry(tensor: torch.Tensor) -> Geometry:
     """How a dense tensor lies on its storage, as ``place`` takes it."""
     offset: Any = tensor.storage_offset()
     return CODES[tensor.dtype], offset, tensor.size(), tensor.stride()
+
+
+def bytes_geometry(nbytes: int) -> Geometry:
+    """How all the bytes of a storage lie on it."""
+    return CODES[torch.uint8], 0, (nbytes,), (1,)
+
+
+def bytes_of(geometry: Geometry) -> int:
+    """How many bytes lie between the first and the last element of what lies so, these included."""
+    code, _, size, stride = geometry
+    return (1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))) * DTYPES[code].itemsize
 
 
 def span(tensor: torch.Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Sequence
 
 from ..errors import ResourceError
@@ -11,11 +12,13 @@ from .endpoint import MAX_FDS
 from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, close_fds, received_fds, rights, send_buffer
 
 _PER_MESSAGE = MAX_FDS - 3
+#: Of these the kernel limits bytes, and not how many messages wait, as it does of datagrams.
+_TYPE = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform == "linux" else socket.SOCK_DGRAM
 
 
 def pack(fds: Sequence[int]) -> socket.socket:
     """A socket from which ``unpack`` takes copies of ``fds``. Raises ResourceError if there are too many."""
-    inside, outside = descriptors.socketpair(socket.SOCK_DGRAM)
+    inside, outside = descriptors.socketpair(_TYPE)
     send_buffer(inside, 1 << 20)
     with inside:
         for start in range(0, len(fds), _PER_MESSAGE):

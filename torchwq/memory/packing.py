@@ -1,0 +1,324 @@
+"""Many storages of one message in few blocks: not each tensor needs a descriptor, a mapping and a count of its own.
+
+Each storage that is packed stays a storage of its own, exactly as large as its data: a *slice* of its block's memory.
+So nothing shows that others lie beside it: ``torch.save`` writes its bytes and no more, and it cannot be resized, as no
+shared storage can.
+
+By value, what is copied is not each tensor, but what the message's tensors see of a storage. So views of one storage
+arrive as views of one storage, and what they have in common is copied once.
+
+By reference, a storage is moved into its slice, and the tensor with it. Only one that its tensor alone owns can be
+moved so. What is more than a few blocks is packed only: a block that is a tensor's own is free as soon as that is gone.
+
+Invariants:
+
+* A slice keeps its block's storage: the block is in use as long as any of its slices is.
+* Slices do not overlap.
+* What is to be copied is copied before the message is complete, and what is to be moved is in its place then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from . import limits, pool, recycling, sharing, storages
+from .block import Block
+from .slices import aligned, cut_shared, slice_of
+
+#: Up to so many bytes are copied into a block with others in less time than a block of their own takes.
+SMALL: Final = 32 * 1024
+#: How many tensors of one message get blocks of their own at most, although others could be beside them.
+_MOST_OWN: Final = 64
+#: About how many bytes one block with slices has, and how many such blocks a message has at most.
+_PACK: Final = 64 << 20
+_MOST_PACKS: Final = 32
+
+#: Where a slice is: in the message itself; in a block; there, and the writer has it, too; or it is all of a block.
+INLINE, SLICE, SHARED, WHOLE = range(4)
+
+
+#: Set in the number of what is no storage, but one of the pickle's buffers.
+BUFFER: Final = 1 << 31
+
+
+class Row(NamedTuple):
+    """What a message says of one slice."""
+
+    kind: int
+    #: The number of its storage in the message, and where in that it begins, in bytes.
+    group: int
+    low: int
+    nbytes: int
+    #: The index of its block in the message, and where in that it begins. INLINE: in the message.
+    block: int
+    shift: int
+
+
+ROW: Final = struct.Struct("=BIQQIQ")
+
+#: Lets a block travel with the message; returns its index.
+Refer = Callable[[Block, torch.UntypedStorage], int]
+
+
+def most_own() -> int:
+    """How many blocks of its own a message's tensors may have, where they could be packed."""
+    return min(_MOST_OWN, max(1, limits.descriptors() // 4))
+
+
+class _Group:
+    """One storage of the message: what of it is to be copied, or the tensor that is to be moved."""
+
+    __slots__ = ("buffer", "parts", "step", "storage", "tensor")
+
+    def __init__(
+        self,
+        storage: torch.UntypedStorage | None = None,
+        tensor: torch.Tensor | None = None,
+        buffer: memoryview | None = None,
+    ) -> None:
+        #: None if a tensor is to be moved, which must be its only owner.
+        self.storage = storage
+        self.tensor = tensor
+        #: If it is no storage: what is to be copied.
+        self.buffer = buffer
+        self.parts: list[tuple[int, int]] = []
+        #: The largest size of an element: parts begin at a multiple of it.
+        self.step = 1
+
+    def clusters(self) -> list[tuple[int, int]]:
+        """The parts, as one where they overlap or touch; all as one, if that is not much more."""
+        if len(self.parts) == 1:
+            return self.parts
+        merged: list[tuple[int, int]] = []
+        for low, high in sorted(self.parts):
+            if merged and low <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(high, merged[-1][1])
+            else:
+                merged.append((low // self.step * self.step, high))
+        low, high = merged[0][0], merged[-1][1]
+        return [(low, high)] if high - low <= 2 * sum(high - low for low, high in merged) else merged
+
+
+class _Item(NamedTuple):
+    """A part of a storage, which will be a slice."""
+
+    group: int
+    low: int
+    nbytes: int
+
+
+class Packing:
+    """The storages of one message that are to be packed, or that were."""
+
+    def __init__(self) -> None:
+        self._groups: list[_Group] = []
+        self._numbers: dict[int, int] = {}
+        #: Whether buffers are packed: all that come later must be, too, or their order would be lost.
+        self.has_buffers = False
+
+    def _number(self, storage: torch.UntypedStorage) -> int:
+        number = self._numbers.get(storage._cdata)
+        if number is None:
+            self._numbers[storage._cdata] = number = len(self._groups)
+            self._groups.append(_Group(storage))
+        return number
+
+    def copy(self, tensor: torch.Tensor, span: int) -> int:
+        """Let a dense tensor's part of its storage be copied, which is ``span`` > 0 elements long.
+
+        Returns the number of the storage in the message.
+        """
+        number = self._number(tensor.untyped_storage())
+        group, size, offset = self._groups[number], tensor.element_size(), tensor.storage_offset()
+        group.parts.append((int(offset) * size, (int(offset) + span) * size))
+        group.step = max(group.step, size)
+        return number
+
+    def move(self, tensor: torch.Tensor) -> int:
+        """Let a dense tensor be moved, which alone owns its storage."""
+        self._groups.append(_Group(tensor=tensor))
+        return len(self._groups) - 1
+
+    def take_buffer(self, buffer: memoryview) -> None:
+        """Let one of the pickle's buffers travel, behind those before it."""
+        self._groups.append(_Group(buffer=buffer))
+        self.has_buffers = True
+
+    def refer(self, storage: torch.UntypedStorage) -> int:
+        """Let a reference to a shared slice travel."""
+        return self._number(storage)
+
+    def place(self, refer: Refer, chunks: list[Any]) -> list[Row]:
+        """Copy and move everything to where it will be, and say where that is.
+
+        For want of descriptors, what is left goes behind ``chunks``, which are the message's so far. Raises
+        ResourceError if there is no memory.
+        """
+        return _Placement(self._groups, refer, chunks).rows if len(self._groups) > 1 else self._place_one(refer, chunks)
+
+    def _place_one(self, refer: Refer, chunks: list[Any]) -> list[Row]:
+        """The same in a shorter way for what is most often all there is: one small tensor that is copied."""
+        group = self._groups[0]
+        if len(group.parts) == 1:
+            low, high = group.parts[0]
+            assert group.storage is not None
+            if high - low <= SMALL:
+                fill = functools.partial(_copy_one, group.storage.data_ptr() + low, high - low)
+                with recycling.lock:
+                    found = pool.use_at_once(high - low, fill)
+                if found is not None:
+                    return [Row(WHOLE, 0, low, high - low, refer(*found), 0)]
+        return _Placement(self._groups, refer, chunks).rows
+
+
+def _copy_one(source: int, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
+    storage = block.storage
+    ctypes.memmove(block.address, source, nbytes)
+    return block, storage
+
+
+class _Placement:
+    def __init__(self, groups: Sequence[_Group], refer: Refer, chunks: list[Any]) -> None:
+        self._groups = groups
+        self._refer = refer
+        self._chunks = chunks
+        self._end = -1
+        self.rows: list[Row] = []
+        own: list[_Item] = []
+        small: list[_Item] = []
+        moved: list[_Item] = []
+        buffers: list[_Item] = []
+        for number, group in enumerate(groups):
+            if group.tensor is not None:
+                moved.append(_Item(number, 0, group.tensor.untyped_storage().nbytes()))
+            elif group.buffer is not None:
+                buffers.append(_Item(number, 0, group.buffer.nbytes))
+            elif group.parts:
+                alone = len(group.parts) == 1
+                for low, high in group.clusters():
+                    item = _Item(number, low, high - low)
+                    (own if alone and item.nbytes > SMALL and len(own) < most_own() else small).append(item)
+            else:
+                self._refer_to_slice(number, group)
+        if len(small) == 1 and len(groups[small[0].group].parts) == 1:
+            own, small = [*own, *small], []
+        for item in own:
+            self._pack([item], self._copy, WHOLE)
+        for part in _packs(small):
+            self._pack(part, self._copy, SLICE)
+        for part in _packs(moved):
+            self._pack(part, self._move, SHARED)
+        for part in _packs(buffers):
+            self._pack(part, self._copy, SLICE, BUFFER)
+
+    def _refer_to_slice(self, number: int, group: _Group) -> None:
+        storage = group.storage
+        found = None if storage is None else slice_of(storage)
+        assert storage is not None
+        assert found is not None
+        block = recycling.block_of(found.base)
+        if block is None or not sharing.is_current(block):
+            block = sharing.share_storage(found.base)
+        if block is None:
+            self._inline(_Item(number, 0, storage.nbytes()))
+            return
+        row = SHARED, number, 0, storage.nbytes(), self._refer(block, found.base), found.shift
+        self.rows.append(Row(*row))
+
+    def _pack(self, items: Sequence[_Item], fill: Callable[..., Any], kind: int, flag: int = 0) -> None:
+        """Let ``items`` be slices of one new block."""
+        shifts, end = [], 0
+        for item in items:
+            shifts.append(end)
+            end = aligned(end + item.nbytes)
+        nbytes = shifts[-1] + items[-1].nbytes
+        job = functools.partial(fill, items, shifts)
+        filled = None
+        if nbytes <= SMALL and kind != SHARED:  # moving takes locks of its own
+            with recycling.lock:
+                filled = pool.use_at_once(nbytes, job)
+        filled = filled or pool.use(nbytes, job)
+        if filled is None:
+            for item in items:
+                self._inline(item, flag)
+            return
+        block, storage, elsewhere = filled
+        index = self._refer(block, storage)
+        for item, shift in zip(items, shifts, strict=True):
+            if item.group not in elsewhere:
+                self.rows.append(Row(kind, item.group | flag, item.low, item.nbytes, index, shift))
+        for number in elsewhere:
+            self._refer_to_moved(number)
+
+    def _copy(self, items: Sequence[_Item], shifts: Sequence[int], block: Block) -> Any:
+        address = block.address
+        for item, shift in zip(items, shifts, strict=True):
+            group = self._groups[item.group]
+            if group.buffer is not None:
+                source = np.frombuffer(group.buffer, np.uint8).ctypes.data
+            else:
+                assert group.storage is not None
+                source = group.storage.data_ptr() + item.low
+            ctypes.memmove(address + shift, source, item.nbytes)
+        return block, block.storage, ()
+
+    def _move(self, items: Sequence[_Item], shifts: Sequence[int], block: Block) -> Any:
+        base = block.storage
+        memory = storages.lasting_memory(base)
+        elsewhere = []
+        for item, shift in zip(items, shifts, strict=True):
+            tensor = self._groups[item.group].tensor
+            assert tensor is not None
+            if not sharing.move_to(tensor, functools.partial(cut_shared, memory, base, shift, item.nbytes)):
+                elsewhere.append(item.group)
+        return block, base, elsewhere
+
+    def _refer_to_moved(self, number: int) -> None:
+        """What another thread has moved meanwhile, or someone else has got a view of, is where it is."""
+        tensor = self._groups[number].tensor
+        assert tensor is not None
+        if slice_of(tensor.untyped_storage()) is not None:
+            self._refer_to_slice(number, _Group(tensor.untyped_storage(), None))
+            return
+        block = sharing.share(tensor)
+        storage = tensor.untyped_storage()
+        if block is None:
+            self._inline(_Item(number, 0, storage.nbytes()))
+        else:
+            self.rows.append(Row(WHOLE, number, 0, storage.nbytes(), self._refer(block, storage), 0))
+
+    def _inline(self, item: _Item, flag: int = 0) -> None:
+        group = self._groups[item.group]
+        if group.buffer is not None:
+            data = bytes(group.buffer)
+        else:
+            storage = group.storage if group.tensor is None else group.tensor.untyped_storage()
+            assert storage is not None
+            data = bytes(storages.memory(storage)[item.low : item.low + item.nbytes])
+            limits.warn_of_copies()
+        if self._end < 0:
+            self._end = sum(map(len, self._chunks))
+        self._chunks.append(data)
+        self.rows.append(Row(INLINE, item.group | flag, item.low, item.nbytes, 0, self._end))
+        self._end += item.nbytes
+
+
+def _packs(items: Sequence[_Item]) -> list[list[_Item]]:
+    """``items`` in order, as many together as one block is to have."""
+    most = max(_PACK, sum(item.nbytes for item in items) // _MOST_PACKS + 1)
+    packs: list[list[_Item]] = []
+    left = 0
+    for item in items:
+        if not packs or item.nbytes > left:
+            packs.append([])
+            left = most
+        packs[-1].append(item)
+        left -= item.nbytes
+    return packs

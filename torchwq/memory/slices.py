@@ -1,0 +1,75 @@
+"""A storage that is a part of a block's memory. See ``packing``.
+
+torch makes such a storage of anything that has the buffer interface, and keeps that for as long as the storage lives.
+It does not know that the memory is shared. Where that matters (the writer and its readers see the same slice), it is
+written on the storage's Python object, which torch keeps for as long as the storage, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Final
+
+import torch
+
+from . import storages
+from .storages import Geometry
+
+#: Where slices begin: a multiple of every dtype's size.
+ALIGNMENT: Final = 64
+_ATTRIBUTE: Final = "_torchwq_slice"
+
+
+class Slice:
+    """Where a shared slice is: the storage that all of the memory belongs to, and the offset in bytes."""
+
+    __slots__ = ("base", "shift")
+
+    def __init__(self, base: torch.UntypedStorage, shift: int) -> None:
+        self.base = base
+        self.shift = shift
+
+
+def aligned(nbytes: int) -> int:
+    """Where the next slice may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def cut(memory: Any, shift: int, nbytes: int) -> torch.UntypedStorage:
+    """A storage on ``nbytes`` > 0 bytes of writable memory, which it keeps alive."""
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=shift).untyped_storage()
+
+
+def tensor(memory: Any, shift: int, geometry: Geometry) -> torch.Tensor:
+    """A tensor on a slice of its own that lies so on it."""
+    code, offset, size, stride = geometry
+    dtype = storages.DTYPES[code]
+    count = 1
+    for n, step in zip(reversed(size), reversed(stride), strict=True):
+        if step != count and n > 1:
+            break
+        count *= n
+    else:
+        if not offset and not torch.is_inference_mode_enabled():
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=shift).resize_(size)
+    nbytes = offset * dtype.itemsize + storages.bytes_of(geometry)
+    return storages.place(cut(memory, shift, nbytes), *geometry)
+
+
+def cut_shared(memory: Any, base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.UntypedStorage:
+    """The same of the ``memory`` of a shared storage, for one who shares the slice with others."""
+    storage: Any = cut(memory, shift, nbytes)
+    setattr(storage, _ATTRIBUTE, Slice(base, shift))
+    storage.is_shared = _yes
+    storage.share_memory_ = weakref.ref(storage)  # gives the storage when it is called, and makes no cycle
+    return storage  # type: ignore[no-any-return]
+
+
+def _yes() -> bool:
+    return True
+
+
+def slice_of(storage: torch.UntypedStorage) -> Slice | None:
+    """Where ``storage`` is, if it is a shared slice."""
+    found: Slice | None = getattr(storage, _ATTRIBUTE, None)
+    return found
