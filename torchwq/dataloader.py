@@ -8,7 +8,6 @@ another iterator, of :mod:`torchwq.loading`.
 from __future__ import annotations
 
 import copyreg
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch.utils.data
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from . import warning
 from .loading import draws, growth, internals, state
 from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator, Options
@@ -168,10 +168,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     def _get_iterator(self) -> Any:
         if not internals.AVAILABLE:
             if self.num_workers:
-                warnings.warn(
+                warning.warn(
                     "this version of torch lacks what torchwq.DataLoader builds on; torch's own transport is used",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
             return super()._get_iterator()
         loaded, self._loaded = self._loaded, None

@@ -19,7 +19,7 @@ from .marshalling import codec, exceptions
 from .transport import cleanup, reactor
 from .transport.process import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.starting import check_backend
+from .workers.starting import check_backend, check_number
 
 _ENTRY = "torchwq.mapping:run_worker"
 
@@ -205,6 +205,7 @@ class Map:
         outcomes.hand_over(range(outcomes.n), self._errors)
         failed = [mapid for mapid in sorted(self._errors) if mapid not in self._consumed]
         if failed:
+            shutdown.hold_daemon()
             error = self._errors[failed[0]]
             for other in failed[1:]:
                 if self._errors[other] is error:
@@ -289,10 +290,9 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     Source: torch-ipc's ``ipc.map``.
     """
     check_backend(backend)
-    if n < 1:
-        raise ValueError(f"the number of workers must be at least 1, not {n}")
+    n = check_number(n, "torchwq.map(number, function, *args)")
     if not callable(f):
-        raise TypeError(f"a function is needed to run, not {type(f).__name__}")
+        raise TypeError(f"a function is needed to run, not {type(f).__name__}: torchwq.map(number, function, *args)")
     by_position, by_keyword = _wants_mapid(f, args)
     limit = codec.CALL_LIMIT
     payloads = []

@@ -36,8 +36,9 @@ from .errors import QueueClosed
 from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .transport.process import reset_in_child
+from .transport.waiting import cores
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.starting import check_backend
+from .workers.starting import check_backend, check_number
 
 T = TypeVar("T")
 
@@ -273,7 +274,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
     need them.
 
     Args:
-        n: the largest number of workers.
+        n: the largest number of workers; None: as many as this process may use cores.
         backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`.
         upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each
             time.
@@ -282,6 +283,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
     Raises:
         ValueError: ``n`` is less than 1, or there is no such ``backend``.
+        TypeError: ``n`` is no integer.
         ClosureError, MarshalError: the initializer or its arguments cannot travel.
 
     Source: torch-ipc's ``ipc.BackgroundTaskPool``; ``concurrent.futures.ProcessPoolExecutor``.
@@ -289,7 +291,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
     def __init__(
         self,
-        n: int,
+        n: int | None = None,
         *,
         backend: str = "process",
         upvalues: bool = False,
@@ -297,8 +299,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         initargs: tuple[Any, ...] = (),
     ) -> None:
         check_backend(backend)
-        if n < 1:
-            raise ValueError(f"the number of workers must be at least 1, not {n}")
+        n = cores() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues

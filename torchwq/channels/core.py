@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import QueueClosed
+from ..errors import QueueClosed, WorkerDied
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
@@ -25,6 +25,7 @@ from ..transport.mailbox import Mailbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from ..transport.sockets import close_fds
+from ..workers import shutdown
 from .here import Here
 from .line import Line, open_lines
 from .state import ChannelState, Way
@@ -77,6 +78,13 @@ class Core:
 
         Raises queue.Empty, WorkerDied.
         """
+        try:
+            return self._wait(reader, nonblocking, timeout)
+        except (QueueClosed, WorkerDied):
+            shutdown.hold_daemon()
+            raise
+
+    def _wait(self, reader: Any, nonblocking: bool, timeout: float | None) -> Received | None:
         self.check_fork()
         if nonblocking:
             told = reader.told()
@@ -116,7 +124,7 @@ class Core:
                 else:
                     self.vigil.raise_news(told, READS, only_of_threads=True)
                 if over:
-                    raise queue.Empty
+                    raise queue.Empty(f"no item came within {timeout} s: the channel is open, and empty")
 
     def look(self, reader: Any, told: Told) -> None:
         """Raise WorkerDied if someone who waits to read is to be told of something, unless there are items."""

@@ -26,13 +26,13 @@ import logging
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from .. import warning
 from ..marshalling import exceptions
 from ..memory import recycling
 from ..transport import reactor
@@ -43,7 +43,7 @@ from .counters import Counters
 from .crew import Gone, Hand
 from .draws import Draws
 from .growth import Growth
-from .job import Part, Plan
+from .job import Part, Plan, describe_index
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 from .pinning import Pinner
 from .plain import after, is_stateful, taken
@@ -306,7 +306,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             except Gone as gone:
                 dead = gone.hand
             except TimeoutError:
-                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+                raise self._timed_out() from None
             self._mend(dead)  # not where Gone is handled: nobody else should see it
 
     def _abandon_tasks(self) -> None:
@@ -402,21 +402,22 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _warn_of_length(self) -> None:
         if self._dataset_kind == internals.ITERABLE:
-            warnings.warn(
+            warning.warn(
                 f"Length of IterableDataset {self._dataset} was reported to be {self._IterableDataset_len_called}"
                 f"(when accessing len(dataloader)), but {self._num_yielded} samples have been fetched. For "
                 f"multiprocessing data-loading, this could be caused by not properly configuring the IterableDataset "
                 f"replica at each worker. Please see https://pytorch.org/docs/stable/data.html"
                 f"#torch.utils.data.IterableDataset for examples.",
-                stacklevel=3,
             )
 
     def _next_data(self) -> Any:
         if self._broken is not None:
+            shutdown.hold_daemon()
             raise _without_frames(self._broken)
         try:
             return self._next_batch()
         except Exception:
+            shutdown.hold_daemon()
             raise
         except BaseException as error:
             self._break_off(error)
@@ -505,7 +506,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 dead = gone.hand
             except Exception as error:
                 if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
-                    raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+                    raise self._timed_out() from None
                 # Descriptors have run out, or a signal handler has raised it: a message may be lost.
                 self._break_off(error)
                 raise
@@ -514,6 +515,17 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                     hand.received = answer.after
                 return hand, answer
             self._mend(dead)  # not where Gone is handled: nobody else should see it
+
+    def _timed_out(self) -> RuntimeError:
+        late = [self._turns[0][0]] if self._in_order and self._turns else self._hands
+        missing = [
+            f"worker {hand.worker_id} (pid {hand.process.pid}) has not answered"
+            + (f", with {describe_index(hand.tasks[0])} in hand" if hand.tasks else "")
+            for hand in late
+            if hand.unreceived or hand.tasks
+        ]
+        told = f": {'; '.join(missing)}" if missing else ""
+        return RuntimeError(f"DataLoader timed out after {self._timeout} seconds{told}")
 
     def _take_turn(self, hand: Hand) -> None:
         if self._turns[0][0] is hand:
@@ -539,7 +551,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 del death
         self._restarts += 1
         self._meter.restarts += 1
-        warnings.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})", stacklevel=5)
+        warning.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})")
         try:
             hand.restart(self._shared_seed)
         except Exception as error:

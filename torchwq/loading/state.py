@@ -12,10 +12,10 @@ it: flat without workers, with a part for each worker otherwise.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from .. import warning
 from ..marshalling import exceptions
 from .messages import Snapshot
 from .plain import StateDict, detached, is_stateful, plain_index
@@ -205,11 +205,10 @@ class State:
                     f"the same sample with load_state_dict(state, strict=False)"
                 )
             lost = ", and what the workers' datasets had told of themselves is lost" if told else ""
-            warnings.warn(
+            warning.warn(
                 f"this state was taken with num_workers={self.num_workers} and this loader has "
                 f"num_workers={num_workers}: it goes on at the same sample, but workers' random numbers begin "
                 f"anew{lost}",
-                stacklevel=3,
             )
         return replace(
             self,

@@ -74,6 +74,7 @@ class Core:
         if self.forked:
             raise MutexError(_FORKED)
         if self.left:
+            shutdown.hold_daemon()
             raise MutexError("this process is ending, and has given up its mutexes")
 
     def acquire(self, deadline: float | None) -> bool:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from typing import Final
 
+from .. import warning
 from ..errors import MutexError, WorkerDied
 from ..memory.roster import Roster
 from ..workers import worker
@@ -93,7 +93,7 @@ class Lock:
             )
         else:
             death = WorkerDied(f"{text}, process {pid}, ended without having released it", pid=pid)
-        warnings.warn(f"{death}. What the mutex protects may be half done", RuntimeWarning, stacklevel=5)
+        warning.warn(f"{death}. What the mutex protects may be half done", RuntimeWarning)
         return death
 
     def release(self) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import warnings
 from pathlib import Path
 from typing import Final
 
+from .. import warning
 from ..errors import ResourceError
 
 #: Overrides the default limit on pool memory, in bytes. In the environment, so that workers have it too.
@@ -143,13 +143,12 @@ def warn_of_copies() -> None:
     if not _warned:
         _warned = True
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        warnings.warn(
+        warning.warn(
             f"this process has {descriptors()} shared tensors, as many as its limit of {soft} open files "
             f"(RLIMIT_NOFILE), or of memory mappings (vm.max_map_count), allows. Further tensors are copied instead of "
             f"shared: a change on one side is not seen on the other. Raise the limit with `ulimit -n`, or keep fewer "
             f"tensors at a time, for example by torch.stack",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 
@@ -158,9 +157,8 @@ def warn_of_no_reuse(why: str) -> None:
     global _warned_of_no_reuse
     if not _warned_of_no_reuse:
         _warned_of_no_reuse = True
-        warnings.warn(
+        warning.warn(
             f"shared memory of this process is made anew for each message instead of being used again, which is "
             f"slower: the table in which the processes count who uses it cannot be had: {why}",
             RuntimeWarning,
-            stacklevel=2,
         )

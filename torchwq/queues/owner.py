@@ -746,6 +746,10 @@ class Owner(SocketRole, worker.EndListener):
                     member.link.close()
             self._members = {number: member for number, member in self._members.items() if number < 0}
 
+    def awaited(self) -> str:
+        written, untaken, handles = self.counts()
+        return f"no answer ({written} questions written, {untaken} not taken yet, {handles} workers' handles open)"
+
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""
         return self.outbox.number, 0 if self.closed else self._untaken(), len(self._members)

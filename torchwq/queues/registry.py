@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..errors import QueueClosed
 from ..transport import cleanup, directory
@@ -51,7 +52,7 @@ def _forget() -> None:
     _closed.clear()
 
 
-def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQueue:
+def workqueue(name: str | None = None, *misplaced: NoReturn, capacity: int | None = None) -> WorkQueue:
     """Open a workqueue, or create it.
 
     Whoever creates a queue gets its owner's handle, and gets it again by opening the name again in the same thread.
@@ -74,6 +75,8 @@ def workqueue(name: str | None = None, *, capacity: int | None = None) -> WorkQu
 
     Source: torch-ipc's ``ipc.workqueue``.
     """
+    if misplaced:
+        raise TypeError(f"workqueue takes nothing but a name by position; say what it is: capacity={misplaced[0]!r}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
     if name is None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import QueueClosed
+from ..errors import QueueClosed, WorkerDied
 from ..memory.anonymous import Descriptor
 from ..memory.parcel import TRAILER
 from ..transport.endpoint import Endpoint, Received
@@ -17,7 +17,7 @@ from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from ..transport.waiting import Waiter
-from ..workers import threads
+from ..workers import shutdown, threads
 
 ENDED: Final = "the queue is closed: its owner has closed it, or has ended"
 CLOSED_HERE: Final = "this handle is closed"
@@ -97,6 +97,13 @@ class Role(abc.ABC):
 
     def wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
         """The next message, after ``take`` has found none; None if ``nonblocking``. Raises queue.Empty."""
+        try:
+            return self._wait(nonblocking, timeout)
+        except (QueueClosed, WorkerDied):
+            shutdown.hold_daemon()
+            raise
+
+    def _wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
         if self.closed:
             raise QueueClosed(self.closed)
         if nonblocking:
@@ -115,7 +122,11 @@ class Role(abc.ABC):
             if self.closed:
                 raise QueueClosed(self.closed)
             if deadline is not None and time.monotonic() >= deadline and not self.is_troubled():
-                raise queue.Empty
+                raise queue.Empty(f"{self.awaited()} came within {timeout} s")
+
+    def awaited(self) -> str:
+        """What a read waits for, as the subject of a sentence."""
+        return "no question"
 
     def settle(self) -> None:  # noqa: B027 - most have nothing to do
         """Let the readiness show what there is, after somebody was told that there is something, and has looked."""

@@ -62,6 +62,17 @@ def interrupted() -> bool:
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
 
 
+def hold_daemon() -> None:
+    """Called where a call that has waited is about to raise: keep a daemon of the user's there if the process ends.
+
+    What it would be told is only that this process ends. A daemon that waits for something else is not told either.
+    """
+    if worker.owner_ends:
+        thread = threading.current_thread()
+        if thread.daemon and not thread.name.startswith("torchwq-"):
+            threading.Event().wait()
+
+
 def run() -> None:
     """End everything of this process, once."""
     global _done

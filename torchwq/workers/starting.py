@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import signal
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -28,6 +29,22 @@ def check_backend(backend: str) -> None:
     """Raise ValueError unless ``backend`` names one that exists."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'process' or 'thread', not {backend!r}")
+
+
+def check_number(n: Any, what: str) -> int:
+    """``n`` as a number of workers. Raises TypeError if it is none, ValueError if it is less than 1.
+
+    Args:
+        n: what the user has given.
+        what: how it is given properly.
+    """
+    try:
+        number = operator.index(n)
+    except TypeError:
+        raise TypeError(f"the number of workers must be an integer, not {type(n).__name__}: {what}") from None
+    if number < 1:
+        raise ValueError(f"the number of workers must be at least 1, not {number}")
+    return number
 
 
 def start(

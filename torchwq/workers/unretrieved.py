@@ -118,6 +118,7 @@ class Future(futures.Future[T]):
             return super().result(timeout)
         except BaseException as error:
             if error is self._exception:
+                shutdown.hold_daemon()
                 self.ignore_error()
             raise
         finally:
