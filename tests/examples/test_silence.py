@@ -15,7 +15,7 @@ import pytest
 
 from torchwq.transport import namespace
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(200)
 
 #: Things of every public kind, used and unused, in the states that they may be in when a program ends.
 OBJECTS = """
@@ -136,7 +136,7 @@ def run(tmp_path: Path, source: str, *args: str) -> subprocess.CompletedProcess[
         [sys.executable, "-W", "error", "-X", "dev", str(script), *args],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=180,
         cwd=tmp_path,
         env=environment,
     )
