@@ -436,6 +436,7 @@ def end(hands: Sequence[Hand], in_all: float | None = None) -> None:
             one after the other, as torch's loader waits for them.
     """
     with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
+        stack.callback(recycling.give_up_orphans)  # their blocks would be kept for a while: no process uses them again
         stack.callback(_wait_for, hands, in_all)
         for hand in hands:
             stack.callback(hand.close)
@@ -451,6 +452,7 @@ def let_go(hands: Sequence[Hand], seconds: float) -> None:
         left = list(hands)
         raise
     finally:
+        recycling.suspect_orphans()  # takes no lock: this may be a finalizer
         if left:
             threading.Thread(target=end, args=(left,), name="torchwq-close", daemon=True).start()
 
