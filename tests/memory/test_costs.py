@@ -72,6 +72,7 @@ def test_a_reader_at_its_limit_looks_at_no_block_that_is_in_use(
 def _mapped() -> int:
     with recycling.lock:
         recycling.settle()
+        recycling.look_at_all()
         return sum(block.kind == MAPPED for block in recycling.table.values())
 
 

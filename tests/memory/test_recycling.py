@@ -7,6 +7,7 @@ import multiprocessing.resource_sharer
 import os
 import signal
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -450,6 +451,7 @@ def see(queue: Any, answers: Any) -> None:
 
 @pytest.mark.parametrize("made", ["here", "elsewhere"])
 def test_a_tensor_goes_on_through_torchs_own_multiprocessing(peer: Peer, made: str) -> None:
+    torch.multiprocessing.reductions.init_reductions()  # whoever does that must not lose what torchwq needs to know
     tensor = torchwq.zeros(10) + 4 if made == "here" else peer.ask(torch.full, (10,), 4.0)
     if made == "here":
         torchwq.share_(tensor)
@@ -472,6 +474,86 @@ def test_a_tensor_goes_on_through_torchs_own_multiprocessing(peer: Peer, made: s
     multiprocessing.resource_sharer.stop()
     for each in (queue, answers):
         each.close()
+
+
+def test_a_tensor_that_torch_moves_to_a_file_leaves_its_block(run_script: Any) -> None:
+    done = run_script("""
+        import torch, torchwq
+
+        def serve(queue):
+            import torch, torchwq
+            kept = None
+            for what, tensor in queue:
+                if what != "look":
+                    kept = tensor if what == "keep" else torch.full((10,), 4.0)
+                tensor = [torchwq.empty(10).fill_(-1) for _ in range(8)]
+                tensor = None
+                queue.write(kept)
+
+        def ask(what, tensor=None):
+            queue.write((what, tensor))
+            return queue.read(timeout=30)
+
+        with torchwq.workqueue() as queue:
+            workers = torchwq.map(1, serve, queue)
+            for made in ("here", "elsewhere"):
+                tensor = torchwq.zeros(10) + 4 if made == "here" else ask("make")
+                if made == "here":
+                    ask("keep", tensor)
+                place = tensor.data_ptr()
+                torch.multiprocessing.set_sharing_strategy("file_descriptor")
+                assert tensor.share_memory_().data_ptr() == place, "it is shared already"
+                torch.multiprocessing.set_sharing_strategy("file_system")
+                assert tensor.share_memory_().data_ptr() != place
+                torch.multiprocessing.set_sharing_strategy("file_descriptor")
+                tensor.fill_(5)
+                del tensor
+                tensor = [torchwq.empty(10).fill_(-1) for _ in range(8)]
+                del tensor
+                print(made, ask("look").tolist() == [4.0] * 10)
+                ask("look").fill_(6)
+                print(ask("look").tolist() == [6.0] * 10)
+    """)
+    assert done.stdout.split() == ["here", "True", "True", "elsewhere", "True", "True"]
+
+
+def test_a_received_tensor_can_be_swapped(peer: Peer) -> None:
+    tensor, other = peer.ask(keep_one_and_show_it, 100, 4.0), torch.zeros(3)
+    net = peer.ask(torch.nn.Linear, 3, 2)
+    torch.utils.swap_tensors(tensor, other)
+    assert tensor.tolist() == [0.0] * 3
+    del tensor
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.half()
+        net.load_state_dict({"weight": peer.ask(torch.ones, 2, 3), "bias": peer.ask(torch.ones, 2)}, assign=True)
+        net.half()
+        assert net.weight.dtype is torch.half
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    peer.ask(drop_kept)
+    peer.ask(scribble, 100)
+    assert other.tolist() == [4.0] * 100, "its memory is held for whoever has it now"
+    del other, net
+    peer.ask(scribble, 100)
+    assert torchwq.memory_stats().mapped_in_use == 0
+
+
+@pytest.mark.parametrize("together", [1, 7])
+def test_memory_is_used_again_however_late_it_is_dropped(peer: Peer, together: int) -> None:
+    """A reader that keeps the last so many tensors of many is sent them on not many more blocks."""
+    for kept in (1, 16):
+        last: deque[Any] = deque(maxlen=kept)
+        for number in range(150):
+            last.append(peer.ask(several, together, 50, float(number)))
+        assert [batch[-1][0].item() for batch in last] == list(range(150 - kept, 150))
+        del last
+        made = peer.ask(torchwq.memory_stats).blocks
+        assert made <= (2 * kept + 4) * together, f"{made} blocks for {kept} that are kept"
+
+
+def several(number: int, size: int, value: float) -> list[torch.Tensor]:
+    return [torch.full((size,), value) for _ in range(number)]
 
 
 def test_the_same_large_array_is_in_memory_once_for_eight_readers(run_script: Any) -> None:

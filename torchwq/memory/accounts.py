@@ -52,7 +52,7 @@ def memory_stats() -> MemoryStats:
     """Count everything that is there now."""
     with recycling.lock:
         recycling.settle()
-        recycling.look_at_unwatched(recycling.AT_ONCE)
+        recycling.look_at_all()
         book = ledger.current()
         made = pool.blocks()
         states = [

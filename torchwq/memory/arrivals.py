@@ -68,7 +68,7 @@ class Arrivals:
         self._buffers = buffers
         with recycling.lock:
             recycling.settle()
-            recycling.look_at_unwatched(2)
+            recycling.look(len(references))
             try:
                 self._take_all(references)
             except BaseException as error:
@@ -108,7 +108,7 @@ class Arrivals:
             if block.kind == MAPPED or block.kind == MADE:
                 tensor = recycling.template(block, geometry).detach()
                 if block.kind == MAPPED:
-                    recycling.watch(tensor, block)
+                    recycling.look_after(block)
                 return tensor
         return storages.place(self._storages[index], *geometry)
 
@@ -204,7 +204,7 @@ class Arrivals:
         for block in self._blocks:
             block.users -= 1
             block.used_at = now
-            if block.kind == MAPPED and not block.watches:
+            if block.kind == MAPPED and not block.polled:
                 recycling.release(block)
         self._blocks.clear()
 
@@ -218,6 +218,7 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
     global hits
     with recycling.lock:
         recycling.settle()
+        recycling.look(1)
         block = recycling.table.get(number)
         if block is None or block.nbytes != nbytes:
             return None
@@ -232,7 +233,7 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
         book.count_got(number, _flags()[block.kind])
         if block.kind == MAPPED:
             block.used_at = time.monotonic()
-            recycling.watch(tensor, block)
+            recycling.look_after(block)
         return tensor
 
 
@@ -241,6 +242,7 @@ def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geo
     global hits
     with recycling.lock:
         recycling.settle()
+        recycling.look(len(geometries))
         table, book = recycling.table, ledger.current()
         if book is None:
             return None
@@ -258,7 +260,7 @@ def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geo
             book.count_got(block.number, flags[kind])
             if kind == MAPPED:
                 block.used_at = now
-                recycling.watch(tensor, block)
+                recycling.look_after(block)
             tensors.append(tensor)
         hits += len(tensors)
         return tensors
@@ -272,6 +274,7 @@ def take_packed(
     global hits
     with recycling.lock:
         recycling.settle()
+        recycling.look(len(geometries))
         table, book = recycling.table, ledger.current()
         if book is None:
             return None
@@ -297,7 +300,7 @@ def take_packed(
                 block = pack
                 tensor = next(cut).detach()
             if block.kind == MAPPED:
-                recycling.watch(tensor, block)
+                recycling.look_after(block)
             tensors.append(tensor)
         for block in found:
             book.count_got(block.number, flags[block.kind])
@@ -389,5 +392,5 @@ def trim() -> None:
     """Give up the mapped blocks that are not in use."""
     with recycling.lock:
         recycling.settle()
-        recycling.look_at_unwatched(len(recycling.table))
+        recycling.look_at_all()
         _give_up_idle()

@@ -99,11 +99,11 @@ class Block:
         self._kept: Any = None
         #: How many private mappings of it there are here, and messages with it that are being decoded.
         self.users = 0
-        #: Weak references to the tensors of messages on it.
+        #: Weak references to what tells of its own death that it is gone: private mappings, an adopted storage.
         self.watches: set[Any] = set()
         #: Whether it has the data of a message, as ``content`` has written them.
         self.content = False
-        #: Whether it is looked at now and then because something uses it that is not watched.
+        #: Whether it is looked at now and then because something may use it (``lookout``).
         self.polled = False
         #: Of a mapped one: whether it is among those that were found idle, and whether its maker is gone.
         self.noted_idle = self.orphaned = False

@@ -23,12 +23,15 @@ code of a user's is called under it; should a finalizer run, it finds every bloc
   whose references do not come home, one whose maker is dead.
 * The table has every block of this process that has a number, under that number.
 
-The tensors of a message are watched by weak references, whose callback does nothing but take a note: garbage is
-collected at any moment, whatever locks are held. The notes are looked at by the next operation, or by a timer.
+Whether the tensors of a message are gone is looked at (``lookout``). Private mappings of blocks, and storages that
+torch shares, are watched by weak references, whose callback does nothing but take a note: garbage is collected at any
+moment, whatever locks are held. The notes are looked at by the next operation, or by a timer.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import threading
 import time
@@ -41,9 +44,10 @@ import torch
 
 from ..transport import reactor
 from ..transport.process import reset_in_child
-from . import ledger, limits
+from . import ledger, limits, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, KEPT, PINNED, UNTRACKED
+from .lookout import Lookout
 
 #: Where a storage's Python object has the block that it is the storage of.
 ATTRIBUTE: Final = "_torchwq_block"
@@ -77,8 +81,6 @@ table: dict[int, Block] = {}
 open_blocks = made_bytes = 0
 #: Watches whose tensors are gone, and numbers of references that came in messages which nobody has decoded.
 _notes: deque[Any] = deque()
-#: Mapped blocks that are used by something which is not watched.
-_unwatched: deque[Block] = deque()
 #: Mapped blocks that were found idle, each once, the oldest first. Some may be in use again, or given up.
 _idle: deque[Block] = deque()
 _ticking = False
@@ -104,7 +106,7 @@ _inlets: weakref.WeakSet[Inlet] = weakref.WeakSet()
 class _Parting:
     """The storage of a block that is given up while references to it may be under way."""
 
-    __slots__ = ("capacity", "marks", "passed", "storage")
+    __slots__ = ("capacity", "marks", "passed_at", "storage")
 
     def __init__(self, storage: torch.UntypedStorage, capacity: int) -> None:
         self.storage = storage
@@ -112,8 +114,8 @@ class _Parting:
         self.marks: list[tuple[weakref.ref[Inlet], Any]] = [
             (weakref.ref(inlet), inlet.mark()) for inlet in list(_inlets)
         ]
-        #: Whether all inlets had passed their marks at the last tick.
-        self.passed = False
+        #: When all inlets were found to have passed their marks.
+        self.passed_at = math.inf
 
     def have_passed(self) -> bool:
         self.marks = [
@@ -138,14 +140,14 @@ def _forget() -> None:
     _parting.clear()
     _inlets.clear()
     _notes.clear()
-    _unwatched.clear()
+    _in_use.clear()
     _idle.clear()
     open_blocks, made_bytes, _ticking, _ended = 0, 0, False, False
     _loss_at = _end_at = 0.0
 
 
 class Watch(weakref.ref[Any]):
-    """Tells when a tensor on a mapped block, or a private mapping of a block, is gone."""
+    """Tells when an adopted storage, or a private mapping of a block, is gone."""
 
     __slots__ = ("block", "mapping")
 
@@ -235,11 +237,16 @@ def settle() -> None:
 
 def release(block: Block) -> None:
     """A mapped block is perhaps not in use any more. Under the lock."""
+    if not _let_go(block):
+        _in_use.add(block)
+
+
+def _let_go(block: Block) -> bool:
+    """Hold a mapped block no more, if it is not in use; returns whether it need not be looked at. Under the lock."""
+    if block.kind != MAPPED:
+        return True
     if block.in_use():
-        if not block.polled:
-            block.polled = True
-            _unwatched.append(block)
-        return
+        return False
     book = ledger.current()
     if book is not None:
         book.clear_flag(block.number, HELD)
@@ -248,6 +255,19 @@ def release(block: Block) -> None:
     elif not block.noted_idle:
         block.noted_idle = True
         _idle.append(block)
+    return True
+
+
+_in_use = Lookout(_let_go)
+#: Let a mapped block that a message's tensor is on be looked at from now on. Under the lock.
+look_after = _in_use.add
+#: Release those mapped blocks that are not in use any more, as far as it is time to look. Under the lock.
+look = _in_use.look
+
+
+def look_at_all() -> None:
+    """The same now, for as many as one look takes in. Under the lock."""
+    _in_use.look_at_all(AT_ONCE)
 
 
 def next_idle() -> Block | None:
@@ -288,21 +308,7 @@ def give_up_orphans() -> None:
         for block in list(table.values()):
             if block.kind == MAPPED and not block.orphaned and not book.has_maker(block.number, lives):
                 block.orphaned = True
-                if not block.watches:
-                    release(block)
-
-
-def look_at_unwatched(most: int) -> None:
-    """Release mapped blocks whose last user was not watched: a view, a storage. Under the lock."""
-    if not _unwatched:
-        return
-    for _ in range(min(most, len(_unwatched))):
-        if not _unwatched:  # a finalizer that came in between has looked
-            return
-        block = _unwatched.popleft()
-        block.polled = False
-        if block.kind == MAPPED and not block.watches:
-            release(block)
+                release(block)
 
 
 # Names
@@ -353,7 +359,7 @@ def add(block: Block) -> None:
     else:
         made_bytes += block.capacity
     open_blocks += 1
-    setattr(block.storage, ATTRIBUTE, block)
+    _mark(block)
     _start_ticking()
 
 
@@ -361,7 +367,7 @@ def adopt(storage: torch.UntypedStorage, fd: int) -> Block:
     """A block for a storage that torch shares; PLAIN if it can have no number. Under the lock."""
     block = Block(ADOPTED, storage, fd)
     if enrol(block):
-        setattr(storage, ATTRIBUTE, block)
+        _mark(block)
         watch(storage, block)
     else:
         block.kind = PLAIN
@@ -374,11 +380,28 @@ def block_of(storage: torch.UntypedStorage) -> Block | None:
     return block
 
 
+def _mark(block: Block) -> None:
+    storage = block.storage
+    setattr(storage, ATTRIBUTE, block)
+    storages.tell_before_torch_shares(storage, functools.partial(_before_torch_shares, block))
+
+
 def unmark(block: Block) -> None:
     """The storage is not the block's any more, which is about to be dropped. Under the lock."""
     storage = block.storage
     if storage is not None and block_of(storage) is block:
         delattr(storage, ATTRIBUTE)
+        storages.tell_no_more(storage)
+
+
+def _before_torch_shares(block: Block, moves: bool) -> None:
+    """What torch's own multiprocessing passes on, someone sees of whom the ledger knows nothing. If it ``moves`` the
+    storage for that, the block has none any more."""
+    with lock:
+        if block.kind == ADOPTED and moves:
+            give_up(block)
+        elif block.kind != PLAIN:
+            give_away(block)
 
 
 def give_up(block: Block, clean: bool = False) -> None:
@@ -427,14 +450,14 @@ def _part_for_good(number: int) -> None:
     made_bytes -= parting.capacity
 
 
-def look_at_parting() -> None:
+def look_at_parting(now: float) -> None:
     """Let go of the storages that no message can refer to any more. Under the lock."""
     book = ledger.current()
     for number, parting in list(_parting.items()):
-        if parting.passed or (book is not None and not book.is_under_way(number)):
+        if now > parting.passed_at + TICK or (book is not None and not book.is_under_way(number)):
             _part_for_good(number)
-        else:
-            parting.passed = parting.have_passed()
+        elif parting.passed_at == math.inf and parting.have_passed():
+            parting.passed_at = now
 
 
 def give_away(block: Block) -> None:
@@ -497,26 +520,30 @@ def _start_ticking() -> None:
     global _ticking
     if not _ticking:
         _ticking = True
-        reactor.get().call_later(TICK, tick)
+        reactor.get().call_later(TICK, _tick_in_time)
+
+
+def _tick_in_time() -> None:
+    global _ticking
+    _ticking = False
+    tick()
 
 
 def tick() -> None:
     """Look after the blocks, and again later, if there are any."""
-    global _ticking
     with lock:
         if _ended:
             return
         try:
             settle()
-            look_at_unwatched(AT_ONCE)
+            look_at_all()
             now = time.monotonic()
             if now < max(_end_at, _loss_at) + _UNTIL_DEAD:
                 give_up_orphans()
             for callback in _on_tick:
                 callback(now)
-            look_at_parting()
+            look_at_parting(now)
         finally:
-            _ticking = False
             if open_blocks or table:
                 _start_ticking()
 

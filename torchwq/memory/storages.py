@@ -7,6 +7,8 @@ Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
   another process; it duplicates the descriptor. Both are what ``torch.multiprocessing.reductions`` uses for its
   ``file_descriptor`` strategy; without them tensors go through those reductions. For what ``torch.from_file`` has
   mapped ``_share_fd_cpu_`` returns -1: that goes by the file, which is found in ``/proc/self/maps``, or is copied.
+* ``UntypedStorage._share_fd_cpu_`` and ``_share_filename_cpu_`` are what torch's multiprocessing calls on a storage
+  that it passes on, and ``share_memory_`` before. It looks them up at the storage, so they can be set there.
 * ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
   owned, torch moves each one into /dev/shm itself, and no memory is used again.
 * ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
@@ -22,12 +24,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import resource
 import sys
+import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+import torch.multiprocessing
 
 from ..errors import ResourceError
 from ..transport import descriptors
@@ -62,7 +68,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
             descriptors.fill()  # torch makes a descriptor, and takes any that is free
             _check_room(storage.nbytes())
             _keep_for_arrays(storage)
-        fd, nbytes = storage._share_fd_cpu_()
+        fd, nbytes = _private._share_fd_cpu_(storage)
     except RuntimeError as error:
         hold(storage, None)  # it has left nothing
         raise _failed(
@@ -296,6 +302,41 @@ _share_fd: Any = getattr(torch._C.StorageBase, "_share_fd_cpu_", torch.UntypedSt
 def descriptor(storage: torch.UntypedStorage) -> int:
     """The descriptor of a storage that is shared already. It stays the storage's."""
     return int(_share_fd(storage)[0])
+
+
+def tell_before_torch_shares(storage: Any, tell: Callable[[bool], None]) -> None:
+    """Call ``tell(moves)`` before torch lets others see the memory of a shared ``storage``; ``moves``: not this memory,
+    but a copy that it moves the storage to.
+
+    A reducer in a table of multiprocessing's would not do: whoever registers another one, as torch's
+    ``init_reductions`` does, removes it, and others call torch's reducers by themselves.
+    """
+    reference = weakref.ref(storage)  # not the storage, which would keep itself alive
+    storage._share_fd_cpu_ = functools.partial(_share_and_tell, reference, "_share_fd_cpu_", tell, False)
+    storage._share_filename_cpu_ = functools.partial(_share_and_tell, reference, "_share_filename_cpu_", tell, True)
+    storage.share_memory_ = functools.partial(_share_memory, reference)
+
+
+def tell_no_more(storage: Any) -> None:
+    """``storage`` is for torch alone from now on."""
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_", "share_memory_"):
+        storage.__dict__.pop(name, None)
+
+
+def _share_and_tell(
+    reference: weakref.ref[Any], name: str, tell: Callable[[bool], None], moves: bool, *args: Any, **kwargs: Any
+) -> Any:
+    storage = reference()
+    tell(moves)
+    return getattr(_private, name)(storage, *args, **kwargs)
+
+
+def _share_memory(reference: weakref.ref[Any], *args: Any, **kwargs: Any) -> Any:
+    """It is shared already, unless it must have a name: nobody sees more of it by this."""
+    storage = reference()
+    if torch.multiprocessing.get_sharing_strategy() != "file_system":
+        return storage
+    return _private.share_memory_(storage, *args, **kwargs)
 
 
 def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:
