@@ -358,8 +358,10 @@ class Line:
         except BlockingIOError:
             self._count_missed()
             return None
-        except BaseException:
+        except BaseException as error:
             self._count_missed()
+            if isinstance(error, OSError) and self.left:
+                return None
             raise
         if not data:  # the end
             self._count_missed()
@@ -567,7 +569,10 @@ class Line:
             else:
                 self.alarm.close()
         self._outbox.end()
-        if not at_exit:
+        if at_exit:
+            self._in.leave_open()
+            self._out.leave_open()
+        else:
             self._in.close()
             self._out.close()
             if self._room >= 0:

@@ -127,6 +127,9 @@ class SeqpacketEndpoint:
     def handover(self) -> list[int]:
         return [self._socket.fileno()]
 
+    def leave_open(self) -> None:
+        self._socket.detach()
+
     def close(self) -> None:
         self._socket.close()
 

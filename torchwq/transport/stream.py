@@ -221,6 +221,10 @@ class StreamEndpoint:
     def handover(self) -> list[int]:
         return [self._socket.fileno(), self._lock_fd]
 
+    def leave_open(self) -> None:
+        self._socket.detach()
+        self._lock_fd = -1
+
     def close(self) -> None:
         with self._locks.reading, self._locks.writing:
             self.abandon()
