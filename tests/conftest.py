@@ -6,12 +6,12 @@ once, before the first test, so that what a test adds can be told from them.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import glob
 import itertools
 import multiprocessing.process
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -34,7 +34,8 @@ from torchwq.workers import client
 
 # A temp folder of this run's own: what other processes of the machine leave there is not ours to judge.
 _TEMP = tempfile.mkdtemp(prefix="twq-")
-atexit.register(shutil.rmtree, _TEMP, ignore_errors=True)
+# After multiprocessing has removed a folder of its own in there, which it does with priority -100.
+multiprocessing.util.Finalize(None, shutil.rmtree, (_TEMP,), {"ignore_errors": True}, exitpriority=-200)
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMP
 os.environ.pop("XDG_RUNTIME_DIR", None)
 os.environ.pop(namespace.VARIABLE, None)

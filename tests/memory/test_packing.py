@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 import torchwq
 from tests.marshalling.support import (
@@ -102,6 +103,22 @@ def test_a_packed_tensor_looks_as_if_it_were_alone(peer: Peer) -> None:
         again = pickle.loads(ForkingPickler.dumps(mine[-1]))  # as torch's own multiprocessing passes it on
         again.fill_(7)
         assert (mine[-1] == 7).all()
+    finally:
+        multiprocessing.resource_sharer.stop()
+
+
+def test_a_packed_tensor_is_not_moved_away_by_reducers_that_were_registered_again() -> None:
+    ours = ForkingPickler._extra_reducers[torch.UntypedStorage]
+    mine = tensors(200)
+    marshal(mine)
+    try:
+        reductions.init_reductions()
+        with pytest.raises(torchwq.MarshalError, match="init_reductions"):
+            ForkingPickler.dumps(mine[-1])
+    finally:
+        ForkingPickler.register(torch.UntypedStorage, ours)
+    try:
+        assert (pickle.loads(ForkingPickler.dumps(mine[-1])) == mine[-1]).all()
     finally:
         multiprocessing.resource_sharer.stop()
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from ..errors import MarshalError
 from . import storages
 from .storages import Geometry
 
@@ -62,11 +63,21 @@ def cut_shared(memory: Any, base: torch.UntypedStorage, shift: int, nbytes: int)
     setattr(storage, _ATTRIBUTE, Slice(base, shift))
     storage.is_shared = _yes
     storage.share_memory_ = weakref.ref(storage)  # gives the storage when it is called, and makes no cycle
+    storage._share_fd_cpu_ = storage._share_filename_cpu_ = _refuse
     return storage  # type: ignore[no-any-return]
 
 
 def _yes() -> bool:
     return True
+
+
+def _refuse(*args: object) -> Any:
+    """torch's own reducer would move the slice out of the memory that others see."""
+    raise MarshalError(
+        "a tensor that came with many others in one message shares their memory, which torch alone cannot pass on; its "
+        "reducers were registered again (torch.multiprocessing.reductions.init_reductions) after torchwq's. Call that "
+        "before importing torchwq, or pass on a clone"
+    )
 
 
 def slice_of(storage: torch.UntypedStorage) -> Slice | None:
