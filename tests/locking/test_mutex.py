@@ -176,8 +176,10 @@ def test_a_worker_that_will_not_come_breaks_the_barrier(end: object, backend: st
 def test_those_who_are_left_go_on_with_fewer(backend: str) -> None:
     mutex = torchwq.mutex()
     workers = torchwq.map(2, jobs.wait_twice, mutex, 3, backend=backend)
-    torchwq.map(1, jobs.fail, mutex, backend=backend)
+    failing = torchwq.map(1, jobs.fail, mutex, backend=backend)
     assert sorted(workers.join(20)) == [0, 1]
+    with pytest.raises(ValueError, match="cannot come"):
+        failing.join(20)
 
 
 def test_who_is_sent_the_mutex_after_a_death_is_not_told_of_it() -> None:

@@ -99,4 +99,6 @@ def test_an_answer_with_too_many_descriptors_is_right_or_refused(run_script: Run
     assert lines.pop("later") == "3"
     assert set(lines) == {"map", "task", "pool", "item"}
     assert set(lines.values()) <= {"right", "refused"}, lines
-    assert done.stderr == ""
+    # A copy of what was shared is told, once.
+    assert done.stderr == "" or "Further tensors are copied instead of shared" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -295,11 +295,18 @@ def _is_data(value: Any) -> bool:
         return False  # by name, or by value and then looked at when the encoder meets it
     if type(value) is tuple and value:
         return any(map(_is_data, value))
-    if isinstance(value, _ABOUT_TYPES) or type(value) is object or isinstance(own_reduction(value), str):
+    if isinstance(value, _ABOUT_TYPES) or type(value) is object or _has_name(value):
         return False
     if isinstance(getattr(value, "__self__", None), (type, types.ModuleType)) and isinstance(value, _BOUND):
         return False
     return not (callable(value) and (goes_by_name(value) or home(value) is not None))
+
+
+def _has_name(value: Any) -> bool:
+    try:
+        return isinstance(own_reduction(value), str)
+    except Exception:  # pickle will say so, if the closure rule does not
+        return False
 
 
 def own_reduction(obj: Any) -> Any:

@@ -144,8 +144,8 @@ def warn_of_copies() -> None:
         _warned = True
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         warning.warn(
-            f"this process has {descriptors()} shared tensors, as many as its limit of {soft} open files "
-            f"(RLIMIT_NOFILE), or of memory mappings (vm.max_map_count), allows. Further tensors are copied instead of "
+            f"this process has as many shared tensors as its limit of {soft} open files (RLIMIT_NOFILE), or of memory "
+            f"mappings (vm.max_map_count), allows. Further tensors are copied instead of "
             f"shared: a change on one side is not seen on the other. Raise the limit with `ulimit -n`, or keep fewer "
             f"tensors at a time, for example by torch.stack",
             RuntimeWarning,
