@@ -212,7 +212,12 @@ class Map:
                     continue  # threads may raise the same one
                 exceptions.add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
             raise error
-        return [outcomes.values[mapid] for mapid in range(outcomes.n) if mapid not in self._consumed]
+        asked = [mapid for mapid in range(outcomes.n) if mapid not in self._consumed]
+        for mapid in asked:
+            if mapid not in outcomes.values:  # its error was printed: the program ends
+                shutdown.hold_daemon()
+                raise outcomes.workers[mapid].died()
+        return [outcomes.values[mapid] for mapid in asked]
 
     def check_errors(self) -> None:
         """Raise the error of a worker that has failed, if any has; do not wait.
