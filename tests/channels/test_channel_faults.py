@@ -49,7 +49,7 @@ def test_a_death_is_told_once_while_others_can_still_write() -> None:
     assert channel.read(timeout=20)[0] is OPEN
     with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
         channel.read(timeout=20)
-    with pytest.raises(queue.Empty, match="no item came within 0.8 s"):
+    with pytest.raises(queue.Empty, match="no item came within"):
         channel.read(timeout=0.8)
     gate.write("go")
     holder.join(20)

@@ -282,7 +282,10 @@ def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found |
             if storage.nbytes() == 0 or sharing.is_for_torch(storage) or slice_of(storage) is not None:
                 return None
             del storage
-            block = sharing.share(tensor)
+            try:
+                block = sharing.share(tensor)
+            except sharing.IsSlice:
+                return None
             if block is None:
                 return None
             storage = tensor.untyped_storage()

@@ -64,7 +64,10 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         if many and not storage.is_shared() and storages.is_sole_owner(tensor, storage):
             return _refer_packed(tensor, encoder.packing.move(tensor), geometry(tensor))
         del storage
-        block = sharing.share(tensor)
+        try:
+            block = sharing.share(tensor)
+        except sharing.IsSlice:
+            return _refer_packed(tensor, encoder.packing.refer(tensor.untyped_storage()), geometry(tensor))
         if block is None:
             return _reduce_to_copy(tensor)
         storage = tensor.untyped_storage()

@@ -284,10 +284,11 @@ class _Placement:
         """What another thread has moved meanwhile, or someone else has got a view of, is where it is."""
         tensor = self._groups[number].tensor
         assert tensor is not None
-        if slice_of(tensor.untyped_storage()) is not None:
-            self._refer_to_slice(number, _Group(tensor.untyped_storage(), None))
+        try:
+            block = sharing.share(tensor)
+        except sharing.IsSlice:
+            self._refer_to_slice(number, _Group(tensor.untyped_storage()))
             return
-        block = sharing.share(tensor)
         storage = tensor.untyped_storage()
         if block is None:
             self._inline(_Item(number, 0, storage.nbytes()))

@@ -16,7 +16,6 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Container, Sequence
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
 import torch
@@ -75,11 +74,15 @@ def is_for_torch(storage: torch.UntypedStorage) -> bool:
     )
 
 
+class IsSlice(Exception):
+    """What was to be shared is a slice of shared memory: another thread has moved it there meanwhile."""
+
+
 def share(tensor: torch.Tensor) -> Block | None:
     """Get a dense CPU tensor of more than 0 bytes onto a block.
 
     Returns None, with one warning, if there is no descriptor for it; also if it would have to wait for itself.
-    Raises ResourceError if there is no memory.
+    Raises ResourceError if there is no memory, and IsSlice if it is on a slice, perhaps only now.
     """
     geometry = storages.geometry(tensor)
     with recycling.lock:
@@ -87,6 +90,8 @@ def share(tensor: torch.Tensor) -> Block | None:
         block = recycling.block_of(storage)
         if block is not None:
             return block
+        if slice_of(storage) is not None:
+            raise IsSlice
         movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
         if movable and storage.nbytes() <= _AT_ONCE and storage._cdata not in _moving:
             block = pool.use_at_once(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
@@ -102,10 +107,12 @@ def share(tensor: torch.Tensor) -> Block | None:
             key = tensor.untyped_storage()._cdata  # another one, if it has been moved
         with recycling.lock:
             storage = tensor.untyped_storage()
+            block = recycling.block_of(storage)
+            if block is not None:
+                return block
+            if slice_of(storage) is not None:
+                raise IsSlice
             movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
-        block = recycling.block_of(storage)
-        if block is not None:
-            return block
         if movable:
             block = pool.use(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is None:
@@ -239,7 +246,7 @@ def _copy(tensor: torch.Tensor, nbytes: int, block: Block) -> tuple[Block, torch
 
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:
-    """The same for a storage of more than 0 bytes, with all tensors on it."""
+    """The same for a storage of more than 0 bytes, with all tensors on it, that is no slice."""
     key, mover = storage._cdata, _Mover()
     try:
         while (other := _moving.setdefault(key, mover)) is not mover:
@@ -251,6 +258,8 @@ def share_storage(storage: torch.UntypedStorage) -> Block | None:
 
 
 def _share_storage(storage: torch.UntypedStorage) -> Block | None:
+    if slice_of(storage) is not None:
+        raise IsSlice  # torch would move it out of the memory that others see
     try:
         fd, _ = storages.share(storage)
     except ResourceError as error:
@@ -295,4 +304,4 @@ def rebuild_slice(base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.
     return cut_shared(storages.lasting_memory(base), base, shift, nbytes)
 
 
-ForkingPickler.register(torch.UntypedStorage, _reduce_for_torch)
+storages.keep_reducer(torch.UntypedStorage, _reduce_for_torch)

@@ -30,10 +30,12 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
 import torch
 import torch.multiprocessing
+from torch.multiprocessing import reductions
 
 from ..errors import ResourceError
 from ..transport import descriptors
@@ -315,6 +317,26 @@ def tell_before_torch_shares(storage: Any, tell: Callable[[bool], None]) -> None
     storage._share_fd_cpu_ = functools.partial(_share_and_tell, reference, "_share_fd_cpu_", tell, False)
     storage._share_filename_cpu_ = functools.partial(_share_and_tell, reference, "_share_filename_cpu_", tell, True)
     storage.share_memory_ = functools.partial(_share_memory, reference)
+
+
+def keep_reducer(cls: type, reducer: Callable[[Any], Any]) -> None:
+    """Register a reducer with torch's multiprocessing, and again whenever torch registers its own again.
+
+    ``torch.multiprocessing.reductions.init_reductions`` does that (torch 2.13; as old as torch 2.1). Whoever got hold
+    of it before this was imported undoes the registration.
+    """
+    init: Callable[[], None] = reductions.init_reductions
+
+    @functools.wraps(init)
+    def init_reductions() -> None:
+        init()
+        ForkingPickler.register(cls, reducer)
+
+    ForkingPickler.register(cls, reducer)
+    module: Any
+    for module in (reductions, torch.multiprocessing):
+        if getattr(module, "init_reductions", None) is init:
+            module.init_reductions = init_reductions
 
 
 def tell_no_more(storage: Any) -> None:
