@@ -99,6 +99,10 @@ PROGRAM = """
         asked[1].result()
     except ValueError:
         pass
+    try:
+        list(pool.map(fail, ["quiet: mapped", "quiet: mapped as well", "quiet: and this"]))
+    except ValueError:
+        pass
     dropped = pool.submit(fail, "printed: a future that was dropped")
     concurrent.futures.wait([dropped])
     del dropped

@@ -124,6 +124,14 @@ class Future(futures.Future[T]):
         finally:
             self = None  # type: ignore[assignment] # the error's traceback would keep it alive
 
+    def cancel(self) -> bool:
+        """As always; and whoever cancels it does not want to know of an error either, be it too late for cancelling.
+
+        That is what ``Executor.map`` does with the rest when one of its results is an error.
+        """
+        self.ignore_error()
+        return super().cancel()
+
     def exception(self, timeout: float | None = None) -> BaseException | None:
         error = super().exception(timeout)
         if error is not None:
