@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import torchwq
+from torchwq.marshalling import codec
 
-from .support import Peer, roundtrip, run_in_main
+from .support import Peer, marshal, received, roundtrip, run_in_main
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
@@ -282,6 +283,141 @@ def test_what_comes_back_does_not_touch_the_script_it_came_from() -> None:
     assert out[0] is script["f"]
     assert out[0]() == 5
     assert out[1] is script["A"]
+
+
+# --- definitions that change at home ------------------------------------------------------------------
+
+#: A script that changes what it has defined. ``own`` is what the worker has set itself.
+CHANGING = """
+    import abc, enum, functools, sys
+    import torchwq
+    class Cfg:
+        lr, own, cache, handlers = 1, 0, {}, {"a": lambda: 1}
+        gone = 1
+        def score(self): return "old"
+        @classmethod
+        def kind(cls): return "old"
+    class Abstract(abc.ABC): pass
+    class Named:
+        def __reduce__(self): return "NAMED"
+    NAMED = Named()
+    NAMED.x = 1
+    class Color(enum.Enum):
+        RED = 1
+    Color.RED.weight = 1
+    def f(x=1): return x, f.tag
+    f.tag = "old"
+    @functools.singledispatch
+    def show(x): return "anything"
+    def look():
+        Cfg.own += 1
+        Cfg.cache[len(Cfg.cache)] = look.calls = getattr(look, "calls", 0) + 1
+        return {
+            "class": (Cfg.lr, Cfg().score(), Cfg.kind(), hasattr(Cfg, "gone"), [h() for h in Cfg.handlers.values()]),
+            "function": f(), "dispatcher": show(1), "sentinel": NAMED.x, "member": Color.RED.weight,
+            "registered": issubclass(int, Abstract), "own": (Cfg.own, len(Cfg.cache), look.calls),
+        }
+    def local():
+        class Local:
+            n = 1
+            def get(self): return type(self).n, k
+        def change():
+            nonlocal k
+            Local.n, k = 2, 2
+        k = 1
+        return Local, change
+    def change():
+        Cfg.lr, Cfg.score, Cfg.handlers["b"] = 2, lambda self: "new", lambda: 2
+        Cfg.kind = classmethod(lambda cls: "new")
+        del Cfg.gone
+        Abstract.register(int)
+        NAMED.x = Color.RED.weight = 2
+        f.tag, f.__defaults__ = "new", (2,)
+        show.register(int, lambda x: "int")
+    BEFORE = {
+        "class": (1, "old", "old", True, [1]),
+        "function": (1, "old"),
+        "dispatcher": "anything",
+        "sentinel": 1,
+        "member": 1,
+        "registered": False,
+    }
+    AFTER = {
+        "class": (2, "new", "new", False, [1, 2]),
+        "function": (2, "new"),
+        "dispatcher": "int",
+        "sentinel": 2,
+        "member": 2,
+        "registered": True,
+    }
+
+    backend = sys.argv[1]
+    with torchwq.BackgroundTaskPool(1, backend=backend, upvalues=True) as pool:
+        for turn, expected in enumerate((BEFORE, BEFORE, AFTER, AFTER), 1):
+            if turn == 3: change()
+            found = pool.submit(look).result()
+            assert found == {**expected, "own": (turn,) * 3}, (turn, found)
+        cls, change_local = local()
+        found = [pool.submit(cls().get).result()]
+        change_local()
+        found.append(pool.submit(cls().get).result())
+        assert found == [(1, 1), (2, 2)], found
+    assert Cfg.own == (0 if backend == "process" else 4)  # threads have the owner's own classes
+    assert not hasattr(look, "calls")
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_a_living_worker_computes_with_what_its_owner_has_now(run_script: Any, backend: str) -> None:
+    """And keeps what it has set itself, be it a counter or what it has put into a cache."""
+    assert run_script(CHANGING, backend).stdout == "done\n"
+
+
+def test_what_comes_from_elsewhere_than_home_or_was_sent_before_changes_no_definition(peer: Peer) -> None:
+    script = run_in_main("class A:\n    n = 1\ndef old(x): return x.n\ndef set_own():\n    A.n = 5\n    return A()")
+    made, old = script["A"](), marshal(script["A"]())
+    assert peer.ask(script["old"], made) == 1
+    script["A"].n = 2
+    assert peer.ask(script["old"], made) == 2
+    back = peer.ask(script["set_own"])
+    assert type(back) is script["A"]
+    assert script["A"].n == 2
+    script["A"].n = 3
+    assert peer.ask(script["old"], made) == 5
+    assert codec.decode(*received(old)).n == 3
+
+
+def test_pickle_in_a_worker_finds_what_is_nested_in_a_class_of_the_script() -> None:
+    script = run_in_main("""
+import pickle
+class Outer:
+    class Inner:
+        class Most:
+            k = 1
+            def get(self): return self.k
+        def get(self): return 0
+    @staticmethod
+    def static(): return 3
+class Other:
+    class Most:
+        k = 2
+        def get(self): return self.k
+def again(obj):
+    found = pickle.loads(pickle.dumps(obj))
+    assert type(found) is type(obj) or found is obj
+    return found
+def look(obj): return again(obj).k, again(Outer.Inner.Most()).k, again(Outer).__name__
+def seen(): return "Outer" in globals()
+""")
+    outer, again = script["Outer"], script["again"]
+    with torchwq.BackgroundTaskPool(1) as pool:
+        assert pool.submit(again, outer.Inner.Most()).result().k == 1
+        assert type(pool.submit(again, outer.Inner()).result()) is outer.Inner
+        assert pool.submit(again, outer.static).result() is outer.static
+        assert pool.submit(again, script["Other"].Most).result() is script["Other"].Most
+        assert not pool.submit(script["seen"]).result()
+        assert pool.submit(script["look"], outer.Inner.Most()).result() == (1, 1, "Outer")
 
 
 # --- what libraries write --------------------------------------------------------------------------

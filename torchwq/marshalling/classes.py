@@ -9,12 +9,14 @@ what pickle cannot see, as ``abc`` does.
 from __future__ import annotations
 
 import enum
+import functools
 import types
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from cloudpickle import cloudpickle
 
-from . import definitions, functions, namespaces, structs
+from . import definitions, functions, namespaces, renewal, structs
 
 
 class _Quiet:
@@ -36,7 +38,7 @@ _HEAP_TYPE = 1 << 9
 _BY_OTHER_NAMES = frozenset({type(None), type(Ellipsis), type(NotImplemented)})
 
 
-def reduce(cls: type) -> Any:
+def reduce(cls: type, sealing: bool) -> Any:
     """The definition of a class, as ``reducer_override`` returns it."""
     _, args, (attributes, _), *_ = cloudpickle._dynamic_class_reduce(cls)
     slots = _own_slots(cls)
@@ -68,7 +70,8 @@ def reduce(cls: type) -> Any:
         if isinstance(vars(cls).get("__dict__"), property):
             names["__dict__"] = vars(cls)["__dict__"]
         made = _make_class, (token, type(cls), cls.__name__, args[2], cls.__bases__, names)
-    return *made, (attributes, extra, space, cls.__qualname__), None, None, _finish
+    stamp = 0 if sealing else definitions.stamp_of(cls)
+    return *made, (attributes, extra, space, cls.__qualname__, stamp), None, None, _finish
 
 
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -156,17 +159,44 @@ def _make_enum(
     return definitions.received(token, cloudpickle._lookup_class_or_track(token, cls))
 
 
-def _finish(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, str]) -> Any:
-    attributes, members, globals_, qualname = state
+def _finish(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, str, int]) -> Any:
+    attributes, members, globals_, qualname, stamp = state
+    registered = attributes.pop("_abc_impl", ())
+    parts: dict[Any, Any] = dict(attributes)
+    for member, values in (members or {}).items():
+        parts.update(((member, name), value) for name, value in values.items())
     if not definitions.is_complete(cls):
-        registered = attributes.pop("_abc_impl", ())
-        for name, value in attributes.items():
-            type.__setattr__(cls, name, value)
-        if "__firstlineno__" in attributes:  # from Python 3.13 on, setting another attribute of a class deletes it
-            type.__setattr__(cls, "__firstlineno__", attributes["__firstlineno__"])
-        for subclass in registered:
-            cls.register(subclass)
-        for name, values in (members or {}).items():
-            vars(cls.__members__[name]).update(values)
+        _set_parts(cls, parts.items(), registered)
+        renewal.remember(cls, stamp, parts)
+    elif renewal.is_newer(cls, stamp):
+        registered = [each for each in registered if not issubclass(each, cls)]
+        _set_parts(cls, renewal.changes(cls, stamp, parts, functools.partial(_part, cls)), registered)
     definitions.complete(cls, globals_, qualname)
     return cls
+
+
+def _part(cls: Any, key: Any) -> Any:
+    """What a class has under a name, or a member of an enumeration has under a pair of names."""
+    member, name = (None, key) if isinstance(key, str) else key
+    owner = cls if member is None else cls.__members__.get(member)
+    return renewal.MISSING if owner is None else vars(owner).get(name, renewal.MISSING)
+
+
+def _set_parts(cls: Any, parts: Collection[tuple[Any, Any]], registered: Iterable[type]) -> None:
+    line = vars(cls).get("__firstlineno__")
+    for key, value in parts:
+        member, name = (None, key) if isinstance(key, str) else key
+        if member is not None:
+            if value is renewal.MISSING:
+                del vars(cls.__members__[member])[name]
+            else:
+                vars(cls.__members__[member])[name] = value
+        elif value is renewal.MISSING:
+            type.__delattr__(cls, name)
+        else:
+            type.__setattr__(cls, name, value)
+            line = value if name == "__firstlineno__" else line
+    if line is not None and parts:  # from Python 3.13 on, setting another attribute of a class deletes it
+        type.__setattr__(cls, "__firstlineno__", line)
+    for subclass in registered:
+        cls.register(subclass)

@@ -150,7 +150,7 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if found is not None:
             return found
         self._of_library.update(functions.written_by_library(cls))
-        return classes.reduce(cls)
+        return classes.reduce(cls, self._sealing)
 
     def _reduce_class_here(self, cls: type) -> Any:
         """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
@@ -163,7 +163,7 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if named.is_dispatcher(function):
-            return named.reduce_dispatcher(function)
+            return named.reduce_dispatcher(function, self._sealing)
         found = None if self._in_full or self.out.here else definitions.reduce_received(function, _seal)
         if found is not None:
             return found
@@ -184,6 +184,9 @@ class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
             slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues, data=not self._sealing)
         is_home_name = module is None and namespaces.look_up(globals_, function.__qualname__) is function
         token = definitions.token_of(function) if is_home_name else None
+        if token is not None:
+            slots["__code__"] = code  # should it be set anew at home
+            state = *state, 0 if self._sealing else definitions.stamp_of(function)
         return functions.make, (token, code, space, function.__name__, cells), state, None, None, functions.finish
 
 

@@ -3,8 +3,9 @@
 Pickle refers to such a thing by its module and name; where the other side has no such module, its definition travels,
 with a token that its home has given it. Invariants:
 
-* Where the token is known, what comes in is the object that has it, and its definition is not looked at: the owner's
-  class is the class of the answers that a worker sends, no attribute of it is set again, and no metaclass runs.
+* Where the token is known, what comes in is the object that has it. At home its definition is not looked at: the
+  owner's class is the class of the answers that a worker sends, no attribute of it is set again, and no metaclass runs.
+  Elsewhere it takes over what its home has changed since (see ``renewal``).
 * A definition counts as *complete* when its state has been set. Two threads may rebuild the same one at the same time:
   both get the one that came first, and whoever does not find it complete sets its state, too, before using it.
 * What a process has received it passes on as *sealed* bytes, made once: answers with instances of the owner's classes
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import pickle
 import sys
+import time
 import types
 import uuid
 import weakref
@@ -32,7 +34,7 @@ _WITH_GLOBALS: Final = (types.FunctionType, type(functools.lru_cache(len)))
 class Definition:
     """What is known of one object that is defined by value."""
 
-    __slots__ = ("complete", "globals", "is_home", "object", "sealed", "token")
+    __slots__ = ("brought", "complete", "globals", "is_home", "object", "sealed", "stamp", "token")
 
     def __init__(self, token: str, obj: Any, is_home: bool) -> None:
         self.token = token
@@ -42,6 +44,10 @@ class Definition:
         self.sealed: bytes | None = None
         #: Those of the namespace that has it under its name.
         self.globals: dict[str, Any] | None = None
+        #: When its home sent the state that it has; 0 if that came sealed.
+        self.stamp = 0
+        #: Of which parts that state was, for ``renewal``: their outlines.
+        self.brought: dict[Any, Any] = {}
 
 
 class _Registry:
@@ -97,6 +103,21 @@ def token_of(obj: Any) -> str:
     return definition.token
 
 
+def stamp_of(obj: Any) -> int:
+    """When the state that is about to be sent was the one at the object's home: on a clock that all processes share."""
+    definition = of(obj)
+    if definition is None:
+        return 0
+    return time.monotonic_ns() if definition.is_home else definition.stamp
+
+
+def forget_sealed() -> None:
+    """Some definition is no longer what it was when it was sealed, by itself or as a part of others."""
+    for registry in _registries():
+        for definition in list(registry.by_token.values()):
+            definition.sealed = None
+
+
 def give_tokens_to_main() -> None:
     """Let a process that is about to be forked call the script's functions and classes as this one does."""
     main = sys.modules.get("__main__")
@@ -135,8 +156,11 @@ def complete(obj: Any, globals_: dict[str, Any] | None, name: str) -> None:
         definition.globals = globals_
         while on_first:
             on_first.pop()()
-    if globals_ is not None and "." not in name:
-        namespaces.install(globals_, [(name, obj)])
+    if globals_ is not None:
+        if "." in name:
+            namespaces.install_nested(globals_, name, obj)
+        else:
+            namespaces.install(globals_, [(name, obj)])
 
 
 def is_complete(obj: Any) -> bool:

@@ -35,7 +35,7 @@ import torch
 from cloudpickle import cloudpickle
 
 from ..errors import ClosureError
-from . import definitions, importable, namespaces, reducers
+from . import definitions, importable, namespaces, reducers, renewal
 
 #: Attributes that every module has; a function that uses them does not capture data.
 _MODULE_ATTRIBUTES: Final = frozenset(
@@ -158,15 +158,64 @@ def make(token: str | None, code: types.CodeType, globals_: dict[str, Any], name
     return function if token is None else definitions.received(token, function)
 
 
-def finish(function: types.FunctionType, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Set the state of a function, unless it was there before. Its globals get what it refers to, in any case."""
-    _, slots = state
+def finish(function: types.FunctionType, state: Any) -> None:
+    """Set the state of a function; if it was there before, what its home has changed.
+
+    Its globals get what it refers to, in any case.
+    """
+    attributes, slots = state[:2]
     namespaces.install(function.__globals__, slots["__globals__"].items())
     slots["__globals__"] = {}
-    if not definitions.is_complete(function):
+    if len(state) == 2:  # a function without a token
         cloudpickle._function_setstate(function, state)
-        if definitions.of(function) is not None:
-            definitions.complete(function, function.__globals__, function.__qualname__)
+        return
+    stamp = state[2]
+    parts = _parts(attributes, slots)
+    if definitions.is_complete(function):
+        for key, value in renewal.changes(function, stamp, parts, functools.partial(_part, function)):
+            _set_part(function, key, value)
+    else:
+        del slots["__code__"]  # it was made of that
+        cloudpickle._function_setstate(function, (attributes, slots))
+        renewal.remember(function, stamp, parts)
+        definitions.complete(function, function.__globals__, function.__qualname__)
+
+
+def _parts(attributes: dict[str, Any], slots: dict[str, Any]) -> dict[Any, Any]:
+    """Of what the state of a function consists: slots by name, attributes by name in a tuple, cells by number."""
+    parts: dict[Any, Any] = {name: value for name, value in slots.items() if name not in _NO_SLOTS}
+    for name, value in attributes.items():
+        parts[(name,)] = value
+    for index, cell in enumerate(slots["__closure__"] or ()):
+        try:
+            parts[index] = cell.cell_contents
+        except ValueError:
+            continue
+    return parts
+
+
+_NO_SLOTS: Final = frozenset({"__globals__", "__closure__", "_cloudpickle_submodules"})
+
+
+def _part(function: Any, key: Any) -> Any:
+    if isinstance(key, str):
+        return getattr(function, key)
+    if isinstance(key, tuple):
+        return vars(function).get(key[0], renewal.MISSING)
+    try:
+        return function.__closure__[key].cell_contents
+    except ValueError:
+        return renewal.MISSING
+
+
+def _set_part(function: Any, key: Any, value: Any) -> None:
+    owner, name = (function.__closure__[key], "cell_contents") if isinstance(key, int) else (function, key)
+    if isinstance(key, tuple):
+        name = key[0]
+    if value is renewal.MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from cloudpickle import cloudpickle
 
-from . import definitions, functions, importable, namespaces, reducers
+from . import definitions, functions, importable, namespaces, reducers, renewal
 
 _LruCache: Final = type(functools.lru_cache(len))
 _Globals = dict[str, Any]
@@ -33,19 +33,26 @@ def _globals_with(obj: Any, name: str, module: Any = None) -> _Globals | None:
     return globals_ if globals_ is not None and namespaces.look_up(globals_, name) is obj else None
 
 
-def make(token: str, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def make(
+    token: str, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...], stamp: int
+) -> Any:
     """What has this token: it is built if it is not there."""
+    attributes = args[1] if build is _rebuild_sentinel else {}
     known = definitions.with_token(token)
     if known is not None:
+        for key, value in renewal.changes(known, stamp, attributes, lambda key: getattr(known, key, renewal.MISSING)):
+            object.__delattr__(known, key) if value is renewal.MISSING else object.__setattr__(known, key, value)
         return known
     made = definitions.received(token, build(*args))
+    renewal.remember(made, stamp, attributes)
     definitions.complete(made, globals_, name)
     return made
 
 
 def _reduced(obj: Any, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     space = None if globals_ is None else namespaces.of(globals_)
-    return make, (definitions.token_of(obj), space, name, build, args)
+    token = definitions.token_of(obj)
+    return make, (token, space, name, build, args, definitions.stamp_of(obj))
 
 
 # --- what is said of types -------------------------------------------------------------------------
@@ -121,7 +128,7 @@ def is_dispatcher(function: types.FunctionType) -> bool:
     return function.__code__ is _DISPATCHER and "registry" in vars(function)
 
 
-def reduce_dispatcher(function: Any) -> Any:
+def reduce_dispatcher(function: Any, sealing: bool) -> Any:
     """A function that dispatches by type, as its implementations."""
     original = function.registry[object]
     name, globals_ = function.__qualname__, getattr(original, "__globals__", {})
@@ -130,7 +137,8 @@ def reduce_dispatcher(function: Any) -> Any:
     attributes = {key: value for key, value in vars(function).items() if key not in _OF_DISPATCHER}
     attributes.update((key, getattr(function, key)) for key in functools.WRAPPER_ASSIGNMENTS if hasattr(function, key))
     space = namespaces.of(globals_) if top_level and functions.own_module(original) is None else None
-    state = list(function.registry.items()), attributes, space
+    stamp = 0 if sealing or not top_level else definitions.stamp_of(function)
+    state = list(function.registry.items()), attributes, space, stamp
     return _make_dispatcher, (token, function.__name__), state, None, None, _finish_dispatcher
 
 
@@ -146,15 +154,33 @@ def _make_dispatcher(token: str | None, name: str) -> Any:
     return made if token is None else definitions.received(token, made)
 
 
-def _finish_dispatcher(function: Any, state: tuple[list[tuple[type, Any]], dict[str, Any], _Globals | None]) -> None:
-    implementations, attributes, globals_ = state
+def _finish_dispatcher(
+    function: Any, state: tuple[list[tuple[type, Any]], dict[str, Any], _Globals | None, int]
+) -> None:
+    implementations, attributes, globals_, stamp = state
+    types_ = {id(cls): cls for cls, _ in implementations}  # for no part is to keep a type alive
+    parts: dict[Any, Any] = {**{id(cls): value for cls, value in implementations}, **attributes}
     if definitions.is_complete(function):
-        return
-    for cls, implementation in implementations:
-        function.register(cls, implementation)
-    for name, value in attributes.items():
-        setattr(function, name, value)
-    definitions.complete(function, globals_, function.__qualname__)
+        changed = renewal.changes(function, stamp, parts, functools.partial(_part_of_dispatcher, function, types_))
+    else:
+        changed = list(parts.items())
+    for key, value in changed:
+        if not isinstance(key, str):
+            if value is not renewal.MISSING:  # nobody can take one back
+                function.register(types_[key], value)
+        elif value is renewal.MISSING:
+            delattr(function, key)
+        else:
+            setattr(function, key, value)
+    if not definitions.is_complete(function):
+        renewal.remember(function, stamp, parts)
+        definitions.complete(function, globals_, function.__qualname__)
+
+
+def _part_of_dispatcher(function: Any, types_: dict[int, type], key: Any) -> Any:
+    if isinstance(key, str):
+        return getattr(function, key, renewal.MISSING)
+    return function.registry.get(types_.get(key), renewal.MISSING)
 
 
 _any_dispatcher: Any = functools.singledispatch(len)

@@ -36,7 +36,7 @@ _MISSING: Final = object()
 class Namespace:
     """What is known of the globals of a module, or of something that runs code like one."""
 
-    __slots__ = ("__weakref__", "globals", "installed", "is_home", "module", "token")
+    __slots__ = ("__weakref__", "globals", "installed", "is_home", "module", "outer", "token")
 
     def __init__(self, token: str, globals_: dict[str, Any], is_home: bool) -> None:
         self.token = token
@@ -44,6 +44,8 @@ class Namespace:
         self.is_home = is_home
         #: What messages have set, by name.
         self.installed: dict[str, Any] = {}
+        #: What stands for classes that have not come, while something nested in them has.
+        self.outer: dict[str, Any] = {}
         #: The module, if that itself was sent from here.
         self.module: weakref.ref[types.ModuleType] | None = None
 
@@ -139,6 +141,29 @@ def install(globals_: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None
             current = globals_.get(name, _MISSING)
             if current is _MISSING or (name in installed and installed[name] is current):
                 globals_[name] = installed[name] = value
+                space.outer.pop(name, None)
+
+
+def install_nested(globals_: dict[str, Any], name: str, value: Any) -> None:
+    """Let pickle find ``value`` by its dotted name, also as long as the class around it has not come.
+
+    Only stand-ins give what stands for that class then: code that runs here does not see it.
+    """
+    space = known(globals_)
+    first, *between, last = name.split(".")
+    if space is None or space.is_home or first in globals_:
+        return
+    around = space.outer.setdefault(first, _Outer())
+    for part in between:
+        inner = vars(around).setdefault(part, _Outer())
+        if not isinstance(inner, _Outer):
+            return  # it is the class itself, which has what is nested in it
+        around = inner
+    setattr(around, last, value)
+
+
+class _Outer:
+    """Stands for a class that has not come."""
 
 
 class StandIn(types.ModuleType):
@@ -153,6 +178,9 @@ class StandIn(types.ModuleType):
             for space in _stood_for(self.__name__):
                 if name in space.globals:
                     return space.globals[name]
+            for space in _stood_for(self.__name__):
+                if name in space.outer:
+                    return space.outer[name]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} in this worker")
 
     def __setattr__(self, name: str, value: Any) -> None:
