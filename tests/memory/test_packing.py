@@ -6,6 +6,7 @@ import gc
 import io
 import multiprocessing.resource_sharer
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -125,9 +126,18 @@ def test_a_packed_tensor_is_not_moved_away_by_reducers_that_were_registered_agai
 
 
 def test_threads_that_write_the_same_many_tensors_write_the_same_memory() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        write_together()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def write_together() -> None:
     with torchwq.workqueue() as queue:
         worker = torchwq.map(1, add_one, queue)
-        for _ in range(12):
+        for _ in range(40):
             shared = [torch.zeros(3) for _ in range(150)]
             writers = [threading.Thread(target=queue.write, args=(shared,)) for _ in range(3)]
             writers += [threading.Thread(target=queue.write, args=([each],)) for each in shared[-2:]]

@@ -16,6 +16,7 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from tests.queues import jobs
+from torchwq.queues import owner
 from torchwq.queues.worker import accept
 from torchwq.transport.link import Link
 
@@ -410,3 +411,23 @@ def test_memory_of_waiting_questions_is_small_and_given_back() -> None:
         after, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert after - before < (held - before) / 10
+
+
+def answer_by_name(name: str) -> None:
+    with torchwq.workqueue(name) as queue:
+        queue.write("answer")
+
+
+def test_an_answer_is_read_although_the_questions_have_not_moved_to_where_processes_find_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[Callable[[], None]] = []
+    monkeypatch.setattr(owner.cleanup, "later", held.append)
+    with torchwq.workqueue("opened slowly") as queue:
+        torchwq.map(1, answer_by_name, "opened slowly").join(20)
+        assert queue._role.here
+        assert queue.read(timeout=20) == "answer"
+        monkeypatch.undo()
+        for callback in held:
+            callback()
+        assert not queue._role.here

@@ -93,7 +93,10 @@ def share(tensor: torch.Tensor) -> Block | None:
         if slice_of(storage) is not None:
             raise IsSlice
         movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
-        if movable and storage.nbytes() <= _AT_ONCE and storage._cdata not in _moving:
+        # Whether it is being moved first, whether it has been moved since this looked afterwards: who moves it swaps
+        # the storages before it says that it is done, and who begins now waits for the lock.
+        small = movable and storage.nbytes() <= _AT_ONCE
+        if small and storage._cdata not in _moving and tensor.untyped_storage()._cdata == storage._cdata:
             block = pool.use_at_once(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is not None:
                 return block

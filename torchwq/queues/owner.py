@@ -87,6 +87,8 @@ class Owner(SocketRole, worker.EndListener):
         self.inside = Inside()
         #: Answers of threads of this process.
         self.answers: Mailbox[Received] = Mailbox()
+        #: Whether a process has a handle, which may answer, although the questions are still inside.
+        self._is_opening = False
         self._gate = threading.RLock()
         self.taking = threading.RLock()
         self.someone_waits_for_room = False
@@ -251,7 +253,7 @@ class Owner(SocketRole, worker.EndListener):
     # Reading
 
     def take(self) -> Received | None:
-        if self.inside.box is not None and not self._inbox:
+        if self.inside.box is not None and not self._inbox and not self._is_opening:
             if self.closed:
                 return None
             try:
@@ -289,7 +291,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def _absorb(self) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
-        if self.inside.box is not None:
+        if self.inside.box is not None and not self._is_opening:
             return None
         found = None
         with self._receiving:
@@ -393,6 +395,7 @@ class Owner(SocketRole, worker.EndListener):
         with self._lock:
             if self.board.fd < 0:
                 return False
+            self._is_opening = self.inside.box is not None
             try:
                 self._admit(link, pid, [*self._theirs.handover(), self.board.fd])
             except (BrokenPipeError, ResourceError):
