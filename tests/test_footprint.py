@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.synchronize import SemLock
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Footprint
+from tests.conftest import _SEMAPHORES, Footprint
 
 SHM = Path("/dev/shm")
 pytestmark = pytest.mark.skipif(not SHM.is_dir(), reason="there is no /dev/shm")
@@ -45,6 +44,6 @@ def test_files_of_other_programs_are_not_leftovers() -> None:
 
 def test_a_semaphore_of_this_run_is_a_leftover() -> None:
     before = Footprint()
-    name = f"sem.{SemLock._make_name().removeprefix('/')}"  # type: ignore[attr-defined]
+    name = f"sem.{_SEMAPHORES.removeprefix('/')}-0123abcd"
     with made(name):
         assert before.new_in(Footprint())["files"] == {f"/dev/shm/{name}"}

@@ -16,7 +16,8 @@ import pytest
 import torchwq
 from torchwq.errors import NamespaceError
 from torchwq.transport import directory, namespace
-from torchwq.transport.link import socket_type
+from torchwq.transport.link import Link, socket_type
+from torchwq.transport.sockets import close_fds
 
 
 class FullSocket:
@@ -43,11 +44,15 @@ def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monk
         told: list[object] = []
         monkeypatch.setattr(here, "_socket", full)
         monkeypatch.setattr(directory.warnings, "warn", lambda *args, **_: told.append(args))
-        with socket.socket(socket.AF_UNIX, socket_type()) as asking:
-            asking.settimeout(30)
-            asking.connect(here.path)
-            asking.send(struct.pack("=cQQ", b"O", os.getpid(), 0) + b"full")
-            assert asking.recv(100)[:1] == b"Q"
+        asking = socket.socket(socket.AF_UNIX, socket_type())
+        asking.connect(here.path)
+        link = Link(asking.detach())
+        link.send(struct.pack("=cQQ", b"O", os.getpid(), 0) + b"full")
+        received = link.wait(30)
+        link.close()
+        assert received is not None
+        close_fds(received[1])
+        assert received[0][:1] == b"Q"
         assert full.calls < 20, "it has tried again at once"
         assert len(told) == 1
         assert "RLIMIT_NOFILE" in str(told)

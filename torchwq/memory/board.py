@@ -33,6 +33,8 @@ _NBYTES: Final = (SLOTS + 1) * _WORDS * 8
 class Board:
     """A mapping of one queue's counters. ``fd`` is owned by this object."""
 
+    fd = -1  # also of one that could not be made
+
     def __init__(self, fd: int | None = None) -> None:
         self.fd = anonymous.create(_NBYTES) if fd is None else fd
         try:

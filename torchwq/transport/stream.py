@@ -238,9 +238,16 @@ class StreamEndpoint:
 
 def pair() -> tuple[StreamEndpoint, StreamEndpoint]:
     a, b = descriptors.socketpair()
-    ends = []
-    for sock in (a, b):
-        send_buffer(sock, _BUFFER)
-        lock_fd = descriptors.memory("torchwq-lock")
-        ends.append(StreamEndpoint(sock.detach(), lock_fd))
+    ends: list[StreamEndpoint] = []
+    try:
+        for sock in (a, b):
+            send_buffer(sock, _BUFFER)
+            lock_fd = descriptors.memory("torchwq-lock")
+            ends.append(StreamEndpoint(sock.detach(), lock_fd))
+    except BaseException:
+        for end in ends:
+            end.close()
+        a.close()
+        b.close()
+        raise
     return ends[0], ends[1]
