@@ -60,7 +60,7 @@ _GLANCE: Final = 0.02
 _LOST_AFTER: Final = 0.2
 #: How long, in seconds, a handle that an error has closed may keep a reader from hearing that nobody is left; and a
 #: worker that has failed, its error from being told.
-_LONGEST_DOUBT: Final = 1.0
+_LONGEST_DOUBT: Final = 5.0
 _LONGEST_END: Final = 1.0
 _TOLD_LATELY: Final = 64
 
