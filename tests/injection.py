@@ -7,10 +7,22 @@ comes.)
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+import numpy as np
+import torch
+
+#: How to make a value of each kind of a number, and to find the number in it.
+KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], int]]] = {
+    "int": (lambda number: number, int),
+    "tensor": (lambda number: torch.full((16,), number), lambda found: int(found[0])),
+    "tensors": (lambda number: {key: torch.full((30_000,), number) for key in "ab"}, lambda found: int(found["a"][0])),
+    "array": (lambda number: np.full(20_000, number), lambda found: int(found[0])),
+}
 
 
 class _Injector:
@@ -38,3 +50,39 @@ def in_the_middle(operation: Callable[[], object], action: Callable[[], object],
     finally:
         sys.setprofile(None)
     return injector.has_acted
+
+
+def loses_nothing(
+    write_value: Callable[[Any], object], read_value: Callable[[bool], Any], kind: str, outer: str, nested: str
+) -> int:
+    """Write or read, as ``outer`` says, again and again, and do what ``nested`` says at each place in the middle of it.
+
+    ``read_value(nonblocking)`` gives None if nothing is there. Returns how many places there are.
+    """
+    make, number_of = KINDS[kind]
+    numbers = itertools.count()
+    written: list[int] = []
+    got: list[int] = []
+
+    def write() -> None:
+        number = next(numbers)
+        write_value(make(number))
+        written.append(number)
+
+    def read(nonblocking: bool = True) -> None:
+        found = read_value(nonblocking)
+        if found is not None:
+            got.append(number_of(found))
+
+    for at in itertools.count():
+        if outer == "read":
+            write()
+            write()
+        operation = write if outer == "write" else lambda: read(False)
+        more = in_the_middle(operation, write if nested == "write" else read, at)
+        while len(got) < len(written):
+            read(False)
+        assert sorted(got) == sorted(written), f"at place {at}"
+        if not more:
+            break
+    return at

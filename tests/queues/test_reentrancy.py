@@ -7,21 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 import torchwq
-from tests.injection import in_the_middle
+from tests.injection import KINDS, in_the_middle, loses_nothing
 from tests.queues.handles import worker_handle
 from torchwq import QueueClosed, WorkQueue
-
-KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], int]]] = {
-    "int": (lambda number: number, int),
-    "tensor": (lambda number: torch.full((16,), number), lambda found: int(found[0])),
-    "tensors": (lambda number: {key: torch.full((30_000,), number) for key in "ab"}, lambda found: int(found["a"][0])),
-    "array": (lambda number: np.full(20_000, number), lambda found: int(found[0])),
-}
 
 
 @dataclass
@@ -54,33 +45,10 @@ def direction(request: pytest.FixtureRequest) -> Iterator[Direction]:
 def test_writing_and_reading_in_the_middle_of_either_loses_nothing(
     direction: Direction, kind: str, outer: str, nested: str
 ) -> None:
-    make, number_of = KINDS[kind]
-    numbers = itertools.count()
-    written: list[int] = []
-    got: list[int] = []
+    def read(nonblocking: bool) -> Any:
+        return direction.read(True) if nonblocking else direction.read(timeout=10)
 
-    def write() -> None:
-        number = next(numbers)
-        direction.write(make(number))
-        written.append(number)
-
-    def read(nonblocking: bool = True) -> None:
-        found = direction.read(nonblocking) if nonblocking else direction.read(timeout=10)
-        if found is not None:
-            got.append(number_of(found))
-
-    for at in itertools.count():
-        if outer == "read":
-            write()
-            write()
-        operation = write if outer == "write" else lambda: read(False)
-        more = in_the_middle(operation, write if nested == "write" else read, at)
-        while len(got) < len(written):
-            read(False)
-        assert sorted(got) == sorted(written), f"at place {at}"
-        if not more:
-            break
-    assert at > 5
+    assert loses_nothing(direction.write, read, kind, outer, nested) > 5
 
 
 @pytest.mark.parametrize("outer", ["write", "read"])
