@@ -123,7 +123,7 @@ def test_descriptors_run_out_while_things_are_opened(run_script: Callable[..., o
             time.sleep(0.3)
         base = count()
         resource.setrlimit(resource.RLIMIT_NOFILE, (base + 36, base + 36))
-        for spare in range(2):  # they run out at another place
+        for spare in range(6):  # they run out at another place of each
             kept = [os.open("/", os.O_RDONLY) for _ in range(spare)]
             for name, make in makers.items():
                 made = []

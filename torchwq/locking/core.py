@@ -50,7 +50,11 @@ class Core:
         except BaseException:
             close_fds(fds[1:])
             raise
-        self._events = list(fds[1:]) if fds else new_events()
+        try:
+            self._events = list(fds[1:]) if fds else new_events()
+        except BaseException:
+            self.roster.leave()
+            raise
         self._words = self.roster.words
         self.seat = self.roster.index(self.roster.seat)
         self._lock = Lock(self.roster)
