@@ -15,7 +15,8 @@ import torch
 import torchwq
 from torchwq.marshalling import codec
 from torchwq.memory import arrivals, pool
-from torchwq.memory.parcel import PICKLE, Parcel, Payload
+from torchwq.memory.parcel import Parcel, Payload
+from torchwq.transport.trailer import PICKLE, trailer
 
 LIMIT = codec.CALL_LIMIT
 
@@ -24,7 +25,7 @@ def received(payload: Payload) -> tuple[bytes, list[int]]:
     """What a reader would get: the bytes with a trailer, and descriptors of its own."""
     if isinstance(payload, Parcel):
         return payload.copy()
-    return payload + struct.pack("=Q", 7) + bytes([PICKLE]), []
+    return payload + trailer(7, PICKLE), []
 
 
 def marshal(obj: Any, limit: int = LIMIT, *, upvalues: bool = False) -> Payload:

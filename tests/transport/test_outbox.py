@@ -13,6 +13,7 @@ from torchwq.transport import endpoint
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.outbox import Outbox
 from torchwq.transport.sockets import NotSent
+from torchwq.transport.trailer import number_of
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_what_cannot_be_sent_is_told_and_leaves_the_outbox_as_it_was(
     outbox.send(b"%d." % count)
     messages = [receive(b) for _ in range(count + 1)]
     assert [message.partition(b".")[0] for message in messages] == [b"%d" % number for number in range(count + 1)]
-    numbers = [int.from_bytes(message[-9:-1], "little") for message in messages]
+    numbers = [number_of(message) for message in messages]
     assert numbers == [*range(1, count + 1), count + 2]
     assert outbox.wait_empty(5)
     assert told == [NotSent]
@@ -80,7 +81,7 @@ def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tup
     for name in range(4):
         counts = [int(m.split(b".")[0].split()[1]) for m in messages if m.startswith(b"%d " % name)]
         assert counts == list(range(2_000))
-    numbers = [int.from_bytes(m[-9:-1], "little") for m in messages]
+    numbers = [number_of(m) for m in messages]
     assert numbers == list(range(1, 8_001))
 
 

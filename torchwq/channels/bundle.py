@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from ..memory import anonymous
-from ..memory.parcel import BARE, TRAILER
 from ..transport import bag
 from ..transport.endpoint import Received
 from ..transport.outbox import Payload
 from ..transport.sockets import close_fds
+from ..transport.trailer import BARE, kind_of, payload_of, trailer
 
-#: Kind of a message (see ``parcel``) that is a bundle.
+#: Kind of a message that is a bundle.
 _KIND: Final = 3
-_MESSAGE: Final = struct.pack("<QB", 0, _KIND)
+_MESSAGE: Final = trailer(0, _KIND)
 
 
 @contextlib.contextmanager
@@ -44,7 +43,7 @@ def pack(backlog: Iterable[tuple[bytes, Payload | None]]) -> Iterator[tuple[byte
 
 def is_bundle(received: Received) -> bool:
     """Whether a message that has brought descriptors is one."""
-    return received[0][-1] == _KIND
+    return kind_of(received[0]) == _KIND
 
 
 def unpack(bundle: Received) -> deque[Received]:
@@ -62,7 +61,7 @@ def unpack(bundle: Received) -> deque[Received]:
 def forwarded(item: Received) -> bytes | Forwarded:
     """An item of a bundle as an outbox takes it."""
     data, fds = item
-    return Forwarded(data, fds) if fds or data[-1] != BARE else data
+    return Forwarded(data, fds) if fds or kind_of(data) != BARE else data
 
 
 class Forwarded:
@@ -71,8 +70,8 @@ class Forwarded:
     __slots__ = ("data", "fds", "kind")
 
     def __init__(self, data: bytes, fds: list[int]) -> None:
-        self.data = data[:-TRAILER]
-        self.kind = data[-1]
+        self.data = payload_of(data)
+        self.kind = kind_of(data)
         #: Closed when it has been sent.
         self.fds = fds
 

@@ -49,7 +49,7 @@ from typing import Any, Final
 from ..marshalling import codec
 from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
-from ..memory.parcel import TRAILER, Ticket
+from ..memory.parcel import Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from ..transport import cleanup, descriptors, endpoint
 from ..transport.alarm import Alarm
@@ -131,7 +131,7 @@ class Line:
             #: Readable when there may be room again.
             self._room = -1 if room is None else room
             opened.pop_all()
-        self.max_payload = self._in.max_message - TRAILER
+        self.max_payload = self._in.max_payload
         self._words = self.roster.words
         self._first = first = self.roster.index(self.roster.seat)
         self._words[first + SENT_BEFORE] = self._words[first + SENT]

@@ -38,7 +38,7 @@ from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import Parcel
 from ..transport import descriptors, endpoint, local
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint, Received
@@ -204,7 +204,7 @@ def served_main(context: child.Context) -> int:
         except Exception as error:
             failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
             outbox = Outbox(end)
-            outbox.send(codec.encode(failure, end.max_message - TRAILER, upvalues=True))
+            outbox.send(codec.encode(failure, end.max_payload, upvalues=True))
             outbox.wait_empty()
             return 1
         Job(plan, part).run(end)
@@ -270,7 +270,7 @@ class Hand:
             opened.pop_all()
         self.outbox = Outbox(ours)
         self._waiter: Waiter | LocalEndpoint = waiter
-        self.max_payload = ours.max_message - TRAILER
+        self.max_payload = ours.max_payload
 
     def _open_here(self, part: Part) -> None:
         ours, theirs = local.pair()

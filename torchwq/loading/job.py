@@ -33,7 +33,7 @@ import torch
 from ..marshalling import codec, exceptions, importable
 from ..marshalling.letter import Letter
 from ..memory import recycling
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import Parcel
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
@@ -115,7 +115,7 @@ class Job:
             has_main: whether the loader's process has the same ``__main__``: it has forked this one.
         """
         self._has_main = has_main
-        self._limit = end.max_message - TRAILER
+        self._limit = end.max_payload
         outbox = Outbox(end)
         outbox.reader = recycling.reader_at(self._plan.reader)
         self._end: Endpoint | LocalEndpoint = end

@@ -27,10 +27,11 @@ from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory import recycling
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
-from ..memory.parcel import BLOCK, REFERENCES, TRAILER, Parcel
+from ..memory.parcel import BLOCK, REFERENCES, Parcel
 from ..transport import bag
 from ..transport.endpoint import NO_FDS
 from ..transport.sockets import close_fds
+from ..transport.trailer import KIND, kind_of, size_of_payload
 from . import classes, definitions, functions, inheritance, locate, named, namespaces, plain, reducers
 from .letter import ENCLOSED, Letter
 from .payload import HEAD, Attachments, arrivals_of, listed
@@ -531,14 +532,14 @@ def decode(data: Any, fds: list[int]) -> Any:
         return data
     if isinstance(data, Letter):
         return data.open()
-    kind = data[-1]
+    kind = data[KIND]
     if not fds and kind not in (REFERENCES, BLOCK):
         return pickle.loads(data)
     try:
         if kind == REFERENCES:
             obj = plain.decode(data)
             if obj is None:
-                obj = _loads(data, arrivals_of(data, len(data) - TRAILER, fds), fds)
+                obj = _loads(data, arrivals_of(data, size_of_payload(data), fds), fds)
                 plain.learn(obj, data)
             return obj
         if kind == BLOCK:
@@ -560,7 +561,7 @@ def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) 
 
 
 def _decode_block(data: bytes, fds: list[int]) -> Any:
-    block = arrivals_of(data, len(data) - TRAILER, fds)
+    block = arrivals_of(data, size_of_payload(data), fds)
     try:
         size, in_bag = HEAD.unpack_from(data)
         memory = block.memory(0)[:size]
@@ -576,11 +577,12 @@ def discard(data: Any, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
     if type(data) in COPIES or isinstance(data, Letter):
         return
-    if data[-1] in (REFERENCES, BLOCK):
+    kind = kind_of(data)
+    if kind in (REFERENCES, BLOCK):
         try:
-            references = listed(data, len(data) - TRAILER)
-            if data[-1] == BLOCK:
-                block = arrivals_of(data, len(data) - TRAILER, fds)
+            references = listed(data, size_of_payload(data))
+            if kind == BLOCK:
+                block = arrivals_of(data, size_of_payload(data), fds)
                 try:
                     references = listed(block.memory(0), HEAD.unpack_from(data)[0])
                 finally:

@@ -11,7 +11,8 @@ import pickle
 import reprlib
 from typing import Any, Final
 
-from ..memory.parcel import BLOCK, TRAILER
+from ..memory.parcel import BLOCK
+from ..transport.trailer import kind_of, size_of_payload
 
 _LONGEST: Final = 200
 #: The functions that rebuild what users know by other names.
@@ -83,9 +84,9 @@ _short.maxstring = _short.maxother = 80
 
 def describe(data: bytes) -> str:
     """A short description of a message, with its trailer if it has one."""
-    if data[-1] != BLOCK:
+    if kind_of(data) != BLOCK:
         try:
             return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_LONGEST]
         except Exception:
-            return f"an object of {len(data) - TRAILER} bytes"
+            return f"an object of {size_of_payload(data)} bytes"
     return "a large object"

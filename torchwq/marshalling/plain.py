@@ -20,10 +20,11 @@ from ..memory.arrivals import take_packed, take_tensor, take_tensors
 from ..memory.block import MAPPED, Block, Geometry
 from ..memory.ledger import UNTRACKED
 from ..memory.packing import SLICE, SMALL, Row
-from ..memory.parcel import REFERENCES, TRAILER, Parcel
+from ..memory.parcel import REFERENCES, Parcel
 from ..memory.recycling import block_of
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
+from ..transport import trailer
 from .letter import Letter
 from .payload import COUNT, PACKED, REFERENCE, is_packed, listed, packed_rows, rows_of
 from .tensors import alias, is_unusual, rebuild, rebuild_packed
@@ -299,7 +300,7 @@ def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found |
 
 def decode(data: bytes) -> Any:
     """What is in such a message, if its like was here before. Else None, and nothing is taken."""
-    end = len(data) - TRAILER - COUNT.size
+    end = len(data) - trailer.SIZE - COUNT.size
     (count,) = COUNT.unpack_from(data, end)
     start = end - (count & ~PACKED) * REFERENCE.size
     shape = _shapes.get(data[:start])
@@ -331,7 +332,7 @@ def learn(obj: Any, data: bytes) -> None:
     if any(tensor.requires_grad or is_unusual(tensor) for tensor in tensors):
         return
     shifts: tuple[int, ...] = ()
-    end = len(data) - TRAILER
+    end = trailer.size_of_payload(data)
     if is_packed(data, end):
         shifts = _shifts(data, end - COUNT.size - len(listed(data, end)) * REFERENCE.size, len(tensors))
         if not shifts:

@@ -1,10 +1,8 @@
 """What travels: the bytes of one message, its descriptors, the blocks it refers to, and what must stay alive until it
 is sent.
 
-A plain small object is just ``bytes``, its pickle, and is sent as it is: a pickle ends with a full stop. Everything
-else is a :class:`Parcel`, and everything that is numbered has a trailer: the number (8 bytes) and the kind of the
-payload (1 byte, never a full stop). It stands at the end because pickle stops reading there by itself: nothing has
-to be cut off.
+A plain small object is just ``bytes``, its pickle. Everything else is a :class:`Parcel`, whose kind goes into the
+message's :mod:`trailer <torchwq.transport.trailer>`.
 """
 
 from __future__ import annotations
@@ -14,16 +12,14 @@ from typing import Any, Final
 
 from ..transport import descriptors
 from ..transport.sockets import close_fds
+from ..transport.trailer import PICKLE, trailer
 from . import recycling
 from .anonymous import Descriptor, exhausted
 
-#: Last byte of a message: a pickle with a trailer; a trailer after references to blocks, after a pickle; a trailer
-#: after what says where in the last block the pickle is, with its buffers; a bare pickle.
-PICKLE: Final = 0
+#: Kinds of messages: references to blocks after a pickle; what says where in the last block the pickle is, with its
+#: buffers.
 REFERENCES: Final = 1
 BLOCK: Final = 2
-BARE: Final = ord(".")
-TRAILER: Final = 9
 
 
 class Ticket(Descriptor):
@@ -103,7 +99,7 @@ class Parcel:
             close_fds(fds)
             raise exhausted(error) from error
         self.depart()
-        return self.data + bytes(TRAILER - 1) + bytes((self.kind,)), fds
+        return self.data + trailer(0, self.kind), fds
 
 
 Payload = bytes | Parcel

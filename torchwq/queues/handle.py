@@ -19,6 +19,7 @@ from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, cleanup
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
+from ..transport.trailer import KIND
 from ..transport.waiting import SLICE
 from ..workers import shutdown
 from .owner import Owner
@@ -183,7 +184,7 @@ class WorkQueue:
         data, fds = received
         if fds:
             return data if type(data) in COPIES else codec.decode(data, fds)
-        return loads(data) if data[-1] not in _WITH_BLOCKS else codec.decode(data, fds)
+        return loads(data) if data[KIND] not in _WITH_BLOCKS else codec.decode(data, fds)
 
     async def aread(self, *, timeout: float | None = None) -> Any:
         """Read the next object on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.

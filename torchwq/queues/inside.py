@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from ..memory.parcel import TRAILER
 from ..transport import descriptors, endpoint
 from ..transport.endpoint import Endpoint, Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
+from ..transport.trailer import number_of
 from ..transport.waiting import SLICE, Waiter
 
 
@@ -48,7 +48,7 @@ class Inside:
             self._ended = True
             return None
         if received is not None:
-            self.number = int.from_bytes(received[0][-TRAILER:-1], "little")
+            self.number = number_of(received[0])
         return received
 
     def has_question(self) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, WorkerDied
 from ..memory.anonymous import Descriptor
-from ..memory.parcel import TRAILER
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
@@ -170,7 +169,7 @@ class SocketRole(Role):
         super().__init__()
         self.end = end
         self.here = False
-        self.max_payload = end.max_message - TRAILER
+        self.max_payload = end.max_payload
         self.alarm, self.waiter = alarm, waiter
         self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)
         self.send = self.outbox.send

@@ -29,6 +29,7 @@ from ..transport import descriptors, endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
+from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
 from ..workers.presence import Presence
@@ -37,7 +38,6 @@ from .protocol import ADOPT, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
-_from_bytes = int.from_bytes
 
 
 class WorkerSide(SocketRole):
@@ -81,7 +81,7 @@ class WorkerSide(SocketRole):
                 return None
             if received is None:
                 return None
-            number = _from_bytes(received[0][-9:-1], "little")
+            number = number_of(received[0])
             if ident not in self._known:
                 self._meet(ident)
             words = self._words

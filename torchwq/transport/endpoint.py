@@ -36,8 +36,9 @@ ReceiveBare = Callable[[int, int], bytes]
 class Endpoint(Protocol):
     """One end of a connection. Safe to use from several threads at once."""
 
-    #: Largest message in bytes; larger payloads travel out of band.
+    #: Largest message in bytes, and largest payload of one; larger payloads travel out of band.
     max_message: int
+    max_payload: int
     #: What sends and receives a message without descriptors in the shortest way, with the flags and errors of
     #: ``socket.send`` and ``socket.recv``; None where there is nothing shorter than ``try_send`` and ``try_receive``.
     send_bare: SendBare | None

@@ -21,7 +21,7 @@ _NO_FDS: Final[list[int]] = [-1]
 class LocalEndpoint:
     """One end. Safe to use from several threads."""
 
-    max_message: Final = 1 << 62
+    max_payload: Final = 1 << 62
 
     def __init__(self, inbox: Mailbox[Any]) -> None:
         self._inbox = inbox

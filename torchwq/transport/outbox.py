@@ -22,7 +22,6 @@ Invariants:
 
 from __future__ import annotations
 
-import struct
 import sys
 import threading
 import time
@@ -36,12 +35,10 @@ from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
 from .process import closed_in_child
 from .sockets import NotSent
+from .trailer import PICKLE, trailer
 
 Sent = Callable[[int, bytes], None]
 
-#: What :mod:`torchwq.memory.parcel` lays down for a pickle without a number.
-_PLAIN: Final = 0
-_TRAILER: Final = struct.Struct("<QB").pack
 #: Threads that hand in more than the one that sends can keep up with pause so long, in seconds, from so many messages
 #: on.
 _PAUSE: Final = 0.001
@@ -160,16 +157,16 @@ class Outbox:
             assert isinstance(payload, bytes)
             if self._numbered:
                 self.number = tag = self.number + 1
-                data = payload + _TRAILER(tag, _PLAIN)
+                data = payload + trailer(tag, PICKLE)
             else:
                 data = payload
                 tag = ident
         else:
             if self._numbered:
                 self.number = tag = self.number + 1
-                data = parcel.data + _TRAILER(tag, parcel.kind)
+                data = parcel.data + trailer(tag, parcel.kind)
             else:
-                data = parcel.data + _TRAILER(0, parcel.kind)
+                data = parcel.data + trailer(0, parcel.kind)
                 tag = ident
         if not self.pending:
             if self._is_broken:
@@ -300,7 +297,7 @@ class Outbox:
         try:
             while self.handed_in:  # what is there is not to be sent by now, and waits behind the rest
                 payload, ident = self.handed_in.popleft()
-                data = payload if isinstance(payload, bytes) else payload.data + _TRAILER(0, payload.kind)
+                data = payload if isinstance(payload, bytes) else payload.data + trailer(0, payload.kind)
                 self.pending.append((data, None if isinstance(payload, bytes) else payload, ident))
             waiting = [(data, parcel) for data, parcel, _ in self.pending]
             self.pending.clear()

@@ -16,7 +16,7 @@ import termios
 from collections.abc import Sequence
 from typing import Final
 
-from . import descriptors
+from . import descriptors, trailer
 from .endpoint import NO_FDS, ReceiveBare, Received, SendBare
 from .process import closed_in_child
 from .sockets import (
@@ -44,6 +44,7 @@ class SeqpacketEndpoint:
     """One end of a seqpacket socket pair; takes over ``fd``."""
 
     max_message = MAX_MESSAGE
+    max_payload = max_message - trailer.SIZE
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)

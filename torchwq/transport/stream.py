@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from . import descriptors
+from . import descriptors, trailer
 from .endpoint import ReceiveBare, Received, SendBare
 from .process import closed_in_child, reset_in_child
 from .sockets import (
@@ -132,6 +132,7 @@ class StreamEndpoint:
     """One end of a stream socket pair with its lock file; takes both descriptors over."""
 
     max_message = FRAME - _LENGTH.size
+    max_payload = max_message - trailer.SIZE
     send_bare: SendBare | None = None
     receive_bare: ReceiveBare | None = None
 

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from ..memory import anonymous
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import Parcel
 from ..transport import directory, endpoint, namespace
 from ..transport.outbox import Outbox
+from ..transport.trailer import payload_of
 from . import client, descent, failures, info, shutdown, standing
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -46,7 +47,7 @@ class Context:
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._endpoint = end
         self._outbox = Outbox(end)
-        self.max_payload = end.max_message - TRAILER
+        self.max_payload = end.max_payload
 
     def receive(self) -> endpoint.Received:
         """Wait for the next message. Raises EOFError if the owner sends no more."""
@@ -139,7 +140,7 @@ def _standard_streams(stdout: int, stderr: int) -> None:
 def _set_up(context: Context) -> Callable[[Context], int]:
     """Take over what the owner sends, and return the entry function."""
     data, fds = context.receive()
-    if len(data) == TRAILER:  # it was too large for a message
+    if not payload_of(data):  # it was too large for a message
         with contextlib.closing(anonymous.Descriptor(fds.pop())) as block:
             data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ResourceError
 from ..memory import anonymous
-from ..memory.parcel import TRAILER, Parcel
+from ..memory.parcel import Parcel
 from ..transport import descriptors, endpoint, namespace, reactor
 from ..transport.outbox import Outbox
 from . import client, descent, standing
@@ -34,7 +34,7 @@ class ProcessWorker(Worker):
         self._server: client.Connection | None = None
         self._endpoint, theirs = endpoint.pair()
         try:
-            setup = _setup(info, entry, self._endpoint.max_message - TRAILER)
+            setup = _setup(info, entry, self._endpoint.max_payload)
             self._outbox = Outbox(self._endpoint)
             reactor.get().set_reader(self._endpoint.fileno(), self._ready)
             self._order(theirs)
