@@ -7,12 +7,10 @@ worker ``ASLEEP``.
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final
 
 from ..marshalling import reducers
-from ..memory import anonymous
-from ..transport import descriptors
+from ..peers.words import SharedWords
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
 BUSY, WAITED, BATCHES, NBYTES = range(4)
@@ -23,42 +21,31 @@ CONSUMED, GENERATION, ASLEEP, LIMIT = range(4)
 _WORDS: Final = 8  # a cache line for each worker
 
 
-class Counters:
+class Counters(SharedWords):
     """One mapping of the counters of ``workers`` workers of a loader. Used again for those that come after them."""
 
     def __init__(self, workers: int, fd: int | None = None) -> None:
-        nbytes = 8 * _WORDS * workers
-        self.workers = workers
-        self.fd = anonymous.create(nbytes) if fd is None else fd
-        self._mapping = descriptors.mapped(self.fd, nbytes)
-        self._words = memoryview(self._mapping).cast("Q")
+        super().__init__(0, workers, _WORDS, fd)
 
     def of(self, worker_id: int) -> memoryview:
         """The words of one worker."""
-        if worker_id >= self.workers:
-            raise IndexError(f"worker {worker_id} has no counters: there are {self.workers}")
-        first = worker_id * _WORDS
-        return self._words[first : first + _WORDS]
+        if worker_id >= self.slots:
+            raise IndexError(f"worker {worker_id} has no counters: there are {self.slots}")
+        first = self.first_of(worker_id)
+        return self.words[first : first + _WORDS]
 
     def grown(self, workers: int) -> Counters:
         """Others for more workers, which go on with these counts. Whoever counts in these is not seen any more."""
         more = Counters(workers)
-        more._words[: len(self._words)] = self._words
+        more.words[: len(self.words)] = self.words
         return more
 
     def sum(self, word: int) -> int:
-        return sum(self._words[word::_WORDS])
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            self._close_fd(self.fd)
-
-    #: There when the interpreter ends, too, and module os may be gone.
-    _close_fd = staticmethod(os.close)
+        return sum(self.column(word))
 
 
 def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:
-    return _rebuild, (counters.workers, encoder.attach(counters.fd, counters))
+    return _rebuild, (counters.slots, encoder.attach(counters.fd, counters))
 
 
 def _rebuild(workers: int, index: int) -> Counters:

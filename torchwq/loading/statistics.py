@@ -64,7 +64,7 @@ class Meter:
         """For so many workers. Made when they are needed: they take a descriptor."""
         if self._counters is None:
             self._counters = Counters(workers)
-        elif self._counters.workers < workers:
+        elif self._counters.slots < workers:
             self._counters = self._counters.grown(workers)
         return self._counters
 

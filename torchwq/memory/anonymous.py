@@ -33,13 +33,7 @@ def create(nbytes: int = 0) -> int:
 
     Raises ResourceError if descriptors or memory have run out.
     """
-    fd = descriptors.memory("torchwq")
-    try:
-        os.ftruncate(fd, nbytes)
-    except OSError as error:
-        os.close(fd)
-        raise exhausted(error, "ftruncate") from error
-    return fd
+    return descriptors.memory("torchwq", nbytes)
 
 
 def reserve(fd: int, nbytes: int) -> None:

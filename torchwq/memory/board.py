@@ -4,8 +4,7 @@ Messages alone cannot tell an owner what a killed worker had in hand, nor when a
 worker therefore notes each question it takes in a slot of its own, of two words: the number of the question taken last,
 and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the threads that are at one. Invariants:
 
-* A slot is written by one handle only, under that handle's lock; the owner only reads it. Words are 8 bytes and
-  aligned, so a reader sees an old or a new one, never a mixture. The number is written first.
+* A slot is written by one handle only, under that handle's lock; the owner only reads it. The number is written first.
 * A question that was taken and not noted is in no slot. So the owner knows that something is under way as long as the
   counts do not add up to what it has sent.
 * A worker killed between taking a question and noting it leaves the counts short for ever. So the owner counts each
@@ -15,11 +14,9 @@ and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the t
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
-from ..transport import descriptors
-from . import anonymous
+from ..peers.words import SharedWords
 
 SLOTS: Final = 4096
 #: The state word counts questions in multiples of this; what is below it counts busy threads.
@@ -27,40 +24,16 @@ BUSY: Final = 1 << 24
 #: Index of the word that says whether the owner waits for questions to be taken.
 ASKED: Final = 0
 _WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
-_NBYTES: Final = (SLOTS + 1) * _WORDS * 8
 
 
-class Board:
-    """A mapping of one queue's counters. ``fd`` is owned by this object."""
-
-    fd = -1  # also of one that could not be made
+class Board(SharedWords):
+    """A mapping of one queue's counters. Takes over ``fd``."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = anonymous.create(_NBYTES) if fd is None else fd
-        try:
-            self._mapping = descriptors.mapped(self.fd, _NBYTES)
-        except BaseException:
-            os.close(self.fd)
-            self.fd = -1
-            raise
-        #: The same memory as words and as bytes.
-        self.words = memoryview(self._mapping).cast("Q")
-        self.bytes = memoryview(self._mapping)
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            self.words.release()
-            self.bytes.release()
-            self._mapping.close()
-            self._close_fd(fd)
-
-    __del__ = close
-    #: There when the interpreter ends, too, and module os may be gone.
-    _close_fd = staticmethod(os.close)
+        super().__init__(_WORDS, SLOTS, _WORDS, fd)
 
     def slot(self, number: int) -> Slot:
-        return Slot(self.words, (number + 1) * _WORDS)
+        return Slot(self.words, self.first_of(number))
 
     def set_asked(self, asked: bool) -> None:
         self.words[ASKED] = int(asked)

@@ -39,8 +39,7 @@ Invariants:
 * A slot means nothing in another ledger than its own. So processes tell each other an *address*: the slot, and which
   ledger it is in.
 
-The locks are open file description locks: they belong to this process's own opening of the file, which a forked child
-closes at once.
+The locks (``peers.locks``) belong to this process's own opening of the file, which a forked child closes at once.
 """
 
 from __future__ import annotations
@@ -60,6 +59,7 @@ from typing import Final
 import numpy as np
 
 from ..errors import NamespaceError
+from ..peers.locks import RecordLocks
 from ..transport import descriptors, namespace
 from ..transport.process import closed_in_child, reset_in_child
 from .rows import CHUNK, Rows
@@ -96,7 +96,6 @@ _MANY: Final = 24
 # Which byte's lock means what.
 _CHUNK_LOCKS: Final = SLOTS
 _CLAIM_LOCK: Final = SLOTS + ROWS // CHUNK
-_FLOCK: Final = struct.Struct("@hhqqi4x")
 
 _FILE: Final = "ledger"
 _MEMFD: Final = "torchwq-ledger"
@@ -114,6 +113,7 @@ class Ledger:
         """Take over ``fd``. Raises NamespaceError if it is no ledger, or OSError; ``fd`` is the caller's again then."""
         _check(fd)
         self._fd = fd
+        self._locks = RecordLocks(fd)
         self._mapping = descriptors.mapped(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
         # A row of this has the words of all slots for one row of the ledger.
@@ -130,8 +130,8 @@ class Ledger:
         self._rows = Rows(
             ROWS // CHUNK,
             self.slot * 7,
-            lambda chunk: self._lock(fcntl.F_OFD_SETLK, _CHUNK_LOCKS + chunk),
-            lambda chunk: self._unlock(_CHUNK_LOCKS + chunk),
+            lambda chunk: self._locks.acquire(_CHUNK_LOCKS + chunk),
+            lambda chunk: self._locks.release(_CHUNK_LOCKS + chunk),
             self._take_over,
         )
 
@@ -139,32 +139,16 @@ class Ledger:
         """The slot with this address; -1 if it is not in this ledger."""
         return address & SLOTS - 1 if address >= 0 and address >> _SLOT_BITS == self._words[_NAME] else -1
 
-    # Locks
-
-    def _lock(self, command: int, byte: int) -> bool:
-        try:
-            fcntl.fcntl(self._fd, command, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(self, byte: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
-
     def is_alive(self, slot: int) -> bool:
         """Whether the process of ``slot`` is still there."""
-        if slot == self.slot:
-            return True
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        return slot == self.slot or self._locks.is_held(slot)
 
     def _claim_slot(self) -> int:
         """A slot of this process's own. What its last process held is held no more; its counters go on."""
-        self._lock(fcntl.F_OFD_SETLKW, _CLAIM_LOCK)
+        self._locks.acquire(_CLAIM_LOCK, wait=True)
         try:
             for slot in range(SLOTS):
-                if self._lock(fcntl.F_OFD_SETLK, slot):
+                if self._locks.acquire(slot):
                     break
             else:
                 raise OSError(f"more than {SLOTS} processes share memory in one tree")
@@ -174,7 +158,7 @@ class Ledger:
                 self._words[_USED] = slot + 1
             return slot
         finally:
-            self._unlock(_CLAIM_LOCK)
+            self._locks.release(_CLAIM_LOCK)
 
     def _clear_flags(self, slot: int) -> None:
         words = self._words
@@ -229,9 +213,7 @@ class Ledger:
         """
         chunk = (number & _LOW) // CHUNK
         if chunk not in lives:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _CHUNK_LOCKS + chunk, 1, 0)
-            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
-            lives[chunk] = _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+            lives[chunk] = self._locks.is_held(_CHUNK_LOCKS + chunk)
         return lives[chunk] and self.is_current(number)
 
     def _was_clean(self, number: int) -> bool:

@@ -199,8 +199,18 @@ def pipe() -> tuple[int, int]:
     return read, write
 
 
-def memory(name: str) -> int:
-    """An empty file without a name, in memory if the system allows that."""
+def memory(name: str, nbytes: int = 0) -> int:
+    """A file of ``nbytes`` zero bytes without a name, in memory if the system allows that."""
+    fd = _unnamed(name)
+    try:
+        os.ftruncate(fd, nbytes)
+    except OSError as error:
+        os.close(fd)
+        raise exhausted(error, "ftruncate") from error
+    return fd
+
+
+def _unnamed(name: str) -> int:
     if hasattr(os, "memfd_create"):
         try:
             return above(os.memfd_create(name, os.MFD_CLOEXEC))
