@@ -17,8 +17,9 @@ import pytest
 
 from torchwq.errors import ResourceError
 from torchwq.transport import bag, endpoint, seqpacket, stream
+from torchwq.transport.descriptors import close_fds
 from torchwq.transport.endpoint import Endpoint
-from torchwq.transport.sockets import NotSent, check_sendable, close_fds, received_fds
+from torchwq.transport.sockets import NotSent, check_sendable, received_fds
 
 KINDS = {"seqpacket": seqpacket.pair, "stream": stream.pair}
 

@@ -16,8 +16,8 @@ import pytest
 import torchwq
 from torchwq.errors import NamespaceError
 from torchwq.transport import directory, namespace
+from torchwq.transport.descriptors import close_fds
 from torchwq.transport.link import Link, socket_type
-from torchwq.transport.sockets import close_fds
 
 
 class FullSocket:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ..memory import anonymous
 from ..transport import bag
+from ..transport.descriptors import close_with
 from ..transport.endpoint import Received
 from ..transport.outbox import Payload
-from ..transport.sockets import close_fds
 from ..transport.trailer import BARE, kind_of, payload_of, trailer
 
 #: Kind of a message that is a bundle.
@@ -67,13 +67,18 @@ def forwarded(item: Received) -> bytes | Forwarded:
 class Forwarded:
     """An item that is sent on as it came: a parcel of which only the descriptors are known."""
 
-    __slots__ = ("data", "fds", "kind")
+    __slots__ = ("__weakref__", "_closing", "data", "fds", "kind")
 
     def __init__(self, data: bytes, fds: list[int]) -> None:
         self.data = payload_of(data)
         self.kind = kind_of(data)
         #: Closed when it has been sent.
         self.fds = fds
+        self._closing = close_with(self, *fds)
+
+    def detach(self) -> None:
+        """It is not sent: the descriptors stay the item's."""
+        self._closing.detach()
 
     def depart(self) -> None:
         """It was counted by the ledger when its writer sent it."""
@@ -83,6 +88,3 @@ class Forwarded:
 
     def come_back(self) -> None:
         pass
-
-    def __del__(self, close: Callable[[Sequence[int]], None] = close_fds) -> None:
-        close(self.fds)

@@ -20,11 +20,11 @@ from typing import Any, Final
 from ..errors import QueueClosed, WorkerDied
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
+from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
-from ..transport.sockets import close_fds
 from ..workers import shutdown
 from .here import Here
 from .line import Line, open_lines

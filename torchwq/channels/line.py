@@ -53,11 +53,12 @@ from ..memory.parcel import Ticket
 from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
 from ..transport import cleanup, descriptors, endpoint
 from ..transport.alarm import Alarm
+from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
-from ..transport.sockets import BROKEN, BUSY, NO_WAIT, close_fds
+from ..transport.sockets import BROKEN, BUSY, NO_WAIT
 from ..transport.waiting import Waiter
 from ..workers import shutdown
 from . import bundle
@@ -650,7 +651,7 @@ class Line:
                 self._outbox.send(item)
             except BrokenPipeError:  # the channel was closed
                 if isinstance(item, bundle.Forwarded):
-                    item.fds = []
+                    item.detach()
                 break
             items.popleft()
         self._forwards = False

@@ -41,10 +41,10 @@ from ..memory.anonymous import Descriptor, exhausted
 from ..memory.parcel import Parcel
 from ..transport import descriptors, endpoint, local
 from ..transport.alarm import Alarm
+from ..transport.descriptors import close_fds
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
-from ..transport.sockets import close_fds
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, greenlets, starting, worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT

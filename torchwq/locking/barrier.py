@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import WorkerDied
 from ..memory import anonymous
 from ..transport import descriptors
-from ..transport.sockets import close_fds
+from ..transport.descriptors import close_fds
 from ..workers import info, threads, worker
 from ..workers.losses import lost
 from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, ISSUED, LEFT, LOSSES, NEEDED, REDEEMED, ROUND, WAITING

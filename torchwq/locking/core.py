@@ -14,8 +14,8 @@ from ..memory import anonymous
 from ..memory.parcel import Ticket
 from ..memory.roster import Roster
 from ..transport import cleanup, descriptors
+from ..transport.descriptors import close_fds
 from ..transport.process import closed_in_child, reset_in_child
-from ..transport.sockets import close_fds
 from ..workers import shutdown
 from ..workers.presence import Presence
 from .barrier import Barrier, News, new_events

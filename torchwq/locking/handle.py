@@ -11,7 +11,7 @@ from typing import Any, final
 
 from ..errors import WorkerDied
 from ..marshalling import invitation, reducers
-from ..transport.sockets import close_fds
+from ..transport.descriptors import close_fds
 from ..workers import threads
 from .barrier import News
 from .core import Core, found, leave_later

@@ -29,8 +29,8 @@ from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.parcel import BLOCK, REFERENCES, Parcel
 from ..transport import bag
+from ..transport.descriptors import close_fds
 from ..transport.endpoint import NO_FDS
-from ..transport.sockets import close_fds
 from ..transport.trailer import KIND, kind_of, size_of_payload
 from . import classes, definitions, functions, inheritance, locate, named, namespaces, plain, reducers
 from .letter import ENCLOSED, Letter

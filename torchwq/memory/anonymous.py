@@ -90,21 +90,18 @@ def map_private(fd: int, nbytes: int | None = None) -> memoryview:
 class Descriptor:
     """Owns one descriptor, of a block or of anything else that travels, until it is garbage."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("__weakref__", "_closing", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._closing = descriptors.close_with(self, fd)
 
     def detach(self) -> int:
         """Give the descriptor away."""
+        self._closing.detach()
         fd, self.fd = self.fd, -1
         return fd
 
     def close(self) -> None:
-        fd = self.detach()
-        if fd >= 0:
-            self._close_fd(fd)
-
-    __del__ = close
-    #: There when the interpreter ends, too, and module os may be gone.
-    _close_fd = staticmethod(os.close)
+        self.fd = -1
+        self._closing()

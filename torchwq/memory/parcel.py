@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..transport import descriptors
-from ..transport.sockets import close_fds
+from ..transport.descriptors import close_fds
 from ..transport.trailer import PICKLE, trailer
 from . import recycling
 from .anonymous import Descriptor, exhausted

@@ -14,7 +14,6 @@ Invariants:
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 from ..transport import descriptors
@@ -34,16 +33,15 @@ class SharedWords:
     Raises ResourceError if descriptors or memory have run out.
     """
 
-    fd = -1  # also of one that could not be made
-
     def __init__(self, head: int, slots: int, width: int, fd: int | None = None) -> None:
         self.head, self.slots, self.width = head, slots, width
         nbytes = WORD * (head + slots * width)
         self.fd = descriptors.memory("torchwq", nbytes) if fd is None else fd
+        self._closing = descriptors.close_with(self, self.fd)
         try:
             self.words = memoryview(descriptors.mapped(self.fd, nbytes)).cast("Q")
         except BaseException:
-            self.abandon()
+            self._closing()
             raise
 
     def first_of(self, slot: int) -> int:
@@ -63,10 +61,5 @@ class SharedWords:
 
     def abandon(self) -> None:
         """Give up the descriptor alone: other threads may be using the words, or another process owns them."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            self._close_fd(fd)
-
-    __del__ = abandon
-    #: There when the interpreter ends, too, and module os may be gone.
-    _close_fd = staticmethod(os.close)
+        self.fd = -1
+        self._closing()

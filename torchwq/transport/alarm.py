@@ -20,9 +20,9 @@ class Alarm:
         # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
         self._lock = threading.RLock()
         self._set = False
-        self._read_fd = self._write_fd = -1
         fd = descriptors.eventfd()
         self._read_fd, self._write_fd = descriptors.pipe() if fd is None else (fd, fd)
+        self._closing = descriptors.close_with(self, *{self._read_fd, self._write_fd})
         closed_in_child(self)
 
     def set(self) -> None:
@@ -48,15 +48,5 @@ class Alarm:
             self.abandon()
 
     def abandon(self) -> None:
-        fds, self._read_fd, self._write_fd = {self._read_fd, self._write_fd}, -1, -1
-        for fd in fds:
-            if fd >= 0:
-                try:
-                    self._close_fd(fd)
-                except OSError:
-                    pass
-
-    #: For one whose owner was interrupted before it could see to it.
-    __del__ = abandon
-    #: There when the interpreter ends, too, and module os may be gone.
-    _close_fd = staticmethod(os.close)
+        self._read_fd = self._write_fd = -1
+        self._closing()

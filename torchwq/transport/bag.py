@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from ..errors import ResourceError
 from . import descriptors
+from .descriptors import close_fds
 from .endpoint import MAX_FDS
-from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, close_fds, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, received_fds, rights, send_buffer
 
 _PER_MESSAGE = MAX_FDS - 3
 #: Of these the kernel limits bytes, and not how many messages wait, as it does of datagrams.

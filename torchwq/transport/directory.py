@@ -29,10 +29,11 @@ from typing import Final
 
 from ..errors import NamespaceError, ResourceError
 from . import descriptors, namespace, reactor
+from .descriptors import close_fds
 from .endpoint import Received
 from .link import Link, socket_type
 from .process import closed_in_child, reset_in_child
-from .sockets import close_fds, peer_uid
+from .sockets import peer_uid
 
 _REQUEST: Final = struct.Struct("=cQQ")
 _REPLY_SECONDS: Final = 30.0

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from . import descriptors, reactor
+from .descriptors import close_fds
 from .endpoint import Received, kind
 from .process import closed_in_child
 from .sockets import (
@@ -23,7 +24,6 @@ from .sockets import (
     NO_WAIT,
     NotSent,
     check_sendable,
-    close_fds,
     is_broken,
     received_fds,
     rights,

@@ -11,11 +11,12 @@ import resource
 import socket
 import struct
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ..errors import ResourceError
 from . import descriptors
+from .descriptors import close_fds
 from .endpoint import MAX_FDS
 
 # Plain integers: the socket module's flags are enums, whose arithmetic costs as much as a system call.
@@ -119,16 +120,6 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
         for fd in fds:
             os.set_inheritable(fd, False)
     return descriptors.above_all(fds)
-
-
-def close_fds(fds: Sequence[int], close: Callable[[int], None] = os.close) -> None:
-    """Close descriptors; those below 0 were given away. (``close`` is there when the interpreter ends, too.)"""
-    for fd in fds:
-        if fd >= 0:
-            try:
-                close(fd)
-            except OSError:
-                pass
 
 
 def waiting(sock: socket.socket) -> int:
