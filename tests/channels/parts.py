@@ -9,7 +9,7 @@ from torchwq.channels.line import SENT, Line, open_lines
 
 def another(line: Line) -> Line:
     """A second part, which would normally be another process's."""
-    fds = [*line._in.handover(), *line._out.handover(), line.roster.fd]
+    fds = [*line._in.handover(), *line._out.handover(), line.table.fd]
     if line._room >= 0:
         fds.append(line._room)
     return Line(line.name, [os.dup(fd) for fd in fds], line.capacity)
@@ -18,8 +18,8 @@ def another(line: Line) -> Line:
 def write_and_die(line: Line) -> None:
     """What a process leaves that is killed after it has written."""
     part = another(line)
-    part._add(SENT, 1)
-    part.roster._close()
+    part.table.add(SENT, 1)
+    part.table.abandon()
     part.left = True
     open_lines.discard(part)
     part.alarm.close()

@@ -48,7 +48,7 @@ def test_a_backlog_that_the_reactor_sends_at_the_last_moment_leaves_no_bundle(
         assert len(taken) == count
         assert other.num_items() == 0
         assert not other._words[BUNDLES]
-        assert not other.shown(line.roster.seat, BACKLOG)
+        assert not other.table.shown(line.table.slot, BACKLOG)
     assert capfd.readouterr().err == ""
 
 
@@ -65,7 +65,7 @@ def test_an_empty_bundle_is_no_item() -> None:
         assert other.take() == (b"1", [])
         assert other.num_items() == 0
         assert not other._words[BUNDLES]
-        assert other.roster.sum(SENT) == other.roster.sum(TAKEN) == 1
+        assert other.table.sum(SENT) == other.table.sum(TAKEN) == 1
 
 
 @pytest.mark.parametrize("transport", ["seqpacket", "stream"])

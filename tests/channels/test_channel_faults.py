@@ -20,7 +20,7 @@ from tests.channels import jobs
 from tests.channels.parts import another, write_and_die
 from tests.conftest import wait_until
 from torchwq import ChannelState
-from torchwq.memory import roster
+from torchwq.peers import table
 from torchwq.transport import reactor
 
 OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
@@ -44,7 +44,7 @@ def test_a_reader_is_told_of_a_writers_death_within_a_second_after_its_items() -
 def test_a_death_is_told_once_while_others_can_still_write() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.roster.others()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.line.table.others()))  # type: ignore[union-attr]
     torchwq.map(1, jobs.write_and_die, channel, signal.SIGSEGV)
     assert channel.read(timeout=20)[0] is OPEN
     with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
@@ -56,8 +56,8 @@ def test_a_death_is_told_once_while_others_can_still_write() -> None:
 
 
 def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "KEPT", 2)
-    monkeypatch.setattr(roster, "SEATS", 4)
+    monkeypatch.setattr(table, "REUSED_AFTER", 2)
+    monkeypatch.setattr(table, "SLOTS", 4)
     channel = torchwq.channel()
     channel._core.open_to_processes()
     line = channel._core.line
@@ -75,7 +75,7 @@ def test_a_channel_that_too_many_have_says_so_and_leaves_nothing(monkeypatch: py
     channel._core.open_to_processes()
     line = channel._core.line
     assert line is not None
-    monkeypatch.setattr(roster, "SEATS", 1)
+    monkeypatch.setattr(table, "SLOTS", 1)
     with pytest.raises(torchwq.ResourceError, match="more than 1 processes"):
         another(line)
 
@@ -181,7 +181,7 @@ def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
     channel = torchwq.channel()
     for _ in range(3):
         workers = torchwq.map(1, jobs.read_until_closed, channel)
-        wait_until(lambda: any(lives for _, lives in channel._core.line.roster.others()))  # type: ignore[union-attr]
+        wait_until(lambda: any(lives for _, lives in channel._core.line.table.others()))  # type: ignore[union-attr]
         os.kill(wait_until(lambda workers=workers: workers.pids[0]), signal.SIGKILL)
         with pytest.raises(torchwq.WorkerDied):
             workers.join(20)

@@ -298,7 +298,7 @@ def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
         if core is None:
             core = Core(name, capacity, line)
     close_fds(fds)
-    line.received_again()
+    line.table.count_redeemed()
     return core
 
 

@@ -1,4 +1,5 @@
-"""The way of a channel between processes: one socket that all write to and all read from, and a roster.
+"""The way of a channel between processes: one socket that all write to and all read from, and a table
+of peers.
 
 Every process that has the channel has both ends of the socket. The kernel keeps the items, hands each to one reader and
 wakes one sleeper for it; and when somebody shuts the socket down, everybody, in whatever process, gets what is left and
@@ -12,7 +13,7 @@ Invariants:
 
 * Items of one writer are read in the order in which they were written: they leave through one outbox; a bundle leaves
   when everything before it has.
-* The socket is shut down, under the roster's lock, when ``CLOSED`` is set, no living seat has a ``BACKLOG``, and no
+* The socket is shut down, under the table's lock, when ``CLOSED`` is set, no living slot has a ``BACKLOG``, and no
   bundle is under way; one counts from before it leaves until what was in it is a backlog, or has left. A writer sets
   ``BACKLOG`` and then looks at ``CLOSED``; whoever closes sets ``CLOSED`` and then looks at each ``BACKLOG``; with a
   fence in between. So one of them sees the other, and what was written before the closing, be it in a backlog, is
@@ -22,13 +23,13 @@ Invariants:
 * As long as no item has brought descriptors, items are received by ``recv``, which would lose them and costs two thirds
   of ``recvmsg``. Whoever does so counts ``TRIED`` first, then looks at ``UNUSUAL``, then receives, then counts
   ``TAKEN`` or ``MISSED``. The first who has descriptors to send sets ``BRINGS`` and ``UNUSUAL``, passes a fence
-  everywhere, and sends when each seat that lives has been seen with nothing tried that was not taken or missed. Whoever
+  everywhere, and sends when each slot that lives has been seen with nothing tried that was not taken or missed. Whoever
   tries later sees ``UNUSUAL``. Everybody else who has descriptors does the same, until one has set ``BRINGS`` to
   ``SAFELY``. A try may be left without its end, by an interruption: that costs a wait. An end without its try would
   hide another one, and never comes about.
 * Nobody takes a lock to send or receive in the usual case. So the socket is closed only when no handle is left that
   could do so, or the process ends.
-* Who holds the roster's lock may wait until nobody sends. Who sends takes no lock; ``emptied`` is called when nobody
+* Who holds the table's lock may wait until nobody sends. Who sends takes no lock; ``emptied`` is called when nobody
   does.
 """
 
@@ -50,7 +51,7 @@ from ..marshalling import codec
 from ..marshalling.codec import SCALARS, encode, only_scalars
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import Ticket
-from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT, Roster
+from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
 from ..transport import cleanup, descriptors, endpoint
 from ..transport.alarm import Alarm
 from ..transport.descriptors import close_fds
@@ -64,18 +65,16 @@ from ..workers import shutdown
 from . import bundle
 from .state import ChannelState
 
-#: Words of the roster's head: whether the channel is closed; whether a writer waits for room; bundles under way;
+#: Words of the table's head: whether the channel is closed; whether a writer waits for room; bundles under way;
 #: whether it was closed by one that had failed; whether items bring descriptors; whether any of this has to be looked
 #: at when an item is received.
 CLOSED, ASKED, BUNDLES, FAILED, BRINGS, UNUSUAL = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
 #: What ``BRINGS`` is when nobody can lose them any more.
 SAFELY: Final = 2
-#: Words of a seat: items sent and taken, also by those who had it before; whether a backlog waits; handles sent to
-#: other processes, and received; ``SENT`` and ``TAKEN`` when it was taken; whether all handles wait, and what for;
-#: how often it was tried to receive something, and how often there was nothing.
-SENT, TAKEN, BACKLOG, ISSUED, REDEEMED, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED, MISSED = range(
-    FIRST_OF_SEAT, FIRST_OF_SEAT + 10
-)
+#: Words of a slot: items sent and taken, also by those who had it before; whether a backlog waits; ``SENT`` and
+#: ``TAKEN`` when it was claimed; whether all handles wait, and what for; how often it was tried to receive something,
+#: and how often there was nothing.
+SENT, TAKEN, BACKLOG, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED, MISSED = range(FIRST_OF_SLOT, FIRST_OF_SLOT + 8)
 
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
 _ROOM: Final = 160 * 1024
@@ -124,8 +123,8 @@ class Line:
                 self._in.set_room(_ROOM)
             opened.callback(self._in.close)
             opened.callback(self._out.close)
-            self.roster = Roster(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
-            opened.callback(self.roster.leave)
+            self.table = PeerTable(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
+            opened.callback(self.table.leave)
             self.alarm = Alarm()
             opened.callback(self.alarm.close)
             room = next(iter(fds[2 * size + 1 :]), None) if fds else descriptors.eventfd() if capacity else None
@@ -133,11 +132,11 @@ class Line:
             self._room = -1 if room is None else room
             opened.pop_all()
         self.max_payload = self._in.max_payload
-        self._words = self.roster.words
-        self._first = first = self.roster.index(self.roster.seat)
+        self._words = self.table.words
+        self._first = first = self.table.index(self.table.slot)
         self._words[first + SENT_BEFORE] = self._words[first + SENT]
         self._words[first + TAKEN_BEFORE] = self._words[first + TAKEN]
-        # One who had the seat before may have left it in the middle of a try.
+        # One who had the slot before may have left it in the middle of a try.
         self._words[first + MISSED] = max(0, int(self._words[first + TRIED]) - int(self._words[first + TAKEN]))
         self._start_counting()
         self._unpacking = threading.RLock()
@@ -181,19 +180,19 @@ class Line:
         closed_in_child(self)
         open_lines.add(self)
         if fds:
-            self._add(REDEEMED, 1)
+            self.table.count_redeemed()
 
     # Writing
 
     def begin(self, sent: int) -> None:
         """So many items have been written and read before. Called before anybody uses it."""
         for word in (SENT, TRIED, TAKEN):
-            self._add(word, sent)
+            self.table.add(word, sent)
         self._start_counting()
 
     def _start_counting(self) -> None:
         self._count_sent, self._count_taken, self._count_tried, self._count_missed = map(
-            self.roster.counter, (SENT, TAKEN, TRIED, MISSED)
+            self.table.counter, (SENT, TAKEN, TRIED, MISSED)
         )
 
     def put(self, obj: Any) -> ChannelState | None:
@@ -243,7 +242,7 @@ class Line:
 
     def _is_read(self) -> bool:
         """Whether anybody has taken something since this was asked last."""
-        before, self._taken_then = self._taken_then, self.roster.sum(TAKEN)
+        before, self._taken_then = self._taken_then, self.table.sum(TAKEN)
         return self._taken_then != before
 
     def _send_or_keep(self, payload: Any) -> bool:
@@ -280,7 +279,7 @@ class Line:
     def _send_if_room(self, payload: Any) -> bool:
         assert self.capacity is not None
         while True:
-            with self.roster.locked():
+            with self.table.locked():
                 if self.left or self._words[CLOSED]:
                     return False
                 if self.num_items() < self.capacity:
@@ -300,19 +299,19 @@ class Line:
 
     def _announce_descriptors(self) -> None:
         """See that nobody receives without them. The invariants say how."""
-        words, roster = self._words, self.roster
+        words, table = self._words, self.table
         if words[BRINGS] != SAFELY:
-            with roster.locked():
+            with table.locked():
                 words[BRINGS] = max(1, int(words[BRINGS]))
                 words[UNUSUAL] = 1
-                seats = [roster.seat, *(seat for seat, lives in roster.others() if lives)]
+                slots = [table.slot, *(slot for slot, lives in table.others() if lives)]
             if words[BRINGS] != SAFELY:
                 fences.everywhere()
-                self._wait_for_tries({roster.index(seat): seat for seat in seats})
+                self._wait_for_tries({table.index(slot): slot for slot in slots})
                 words[BRINGS] = SAFELY
         self._can_lose = False
 
-    def _wait_for_tries(self, seats: dict[int, int]) -> None:
+    def _wait_for_tries(self, slots: dict[int, int]) -> None:
         words = self._words
 
         def is_trying(first: int) -> bool:
@@ -321,8 +320,8 @@ class Line:
 
         until = time.monotonic() + _LAST_PATIENCE  # a try takes microseconds; but its process may have been stopped
         while True:
-            seats = {first: seat for first, seat in seats.items() if is_trying(first) and self.roster.lives(seat)}
-            if not seats or time.monotonic() > until:
+            slots = {first: slot for first, slot in slots.items() if is_trying(first) and self.table.lives(slot)}
+            if not slots or time.monotonic() > until:
                 return
             time.sleep(_INSTANT)
 
@@ -424,7 +423,7 @@ class Line:
     # Closing
 
     def close(self, *, failed: bool = False) -> None:
-        with self.roster.locked():
+        with self.table.locked():
             if self.left or self._words[CLOSED]:
                 return
             self._words[FAILED] = int(failed)
@@ -438,7 +437,7 @@ class Line:
 
         Whoever waits calls this now and then: the one who has closed may be dead.
         """
-        with self.roster.locked():
+        with self.table.locked():
             if self.left or not self._words[CLOSED]:
                 return
             if self._has_backlog():
@@ -453,7 +452,7 @@ class Line:
         """Whether one is under way. If its receiver was killed with it, it is given up after a while."""
         if not self._words[BUNDLES]:
             return False
-        seen = int(self._words[BUNDLES]), self.roster.sum(TAKEN)
+        seen = int(self._words[BUNDLES]), self.table.sum(TAKEN)
         if seen != self._bundles_seen or self._out.has_arrived():
             self._bundles_seen, self._bundles_since = seen, time.monotonic()
         elif time.monotonic() - self._bundles_since > _LOST_AFTER:
@@ -462,7 +461,7 @@ class Line:
 
     def _has_backlog(self) -> bool:
         return any(
-            self._words[self.roster.index(seat) + BACKLOG] and self.roster.lives(seat) for seat in self.roster.taken()
+            self._words[self.table.index(slot) + BACKLOG] and self.table.lives(slot) for slot in self.table.claimed()
         )
 
     @property
@@ -484,7 +483,7 @@ class Line:
             return 0
         if self._at_end or not (self._out.has_arrived() or self._has_backlog()):
             return len(self._kept)
-        return max(1, self.roster.sum(SENT) + len(self._outbox) - self.roster.sum(TAKEN)) + len(self._kept)
+        return max(1, self.table.sum(SENT) + len(self._outbox) - self.table.sum(TAKEN)) + len(self._kept)
 
     def counts(self) -> tuple[int, int, int]:
         if self.left:
@@ -496,58 +495,36 @@ class Line:
 
     # Coming and going
 
-    def _add(self, word: int, number: int) -> None:
-        self._words[self._first + word] += number
-
-    def show(self, word: int, value: int) -> None:
-        """Let others see ``value`` in this process's seat."""
-        with self.roster.locked():
-            if not self.left:
-                self._words[self._first + word] = value
-
-    def shown(self, seat: int, word: int) -> int:
-        return int(self._words[self.roster.index(seat) + word])
-
     def ticket(self) -> list[anonymous.Descriptor]:
         """Descriptors from which another process makes its part."""
-        fds = [*self._in.handover(), *self._out.handover(), self.roster.fd]
+        fds = [*self._in.handover(), *self._out.handover(), self.table.fd]
         if self._room >= 0:
             fds.append(self._room)
         try:
-            first = Ticket(descriptors.dup(fds[0]), self._count_issued)
+            first = Ticket(descriptors.dup(fds[0]), self.table.count_issued)
             return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in fds[1:])]
         except OSError as error:
             raise anonymous.exhausted(error) from error
 
-    def _count_issued(self, number: int) -> None:
-        with self.roster.locked():
-            if not self.left:
-                self._add(ISSUED, number)
-
-    def received_again(self) -> None:
-        """A ticket came to a process that has its part already."""
-        with self.roster.locked():
-            self._add(REDEEMED, 1)
-
     def retire(self) -> None:
         """Leave as soon as there is no backlog."""
-        with self.roster.locked():
+        with self.table.locked():
             self._retiring = True
             if not len(self._outbox):
                 self.leave(failed=shutdown.failed)
 
     def revive(self) -> bool:
         """Do not leave after all; False if it is too late."""
-        with self.roster.locked():
+        with self.table.locked():
             self._retiring = False
             return not self.left
 
     def leave(self, *, failed: bool = False, at_exit: bool = False) -> None:
-        """Give up this process's part; what it has written is still read. ``failed``: see ``Roster.leave``.
+        """Give up this process's part; what it has written is still read. ``failed``: see ``PeerTable.leave``.
 
         A backlog leaves at once, as a bundle. ``at_exit``: there are handles that other threads may be using.
         """
-        with self.roster.locked():
+        with self.table.locked():
             if self.left:
                 return
             # Also for those who are in the middle of writing, and will find no backlog.
@@ -579,7 +556,7 @@ class Line:
             if self._room >= 0:
                 os.close(self._room)
                 self._room = -1
-        self.roster.leave(failed=failed, keep_memory=at_exit)
+        self.table.leave(failed=failed, keep_memory=at_exit)
 
     def _put_nothing(self, obj: Any) -> ChannelState | None:
         return self.state()
@@ -598,7 +575,7 @@ class Line:
                 sent = self._send_at_last(message, fd)
         except OSError:
             pass  # nobody can receive it, or there are no descriptors left to send it with
-        if not sent and any(lives for _, lives in self.roster.others()):
+        if not sent and any(lives for _, lives in self.table.others()):
             print(
                 f"torchwq: {len(backlog)} items of a channel are lost: nobody has made room for them", file=sys.stderr
             )
@@ -618,7 +595,7 @@ class Line:
                 if self._in.try_send(message, [fd]):
                     return True
             until = time.monotonic() + _LAST_PATIENCE
-            while time.monotonic() < until and any(lives for _, lives in self.roster.others()):
+            while time.monotonic() < until and any(lives for _, lives in self.table.others()):
                 self._wait_for_room(_GLANCE)
                 if self._in.try_send(message, [fd]):
                     return True
@@ -638,7 +615,7 @@ class Line:
         first = items.popleft() if items else None
         with self._unpacking:
             self._forward(items)
-        with self.roster.locked():
+        with self.table.locked():
             self._words[BUNDLES] = max(0, int(self._words[BUNDLES]) - 1)
         self.finish_closing()
         return first

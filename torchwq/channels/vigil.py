@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import WorkerDied
-from ..workers import info, threads, worker
-from ..workers.losses import lost
-from .line import BACKLOG, ISSUED, REDEEMED, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS
+from ..workers import threads
+from ..workers.losses import death_of, handle_may_come
+from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS
 
 if TYPE_CHECKING:
     from .core import Core
@@ -47,7 +47,7 @@ _ALONE: Final = {
 class Told:
     """What a thread with a handle has been told of: deaths, and how many workers that are threads had failed."""
 
-    #: Tenancies, as a roster numbers them.
+    #: Tenancies, as a table of peers numbers them.
     dead: set[int] = field(default_factory=set)
     failures: int = 0
     failed_closing: bool = False
@@ -113,7 +113,7 @@ class Vigil:
         core = self._core()
         if core is None or core.line is None or core.line.left:
             return []
-        return [tenancy for _, tenancy, lives in core.line.roster.tenancies() if not lives]
+        return [tenancy for _, tenancy, lives in core.line.table.tenancies() if not lives]
 
     def writer(self) -> Any:
         """The handle with which this thread waits for room."""
@@ -142,7 +142,7 @@ class Vigil:
         core = self._core()
         if kind != self._shown and core is not None and core.line is not None:
             self._shown = kind
-            core.line.show(WAITS, kind)
+            core.line.table.show(WAITS, kind)
 
     # News
 
@@ -187,11 +187,11 @@ class Vigil:
         does, does_before, other, other_before = (
             (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
         )
-        words, roster = line.roster.words, line.roster
+        words, table = line.table.words, line.table
         gone, unknown, someone_does = [], [], False
         dead = set()
-        for seat, tenancy, lives in roster.tenancies():
-            first = roster.index(seat)
+        for slot, tenancy, lives in table.tenancies():
+            first = table.index(slot)
             did = words[first + does] > words[first + does_before]
             did = did or (kind == READS and bool(words[first + BACKLOG]))
             if lives:
@@ -200,13 +200,13 @@ class Vigil:
             dead.add(tenancy)
             if tenancy not in told.dead:
                 if did:
-                    gone.append((seat, tenancy))
+                    gone.append((slot, tenancy))
                 elif words[first + other] == words[first + other_before]:
-                    unknown.append((seat, tenancy))
-        for seat, tenancy in gone or (() if someone_does else unknown):
+                    unknown.append((slot, tenancy))
+        for slot, tenancy in gone or (() if someone_does else unknown):
             told.dead &= dead  # those that nobody sees any more need not be remembered
             told.dead.add(tenancy)
-            return lost(roster, seat, "this channel")
+            return death_of(table, slot, "this channel")
         return None
 
     # Nobody is left
@@ -226,7 +226,7 @@ class Vigil:
             self._alone_since = None
             return False
         line = core.line
-        sums = None if line is None or line.left else (line.roster.sum(SENT), line.roster.sum(TAKEN))
+        sums = None if line is None or line.left else (line.table.sum(SENT), line.table.sum(TAKEN))
         now = time.monotonic()
         if self._alone_since is None or self._alone_since[1] != sums:
             self._alone_since = now, sums
@@ -238,13 +238,12 @@ class Vigil:
             return False
         came, line = self.invited > 0, core.line
         if line is not None and not line.left:
-            roster = line.roster
-            if any(lives and line.shown(seat, WAITS) != kind for seat, lives in roster.others()):
+            table = line.table
+            if any(lives and table.shown(slot, WAITS) != kind for slot, lives in table.others()):
                 return False
-            issued, redeemed = roster.sum(ISSUED), roster.sum(REDEEMED)
-            if issued > redeemed and (worker.living() or info.worker_info() is not None):
+            if handle_may_come(table):
                 return False
-            came = came or roster.others_came() or issued > 0
+            came = came or table.others_came() or table.any_issued()
         return came
 
     def _all_wait(self, handle: Any, kind: int) -> bool:

@@ -1,4 +1,4 @@
-"""A barrier that does not wait for the dead: a few words under the roster's lock, and descriptors that wake who waits.
+"""A barrier that does not wait for the dead: a few words under the table's lock, and descriptors that wake who waits.
 
 Invariants:
 
@@ -24,9 +24,9 @@ from ..errors import WorkerDied
 from ..memory import anonymous
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
-from ..workers import info, threads, worker
-from ..workers.losses import lost
-from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, ISSUED, LEFT, LOSSES, NEEDED, REDEEMED, ROUND, WAITING
+from ..workers import threads
+from ..workers.losses import death_of, handle_may_come
+from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, LEFT, LOSSES, NEEDED, ROUND, WAITING
 
 if TYPE_CHECKING:
     from .core import Core
@@ -40,7 +40,7 @@ _SLICE_WITHOUT_EVENTS: Final = 0.001
 class News:
     """The deaths that a handle has been told of, and how many workers that are threads had failed."""
 
-    #: Tenancies, as a roster numbers them.
+    #: Tenancies, as a table of peers numbers them.
     dead: set[int] = field(default_factory=set)
     failures: int = 0
 
@@ -66,22 +66,22 @@ class Barrier:
     def __init__(self, core: Core, events: Sequence[int]) -> None:
         self._core: Core = weakref.proxy(core)  # which owns it
         self._events = events
-        self._roster = core.roster
-        self._words = core.roster.words
-        self._seat = core.seat
+        self._table = core.table
+        self._words = core.table.words
+        self._slot = core.slot
         #: Threads of this process that have come to the barrier.
         self._users: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def news(self) -> News:
         """All that there is to tell now."""
-        dead = {tenancy for _, tenancy, lives in self._roster.tenancies() if not lives}
+        dead = {tenancy for _, tenancy, lives in self._table.tenancies() if not lives}
         return News(dead, int(self._words[FAILURES]))
 
     def wait(self, n: int, timeout: float | None, told: News) -> int:
         self._users.add(threading.current_thread())
         deadline = None if timeout is None else time.monotonic() + timeout
         words = self._words
-        with self._roster.locked():
+        with self._table.locked():
             if self._has_news(told):
                 if words[ARRIVED] and self._losses() > words[LOSSES]:
                     self._break_round()  # who waits has not been told yet
@@ -95,16 +95,16 @@ class Barrier:
                 self._end_round()
                 return self._go_on(number)
             words[ARRIVED] += 1
-            words[self._seat + WAITING] += 1
+            words[self._slot + WAITING] += 1
         timed_out = None
         try:
             self._wait_for_end_of(number, deadline, told)
         except TimeoutError as error:
             timed_out = error
         finally:
-            with self._roster.locked():
+            with self._table.locked():
                 if not self._core.left:
-                    words[self._seat + WAITING] -= 1
+                    words[self._slot + WAITING] -= 1
                     if words[ROUND] == number:
                         words[ARRIVED] -= 1
                         if timed_out is not None:
@@ -114,7 +114,7 @@ class Barrier:
             raise WorkerDied(
                 "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
             )
-        with self._roster.locked():
+        with self._table.locked():
             return self._go_on(number)
 
     def _go_on(self, number: int) -> int:
@@ -151,23 +151,23 @@ class Barrier:
             poll.poll(left * 1000)
             self._core.check()
             if words[ROUND] == number:
-                with self._roster.locked():
+                with self._table.locked():
                     if words[ROUND] == number and (self._has_news(told) or self._nobody_comes()):
                         self._break_round()
 
     def _losses(self) -> int:
-        return self._roster.losses + int(self._words[FAILURES])
+        return self._table.losses + int(self._words[FAILURES])
 
     def _has_news(self, told: News) -> bool:
         if self._words[FAILURES] > told.failures:
             return True
-        return any(not lives and tenancy not in told.dead for _, tenancy, lives in self._roster.tenancies())
+        return any(not lives and tenancy not in told.dead for _, tenancy, lives in self._table.tenancies())
 
     def _raise_news(self, told: News) -> None:
-        for seat, tenancy, lives in self._roster.tenancies():
+        for slot, tenancy, lives in self._table.tenancies():
             if not lives and tenancy not in told.dead:
                 told.dead.add(tenancy)
-                death = lost(self._roster, seat, "this mutex")
+                death = death_of(self._table, slot, "this mutex")
                 death.args = (f"the barrier cannot be completed: {death}",)
                 raise death
         if self._words[FAILURES] > told.failures:
@@ -183,14 +183,13 @@ class Barrier:
         Daemon threads of this process that have never come to the barrier are not known.
         """
         core = self._core
-        seats = [seat for seat, lives in self._roster.others() if lives]
-        if core.under_way or any(not self._words[self._roster.index(seat) + WAITING] for seat in seats):
+        slots = [slot for slot, lives in self._table.others() if lives]
+        if core.under_way or any(not self._words[self._table.index(slot) + WAITING] for slot in slots):
             return False
-        waiting = int(self._words[self._seat + WAITING])
+        waiting = int(self._words[self._slot + WAITING])
         if len(core.handles) > waiting:
             return False
-        issued, redeemed = self._roster.sum(ISSUED), self._roster.sum(REDEEMED)
-        if issued > redeemed and (worker.living() or info.worker_info() is not None):
+        if handle_may_come(self._table):
             return False
         known = {thread for thread in list(self._users) if thread.is_alive()}.union(threads.of_user())
         return bool(self._words[LEFT]) and len(known) <= max(1, waiting)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
 from ..memory.parcel import Ticket
-from ..memory.roster import Roster
+from ..peers.table import PeerTable
 from ..transport import cleanup, descriptors
 from ..transport.descriptors import close_fds
 from ..transport.process import closed_in_child, reset_in_child
@@ -20,7 +20,7 @@ from ..workers import shutdown
 from ..workers.presence import Presence
 from .barrier import Barrier, News, new_events
 from .lock import Lock
-from .words import FAILURES, ISSUED, LEFT, REDEEMED, WAITING
+from .words import FAILURES, LEFT, WAITING
 
 if TYPE_CHECKING:
     from .handle import Mutex
@@ -46,18 +46,18 @@ class Core:
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
         try:
-            self.roster = Roster(fds[0] if fds else None, states=(WAITING,))
+            self.table = PeerTable(fds[0] if fds else None, states=(WAITING,))
         except BaseException:
             close_fds(fds[1:])
             raise
         try:
             self._events = list(fds[1:]) if fds else new_events()
         except BaseException:
-            self.roster.leave()
+            self.table.leave()
             raise
-        self._words = self.roster.words
-        self.seat = self.roster.index(self.roster.seat)
-        self._lock = Lock(self.roster)
+        self._words = self.table.words
+        self.slot = self.table.index(self.table.slot)
+        self._lock = Lock(self.table)
         self._barrier = Barrier(self, self._events)
         self._thread = threading.local()
         self.handles: weakref.WeakSet[Mutex] = weakref.WeakSet()
@@ -65,14 +65,10 @@ class Core:
         self.under_way = 0
         self.forked = self.left = False
         if fds:
-            self._count(REDEEMED)
+            self.table.count_redeemed()
         closed_in_child(self)
         _open.add(self)
         _by_name[name] = self
-
-    def _count(self, word: int, number: int = 1) -> None:
-        with self.roster.locked():
-            self._words[self.seat + word] += number
 
     def check(self) -> None:
         if self.forked:
@@ -117,14 +113,10 @@ class Core:
     def ticket(self) -> list[anonymous.Descriptor]:
         self.check()
         try:
-            first = Ticket(descriptors.dup(self.roster.fd), self._count_issued)
+            first = Ticket(descriptors.dup(self.table.fd), self.table.count_issued)
             return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in self._events)]
         except OSError as error:
             raise anonymous.exhausted(error) from error
-
-    def _count_issued(self, number: int) -> None:
-        if not self.left and not self.forked:
-            self._count(ISSUED, number)
 
     def invite(self, number: int) -> None:
         """So many more handles are under way within this process."""
@@ -134,25 +126,25 @@ class Core:
             leave_later(self)
 
     def received_again(self) -> None:
-        self._count(REDEEMED)
+        self.table.count_redeemed()
 
     def thread_ended_with_handle(self, failed: bool) -> None:
         if not self.left and not self.forked:
-            with self.roster.locked():
+            with self.table.locked():
                 self._words[LEFT] += 1
                 self._words[FAILURES] += int(failed)
 
     def leave(self, failed: bool = False) -> None:
-        """Give up this process's part, and with it the lock. ``failed``: see ``Roster.leave``."""
+        """Give up this process's part, and with it the lock. ``failed``: see ``PeerTable.leave``."""
         if self.forked:
             return
-        with self.roster.locked():
+        with self.table.locked():
             if self.left:
                 return
             self.left = True
             self._words[LEFT] += 1
         close_fds(self._events)
-        self.roster.leave(failed=failed)
+        self.table.leave(failed=failed)
         _open.discard(self)
 
     def abandon(self) -> None:

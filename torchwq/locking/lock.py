@@ -1,6 +1,6 @@
 """A lock that ends with the process that holds it, however that ends.
 
-It is a record lock of the kernel, on the roster. A word beside it says who holds it; whoever gets the lock and finds
+It is a record lock of the kernel, on the table. A word beside it says who holds it; whoever gets the lock and finds
 somebody there knows that he died with it.
 
 Invariant: among the threads of a process ``_inside`` comes first, because a record lock is the process's.
@@ -15,7 +15,7 @@ from typing import Final
 
 from .. import warning
 from ..errors import MutexError, WorkerDied
-from ..memory.roster import Roster
+from ..peers.table import PeerTable
 from ..workers import worker
 from .words import HOLDER
 
@@ -27,9 +27,9 @@ _LONGEST_SLEEP: Final = 0.005
 class Lock:
     """One process's part of it."""
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
-        self._words = roster.words
+    def __init__(self, table: PeerTable) -> None:
+        self._table = table
+        self._words = table.words
         self._inside = threading.Lock()
         self._holder = 0
         #: See ``Mutex.abandoned``.
@@ -67,9 +67,9 @@ class Lock:
 
     def _acquire_between_processes(self, deadline: float | None) -> bool:
         if deadline is None:
-            return self._roster.lock_extra(wait=True)
+            return self._table.lock_extra(wait=True)
         sleep = _FIRST_SLEEP
-        while not self._roster.lock_extra(wait=False):
+        while not self._table.lock_extra(wait=False):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -105,7 +105,7 @@ class Lock:
     def _let_go(self) -> None:
         self._holder = 0
         self.abandoned = None
-        self._roster.unlock_extra()
+        self._table.unlock_extra()
         self._inside.release()
 
     def thread_ended(self, ident: int) -> None:

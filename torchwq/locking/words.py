@@ -1,21 +1,23 @@
-"""What stands in the roster of a mutex.
+"""What stands in the table of a mutex.
 
 Invariants:
 
 * Whoever holds the record lock, or has just got it, and nobody else, writes HOLDER. It is 0 whenever the lock was
   released; so one who gets the lock and finds another value succeeds a holder that died, or whose thread ended.
-* All other words are changed under the roster's lock.
+* All other words are changed under the table's lock.
 """
 
 from __future__ import annotations
 
-from ..memory.roster import FIRST_OF_HEAD, FIRST_OF_SEAT
+from typing import Final
 
-#: Words of the roster's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs;
+from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT
+
+#: Words of the table's head: who holds the lock; the barrier's round, how many have arrived in it, how many it needs;
 #: how many workers that are threads have failed; how many handles were given up. And, for the last round of either
 #: parity: its number plus one if it was broken; how many have gone on after it. How many losses there had been when
 #: the first one arrived: of these all who wait have been told.
 HOLDER, ROUND, ARRIVED, NEEDED, FAILURES, LEFT = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
 BROKEN, GONE_ON, LOSSES = FIRST_OF_HEAD + 6, FIRST_OF_HEAD + 8, FIRST_OF_HEAD + 10
-#: Words of a seat: handles sent to other processes, and received; how many threads wait at the barrier.
-ISSUED, REDEEMED, WAITING = range(FIRST_OF_SEAT, FIRST_OF_SEAT + 3)
+#: Word of a slot: how many threads wait at the barrier.
+WAITING: Final = FIRST_OF_SLOT

@@ -1,0 +1,245 @@
+"""Slots in shared memory: who has one, who lives, what is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import wait_until
+from torchwq.errors import ResourceError
+from torchwq.peers import table as tables
+from torchwq.peers.table import FIRST_OF_SLOT, PeerTable
+
+WORD = FIRST_OF_SLOT
+
+
+@contextlib.contextmanager
+def new_table() -> Iterator[PeerTable]:
+    made = PeerTable()
+    try:
+        yield made
+    finally:
+        made.leave()
+
+
+def another(table: PeerTable) -> PeerTable:
+    """A second part in the same table, which would normally be another process's."""
+    return PeerTable(os.dup(table.fd))
+
+
+class Child:
+    """A process that takes a slot, and then does what it is told."""
+
+    def __init__(self, table: PeerTable) -> None:
+        told, self._tell = os.pipe()
+        heard, tells = os.pipe()
+        fd = os.dup(table.fd)
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._tell)  # so that it ends if its parent does
+            part = PeerTable(os.dup(fd))
+            os.write(tells, part.slot.to_bytes(2, "little"))
+            if os.read(told, 1) == b"l":
+                part.leave()
+            os._exit(0)
+        self.slot = int.from_bytes(os.read(heard, 2), "little")
+        for each in (told, heard, tells, fd):
+            os.close(each)
+
+    def end(self, how: bytes | signal.Signals) -> None:
+        if isinstance(how, bytes):
+            os.write(self._tell, how)
+        else:
+            os.kill(self.pid, how)
+        os.close(self._tell)
+        os.waitpid(self.pid, 0)
+
+
+def test_each_part_has_a_slot_of_its_own() -> None:
+    with new_table() as table:
+        assert (table.slot, table.others_came(), list(table.others())) == (0, False, [])
+        child = Child(table)
+        assert child.slot == 1
+        assert list(table.others()) == [(1, True)]
+        assert table.pid(1) == child.pid
+        child.end(b"l")
+        assert list(table.others()) == []
+        assert table.others_came()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, b"x"], ids=["killed", "exits without leaving"])
+def test_a_slot_that_was_not_left_is_a_dead_ones(how: bytes | signal.Signals) -> None:
+    with new_table() as table:
+        child = Child(table)
+        child.end(how)
+        assert list(table.others()) == [(1, False)]
+        assert not table.has_failed(1)
+        second = Child(table)
+        assert second.slot == 2, "it stays so"
+        second.end(b"l")
+
+
+def test_a_slot_that_was_left_is_taken_again_with_its_counts() -> None:
+    with new_table() as table:
+        part = another(table)
+        part.words[part.index(part.slot) + WORD] = 5
+        part.leave()
+        part = another(table)
+        assert (part.slot, table.sum(WORD)) == (1, 5)
+        part.leave(failed=True)
+        assert list(table.others()) == [(1, False)]
+        assert table.has_failed(1)
+
+
+def test_a_forked_child_has_no_part_in_its_parents_slot() -> None:
+    with new_table() as table:
+        part = another(table)
+        held, hold = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(hold)
+            os.read(held, 1)
+            os._exit(0)
+        slot = part.slot
+        part.words.release()
+        part.abandon()  # as a process that ends without a word; its child lives on
+        wait_until(lambda: list(table.others()) == [(slot, False)], what="that the child has let go of the lock")
+        os.close(hold)
+        os.waitpid(pid, 0)
+        os.close(held)
+
+
+@pytest.mark.parametrize("has_gil", [True, False])
+def test_a_counter_misses_nothing(has_gil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_table() as table:
+        monkeypatch.setattr(tables, "HAS_GIL", has_gil and tables.HAS_GIL)
+        table.words[table.index(table.slot) + WORD] = 7
+        count = table.counter(WORD)
+
+        def count_much() -> None:
+            for _ in range(20_000):
+                count()
+
+        threads = [threading.Thread(target=count_much) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert table.words[table.index(table.slot) + WORD] == 7 + 80_000
+
+
+def test_the_head_is_locked_against_processes_and_threads() -> None:
+    with new_table() as table:
+        part = another(table)
+        order = []
+        with table.locked(), table.locked():
+            thread = threading.Thread(target=lambda: [order.append("other") for _ in [0] if enter(part)])
+            thread.start()
+            thread.join(0.1)
+            order.append("first")
+        thread.join(20)
+        assert order == ["first", "other"]
+        part.leave()
+
+
+def enter(part: PeerTable) -> bool:
+    with part.locked():
+        return True
+
+
+def die(part: PeerTable) -> None:
+    """Leave the slot as a process does that is killed."""
+    part.abandon()
+
+
+def test_slots_of_the_dead_are_taken_again_and_deaths_do_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "REUSED_AFTER", 64)
+    monkeypatch.setattr(tables, "SLOTS", 256)
+    with new_table() as table:
+        told: set[int] = set()
+        for number in range(tables.SLOTS + 200):
+            part = another(table)
+            part.words[part.index(part.slot) + WORD] += 1
+            die(part)
+            if not number % 50:
+                told |= {tenancy for _, tenancy, lives in table.tenancies() if not lives}
+        told |= {tenancy for _, tenancy, lives in table.tenancies() if not lives}
+        assert len(told) == table.losses == table.sum(WORD) == tables.SLOTS + 200
+        assert len(table.claimed()) < tables.SLOTS
+
+
+def test_a_slot_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = WORD + 1
+    monkeypatch.setattr(tables, "REUSED_AFTER", 3)
+    with new_table() as table:
+        lasting = another(table)
+        dead = [another(table) for _ in range(4)]
+        for part in dead:
+            part.words[part.index(part.slot) + state] = 1
+            die(part)
+        before = {tenancy for _, tenancy, lives in table.tenancies() if not lives}
+        assert len(before) == 4
+        heir = PeerTable(os.dup(table.fd), states=[state])
+        assert heir.slot == dead[0].slot  # not that of the one who lasts
+        assert heir.words[heir.index(heir.slot) + state] == 0
+        assert [slot for slot, lives in table.others() if lives] == [lasting.slot, heir.slot]
+        assert table.losses == 4
+        die(heir)
+        new = {tenancy for _, tenancy, lives in table.tenancies() if not lives} - before
+        assert len(new) == 1
+        assert table.losses == 5
+        lasting.leave()
+
+
+def test_no_slot_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "REUSED_AFTER", 2)
+    monkeypatch.setattr(tables, "SLOTS", 4)
+    with new_table() as table:
+        parts = [another(table) for _ in range(3)]
+        with pytest.raises(ResourceError, match="more than 4 processes"):
+            another(table)
+        die(parts.pop())
+        parts.append(another(table))
+        with pytest.raises(ResourceError, match="more than 4 processes"):
+            another(table)
+        for part in parts:
+            part.leave()
+
+
+def test_one_who_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_table() as table:
+        leaver = another(table)
+        lives = table.lives
+
+        def leave_first(slot: int) -> bool:
+            leaver.leave()
+            return lives(slot)
+
+        monkeypatch.setattr(table, "lives", leave_first)
+        assert list(table.others()) == []
+
+
+def test_one_who_comes_while_another_looks_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_table() as table:
+        leaver = another(table)
+        came: list[PeerTable] = []
+        lives = table.lives
+
+        def change(slot: int) -> bool:
+            leaver.leave()
+            held = lives(slot)
+            if not came:
+                came.append(another(table))
+            return held
+
+        monkeypatch.setattr(table, "lives", change)
+        try:
+            assert list(table.others()) == [(came[0].slot, True)]
+            assert came[0].slot == 1
+        finally:
+            came[0].leave()
