@@ -197,9 +197,7 @@ class WorkerSide(SocketRole):
 
     def abandon(self) -> None:
         super().abandon()
-        fd, self._board.fd = self._board.fd, -1
-        if fd >= 0:  # else the handle was closed before the fork, and is garbage that was not collected yet
-            os.close(fd)
+        self._board.abandon()
 
     @property
     def last_taken(self) -> int:
