@@ -16,10 +16,10 @@ import torch.utils.data
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from . import warning
-from .loading import draws, growth, internals, state
+from .loading import autoscaling, internals, sampler_rng, state
 from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator, Options
-from .loading.statistics import LoaderStatistics, Meter
+from .loading.statistics import LoaderStatistics, StatsCollector
 from .transport.waiting import cores
 from .workers.starting import check_backend
 
@@ -106,7 +106,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if isinstance(num_workers, str):
             if num_workers != "auto":
                 raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
-            most = 0 if iterable else growth.most(cores())
+            most = 0 if iterable else autoscaling.most(cores())
             num_workers = cores() if iterable else 1
         if on_worker_death not in ("raise", "restart"):
             raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
@@ -147,7 +147,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self._most_workers = most
         self._snapshots = False
         self._loaded: state.State | None = None
-        self._meter = Meter(self.num_workers)
+        self._stats = StatsCollector(self.num_workers)
         #: The last iterator: with workers, weakly; else as it is, for it costs nothing to keep.
         self._last: Any = None
 
@@ -161,8 +161,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if not isinstance(found, dict):  # a subclass has its own idea of it, or slots
             return copyreg.__newobj__, (type(self),), found  # type: ignore[attr-defined]
         kept = dict(found)
-        if "_meter" in kept:
-            kept.update(_meter=Meter(self.num_workers), _last=None, _iterator=None)
+        if "_stats" in kept:
+            kept.update(_stats=StatsCollector(self.num_workers), _last=None, _iterator=None)
         return copyreg.__newobj__, (type(self),), kept  # type: ignore[attr-defined]
 
     def _get_iterator(self) -> Any:
@@ -178,10 +178,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             self._last = InProcessIterator(self, loaded)
             return self._last
         if self._most_workers:
-            self.num_workers = max(self.num_workers, self._meter.workers)
+            self.num_workers = max(self.num_workers, self._stats.workers)
         else:
             self.check_worker_number_rationality()
-        self._meter.workers, self._meter.state = self.num_workers, None
+        self._stats.workers, self._stats.state = self.num_workers, None
         options = Options(
             restarts=self.max_restarts if self.on_worker_death == "restart" else 0,
             prefetch_across_epochs=self.prefetch_across_epochs,
@@ -191,7 +191,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             every=self.snapshot_every_n_steps or 0,
             backend=self.backend,
         )
-        iterator = Iterator(self, options, self._meter, loaded)
+        iterator = Iterator(self, options, self._stats, loaded)
         # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.
         self._last = weakref.ref(iterator)
         return iterator
@@ -225,12 +225,12 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if self._loaded is not None:
             return self._loaded.to_dict()
         iterator = self._last() if isinstance(self._last, weakref.ref) else self._last
-        captured: state.State | None = self._meter.state if iterator is None else iterator.capture()
+        captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
             captured = state.State.fresh(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
         if captured.begins:  # with what is drawn from now on
             draws_seed = not (captured.finished and self.persistent_workers)
-            captured.draws = draws.of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
+            captured.draws = sampler_rng.of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
         return captured.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -261,4 +261,4 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
         With ``num_workers=0`` nothing is counted.
         """
-        return self._meter.read()
+        return self._stats.read()

@@ -32,7 +32,7 @@ class Plain(Dataset[Any]):
 
 
 class Random(Plain):
-    """Draws from all three generators, and tells who it is."""
+    """SamplerRng from all three generators, and tells who it is."""
 
     def __getitem__(self, index: int) -> Any:
         info = get_worker_info()

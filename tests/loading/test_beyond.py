@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 import torchwq
-from torchwq.loading import growth, internals, iterator, statistics
+from torchwq.loading import autoscaling, internals, iterator, statistics
 from torchwq.loading.counters import BATCHES
 
 from . import datasets
@@ -48,8 +48,8 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
     import torchwq.dataloader
 
     monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 3)
-    monkeypatch.setattr(iterator, "_LOOK_EVERY", 8)
-    monkeypatch.setattr(statistics.Meter, "since_last_look", lambda self: (0.5, True))
+    monkeypatch.setattr(iterator, "_AUTOSCALING_PERIOD", 8)
+    monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.5, True))
     with caplog.at_level(logging.INFO, "torchwq"):
         loader = torchwq.DataLoader(datasets.Plain(200), batch_size=2, num_workers="auto")
         assert loader.num_workers == 1
@@ -62,8 +62,8 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
 
 
 def test_an_automatic_number_of_workers_stays_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iterator, "_LOOK_EVERY", 8)
-    monkeypatch.setattr(statistics.Meter, "since_last_look", lambda self: (0.0, True))
+    monkeypatch.setattr(iterator, "_AUTOSCALING_PERIOD", 8)
+    monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.0, True))
     loader = torchwq.DataLoader(datasets.Plain(100), batch_size=2, num_workers="auto")
     list(loader)
     assert loader.stats().num_workers == 1
@@ -185,16 +185,16 @@ def test_workers_that_wait_themselves_become_more_than_there_are_cores(
 
 
 class _Counted:
-    """Counters and workers as ``Growth`` sees them, which make batches at a given pace."""
+    """Counters and workers as ``Autoscaler`` sees them, which make batches at a given pace."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cores: int, needs: float) -> None:
-        self.hands: list[Any] = [SimpleNamespace(has_answered=True)]
+        self.workers: list[Any] = [SimpleNamespace(has_answered=True)]
         self.busy = self.batches = 0
-        self.meter = statistics.Meter(1)
+        self.stats = statistics.StatsCollector(1)
         self.waited = 0.9
-        monkeypatch.setattr(self.meter, "since_last_look", lambda: (self.waited, False))
-        monkeypatch.setattr(growth, "_processor_time", lambda hands: (int(self.busy * needs), 0))
-        self.growth = growth.Growth(self.meter, self, growth.most(cores), cores)  # type: ignore[arg-type]
+        monkeypatch.setattr(self.stats, "since_last_look", lambda: (self.waited, False))
+        monkeypatch.setattr(autoscaling, "_processor_time", lambda workers: (int(self.busy * needs), 0))
+        self.autoscaler = autoscaling.Autoscaler(self.stats, self, autoscaling.most(cores), cores)  # type: ignore[arg-type]
 
     def sum(self, word: int) -> int:
         return self.batches if word == BATCHES else self.busy
@@ -202,11 +202,11 @@ class _Counted:
     def run(self, seconds_for_a_batch: Any) -> int:
         """How many workers it comes to, where a batch takes as long as ``seconds_for_a_batch(workers)`` says."""
         for _ in range(20):
-            count = len(self.hands)
+            count = len(self.workers)
             self.batches += 100
             self.busy += int(100 * seconds_for_a_batch(count) * 1e9)
-            self.hands += [SimpleNamespace(has_answered=True)] * self.growth.look(self.hands)
-        return len(self.hands)
+            self.workers += [SimpleNamespace(has_answered=True)] * self.autoscaler.look(self.workers)
+        return len(self.workers)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_it_is_said_that_the_consumer_hardly_waits(
     with caplog.at_level(logging.INFO, "torchwq"):
         assert counted.run(lambda count: 0.002) == 8
         counted = _Counted(monkeypatch, 2, 0.1)
-        counted.growth.look(counted.hands)
+        counted.autoscaler.look(counted.workers)
         counted.waited = 0.01
         assert counted.run(lambda count: 0.002) == 1
     assert "the consumer waits for 1% of its time" in caplog.text

@@ -17,7 +17,7 @@ import torch
 
 import torchwq
 from tests.conftest import wait_until
-from torchwq.loading import crew, job
+from torchwq.loading import worker_loop, worker_pool
 
 from . import datasets
 from .datasets import same
@@ -221,7 +221,7 @@ def test_no_worker_is_left(method: str, how: str) -> None:
 
 
 def test_a_busy_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "PATIENCE", 0.1)
+    monkeypatch.setattr(worker_pool, "END_TIMEOUT", 0.1)
     before = children()
     iterator = iter(torchwq.DataLoader(datasets.Slow(), num_workers=2))
     began = time.monotonic()
@@ -434,4 +434,4 @@ def test_the_index_that_failed_is_named_only_if_it_is_known(dataset: Any, place:
     """For Pythons whose comprehensions have no frame; on others it is known from there."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - only its traceback matters
         dataset[1]
-    assert job._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]
+    assert worker_loop._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]

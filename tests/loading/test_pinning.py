@@ -17,8 +17,8 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from torchwq.errors import ResourceError
-from torchwq.loading import crew, internals, reception
-from torchwq.loading.reception import Reception
+from torchwq.loading import internals, result_receiver, worker_pool
+from torchwq.loading.result_receiver import ResultReceiver
 from torchwq.memory import recycling
 from torchwq.transport import reactor
 from torchwq.transport.alarm import Alarm
@@ -62,10 +62,10 @@ def test_leaving_early_ends_the_thread_that_pins(
             return super().pin(data, device)
 
     Slow(monkeypatch)
-    end = crew.end
-    monkeypatch.setattr(crew, "end", lambda *arguments: (end(*arguments), closing.set()))
-    stop = Reception.stop
-    monkeypatch.setattr(Reception, "stop", lambda reception: (stop(reception), closing.set()))
+    end = worker_pool.end
+    monkeypatch.setattr(worker_pool, "end", lambda *arguments: (end(*arguments), closing.set()))
+    stop = ResultReceiver.stop
+    monkeypatch.setattr(ResultReceiver, "stop", lambda receiver: (stop(receiver), closing.set()))
     three_batches = torch.utils.data.Subset(datasets.Plain(), range(12))
     loader = torchwq.DataLoader(
         three_batches, 4, num_workers=2, pin_memory=True, in_order=in_order, backend=backend, prefetch_factor=3
@@ -73,7 +73,7 @@ def test_leaving_early_ends_the_thread_that_pins(
     iterator = iter(loader)
     next(iterator)
     assert pinning.wait(30)
-    (last,) = [hand for hand in iterator._hands if hand.unreceived or hand._unsent]
+    (last,) = [worker for worker in iterator._handles if worker.unreceived or worker._unsent]
     last.flush()
     assert select.select([last.end], [], [], 30)[0]
     del iterator
@@ -107,7 +107,7 @@ def test_a_worker_restarted_while_an_abandoned_epoch_is_pinned(monkeypatch: pyte
     for number, _ in enumerate(loader):
         if number == 3:
             break
-    pid = loader._iterator._hands[0].process.pid  # type: ignore[union-attr]
+    pid = loader._iterator._handles[0].process.pid  # type: ignore[union-attr]
     os.kill(pid, signal.SIGKILL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -156,7 +156,7 @@ def test_an_abandoned_epoch_does_not_move_the_next_one_on(monkeypatch: pytest.Mo
 
 
 def test_an_answer_of_an_idle_worker_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reception, "_GLANCE", 1000.0)
+    monkeypatch.setattr(result_receiver, "_POLL_INTERVAL", 1000.0)
     Pinned(monkeypatch)
     slow = datasets.OneSlow()
     iterator = iter(torchwq.DataLoader(slow, 1, num_workers=2, pin_memory=True, in_order=False))
@@ -170,13 +170,13 @@ def test_what_ends_the_thread_ends_the_iterator(monkeypatch: pytest.MonkeyPatch)
     Pinned(monkeypatch)
     loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=1, pin_memory=True, persistent_workers=True)
     iterator = iter(loader)
-    receive = Reception.receive
-    monkeypatch.setattr(Reception, "receive", _raiser(ResourceError("too many open files")))
+    receive = ResultReceiver.receive
+    monkeypatch.setattr(ResultReceiver, "receive", _raiser(ResourceError("too many open files")))
     with pytest.raises(ResourceError, match="too many open files"):
         list(iterator)
     with pytest.raises(ResourceError, match="too many open files"):
         next(iterator)
-    monkeypatch.setattr(Reception, "receive", receive)
+    monkeypatch.setattr(ResultReceiver, "receive", receive)
     assert len(list(loader)) == 10
 
 
@@ -240,7 +240,7 @@ def test_ctrl_c_while_the_thread_is_waited_for_leaves_no_worker(monkeypatch: pyt
     monkeypatch.setattr(iterator._pinner._thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
         iterator._shutdown_workers()
-    assert all(hand.process.exitcode is not None for hand in iterator._hands)
+    assert all(worker.process.exitcode is not None for worker in iterator._handles)
 
 
 class Cycle:
@@ -255,14 +255,14 @@ class Cycle:
 def test_garbage_is_closed_without_waiting_where_others_wait(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     Pinned(monkeypatch)
     decoding, go_on = threading.Event(), threading.Event()
-    unpack = Reception.unpack
+    unpack = ResultReceiver.unpack
 
     def slow_unpack(*arguments: Any) -> Any:
         decoding.set()
         assert go_on.wait(30)
         return unpack(*arguments)
 
-    monkeypatch.setattr(Reception, "unpack", slow_unpack)
+    monkeypatch.setattr(ResultReceiver, "unpack", slow_unpack)
     collected = threading.Event()
 
     def collect() -> None:

@@ -364,7 +364,7 @@ def test_generators_go_on_over_several_epochs() -> None:
         return loader(range(24), batch_size=4, shuffle=True, num_workers=2, generator=torch.Generator().manual_seed(4))
 
     class Global(Sampler[int]):
-        """Draws from the global generator, in ``__iter__``."""
+        """SamplerRng from the global generator, in ``__iter__``."""
 
         def __len__(self) -> int:
             return 24

@@ -41,10 +41,10 @@ _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
 _MOST_STACKS: Final = 1024
 
 
-def install(*, here: bool) -> None:
+def install(*, in_thread: bool) -> None:
     """From now on default collation in this process, which is a worker, makes shared tensors; or in this thread."""
     global _whole_process
-    if here:
+    if in_thread:
         _of_thread.is_worker = True
     else:
         _whole_process = True

@@ -12,11 +12,11 @@ import itertools
 from collections import deque
 from typing import Any
 
-from . import draws, internals
+from . import internals, sampler_rng
 from .messages import Snapshot
 from .plain import after, detached, is_stateful, skip, taken
+from .sampler_cursor import SamplerCursor
 from .state import State
-from .walking import Walk
 
 
 class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
@@ -28,35 +28,35 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         #: How many indices failed before the last batch, and how many after it.
         self._failed = self._failing = 0
         #: None until the first index is drawn.
-        self._draws: draws.Draws | None = None
+        self._sampler_rng: sampler_rng.SamplerRng | None = None
         #: Indices that come before the sampler's next.
         self._pending: deque[Any] = deque()
-        self._walk = Walk(loader._index_sampler)
+        self._cursor = SamplerCursor(loader._index_sampler)
         if resume is not None:
             self._give_state_to_dataset(loader.dataset, resume)
             if resume.begins:
-                draws.restore_own(loader._index_sampler, loader.generator, resume.draws)
-                self._walk.restore_source(resume.sampler)
-        if resume is None or (resume.begins and draws.is_current(resume.draws)):
+                sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)
+                self._cursor.restore_source(resume.sampler)
+        if resume is None or (resume.begins and sampler_rng.is_current(resume.draws)):
             sampler = loader._index_sampler
-            if draws.draws_when_iterated(sampler):
-                self._draws = draws.now(sampler, loader.generator)
+            if sampler_rng.draws_when_iterated(sampler):
+                self._sampler_rng = sampler_rng.now(sampler, loader.generator)
             super().__init__(loader)
-            self._walk.begin(self._sampler_iter)
-            self._sampler_iter: Any = self._walk.indices
+            self._cursor.begin(self._sampler_iter)
+            self._sampler_iter: Any = self._cursor.indices
             return
         # Nothing was drawn yet, and the dataset, perhaps, has set the global generator to what it was.
-        undrawn = "digest" in resume.draws and draws.is_current(resume.draws)
-        with draws.kept():
+        undrawn = "digest" in resume.draws and sampler_rng.is_current(resume.draws)
+        with sampler_rng.kept():
             super().__init__(loader)
         if resume.begins:
             resume = resume.at_beginning()
         self._base_seed = resume.base_seed
         self._num_yielded = resume.yielded
         if undrawn:
-            draws.restore_own(self._index_sampler, self._loader_generator, resume.draws)
-            self._walk.go_on(resume.sampler, 0)
-            self._sampler_iter = self._walk.indices
+            sampler_rng.restore_own(self._index_sampler, self._loader_generator, resume.draws)
+            self._cursor.go_on(resume.sampler, 0)
+            self._sampler_iter = self._cursor.indices
         else:
             self._go_on(resume)
         self._give_state_to_samples(resume, loader.batch_size or 1)
@@ -70,17 +70,17 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
 
     def _go_on(self, resume: State) -> None:
         samples = getattr(self._dataset_fetcher, "dataset_iter", None)
-        self._draws = draws.Draws.of(resume.draws)
+        self._sampler_rng = sampler_rng.SamplerRng.of(resume.draws)
         self._pending.extend(resume.pending or ())
         self._failed = resume.position - resume.yielded - len(self._pending)
         ahead: list[Any] = []
-        with draws.again(self._index_sampler, self._loader_generator, resume.draws):
-            self._walk.go_on(resume.sampler, 0 if samples is not None else resume.position)
+        with sampler_rng.again(self._index_sampler, self._loader_generator, resume.draws):
+            self._cursor.go_on(resume.sampler, 0 if samples is not None else resume.position)
             # Without a state, the next one is drawn now, while the random numbers are those of that time.
-            if samples is None and self._walk.state() is None:
+            if samples is None and self._cursor.state() is None:
                 with contextlib.suppress(StopIteration):
-                    ahead.append(next(self._walk.indices))
-        self._sampler_iter = after(itertools.chain(taken(self._pending), ahead), self._walk.indices)
+                    ahead.append(next(self._cursor.indices))
+        self._sampler_iter = after(itertools.chain(taken(self._pending), ahead), self._cursor.indices)
 
     def _give_state_to_samples(self, resume: State, batch_size: int) -> None:
         samples, snapshot = getattr(self._dataset_fetcher, "dataset_iter", None), resume.snapshots[0]
@@ -94,8 +94,8 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             self._dataset_fetcher.ended = True
 
     def _next_data(self) -> Any:
-        if self._draws is None:
-            self._draws = draws.now(self._index_sampler, self._loader_generator)
+        if self._sampler_rng is None:
+            self._sampler_rng = sampler_rng.now(self._index_sampler, self._loader_generator)
         try:
             data = super()._next_data()
         except StopIteration:
@@ -110,8 +110,8 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
 
     def capture(self) -> State:
         """From where the loader can go on after the batch that was handed out last. Raises what ``state_dict`` does."""
-        walk, told = self._walk, self._told_draws()
-        walk.start()
+        cursor, told = self._cursor, self._told_draws()
+        cursor.start()
         return State(
             iterable=self._dataset_kind == internals.ITERABLE,
             num_workers=0,
@@ -121,16 +121,16 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             finished=self.finished,
             begins=self.finished,
             draws=told,
-            sampler=walk.end() if self.finished else walk.state() if walk.watches else None,
+            sampler=cursor.end() if self.finished else cursor.state() if cursor.watches else None,
             snapshots=[self._snapshot()],
             active=[True],
             pending=list(self._pending) or None,
         )
 
     def _told_draws(self) -> dict[str, Any]:
-        if self._draws is not None:
-            return self._draws.to_plain()
-        return draws.of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)
+        if self._sampler_rng is not None:
+            return self._sampler_rng.to_plain()
+        return sampler_rng.of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)
 
     def _snapshot(self) -> Snapshot:
         samples = getattr(self._dataset_fetcher, "dataset_iter", None)

@@ -8,12 +8,12 @@ socket, not in a dictionary; no thread moves anything.
 
 Invariants:
 
-* ``_turns`` has one entry for each index under way, in the order in which batches are handed out; each hand's
+* ``_turns`` has one entry for each index under way, in the order in which batches are handed out; each worker's
   ``tasks`` has the same indices, in the order in which that worker answers.
 * A batch's blocks are kept (``recycling``) as long as this iterator's inlets promise it.
-* A hand's ``received`` is the state after the last answer of this epoch that was taken, so also after the last one
+* A worker's ``received`` is the state after the last answer of this epoch that was taken, so also after the last one
   before a death, which is heard of when everything before it was taken.
-* After a death that is not mended, and after ``close``, nothing is under way and no process is left.
+* After a death that is not restarted, and after ``close``, nothing is under way and no process is left.
 * What interrupts ``next`` or ``_reset`` in any other place than a user's code, Ctrl-C above all, may have come between
   a message and its count. So it closes the iterator; the loader's next epoch has a new one.
 """
@@ -38,30 +38,30 @@ from ..memory import recycling
 from ..transport import reactor
 from ..transport.process import closed_in_child
 from ..workers import shutdown
-from . import crew, draws, internals, state
+from . import internals, sampler_rng, state, worker_pool
+from .autoscaling import Autoscaler
 from .counters import Counters
-from .crew import Gone, Hand
-from .draws import Draws
-from .growth import Growth
-from .job import Part, Plan, describe_index
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
 from .pinning import Pinner
 from .plain import after, is_stateful, taken
-from .reception import Reception
-from .statistics import Meter
-from .walking import SamplerState, Walk
+from .result_receiver import ResultReceiver
+from .sampler_cursor import SamplerCursor, SamplerState
+from .sampler_rng import SamplerRng
+from .statistics import StatsCollector
+from .worker_loop import LoaderConfig, WorkerConfig, describe_index
+from .worker_pool import Gone, WorkerHandle
 
 log = logging.getLogger("torchwq")
 
 #: Seconds that workers may take to end by themselves when the interpreter ends.
-_PATIENCE_AT_EXIT: Final = 0.5
+_END_TIMEOUT_AT_EXIT: Final = 0.5
 #: The same when a worker has died or Ctrl-C has come, which is to be told at once; a thread waits for longer.
-_PATIENCE_AT_ERRORS: Final = 0.5
+_END_TIMEOUT_AT_ERRORS: Final = 0.5
 #: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
 #: anyone: a message then brings several.
 _AHEAD: Final = 8
 #: How many batches an automatic number of workers is looked at after.
-_LOOK_EVERY: Final = 64
+_AUTOSCALING_PERIOD: Final = 64
 #: Stands where a sampler has no more indices.
 _NONE_LEFT: Final = object()
 
@@ -83,8 +83,8 @@ class Options:
 class _Ahead:
     """The next epoch's sampler, from which was drawn before this epoch was over, and what it depended on."""
 
-    walk: Walk
-    draws: Draws
+    cursor: SamplerCursor
+    draws: SamplerRng
     epoch: Any
     state: SamplerState | None
 
@@ -93,7 +93,7 @@ class _Ahead:
 class _Failed:
     """An index that has failed: whose, and what the worker and the sampler have told with it."""
 
-    hand: Hand
+    worker: WorkerHandle
     index: Any
     after: Snapshot | None
     told: SamplerState | None
@@ -102,10 +102,10 @@ class _Failed:
 class Iterator(internals.BaseIterator):  # type: ignore[misc]
     """What ``iter(loader)`` gives. ``resume`` is a state of ``state.capture``."""
 
-    def __init__(self, loader: Any, options: Options, meter: Meter, resume: state.State | None = None) -> None:
-        self._hands: list[Hand] = []
+    def __init__(self, loader: Any, options: Options, stats: StatsCollector, resume: state.State | None = None) -> None:
+        self._handles: list[WorkerHandle] = []
         self._closed = self._begun = False
-        self._meter = meter
+        self._stats = stats
         self._pinner: Pinner | None = None
         # What the sampler draws again. A state that stands for the beginning of an epoch may need no such thing.
         self._again: dict[str, Any] | None = None
@@ -113,14 +113,14 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._goes_on = resume is not None and resume.finished and loader.persistent_workers
         if resume is not None:
             if resume.begins:
-                draws.restore_own(loader._index_sampler, loader.generator, resume.draws)
-            if not resume.begins or not draws.is_current(resume.draws):
+                sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)
+            if not resume.begins or not sampler_rng.is_current(resume.draws):
                 self._again = resume.draws
-        with draws.kept() if self._again is not None or self._goes_on else contextlib.nullcontext():
+        with sampler_rng.kept() if self._again is not None or self._goes_on else contextlib.nullcontext():
             super().__init__(loader)
         if resume is not None and (self._goes_on or not resume.begins):
             self._base_seed = resume.base_seed
-            draws.restore_own(loader._index_sampler, loader.generator, resume.draws)  # that was drawn from them
+            sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)  # that was drawn from them
         elif self._again is not None:
             self._base_seed = self._again.get("base_seed", self._base_seed)
         if loader.prefetch_factor <= 0:
@@ -145,7 +145,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._tells = is_stateful(self._dataset) or internals.may_have_state(self._dataset_kind, self._dataset)
         init_fn = internals.sharding_init(self._dataset, loader.worker_init_fn, self._world_size, self._rank)
         most = max(self._num_workers, options.most_workers)
-        self._plan = Plan(
+        self._config = LoaderConfig(
             kind=self._dataset_kind,
             dataset=self._dataset,
             auto_collation=self._auto_collation,
@@ -156,28 +156,30 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             batch_size=loader.batch_size,
             snapshots=options.snapshots or options.restarts > 0,
             every=1 if options.restarts else options.every and max(1, options.every // self._num_workers),
-            counters=meter.counters(most),
+            counters=stats.counters(most),
             flow=Counters(most),
             prefetch=self._prefetch,
             reader=recycling.address(),
         )
         #: Whether batches that came without a note need their indices to be made again.
         self._makes_again = (
-            self._dataset_kind != internals.ITERABLE and self._plan.every != 1 and (self._tells or self._plan.snapshots)
+            self._dataset_kind != internals.ITERABLE
+            and self._config.every != 1
+            and (self._tells or self._config.snapshots)
         )
-        self._growth: Growth | None = None
+        self._autoscaler: Autoscaler | None = None
         if may_grow:
-            self._growth = Growth(meter, self._plan.counters, options.most_workers, options.cores)
-        self._reception = Reception(self._hands, self._in_order, meter)
-        self._start = crew.starter(loader.multiprocessing_context, self._plan, options.backend)
+            self._autoscaler = Autoscaler(stats, self._config.counters, options.most_workers, options.cores)
+        self._receiver = ResultReceiver(self._handles, self._in_order, stats)
+        self._start = worker_pool.starter(loader.multiprocessing_context, self._config, options.backend)
         try:
             for worker_id in range(self._num_workers):
                 goes_on = resume is not None and (self._goes_on or not resume.begins)
-                self._hire(worker_id, resume.snapshots[worker_id] if resume and goes_on else Snapshot())
+                self._start_worker(worker_id, resume.snapshots[worker_id] if resume and goes_on else Snapshot())
             # torch draws one more here, although its workers have been given the first.
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             if self._pin_memory:
-                self._pinner = Pinner(self._reception, self._pin_memory_device)
+                self._pinner = Pinner(self._receiver, self._pin_memory_device)
             self._begin(resume)
             self._begun = True
             _open.add(self)
@@ -186,11 +188,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self.close()
             raise
 
-    def _hire(self, worker_id: int, resume: Snapshot) -> Hand:
-        part = Part(worker_id, self._num_workers, self._shared_seed, resume, self._goes_on)
-        hand = Hand(self._start, part, self._plan.flow.of(worker_id), self._options.backend)
-        self._hands.append(hand)
-        return hand
+    def _start_worker(self, worker_id: int, resume: Snapshot) -> WorkerHandle:
+        worker_config = WorkerConfig(worker_id, self._num_workers, self._shared_seed, resume, self._goes_on)
+        worker = WorkerHandle(self._start, worker_config, self._config.flow.of(worker_id), self._options.backend)
+        self._handles.append(worker)
+        return worker
 
     # Epochs
 
@@ -205,9 +207,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             self._receive_stale()
             self._abandon_tasks()
-            for hand in self._hands:
-                hand.snapshot = hand.received = Snapshot(random=hand.received.random)
-                hand.send(NewEpoch(self._shared_seed))
+            for worker in self._handles:
+                worker.snapshot = worker.received = Snapshot(random=worker.received.random)
+                worker.send(NewEpoch(self._shared_seed))
             self._begin(None)
         except Exception:
             raise
@@ -216,8 +218,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise
 
     def _begin(self, resume: state.State | None) -> None:
-        self._meter.start()
-        self._turns: deque[tuple[Hand, int]] = deque()
+        self._stats.start()
+        self._turns: deque[tuple[WorkerHandle, int]] = deque()
         self._epoch = 0
         self._ahead = None
         self._num_yielded = 0
@@ -230,16 +232,16 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         #: What the next epoch of the sampler begins with, once this one is over.
         self._sampler_end: SamplerState | None = None
         #: Answers that were received to learn something, and are to be handed out.
-        self._early: deque[tuple[Hand, Any]] = deque()
+        self._early: deque[tuple[WorkerHandle, Any]] = deque()
         #: Indices that have failed since the last batch, and how many did before.
         self._failures: list[_Failed] = []
         self._failed = 0
         #: Indices that come before the sampler's next.
         self._pending: deque[Any] = deque()
         self._tells_pending = not self._in_order
-        for hand in self._hands:
-            hand.active = True
-        self._walk = Walk(self._index_sampler, self._options.every)
+        for worker in self._handles:
+            worker.active = True
+        self._cursor = SamplerCursor(self._index_sampler, self._options.every)
         if resume is None or resume.begins:
             self._begin_epoch(resume)
         else:
@@ -247,49 +249,53 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _begin_epoch(self, resume: state.State | None) -> None:
         # Those of which nothing is known of where they begin, until their first answer tells it.
-        moved = self._plan.snapshots and (self._begun or self._goes_on)
-        self._unknown = set(self._hands) if self._tells or moved else set()
+        moved = self._config.snapshots and (self._begun or self._goes_on)
+        self._unknown = set(self._handles) if self._tells or moved else set()
         if resume is not None:
-            self._walk.restore_source(resume.sampler)
-            for hand in self._hands:
-                hand.snapshot = Snapshot()
+            self._cursor.restore_source(resume.sampler)
+            for worker in self._handles:
+                worker.snapshot = Snapshot()
         again, self._again = self._again, None
-        self._draws = draws.now(self._index_sampler, self._loader_generator) if again is None else Draws.of(again)
-        with draws.again(self._index_sampler, self._loader_generator, again) if again else contextlib.nullcontext():
-            self._walk.begin()
-            self._walk.start()
+        self._sampler_rng = (
+            sampler_rng.now(self._index_sampler, self._loader_generator) if again is None else SamplerRng.of(again)
+        )
+        with (
+            sampler_rng.again(self._index_sampler, self._loader_generator, again) if again else contextlib.nullcontext()
+        ):
+            self._cursor.begin()
+            self._cursor.start()
             self._begin_walk()
 
     def _go_on(self, resume: state.State) -> None:
-        for hand, active in zip(self._hands, resume.active, strict=True):
-            hand.active = active
+        for worker, active in zip(self._handles, resume.active, strict=True):
+            worker.active = active
         self._unknown = set()
         self._next_hand = resume.next_worker
-        self._draws = Draws.of(resume.draws)
+        self._sampler_rng = SamplerRng.of(resume.draws)
         self._pending.extend(resume.pending or ())
         self._tells_pending = self._tells_pending or bool(self._pending)
         self._num_yielded = resume.yielded
         self._failed = resume.position - resume.yielded - len(self._pending)
-        with draws.again(self._index_sampler, self._loader_generator, resume.draws):
-            self._walk.go_on(resume.sampler, 0 if self._dataset_kind == internals.ITERABLE else resume.position)
+        with sampler_rng.again(self._index_sampler, self._loader_generator, resume.draws):
+            self._cursor.go_on(resume.sampler, 0 if self._dataset_kind == internals.ITERABLE else resume.position)
             self._begin_walk(resume.sampler)
 
     def _begin_walk(self, resume: SamplerState | None = None) -> None:
-        walk = self._walk
-        self._sampler_iter = after(taken(self._pending), walk.indices) if self._pending else walk.indices
-        if walk.watches:
+        cursor = self._cursor
+        self._sampler_iter = after(taken(self._pending), cursor.indices) if self._pending else cursor.indices
+        if cursor.watches:
             told = resume is not None and (resume.sampler is not None or resume.iterator is not None)
-            self._sampler_state = replace(resume) if resume is not None and told else walk.state()
+            self._sampler_state = replace(resume) if resume is not None and told else cursor.state()
         self._prime()
 
     def _prime(self) -> None:
-        for _ in range((self._prefetch + self._ahead_of_need) * len(self._hands)):
+        for _ in range((self._prefetch + self._ahead_of_need) * len(self._handles)):
             self._put_index()
         self._flush()
 
     def _flush(self) -> None:
-        for hand in self._hands:
-            hand.flush()
+        for worker in self._handles:
+            worker.flush()
 
     def _receive_stale(self) -> None:
         """Wait for what an epoch before this one has left under way.
@@ -297,25 +303,25 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         ``abandon_tasks`` counts on it: up to which answer a worker still makes batches is one number, for one epoch
         that was broken off. torch's loader waits here for as much.
         """
-        source = self._reception if self._pinner is None else self._pinner
+        source = self._receiver if self._pinner is None else self._pinner
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         while True:
             try:
                 source.receive_stale(deadline)
                 return
             except Gone as gone:
-                dead = gone.hand
+                dead = gone.worker
             except TimeoutError:
                 raise self._timed_out() from None
-            self._mend(dead)  # not where Gone is handled: nobody else should see it
+            self._restart(dead)  # not where Gone is handled: nobody else should see it
 
     def _abandon_tasks(self) -> None:
         """What is under way will be received and thrown away."""
-        for hand, _ in self._early:
-            hand.tasks.popleft()
-            hand.consumed()
-        for hand in self._hands:
-            hand.abandon_tasks(self._pinner is None, self._prefetch)
+        for worker, _ in self._early:
+            worker.tasks.popleft()
+            worker.consumed()
+        for worker in self._handles:
+            worker.abandon_tasks(self._pinner is None, self._prefetch)
         if self._pinner is not None:
             self._pinner.abandon()
 
@@ -327,11 +333,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if _epoch_of(self._index_sampler) != ahead.epoch:
             return False  # set_epoch was called meanwhile
         self._epoch += 1
-        self._sampler_iter, self._sampler_ended = ahead.walk.indices, False
-        self._draws, self._walk, self._sampler_state = ahead.draws, ahead.walk, ahead.state
+        self._sampler_iter, self._sampler_ended = ahead.cursor.indices, False
+        self._sampler_rng, self._cursor, self._sampler_state = ahead.draws, ahead.cursor, ahead.state
         self._num_yielded = self._failed = 0
         self._finished = False
-        self._meter.start()
+        self._stats.start()
         return True
 
     # Indices
@@ -345,48 +351,48 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if index is _NONE_LEFT:
             if not self._sampler_ended:
                 self._sampler_ended = True
-                self._sampler_end = self._walk.end()
+                self._sampler_end = self._cursor.end()
                 self._flush()
                 if self._options.prefetch_across_epochs:
-                    sampler, walk = self._index_sampler, Walk(self._index_sampler, self._options.every)
-                    drawn = draws.now(sampler, self._loader_generator)
-                    walk.begin()
-                    self._ahead = _Ahead(walk, drawn, _epoch_of(sampler), self._sampler_end)
+                    sampler, cursor = self._index_sampler, SamplerCursor(self._index_sampler, self._options.every)
+                    drawn = sampler_rng.now(sampler, self._loader_generator)
+                    cursor.begin()
+                    self._ahead = _Ahead(cursor, drawn, _epoch_of(sampler), self._sampler_end)
                     self._put_index_ahead()
             return
-        if self._walk.watches:
-            self._sampler_states.append(self._walk.note())
+        if self._cursor.watches:
+            self._sampler_states.append(self._cursor.note())
         self._assign(index, self._epoch)
 
     def _put_index_ahead(self) -> None:
         assert self._ahead is not None
-        walk = self._ahead.walk
-        index = next(walk.indices, _NONE_LEFT)
+        cursor = self._ahead.cursor
+        index = next(cursor.indices, _NONE_LEFT)
         if index is _NONE_LEFT:
             self._flush()
             return
-        if walk.watches:
-            self._sampler_states.append(walk.note())
+        if cursor.watches:
+            self._sampler_states.append(cursor.note())
         self._assign(index, self._epoch + 1)
 
     def _assign(self, index: Any, epoch: int) -> None:
-        count = len(self._hands)
+        count = len(self._handles)
         for _ in range(count):
-            hand = self._hands[self._next_hand]
+            worker = self._handles[self._next_hand]
             self._next_hand = (self._next_hand + 1) % count
-            if hand.active and (self._in_order or len(hand.tasks) < self._share()):
+            if worker.active and (self._in_order or len(worker.tasks) < self._share()):
                 break
         else:
             return
-        hand.assign(index)
-        self._turns.append((hand, epoch))
-        hand.flush(self._bulk)
+        worker.assign(index)
+        self._turns.append((worker, epoch))
+        worker.flush(self._bulk)
         if self._pinner is not None:
-            self._pinner.expect(hand)
+            self._pinner.expect(worker)
 
     def _share(self) -> int:
         """How many indices a worker may have where order does not matter."""
-        return int(self._prefetch * len(self._hands) // max(1, sum(hand.active for hand in self._hands)))
+        return int(self._prefetch * len(self._handles) // max(1, sum(worker.active for worker in self._handles)))
 
     # Batches
 
@@ -394,7 +400,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if internals.is_profiled():
             return super().__next__()
         data = self._next_data()
-        self._meter.handed_out += 1
+        self._stats.handed_out += 1
         self._num_yielded += 1
         if self._IterableDataset_len_called is not None and self._num_yielded > self._IterableDataset_len_called:
             self._warn_of_length()
@@ -433,28 +439,28 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 f"begin again with iter(loader)"
             )
         recycling.suspect_losses()
-        self._close(lambda: crew.let_go(self._hands, _PATIENCE_AT_ERRORS))
+        self._close(lambda: worker_pool.end_in_background(self._handles, _END_TIMEOUT_AT_ERRORS))
 
     def _next_batch(self) -> Any:
         while True:
             if not self._turns or self._turns[0][1] != self._epoch:
                 self._finished = True
-                self._meter.stop()
+                self._stats.stop()
                 if not self._persistent_workers:
                     self.close()
                 raise StopIteration
-            hand, answer = self._next_answer()
+            worker, answer = self._next_answer()
             told = self._sampler_states.popleft() if self._sampler_states else None
             if type(answer) is Failure:
-                self._failures.append(_Failed(hand, self._index, answer.after, told))
+                self._failures.append(_Failed(worker, self._index, answer.after, told))
                 self._put_index()
                 try:
-                    raise self._error(hand, answer)
+                    raise self._error(worker, answer)
                 finally:
                     del answer  # a thread's has the error, and so this frame would be kept by it
             if type(answer) is End:
-                hand.snapshot = answer.after
-                hand.active = False
+                worker.snapshot = answer.after
+                worker.active = False
                 self._put_index()
                 continue
             if self._failures:
@@ -462,48 +468,48 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if told is not None or self._sampler_state is not None:
                 self._hand_out_index(told)
             if type(answer) is Batch:
-                self._hand_out(hand, answer)
+                self._hand_out(worker, answer)
                 answer = answer.data
             else:
-                hand.snapshot.batches += 1
+                worker.snapshot.batches += 1
                 if self._makes_again:
-                    self._remember(hand)
+                    self._remember(worker)
                 if self._unknown:
                     self._unknown.clear()  # it has nothing to tell
             self._put_index()
-            if self._growth is not None and not self._sampler_ended:
-                self._grow(self._growth)
+            if self._autoscaler is not None and not self._sampler_ended:
+                self._grow(self._autoscaler)
             return answer
 
-    def _error(self, hand: Hand, failure: Failure) -> BaseException:
+    def _error(self, worker: WorkerHandle, failure: Failure) -> BaseException:
         error = exceptions.unpack(failure.error)
-        exceptions.add_note(error, f"in DataLoader worker {self._options.backend} {hand.worker_id}, {failure.where}")
+        exceptions.add_note(error, f"in DataLoader worker {self._options.backend} {worker.worker_id}, {failure.where}")
         return error
 
-    def _next_answer(self) -> tuple[Hand, Any]:
+    def _next_answer(self) -> tuple[WorkerHandle, Any]:
         """The next batch, and who has made it; restarts a worker that has died, or raises."""
-        hand, answer = self._early.popleft() if self._early else self._receive()
-        self._index = hand.tasks.popleft()
-        hand.consumed()
-        self._take_turn(hand)
+        worker, answer = self._early.popleft() if self._early else self._receive()
+        self._index = worker.tasks.popleft()
+        worker.consumed()
+        self._take_turn(worker)
         if self._unknown:
-            self._learn(hand, answer)
-        return hand, answer
+            self._learn(worker, answer)
+        return worker, answer
 
-    def _receive(self) -> tuple[Hand, Any]:
+    def _receive(self) -> tuple[WorkerHandle, Any]:
         """The next answer after those that are here already."""
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         while True:
             try:
                 if self._pinner is not None:
-                    hand, answer = self._pinner.get(deadline)
+                    worker, answer = self._pinner.get(deadline)
                 else:
-                    hand, received = self._reception.receive(self._turns[len(self._early)][0], deadline)
+                    worker, received = self._receiver.receive(self._turns[len(self._early)][0], deadline)
                     if received is None:
                         raise TimeoutError
-                    answer = self._reception.unpack(received)
+                    answer = self._receiver.unpack(received)
             except Gone as gone:
-                dead = gone.hand
+                dead = gone.worker
             except Exception as error:
                 if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
                     raise self._timed_out() from None
@@ -512,35 +518,35 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 raise
             else:
                 if type(answer) in (Batch, End, Failure) and answer.after is not None:
-                    hand.received = answer.after
-                return hand, answer
-            self._mend(dead)  # not where Gone is handled: nobody else should see it
+                    worker.received = answer.after
+                return worker, answer
+            self._restart(dead)  # not where Gone is handled: nobody else should see it
 
     def _timed_out(self) -> RuntimeError:
-        late = [self._turns[0][0]] if self._in_order and self._turns else self._hands
+        late = [self._turns[0][0]] if self._in_order and self._turns else self._handles
         missing = [
-            f"worker {hand.worker_id} (pid {hand.process.pid}) has not answered"
-            + (f", with {describe_index(hand.tasks[0])} in hand" if hand.tasks else "")
-            for hand in late
-            if hand.unreceived or hand.tasks
+            f"worker {worker.worker_id} (pid {worker.process.pid}) has not answered"
+            + (f", with {describe_index(worker.tasks[0])} in hand" if worker.tasks else "")
+            for worker in late
+            if worker.unreceived or worker.tasks
         ]
         told = f": {'; '.join(missing)}" if missing else ""
         return RuntimeError(f"DataLoader timed out after {self._timeout} seconds{told}")
 
-    def _take_turn(self, hand: Hand) -> None:
-        if self._turns[0][0] is hand:
+    def _take_turn(self, worker: WorkerHandle) -> None:
+        if self._turns[0][0] is worker:
             self._turns.popleft()
         else:
             for position, (other, _) in enumerate(self._turns):
-                if other is hand:
+                if other is worker:
                     del self._turns[position]
                     break
 
     # Workers that die, and workers that are missing
 
-    def _mend(self, hand: Hand) -> None:
+    def _restart(self, worker: WorkerHandle) -> None:
         """Put another worker in the place of one that has died, or raise."""
-        death = hand.died()
+        death = worker.died()
         if self._restarts >= self._options.restarts or self._closed:
             if self._options.restarts:
                 death.args = (f"{death}. It was not restarted: {self._restarts} restarts were allowed (max_restarts)",)
@@ -550,53 +556,53 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             finally:
                 del death
         self._restarts += 1
-        self._meter.restarts += 1
+        self._stats.restarts += 1
         warning.warn(f"{death}. It is restarted ({self._restarts} of {self._options.restarts})")
         try:
-            hand.restart(self._shared_seed)
+            worker.restart(self._shared_seed)
         except Exception as error:
             self._break_off(error)
             raise
         if self._pinner is not None:
-            self._pinner.mended()
+            self._pinner.restarted()
 
-    def _grow(self, growth: Growth) -> None:
+    def _grow(self, autoscaler: Autoscaler) -> None:
         """Add workers if there is a need, as long as there is something for them to do."""
-        if not growth.is_due(_LOOK_EVERY, self._num_yielded):
+        if not autoscaler.is_due(_AUTOSCALING_PERIOD, self._num_yielded):
             return
-        for _ in range(growth.look(self._hands)):
+        for _ in range(autoscaler.look(self._handles)):
             if self._sampler_ended:
                 break
             self._num_workers += 1
-            hand = self._hire(len(self._hands), Snapshot())
-            self._meter.workers = self._num_workers
+            worker = self._start_worker(len(self._handles), Snapshot())
+            self._stats.workers = self._num_workers
             for _ in range(self._prefetch + self._ahead_of_need):
-                self._next_hand = hand.worker_id
+                self._next_hand = worker.worker_id
                 self._put_index()
-        if growth.has_ended:
-            self._growth = None
+        if autoscaler.has_ended:
+            self._autoscaler = None
             if self._can_draw_ahead:
                 self._ahead_of_need, self._bulk = _AHEAD, _AHEAD // 2
-                for _ in range(_AHEAD * len(self._hands)):
+                for _ in range(_AHEAD * len(self._handles)):
                     self._put_index()
         self._flush()
 
     # State and end
 
-    def _hand_out(self, hand: Hand, answer: Batch) -> None:
+    def _hand_out(self, worker: WorkerHandle, answer: Batch) -> None:
         """The worker tells from where it would go on now; or from where it has begun, and not each time."""
         if answer.after is not None:
-            hand.snapshot = answer.after
+            worker.snapshot = answer.after
             return
-        hand.snapshot.batches += 1
+        worker.snapshot.batches += 1
         if self._makes_again:
-            self._remember(hand)
+            self._remember(worker)
 
-    def _remember(self, hand: Hand) -> None:
+    def _remember(self, worker: WorkerHandle) -> None:
         """Whoever goes on from this worker's snapshot makes this batch again."""
-        if hand.snapshot.again is None:
-            hand.snapshot.again = []
-        hand.snapshot.again.append(self._index)
+        if worker.snapshot.again is None:
+            worker.snapshot.again = []
+        worker.snapshot.again.append(self._index)
 
     def _hand_out_index(self, told: SamplerState | None) -> None:
         """The sampler's state is that after this index."""
@@ -611,25 +617,25 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         for each in failures:
             self._failed += 1
             if each.after is not None:
-                each.hand.snapshot = each.after
+                each.worker.snapshot = each.after
             self._hand_out_index(each.told)
 
-    def _learn(self, hand: Hand, answer: Any) -> None:
+    def _learn(self, worker: WorkerHandle, answer: Any) -> None:
         """From where a worker has begun, if that is not known, of its first answer."""
-        if hand not in self._unknown:
+        if worker not in self._unknown:
             return
-        self._unknown.discard(hand)
+        self._unknown.discard(worker)
         if type(answer) in (Batch, End, Failure) and answer.before is not None:
-            hand.snapshot = answer.before
+            worker.snapshot = answer.before
 
     def _learn_beginnings(self) -> None:
         """Wait until it is known of all workers from where they have begun."""
         while self._unknown and len(self._early) < len(self._turns):
-            hand, answer = self._receive()
+            worker, answer = self._receive()
             if type(answer) not in (Batch, End, Failure):
                 self._unknown.clear()
-            self._learn(hand, answer)
-            self._early.append((hand, answer))
+            self._learn(worker, answer)
+            self._early.append((worker, answer))
 
     def capture(self) -> state.State:
         """From where the loader can go on after the batch that was handed out last."""
@@ -643,19 +649,19 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         finished = self._finished
         tells = self._persistent_workers or not finished  # others begin the next epoch as they began this one
         pending = self._indices_under_way() if self._tells_pending and not finished else None
-        first = self._failures[0].hand if self._failures else self._turns[0][0] if self._turns else self._hands[0]
+        first = self._failures[0].worker if self._failures else self._turns[0][0] if self._turns else self._handles[0]
         return state.State(
             iterable=self._dataset_kind == internals.ITERABLE,
-            num_workers=len(self._hands),
+            num_workers=len(self._handles),
             base_seed=self._base_seed,
             yielded=self._num_yielded,
             position=self._num_yielded + self._failed + len(pending or ()),
             finished=finished,
             begins=finished,
-            draws=self._draws.to_plain(),
+            draws=self._sampler_rng.to_plain(),
             sampler=self._sampler_end if finished else self._told_sampler_state(),
-            snapshots=[hand.snapshot.copied() if tells else Snapshot() for hand in self._hands],
-            active=[hand.active for hand in self._hands],
+            snapshots=[worker.snapshot.copied() if tells else Snapshot() for worker in self._handles],
+            active=[worker.active for worker in self._handles],
             next_worker=first.worker_id,
             pending=pending,
         )
@@ -664,11 +670,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._sampler_state is None:
             return None
         # Where indices come back in any order, the last one that was drawn counts.
-        return self._walk.state() if self._tells_pending else replace(self._sampler_state)
+        return self._cursor.state() if self._tells_pending else replace(self._sampler_state)
 
     def _indices_under_way(self) -> list[Any]:
-        tasks = {hand: iter(hand.tasks) for hand in self._hands}
-        under_way = [(next(tasks[hand], None), epoch) for hand, epoch in self._turns]
+        tasks = {worker: iter(worker.tasks) for worker in self._handles}
+        under_way = [(next(tasks[worker], None), epoch) for worker, epoch in self._turns]
         return [
             *(each.index for each in self._failures),
             *(index for index, epoch in under_way if epoch == self._epoch),
@@ -677,26 +683,26 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def close(self) -> None:
         """End the workers, and wait until they have finished what they are at. May be called again."""
-        self._close(lambda: crew.end(self._hands))
+        self._close(lambda: worker_pool.end(self._handles))
 
     def close_at_exit(self) -> None:
         """End the workers because the interpreter ends. As with torch's loader, only persistent ones have the time."""
         if self._persistent_workers and not shutdown.interrupted():
             self.close()
         else:
-            self._close(lambda: crew.end(self._hands, _PATIENCE_AT_EXIT), _PATIENCE_AT_EXIT)
+            self._close(lambda: worker_pool.end(self._handles, _END_TIMEOUT_AT_EXIT), _END_TIMEOUT_AT_EXIT)
 
-    def _close(self, end: Callable[[], None], pinners_patience: float = crew.PATIENCE) -> None:
+    def _close(self, end: Callable[[], None], pinner_timeout: float = worker_pool.END_TIMEOUT) -> None:
         if self._closed:
             return
         if self._begun:
-            self._last_state = self._meter.state = self._capture()
+            self._last_state = self._stats.state = self._capture()
         self._closed = True
-        self._meter.stop()
+        self._stats.stop()
         self._turns = deque()
         try:
             if self._pinner is not None:
-                self._pinner.stop(pinners_patience)
+                self._pinner.stop(pinner_timeout)
         finally:
             end()
 
@@ -718,7 +724,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     @property
     def _workers(self) -> list[Any]:
         """torch's name for its workers, which programs look for: with the methods of ``multiprocessing.Process``."""
-        return [hand.process.handle for hand in self._hands]
+        return [worker.process.handle for worker in self._handles]
 
     def __del__(self) -> None:
         if self._closed or sys.is_finalizing():

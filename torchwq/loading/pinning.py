@@ -24,35 +24,35 @@ import torch
 
 from ..marshalling import exceptions
 from . import internals
-from .crew import Gone, Hand
 from .messages import Batch, End, Failure
-from .reception import Reception
+from .result_receiver import ResultReceiver
+from .worker_pool import Gone, WorkerHandle
 
 
 class Pinner:
-    """The thread that takes what comes in at ``reception``."""
+    """The thread that takes what comes in at ``result_receiver``."""
 
-    def __init__(self, reception: Reception, device: Any) -> None:
-        self._reception = reception
+    def __init__(self, receiver: ResultReceiver, device: Any) -> None:
+        self._receiver = receiver
         self._device = device
-        self._expected: queue.SimpleQueue[Hand | None] = queue.SimpleQueue()
+        self._expected: queue.SimpleQueue[WorkerHandle | None] = queue.SimpleQueue()
         #: Which generation each worker's next answers belong to.
-        self._generations: dict[Hand, deque[int]] = {}
+        self._generations: dict[WorkerHandle, deque[int]] = {}
         self._generation = 0
-        self._ready: queue.SimpleQueue[tuple[Hand | None, Any]] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[WorkerHandle | None, Any]] = queue.SimpleQueue()
         #: What was found in ``_ready`` among answers that nobody wants.
-        self._found: deque[tuple[Hand, Any]] = deque()
-        self._mended: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        reception.leave_to_thread()
+        self._found: deque[tuple[WorkerHandle, Any]] = deque()
+        self._restarted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        receiver.leave_to_thread()
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
         self._thread.start()
 
-    def expect(self, hand: Hand) -> None:
+    def expect(self, worker: WorkerHandle) -> None:
         """One more answer of this worker will come."""
-        self._generations.setdefault(hand, deque()).append(self._generation)
-        self._expected.put(hand)
-        self._reception.look_again()
+        self._generations.setdefault(worker, deque()).append(self._generation)
+        self._expected.put(worker)
+        self._receiver.look_again()
 
     def abandon(self) -> None:
         """Nobody wants what was expected until now."""
@@ -60,50 +60,52 @@ class Pinner:
         while self._found:
             self._found.popleft()[0].consumed()
 
-    def mended(self) -> None:
+    def restarted(self) -> None:
         """A worker that was gone has been replaced: what it was to answer will come."""
-        self._mended.put(True)
+        self._restarted.put(True)
 
-    def get(self, deadline: float | None) -> tuple[Hand, Any]:
+    def get(self, deadline: float | None) -> tuple[WorkerHandle, Any]:
         """The next answer, pinned.
 
-        Raises TimeoutError after ``deadline`` (time.monotonic), Gone, after which the thread waits for ``mended``, or
-        what has ended the thread.
+        Raises TimeoutError after ``deadline`` (time.monotonic), Gone, after which the thread waits for ``restarted``,
+        or what has ended the thread.
         """
         if self._found:
             return self._found.popleft()
         while True:
-            hand, answer, generation = self._next(deadline)
+            worker, answer, generation = self._next(deadline)
             if generation == self._generation:
-                return hand, answer
-            hand.consumed()
+                return worker, answer
+            worker.consumed()
 
     def receive_stale(self, deadline: float | None) -> None:
         """Drop what nobody wants any more, and wait for what of it is still to come. Raises as ``get`` does."""
         while any(expected and expected[0] != self._generation for expected in self._generations.values()):
-            hand, answer, generation = self._next(deadline)
+            worker, answer, generation = self._next(deadline)
             if generation == self._generation:
-                self._found.append((hand, answer))
+                self._found.append((worker, answer))
             else:
-                hand.consumed()
+                worker.consumed()
 
-    def _next(self, deadline: float | None) -> tuple[Hand, Any, int]:
+    def _next(self, deadline: float | None) -> tuple[WorkerHandle, Any, int]:
         try:
-            hand, answer = self._ready.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            worker, answer = self._ready.get(
+                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+            )
         except queue.Empty:
             raise TimeoutError from None
-        if hand is None:
+        if worker is None:
             try:
                 raise answer
             finally:
                 del answer  # or the error would keep this frame, and that the error
-        return hand, answer, self._generations[hand].popleft()
+        return worker, answer, self._generations[worker].popleft()
 
     def _run(self) -> None:
         try:
             self._receive_and_pin()
         except BaseException as error:
-            if not self._reception.stopped:
+            if not self._receiver.stopped:
                 self._ready.put((None, error))
 
     def _receive_and_pin(self) -> None:
@@ -112,17 +114,17 @@ class Pinner:
             torch.accelerator.set_device_index(self._device_index)
         while True:
             expected = self._expected.get()
-            if expected is None or self._reception.stopped:
+            if expected is None or self._receiver.stopped:
                 return
             while True:
                 try:
-                    hand, answer = self._reception.wait(expected)
+                    worker, answer = self._receiver.wait(expected)
                     break
                 except Gone as gone:
                     self._ready.put((None, gone))
-                    if not self._mended.get():
+                    if not self._restarted.get():
                         return
-            self._ready.put((hand, self._pin(answer)))
+            self._ready.put((worker, self._pin(answer)))
 
     def _pin(self, answer: Any) -> Any:
         try:
@@ -134,14 +136,14 @@ class Pinner:
             return Failure(exceptions.pack(error), f"in the thread that pins memory for device {self._device}")
         return answer
 
-    def stop(self, patience: float) -> None:
-        """End the thread, and wait for that, ``patience`` seconds at most: it may be in a user's ``pin_memory``."""
-        self._reception.stop()
+    def stop(self, timeout: float) -> None:
+        """End the thread, and wait for that, ``timeout`` seconds at most: it may be in a user's ``pin_memory``."""
+        self._receiver.stop()
         self._expected.put(None)
-        self._mended.put(False)
+        self._restarted.put(False)
         self._ready.put((None, RuntimeError("the DataLoader's iterator was closed while a batch was waited for")))
-        self._thread.join(patience)
-        self._reception.close()
+        self._thread.join(timeout)
+        self._receiver.close()
 
     @property
     def is_in_current_thread(self) -> bool:

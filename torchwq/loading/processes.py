@@ -14,16 +14,16 @@ from typing import Any, Final, Protocol
 from ..workers import threads, worker
 
 #: How long, in seconds, whoever asks for a pid waits for the fork server, which may import torch meanwhile.
-_STARTED_WITHIN: Final = 60.0
+_START_TIMEOUT: Final = 60.0
 #: How long, in seconds, a thread that has ended may take until it is gone.
-_LAST_STEPS: Final = 1.0
+_THREAD_END_TIMEOUT: Final = 1.0
 
 
 class Process(Protocol):
     """A worker's process or thread, however it was started."""
 
     #: Whether it is a thread.
-    here: bool
+    is_thread: bool
 
     @property
     def pid(self) -> int | None: ...
@@ -38,7 +38,7 @@ class Process(Protocol):
 class Forked:
     """A process that multiprocessing has forked."""
 
-    here = False
+    is_thread = False
 
     def __init__(self, process: Any) -> None:
         self.handle = process
@@ -65,7 +65,7 @@ class Served:
 
     def __init__(self, process: worker.Worker) -> None:
         self._process = process
-        self.here = process.here
+        self.is_thread = process.here
 
     @property
     def handle(self) -> Served:
@@ -74,7 +74,7 @@ class Served:
     @property
     def pid(self) -> int | None:
         """Waits until the fork server has told it, which it does at once. None of a thread."""
-        self._process.started_event.wait(_STARTED_WITHIN)
+        self._process.started_event.wait(_START_TIMEOUT)
         return self._process.pid
 
     @property
@@ -99,7 +99,7 @@ class Served:
             return False
         if isinstance(self._process, threads.ThreadWorker):
             # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
-            self._process.thread.join(_LAST_STEPS)
+            self._process.thread.join(_THREAD_END_TIMEOUT)
         return True
 
     def join(self, timeout: float | None = None) -> None:

@@ -1,10 +1,10 @@
 """What a loader saves, and how the same batches come out of it again.
 
 For a map-style dataset the state is the position in the sampler's sequence, and what makes the sequence come out the
-same: what its sampler drew from (``draws``), or the sampler's own state if it has one. Going on means to draw and drop
-that many indices; nothing is fetched. With ``in_order=False`` it is also the indices that were drawn and have not come
-back. For the dataset, whichever kind, it is what each worker has told of it (``noting``); an iterable one that tells
-nothing is iterated again up to where it was.
+same: what its sampler drew from (``sampler_rng``), or the sampler's own state if it has one. Going on means to draw and
+drop that many indices; nothing is fetched. With ``in_order=False`` it is also the indices that were drawn and have not
+come back. For the dataset, whichever kind, it is what each worker has told of it (``snapshots``); an iterable one that
+tells nothing is iterated again up to where it was.
 
 The dict that users get has the keys of torchdata's StatefulDataLoader where it means the same, since programs look into
 it: flat without workers, with a part for each worker otherwise.
@@ -19,7 +19,7 @@ from .. import warning
 from ..marshalling import exceptions
 from .messages import Snapshot
 from .plain import StateDict, detached, is_stateful, plain_index
-from .walking import SamplerState
+from .sampler_cursor import SamplerState
 
 _VERSION: Final = 2
 
@@ -36,7 +36,7 @@ class State:
         position: how many indices it had drawn for that, those included that failed before the last batch.
         finished: whether the epoch's end was reached.
         begins: whether the state stands for the beginning of an epoch, the first or the one after this.
-        draws: see ``draws``.
+        draws: see ``sampler_rng``.
         sampler: of the sampler.
         snapshots: of each worker, or of this process.
         active: which workers' parts of an iterable dataset had not come to their end.

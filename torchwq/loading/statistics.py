@@ -37,7 +37,7 @@ class LoaderStatistics:
     verdict: str
 
 
-class Meter:
+class StatsCollector:
     """What is counted for one loader, over all its iterators."""
 
     def __init__(self, workers: int) -> None:
@@ -58,7 +58,7 @@ class Meter:
 
     def __reduce__(self) -> Any:
         """A copy of a loader begins to count anew."""
-        return Meter, (self.workers,)
+        return StatsCollector, (self.workers,)
 
     def counters(self, workers: int) -> Counters:
         """For so many workers. Made when they are needed: they take a descriptor."""

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from .counters import BATCHES, BUSY, Counters
-from .crew import Hand
-from .statistics import Meter
+from .statistics import StatsCollector
+from .worker_pool import WorkerHandle
 
 log = logging.getLogger("torchwq")
 
 #: Seconds after which it is looked at again, if so many batches have not come until then.
-_LOOK_AFTER: Final = 0.25
+_PERIOD: Final = 0.25
 #: The part of the time that is too long a wait for the consumer.
 _TOO_LONG: Final = 0.1
 #: Seconds for which workers must have been busy before it is judged what they do.
@@ -51,11 +51,11 @@ class _Window:
     processor: tuple[int, int] | None
 
 
-class Growth:
+class Autoscaler:
     """Decides for one iterator. ``limit``: how many workers there may be."""
 
-    def __init__(self, meter: Meter, counters: Counters, limit: int, cores_: int) -> None:
-        self._meter = meter
+    def __init__(self, stats: StatsCollector, counters: Counters, limit: int, cores_: int) -> None:
+        self._stats = stats
         self._counters = counters
         self._limit = limit
         self._cores = cores_
@@ -65,29 +65,29 @@ class Growth:
         self._looked = time.monotonic()
         #: Whether it is known that more workers do not help.
         self.has_ended = False
-        meter.since_last_look()  # from now on
+        stats.since_last_look()  # from now on
 
     def is_due(self, every: int, yielded: int) -> bool:
         """Whether it is time to look, ``every`` so many batches or after a while."""
-        return not self.has_ended and (yielded % every == 0 or time.monotonic() - self._looked > _LOOK_AFTER)
+        return not self.has_ended and (yielded % every == 0 or time.monotonic() - self._looked > _PERIOD)
 
-    def look(self, hands: Sequence[Hand]) -> int:
+    def look(self, workers: Sequence[WorkerHandle]) -> int:
         """How many workers to add now."""
         self._looked = time.monotonic()
-        count = len(hands)
-        waited, idle = self._meter.since_last_look()
+        count = len(workers)
+        waited, idle = self._stats.since_last_look()
         if waited < _TOO_LONG:
             if self._window is not None:
                 self._say(count, f"the consumer waits for {waited:.0%} of its time, which is not much")
             return 0
         if count < self._cores and idle:
             return self._add(count, 1, waited)
-        if not all(hand.has_answered for hand in hands):
+        if not all(worker.has_answered for worker in workers):
             return 0
         if self._window is None:
-            self._window = self._now(hands)
+            self._window = self._now(workers)
             return 0
-        then, now = self._window, self._now(hands)
+        then, now = self._window, self._now(workers)
         busy, batches = now.busy - then.busy, now.batches - then.batches
         if busy < _EVIDENCE * 1e9 or batches < count:
             return 0
@@ -124,21 +124,21 @@ class Growth:
 
     def _say(self, count: int, why: str) -> None:
         """Once for each number of workers of a loader."""
-        if count != self._meter.stayed_at:
-            self._meter.stayed_at = count
+        if count != self._stats.stayed_at:
+            self._stats.stayed_at = count
             log.info("DataLoader: it stays at %d worker%s: %s", count, "s" if count > 1 else "", why)
 
-    def _now(self, hands: Sequence[Hand]) -> _Window:
-        return _Window(self._counters.sum(BUSY), self._counters.sum(BATCHES), _processor_time(hands))
+    def _now(self, workers: Sequence[WorkerHandle]) -> _Window:
+        return _Window(self._counters.sum(BUSY), self._counters.sum(BATCHES), _processor_time(workers))
 
 
-def _processor_time(hands: Sequence[Hand]) -> tuple[int, int] | None:
-    if hands[0].process.here:
+def _processor_time(workers: Sequence[WorkerHandle]) -> tuple[int, int] | None:
+    if workers[0].process.is_thread:
         return time.process_time_ns(), 0  # with what the other threads do
     had = stood = 0
     try:
-        for hand in hands:
-            with open(f"/proc/{hand.process.pid}/schedstat", encoding="ascii") as stat:
+        for worker in workers:
+            with open(f"/proc/{worker.process.pid}/schedstat", encoding="ascii") as stat:
                 times = stat.read().split()
             had, stood = had + int(times[0]), stood + int(times[1])
     except (OSError, ValueError, IndexError):

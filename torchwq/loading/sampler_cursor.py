@@ -1,4 +1,4 @@
-"""A walk through a loader's sampler, which knows from where to go on after each index.
+"""A cursor through a loader's sampler, which knows from where to go on after each index.
 
 The sampler is always ahead of the batches, so its state is noted with each index (each ``every``-th, if that is asked
 for) and told when the batch is handed out. State have, in this order: the batch sampler or the sampler in it, and the
@@ -32,8 +32,8 @@ class SamplerState:
     error: Exception | None = None
 
 
-class Walk:
-    """Indices of one epoch: ``next(walk.indices)``."""
+class SamplerCursor:
+    """Indices of one epoch: ``next(cursor.indices)``."""
 
     def __init__(self, sampler: Any, every: int = 1) -> None:
         self._sampler = sampler

@@ -9,12 +9,12 @@ is a thread has a connection of the same kind within this process, and the datas
 Invariants:
 
 * The descriptors of a worker's end are closed here as soon as the worker has them, before the next one is started.
-* ``end`` never leaves a process behind, and waits for one at most ``PATIENCE`` seconds before it uses force.
+* ``end`` never leaves a process behind, and waits for one at most ``END_TIMEOUT`` seconds before it uses force.
 * A worker that still works when its loader lets go finishes what it is at: only this side ends it. A forked one whose
   owner has *died* ends by itself, within ``_GRACE`` (``_end_with_owner``); a served one is killed by the fork server.
 * One thread gives a worker its indices. Either that thread receives its answers, or another one, which pins them. The
   one that receives sees to it that the worker knows of what it waits for. So both send indices: what has not been sent
-  is taken, counted and sent in one piece, under the hand's lock, or the worker would get indices out of order.
+  is taken, counted and sent in one piece, under the worker's lock, or the worker would get indices out of order.
 """
 
 from __future__ import annotations
@@ -46,31 +46,32 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
-from ..workers import child, deaths, greenlets, starting, worker
+from ..workers import child, deaths, greenlets, starting
+from ..workers.worker import Worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
-from .job import Job, Part, Plan, describe_index
 from .messages import Failure
 from .processes import Forked, Process, Served
+from .worker_loop import LoaderConfig, WorkerConfig, WorkerLoop, describe_index
 
 #: Seconds that a worker may take to end by itself, as with torch's DataLoader (``MP_STATUS_CHECK_INTERVAL``): to
 #: finish the sample that it is at, what its generators do finally, and its exit functions.
-PATIENCE: Final = 5.0
+END_TIMEOUT: Final = 5.0
 #: Seconds for which a worker whose owner has died may go on with what it is at; how often it asks who its parent is.
 _GRACE: Final = 1.5
-_LOOK_AT_PARENT: Final = 0.1
+_PARENT_POLL_INTERVAL: Final = 0.1
 #: Descriptors that multiprocessing needs to fork. It leaves some of them open if there are not enough, so that is seen
 #: before.
 _PIPES: Final = 4
 
 
-class _Ticket:
+class _EndpointHandover:
     """A worker's end on its way to the worker. Whoever unpickles it gets the endpoint."""
 
     def __init__(self, end: Endpoint) -> None:
         self.fds = [Descriptor(descriptors.dup(fd)) for fd in end.handover()]
 
 
-def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
+def _reduce_handover(encoder: reducers.Encoder, ticket: _EndpointHandover) -> Any:
     return _accept, ([encoder.attach(each.fd, each) for each in ticket.fds],)
 
 
@@ -78,29 +79,29 @@ def _accept(indices: Sequence[int]) -> Endpoint:
     return endpoint.adopt([reducers.take_inbound_fd(index) for index in indices])
 
 
-reducers.register(_Ticket, _reduce_ticket)
+reducers.register(_EndpointHandover, _reduce_handover)
 
-Start = Callable[[Part, Any], Process]
+Start = Callable[[WorkerConfig, Any], Process]
 
 
-def starter(context: Any, plan: Plan, backend: str) -> Start:
-    """How the workers of ``plan`` are started: as torch would on this platform, or as ``context`` or ``backend`` say.
+def starter(context: Any, config: LoaderConfig, backend: str) -> Start:
+    """How the workers of ``config`` are started: as torch would on this platform, or as ``context`` or ``backend`` say.
 
-    Raises MarshalError if they are to be served and something of the plan cannot travel; its message names the place;
+    Raises MarshalError if they are to be served and something of the config cannot travel; its message names the place;
     RuntimeError if threads are green ones here.
     """
     greenlets.check("a DataLoader with workers")
     if backend == "thread":
-        return functools.partial(_start_thread, plan)
+        return functools.partial(_start_thread, config)
     context = context or torch.multiprocessing
     if context.get_start_method() == "fork":
-        return functools.partial(_fork, context, plan)
+        return functools.partial(_fork, context, config)
     held: list[Any] = []
-    (payload,) = codec.encode_all([plan], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
+    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
     return functools.partial(_serve, payload, held)
 
 
-def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
+def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
     definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
     ticket: list[int] = []
     try:
@@ -108,25 +109,25 @@ def _fork(context: Any, plan: Plan, part: Part, end: Endpoint) -> Process:
             ticket.append(descriptors.dup(fd))
         close_fds(ticket[-_PIPES:])
         del ticket[-_PIPES:]
-        process = context.Process(target=_forked_main, args=(plan, part, ticket, os.getpid()), daemon=True)
+        process = context.Process(target=_forked_main, args=(config, own_config, ticket, os.getpid()), daemon=True)
         process.start()
     except ResourceError:
         raise
     except OSError as error:
         if error.errno == errno.EAGAIN:
             limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
-            raise ResourceError(error.errno, f"worker {part.worker_id} could not be forked: {limit}") from error
+            raise ResourceError(error.errno, f"worker {own_config.worker_id} could not be forked: {limit}") from error
         raise exhausted(error) from error
     finally:
         close_fds(ticket)
     return Forked(process)
 
 
-def _forked_main(plan: Plan, part: Part, ticket: Sequence[int], owner: int) -> None:
+def _forked_main(config: LoaderConfig, own_config: WorkerConfig, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
     with contextlib.closing(endpoint.adopt(ticket)) as end:
         _end_with_owner(end, owner)
-        Job(plan, part).run(end, has_main=True)
+        WorkerLoop(config, own_config).run(end, has_main=True)
 
 
 def _end_with_owner(end: Endpoint, owner: int) -> None:
@@ -141,92 +142,97 @@ def _end_with_owner(end: Endpoint, owner: int) -> None:
     def watch() -> None:
         poll.poll()
         while os.getppid() == owner:
-            time.sleep(_LOOK_AT_PARENT)
+            time.sleep(_PARENT_POLL_INTERVAL)
         time.sleep(_GRACE)
         os._exit(1)
 
     threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
 
 
-def _serve(plan: bytes | Parcel, held: list[Any], part: Part, end: Endpoint) -> Process:
-    own = codec.encode((part, _Ticket(end)), codec.CALL_LIMIT, upvalues=True)
+def _serve(config: bytes | Parcel, held: list[Any], own_config: WorkerConfig, end: Endpoint) -> Process:
+    own = codec.encode((own_config, _EndpointHandover(end)), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
-        1, f"{__name__}:served_main", _close_message, _nothing, first_mapid=part.worker_id, of=part.num_workers
+        1,
+        f"{__name__}:served_main",
+        _close_message,
+        _nothing,
+        first_mapid=own_config.worker_id,
+        of=own_config.num_workers,
     )
     process.holds = held
     try:
         process.send(own)
-        process.send(plan)
+        process.send(config)
     except BaseException:  # it would wait for what it does not get
         process.kill(signal.SIGKILL)
         raise
     return Served(process)
 
 
-def _start_thread(plan: Plan, part: Part, end: LocalEndpoint) -> Process:
+def _start_thread(config: LoaderConfig, own_config: WorkerConfig, end: LocalEndpoint) -> Process:
     (thread,) = starting.start(
         1,
         f"{__name__}:thread_main",
         _close_message,
         _nothing,
         backend="thread",
-        first_mapid=part.worker_id,
-        of=part.num_workers,
+        first_mapid=own_config.worker_id,
+        of=own_config.num_workers,
     )
-    thread.send(Letter(None, [(plan, part, end)]))
+    thread.send(Letter(None, [(config, own_config, end)]))
     return Served(thread)
 
 
 def thread_main(context: child.Context) -> int:
     """Entry of a worker that is a thread."""
-    plan, part, end = codec.decode(*context.receive())
+    config, own_config, end = codec.decode(*context.receive())
     try:
-        Job(plan, part).run_here(end)
+        WorkerLoop(config, own_config).run_in_thread(end)
     except SystemExit as stop:
         return int(stop.code) if isinstance(stop.code, int) else 1
     return 0
 
 
-def _close_message(process: worker.Worker, data: Any, fds: list[int]) -> None:
+def _close_message(process: Worker, data: Any, fds: list[int]) -> None:
     exceptions.discard_answer(data, fds)
 
 
-def _nothing(process: worker.Worker) -> None:
+def _nothing(process: Worker) -> None:
     pass
 
 
 def served_main(context: child.Context) -> int:
     """Entry of a worker that the fork server has made."""
-    part, end = codec.decode(*context.receive())
+    own_config, end = codec.decode(*context.receive())
     with contextlib.closing(end):
         try:
-            plan = codec.decode(*context.receive())
+            config = codec.decode(*context.receive())
         except Exception as error:
             failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
             outbox = Outbox(end)
             outbox.send(codec.encode(failure, end.max_payload, upvalues=True))
             outbox.wait_empty()
             return 1
-        Job(plan, part).run(end)
+        WorkerLoop(config, own_config).run(end)
     return 0
 
 
 class Gone(Exception):
     """The connection to a worker has ended."""
 
-    def __init__(self, hand: Hand) -> None:
-        super().__init__(hand.worker_id)
-        self.hand = hand
+    def __init__(self, worker: WorkerHandle) -> None:
+        super().__init__(worker.worker_id)
+        self.worker = worker
 
 
-class Hand:
+class WorkerHandle:
     """One worker as its loader sees it."""
 
-    def __init__(self, start: Start, part: Part, flow: memoryview, backend: str) -> None:
-        self.worker_id = part.worker_id
+    def __init__(self, start: Start, own_config: WorkerConfig, flow: memoryview, backend: str) -> None:
+        self.worker_id = own_config.worker_id
         self._backend = backend
         self._start = start
-        self._part = part
+        self._own_config = own_config
         self._flow = flow
         self._lock = threading.RLock()
         self._unsent: list[Any] = []
@@ -234,23 +240,23 @@ class Hand:
         #: Indices that it has not answered, in order. What was sent before the last new epoch is only to be skipped.
         self.tasks: deque[Any] = deque()
         self.to_skip = 0
-        #: False if its part of an iterable dataset has come to its end in this epoch.
+        #: False if its own_config of an iterable dataset has come to its end in this epoch.
         self.active = True
         #: From where it would go on after the last answer that was handed out, and that was received.
-        self.snapshot = self.received = part.resume
-        self._open(part)
+        self.snapshot = self.received = own_config.resume
+        self._open(own_config)
 
-    def _open(self, part: Part) -> None:
+    def _open(self, own_config: WorkerConfig) -> None:
         if self._backend == "thread":
-            self._open_here(part)
+            self._open_thread(own_config)
         else:
-            self._open_process(part)
+            self._open_process(own_config)
         self._take = self.end.try_receive
         self._consumed = 0
         self._sent = self._received = 0
         self._closed = False
 
-    def _open_process(self, part: Part) -> None:
+    def _open_process(self, own_config: WorkerConfig) -> None:
         with contextlib.ExitStack() as opened:  # all of it before the worker starts, which has to be ended otherwise
             try:
                 ours, theirs = endpoint.pair()
@@ -262,7 +268,7 @@ class Hand:
                     self._closed = False
                     opened.callback(setattr, self, "_closed", True)
                     recycling.add_inlet(self)
-                    self.process: Process = self._start(part, theirs)
+                    self.process: Process = self._start(own_config, theirs)
             except ResourceError:
                 raise
             except OSError as error:
@@ -272,10 +278,10 @@ class Hand:
         self._waiter: Waiter | LocalEndpoint = waiter
         self.max_payload = ours.max_payload
 
-    def _open_here(self, part: Part) -> None:
+    def _open_thread(self, own_config: WorkerConfig) -> None:
         ours, theirs = local.pair()
         try:
-            self.process = self._start(part, theirs)
+            self.process = self._start(own_config, theirs)
         except BaseException:
             ours.close()
             raise
@@ -373,9 +379,9 @@ class Hand:
 
     def died(self) -> WorkerDied:
         """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
-        if not self.process.wait(PATIENCE):
+        if not self.process.wait(END_TIMEOUT):
             self.process.kill(signal.SIGKILL)
-            self.process.wait(PATIENCE)
+            self.process.wait(END_TIMEOUT)
         in_hand = describe_index(self.tasks[0]) if self.tasks else ""
         pid, exitcode = self.process.pid, self.process.exitcode
         death = deaths.died(mapid=self.worker_id, pid=pid, exitcode=exitcode, in_hand=in_hand)
@@ -385,14 +391,14 @@ class Hand:
     def restart(self, shared_seed: int | None) -> None:
         """Put a new process in the place of a dead one, which goes on where that one was."""
         self._disconnect()
-        self._part.resume, self._part.shared_seed = self.received, shared_seed
+        self._own_config.resume, self._own_config.shared_seed = self.received, shared_seed
         self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
         missing = self.unreceived
         wanted = list(self.tasks)[max(0, len(self.tasks) - len(self._unsent) - missing) :]
         # What nobody wants any more, and a thread still counts on, is answered too.
         stale = 0 if self.to_skip else missing - (len(wanted) - len(self._unsent))
         self.to_skip = 0
-        self._open(self._part)
+        self._open(self._own_config)
         if stale:
             self._sent += stale
             self.send((-1, [None] * stale))
@@ -428,28 +434,28 @@ def _as_torch_says(pid: int | None, exitcode: int | None) -> str:
     return f"DataLoader worker (pid {pid}) exited unexpectedly with exit code {exitcode}. "
 
 
-def end(hands: Sequence[Hand], in_all: float | None = None) -> None:
+def end(workers: Sequence[WorkerHandle], in_all: float | None = None) -> None:
     """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape.
 
     Args:
-        in_all: seconds that all of them together may take to end by themselves; None: ``PATIENCE`` for each process,
+        in_all: seconds that all of them together may take to end by themselves; None: ``END_TIMEOUT`` for each process,
             one after the other, as torch's loader waits for them.
     """
     with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
         stack.callback(recycling.give_up_orphans)  # their blocks would be kept for a while: no process uses them again
-        stack.callback(_wait_for, hands, in_all)
-        for hand in hands:
-            stack.callback(hand.close)
+        stack.callback(_wait_for, workers, in_all)
+        for worker in workers:
+            stack.callback(worker.close)
 
 
-def let_go(hands: Sequence[Hand], seconds: float) -> None:
+def end_in_background(workers: Sequence[WorkerHandle], seconds: float) -> None:
     """The same for somebody who has no time: after ``seconds`` a thread goes on with it."""
     try:
-        for hand in hands:
-            hand.close()
-        left = _wait(hands, seconds)
+        for worker in workers:
+            worker.close()
+        left = _wait(workers, seconds)
     except BaseException:
-        left = list(hands)
+        left = list(workers)
         raise
     finally:
         recycling.suspect_orphans()  # takes no lock: this may be a finalizer
@@ -457,19 +463,19 @@ def let_go(hands: Sequence[Hand], seconds: float) -> None:
             threading.Thread(target=end, args=(left,), name="torchwq-close", daemon=True).start()
 
 
-def _wait_for(hands: Sequence[Hand], in_all: float | None) -> None:
-    left = [hand for hand in _wait(hands, in_all) if not hand.process.here]
+def _wait_for(workers: Sequence[WorkerHandle], in_all: float | None) -> None:
+    left = [worker for worker in _wait(workers, in_all) if not worker.process.is_thread]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for hand in left:
-            hand.process.kill(number)
+        for worker in left:
+            worker.process.kill(number)
         left = _wait(left, 1.0) if left else left
 
 
-def _wait(hands: Sequence[Hand], in_all: float | None) -> list[Hand]:
+def _wait(workers: Sequence[WorkerHandle], in_all: float | None) -> list[WorkerHandle]:
     """Wait for workers to end, and return those that have not."""
-    until = time.monotonic() + (PATIENCE if in_all is None else in_all)
-    for hand in hands:
-        hand.process.wait(max(0.0, until - time.monotonic()))
-        if in_all is None and not hand.process.here:
-            until = time.monotonic() + PATIENCE
-    return [hand for hand in hands if not hand.process.wait(0.0)]
+    until = time.monotonic() + (END_TIMEOUT if in_all is None else in_all)
+    for worker in workers:
+        worker.process.wait(max(0.0, until - time.monotonic()))
+        if in_all is None and not worker.process.is_thread:
+            until = time.monotonic() + END_TIMEOUT
+    return [worker for worker in workers if not worker.process.wait(0.0)]

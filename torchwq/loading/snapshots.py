@@ -1,4 +1,4 @@
-"""Notes of a worker: from where it could go on after a batch.
+"""Snapshots of a worker: from where it could go on after a batch.
 
 With a batch travels what the dataset and its iterator tell of themselves (``state_dict``, if there is
 ``load_state_dict`` too), and, for loaders that were asked for it, the states of the generators of random numbers. Only
@@ -25,7 +25,7 @@ from .messages import Snapshot
 from .plain import is_stateful
 
 
-class Generators:
+class GeneratorStates:
     """The generators of random numbers of this process, compared with what they were when this was made."""
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ def set_generators(states: dict[str, Any]) -> None:
         plain.set_state_of_numpy(states["numpy"])
 
 
-class Notes:
+class SnapshotRecorder:
     """What a worker tells of an epoch. ``copies``: states are copied, because the message that brings them does not."""
 
-    def __init__(self, kind: int, every: int, generators: Generators | None, copies: bool) -> None:
+    def __init__(self, kind: int, every: int, generators: GeneratorStates | None, copies: bool) -> None:
         self._kind = kind
         self._every = every
         self._generators = generators

@@ -27,7 +27,7 @@ from .plain import is_stateful, tensor_of, text_of
 
 
 @dataclass
-class Draws:
+class SamplerRng:
     """The generators that a sampler may draw from, as they were at one time; the global one only where it matters."""
 
     of_global: torch.Tensor | None
@@ -36,7 +36,7 @@ class Draws:
     _plain: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Draws:
+    def of(cls, saved: dict[str, Any]) -> SamplerRng:
         """What ``to_plain`` gave."""
         return cls(None, [], False, {name: saved[name] for name in ("seed", "global", "own") if name in saved})
 
@@ -55,11 +55,11 @@ class Draws:
         return dict(self._plain)
 
 
-def now(sampler: Any, generator: Any) -> Draws:
+def now(sampler: Any, generator: Any) -> SamplerRng:
     """The generators as they are."""
     takes_seed = internals.takes_seed(sampler) is not None
     needs_global = takes_seed or _may_draw_globally(sampler)
-    return Draws(
+    return SamplerRng(
         torch.get_rng_state() if needs_global else None,
         [each.get_state() for each in _own(sampler, generator)],
         takes_seed,

@@ -18,23 +18,23 @@ from typing import Any, Final
 from ..marshalling import codec, exceptions
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
-from .crew import Gone, Hand
 from .messages import Failure
-from .statistics import Meter
+from .statistics import StatsCollector
+from .worker_pool import Gone, WorkerHandle
 
 #: Whoever waits for any of several looks at least so often, in seconds.
-_GLANCE: Final = 0.5
+_POLL_INTERVAL: Final = 0.5
 #: The same while nobody has anything to do.
-_GLANCE_AT_IDLERS: Final = 0.01
+_IDLE_POLL_INTERVAL: Final = 0.01
 
 
-class Reception:
-    """Receives from ``hands``, which may grow; ``in_order``, from the one that is asked for, or else from any."""
+class ResultReceiver:
+    """Receives from ``workers``, which may grow; ``in_order``, from the one that is asked for, or else from any."""
 
-    def __init__(self, hands: list[Hand], in_order: bool, meter: Meter) -> None:
-        self._hands = hands
+    def __init__(self, workers: list[WorkerHandle], in_order: bool, stats: StatsCollector) -> None:
+        self._workers = workers
         self._in_order = in_order
-        self._meter = meter
+        self._stats = stats
         self.stopped = False
         self._wake: Alarm | None = None
 
@@ -52,17 +52,17 @@ class Reception:
         """Wake the thread that waits, and let it wait no more. What has come can still be taken."""
         self.stopped = True
         self.look_again()
-        for hand in self._hands:
-            hand.stop_waiting()
+        for worker in self._workers:
+            worker.stop_waiting()
 
     def close(self) -> None:
         """After ``stop``, when the thread has ended."""
         if self._wake is not None:
             self._wake.close()
 
-    def wait(self, hand: Hand) -> tuple[Hand, Any]:
+    def wait(self, worker: WorkerHandle) -> tuple[WorkerHandle, Any]:
         """The next answer, unpickled. Raises Gone if a worker has ended, EOFError after ``stop``."""
-        found, received = self.receive(hand, None)
+        found, received = self.receive(worker, None)
         if received is None:
             raise EOFError
         return found, self.unpack(received)
@@ -74,10 +74,10 @@ class Reception:
         except Exception as error:
             return Failure(exceptions.pack(error), "where its batch could not be rebuilt in the loader's process")
 
-    def receive(self, hand: Hand, deadline: float | None) -> tuple[Hand, Received | None]:
+    def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
         """The next answer that is not to be skipped; None after ``deadline`` (time.monotonic)."""
         while True:
-            found, received = self._from_one(hand, deadline) if self._in_order else self._from_any(deadline)
+            found, received = self._from_one(worker, deadline) if self._in_order else self._from_any(deadline)
             if received is None or not found.to_skip:
                 return found, received
             found.to_skip -= 1
@@ -86,60 +86,60 @@ class Reception:
 
     def receive_stale(self, deadline: float | None) -> None:
         """Receive what is to be skipped, of all workers. Raises TimeoutError after ``deadline``, Gone."""
-        for hand in self._hands:
-            while hand.to_skip:
+        for worker in self._workers:
+            while worker.to_skip:
                 try:
-                    received = hand.take() or hand.wait(deadline)
+                    received = worker.take() or worker.wait(deadline)
                 except EOFError:
-                    raise Gone(hand) from None
+                    raise Gone(worker) from None
                 if received is None:
                     raise TimeoutError
-                hand.to_skip -= 1
-                hand.consumed()
+                worker.to_skip -= 1
+                worker.consumed()
                 codec.discard(*received)
 
-    def _from_one(self, hand: Hand, deadline: float | None) -> tuple[Hand, Received | None]:
+    def _from_one(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
         try:
-            received = hand.take()
+            received = worker.take()
             if received is None:
-                hand.flush()  # so nobody waits for an answer to what was not asked
+                worker.flush()  # so nobody waits for an answer to what was not asked
                 began = time.perf_counter_ns()
-                received = hand.wait(deadline)
-                self._meter.waited += time.perf_counter_ns() - began
+                received = worker.wait(deadline)
+                self._stats.waited += time.perf_counter_ns() - began
         except EOFError:
-            raise Gone(hand) from None
-        return hand, received
+            raise Gone(worker) from None
+        return worker, received
 
-    def _from_any(self, deadline: float | None) -> tuple[Hand, Received | None]:
+    def _from_any(self, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
         began = 0
         wake = self._wake
         while True:
             if wake is not None:
                 wake.clear()
             if self.stopped:
-                return self._hands[0], None
-            busy = [hand for hand in self._hands if hand.unreceived]
-            for hand in busy:
+                return self._workers[0], None
+            busy = [worker for worker in self._workers if worker.unreceived]
+            for worker in busy:
                 try:
-                    received = hand.take()
+                    received = worker.take()
                 except EOFError:
-                    raise Gone(hand) from None
+                    raise Gone(worker) from None
                 if received is not None:
                     if began:
-                        self._meter.waited += time.perf_counter_ns() - began
-                    return hand, received
+                        self._stats.waited += time.perf_counter_ns() - began
+                    return worker, received
             began = began or time.perf_counter_ns()
             poll = select.poll()
-            for hand in self._hands:
-                hand.flush()
+            for worker in self._workers:
+                worker.flush()
             if wake is not None:
                 poll.register(wake.fileno(), select.POLLIN)
-            for hand in busy:
-                if hand.end.fileno() < 0:
-                    return hand, None
-                poll.register(hand.end.fileno(), select.POLLIN)
-            longest = _GLANCE if busy else _GLANCE_AT_IDLERS
+            for worker in busy:
+                if worker.end.fileno() < 0:
+                    return worker, None
+                poll.register(worker.end.fileno(), select.POLLIN)
+            longest = _POLL_INTERVAL if busy else _IDLE_POLL_INTERVAL
             left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left <= 0:
-                return self._hands[0], None
+                return self._workers[0], None
             poll.poll(left * 1000)

@@ -13,9 +13,9 @@ import torch
 
 import torchwq
 from tests.conftest import wait_until
-from torchwq.loading.crew import Hand
-from torchwq.loading.job import Part
 from torchwq.loading.messages import Snapshot
+from torchwq.loading.worker_loop import WorkerConfig
+from torchwq.loading.worker_pool import WorkerHandle
 from torchwq.marshalling import codec
 from torchwq.memory import recycling
 from torchwq.transport.local import LocalEndpoint
@@ -25,12 +25,14 @@ from torchwq.workers import worker
 def test_indices_that_two_threads_send_stay_in_order() -> None:
     theirs: list[LocalEndpoint] = []
     stub = SimpleNamespace()
-    hand = Hand(lambda part, end: theirs.append(end) or stub, Part(0, 1, None, Snapshot()), memoryview(b""), "thread")
+    worker = WorkerHandle(
+        lambda part, end: theirs.append(end) or stub, WorkerConfig(0, 1, None, Snapshot()), memoryview(b""), "thread"
+    )
     done = threading.Event()
 
     def flush() -> None:
         while not done.is_set():
-            hand.flush()
+            worker.flush()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -38,20 +40,20 @@ def test_indices_that_two_threads_send_stay_in_order() -> None:
     thread.start()
     try:
         for index in range(20_000):
-            hand.assign([index])
-            hand.flush(3)
+            worker.assign([index])
+            worker.flush(3)
     finally:
         done.set()
         thread.join()
         sys.setswitchinterval(interval)
-    hand.flush()
+    worker.flush()
     received: list[int] = []
     while (message := theirs[0].try_receive()) is not None:
         _, indices = codec.decode(*message)
         received += [index for (index,) in indices]
     assert received == list(range(20_000))
-    assert hand.unreceived == 20_000
-    hand.close()
+    assert worker.unreceived == 20_000
+    worker.close()
     theirs[0].close()
 
 

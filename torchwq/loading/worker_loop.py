@@ -42,14 +42,14 @@ from ..transport.waiting import Waiter
 from . import collation, internals, plain
 from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, NBYTES, WAITED, Counters
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
-from .noting import Generators, Notes, set_generators
+from .snapshots import GeneratorStates, SnapshotRecorder, set_generators
 
 #: How often a worker that is far enough ahead looks whether it still is before it sleeps.
-_LOOKS: Final = 10
+_SPINS: Final = 10
 
 
 @dataclass
-class Plan:
+class LoaderConfig:
     """What all workers of a loader have in common."""
 
     kind: int
@@ -73,7 +73,7 @@ class Plan:
 
 
 @dataclass
-class Part:
+class WorkerConfig:
     """What one of them has for itself."""
 
     worker_id: int
@@ -84,29 +84,29 @@ class Part:
     begins: bool = False
 
 
-class Job:
+class WorkerLoop:
     """The work of one worker."""
 
-    def __init__(self, plan: Plan, part: Part) -> None:
-        self._plan = plan
-        self._part = part
-        self._dataset = plan.dataset
+    def __init__(self, config: LoaderConfig, own_config: WorkerConfig) -> None:
+        self._config = config
+        self._own_config = own_config
+        self._dataset = config.dataset
         self._fetcher: Any = None
         self._failure: Exception | None = None
         self._ended = False
         self._batches = 0
-        self._notes = Notes(plan.kind, plan.every, None, copies=False)
+        self._recorder = SnapshotRecorder(config.kind, config.every, None, copies=False)
         #: From where this epoch began, until the first answer has told it.
         self._before: Snapshot | None = None
         self._limit = 0
         self._made = 0
         self._tasks: deque[Any] = deque()
-        self._words = plan.counters.of(part.worker_id)
-        self._flow = plan.flow.of(part.worker_id)
+        self._words = config.counters.of(own_config.worker_id)
+        self._flow = config.flow.of(own_config.worker_id)
         self._fence = threading.RLock()
-        self._here = False
+        self._is_thread = False
         self._has_main = False
-        self._looks = _LOOKS
+        self._spins = _SPINS
 
     def run(self, end: Endpoint, *, has_main: bool = False) -> None:
         """Answer until the loader closes the connection. In a process of its own.
@@ -117,25 +117,25 @@ class Job:
         self._has_main = has_main
         self._limit = end.max_payload
         outbox = Outbox(end)
-        outbox.reader = recycling.reader_at(self._plan.reader)
+        outbox.reader = recycling.reader_at(self._config.reader)
         self._end: Endpoint | LocalEndpoint = end
         self._waiter: Waiter | LocalEndpoint = Waiter(end, Alarm())
         self._set_up()
         self._work(outbox.send)
 
-    def run_here(self, end: LocalEndpoint) -> None:
+    def run_in_thread(self, end: LocalEndpoint) -> None:
         """The same in a thread of the loader's process."""
-        self._here = True
-        self._looks = 0
+        self._is_thread = True
+        self._spins = 0
         self._end = self._waiter = end
-        self._set_up_here()
+        self._set_up_thread()
         try:
             self._work(end.send)
         finally:
             end.close()
 
     def _work(self, send: Callable[[Any], None]) -> None:
-        words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._plan.prefetch
+        words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch
         since = time.perf_counter_ns()
         try:
             while True:
@@ -179,8 +179,8 @@ class Job:
             self._tasks.extend([(generation, index) for index in indices])
 
     def _wait_until_consumed(self) -> None:
-        flow, enough = self._flow, self._made - self._plan.prefetch
-        for _ in range(self._looks):
+        flow, enough = self._flow, self._made - self._config.prefetch
+        for _ in range(self._spins):
             os.sched_yield()
             if flow[CONSUMED] > enough:
                 return
@@ -192,36 +192,36 @@ class Job:
         flow[ASLEEP] = 0
 
     def _set_up(self) -> None:
-        plan, part = self._plan, self._part
+        config, own_config = self._config, self._own_config
         torch.set_num_threads(1)
-        seed = plan.base_seed + part.worker_id
+        seed = config.base_seed + own_config.worker_id
         random.seed(seed)
         torch.manual_seed(seed)
-        np.random.seed(internals.numpy_seed(plan.base_seed, part.worker_id))
-        collation.install(here=False)
-        self._dataset = internals.seeded(plan.dataset, part.shared_seed)
-        internals.set_worker_info(part.worker_id, part.num_workers, seed, self._dataset)
+        np.random.seed(internals.numpy_seed(config.base_seed, own_config.worker_id))
+        collation.install(in_thread=False)
+        self._dataset = internals.seeded(config.dataset, own_config.shared_seed)
+        internals.set_worker_info(own_config.worker_id, own_config.num_workers, seed, self._dataset)
         self._begin_work()
 
-    def _set_up_here(self) -> None:
+    def _set_up_thread(self) -> None:
         """Threads share the generators of random numbers, and the dataset's data, but not its attributes."""
-        plan, part = self._plan, self._part
-        collation.install(here=True)
+        config, own_config = self._config, self._own_config
+        collation.install(in_thread=True)
         with contextlib.suppress(Exception):
-            self._dataset = copy.copy(plan.dataset)
-        self._dataset = internals.seeded(self._dataset, part.shared_seed)
-        seed = plan.base_seed + part.worker_id
-        internals.set_worker_info_of_thread(part.worker_id, part.num_workers, seed, self._dataset)
+            self._dataset = copy.copy(config.dataset)
+        self._dataset = internals.seeded(self._dataset, own_config.shared_seed)
+        seed = config.base_seed + own_config.worker_id
+        internals.set_worker_info_of_thread(own_config.worker_id, own_config.num_workers, seed, self._dataset)
         self._begin_work()
 
     def _begin_work(self) -> None:
-        plan, part = self._plan, self._part
+        config, own_config = self._config, self._own_config
         try:
-            if plan.init_fn is not None:
-                plan.init_fn(part.worker_id)
-            generators = Generators() if plan.snapshots and not self._here else None
-            self._notes = Notes(plan.kind, plan.every, generators, copies=self._here)
-            self._go_on(copy.deepcopy(part.resume) if self._here else part.resume, part.begins)
+            if config.init_fn is not None:
+                config.init_fn(own_config.worker_id)
+            generators = GeneratorStates() if config.snapshots and not self._is_thread else None
+            self._recorder = SnapshotRecorder(config.kind, config.every, generators, copies=self._is_thread)
+            self._go_on(copy.deepcopy(own_config.resume) if self._is_thread else own_config.resume, own_config.begins)
         except Exception as error:
             self._failure = error
 
@@ -234,13 +234,13 @@ class Job:
         iterator: Any = getattr(self._fetcher, "dataset_iter", None)
         if resume.iterator is not None:
             iterator.load_state_dict(resume.iterator)
-        elif not begins and self._plan.kind == internals.ITERABLE and resume.dataset is None:
+        elif not begins and self._config.kind == internals.ITERABLE and resume.dataset is None:
             # What has no state of its own is iterated again up to where it was.
             if resume.random is None:
                 resume.noted = resume.batches
-            samples = self._plan.batch_size if self._plan.auto_collation and self._plan.batch_size else 1
+            samples = self._config.batch_size if self._config.auto_collation and self._config.batch_size else 1
             plain.skip(iterator, resume.noted * samples)
-        if resume.random is not None and not self._here:
+        if resume.random is not None and not self._is_thread:
             set_generators(resume.random)
         if not begins or resume.again:
             self._make_again(resume)
@@ -254,24 +254,24 @@ class Job:
         if resume.ended:
             self._fetcher.ended = True
         indices = resume.again
-        if indices is None and self._plan.kind == internals.ITERABLE:
-            size = self._plan.batch_size if self._plan.auto_collation else None
+        if indices is None and self._config.kind == internals.ITERABLE:
+            size = self._config.batch_size if self._config.auto_collation else None
             indices = [None if size is None else [None] * size] * (resume.batches - resume.noted)
         for index in indices or ():
             with contextlib.suppress(Exception):  # it was raised, or will be
                 self._fetcher.fetch(index)
 
     def _make_fetcher(self) -> None:
-        plan = self._plan
+        config = self._config
         self._fetcher = internals.make_fetcher(
-            plan.kind, self._dataset, plan.auto_collation, plan.collate_fn, plan.drop_last
+            config.kind, self._dataset, config.auto_collation, config.collate_fn, config.drop_last
         )
         self._ended = False
         self._batches = 0
 
     def _note_beginning(self) -> None:
-        self._notes.begin(self._dataset, self._fetcher)
-        self._before = self._notes.take(self._batches) if self._notes.watches else None
+        self._recorder.begin(self._dataset, self._fetcher)
+        self._before = self._recorder.take(self._batches) if self._recorder.watches else None
 
     def _begin(self, shared_seed: int | None) -> None:
         self._dataset = internals.seeded(self._dataset, shared_seed)
@@ -282,7 +282,7 @@ class Job:
             self._failure = error
 
     def _answer(self, index: Any) -> Any:
-        if not self._here:
+        if not self._is_thread:
             collation.made.clear()
         try:
             if self._failure is not None:
@@ -292,7 +292,7 @@ class Job:
                 raise StopIteration
             data = self._fetcher.fetch(index)
         except StopIteration as stop:
-            if self._plan.kind == internals.ITERABLE:
+            if self._config.kind == internals.ITERABLE:
                 self._ended = True
                 return self._encode_noted(End(self._snapshot(), self._beginning()))
             return self._fail(stop, index)
@@ -300,7 +300,7 @@ class Job:
             return self._fail(error, index)
         self._batches += 1
         try:
-            notes = self._notes
+            notes = self._recorder
             if not notes.watches or (self._before is None and not notes.is_due(self._batches)):
                 return self._encode(data)
             after = notes.take(self._batches) if notes.is_due(self._batches) else None
@@ -315,8 +315,8 @@ class Job:
         return before
 
     def _snapshot(self) -> Snapshot:
-        if self._notes.watches:
-            return self._notes.take(self._batches)
+        if self._recorder.watches:
+            return self._recorder.take(self._batches)
         return Snapshot(self._batches, ended=bool(getattr(self._fetcher, "ended", False)))
 
     def _encode_noted(self, answer: Batch | End | Failure) -> Any:
@@ -332,9 +332,9 @@ class Job:
             return self._encode(answer)
 
     def _encode(self, answer: Any) -> Any:
-        if self._here and self._plan.auto_collation:
+        if self._is_thread and self._config.auto_collation:
             return Letter(None, [answer])
-        if self._here:  # what the dataset itself may have, and use again
+        if self._is_thread:  # what the dataset itself may have, and use again
             return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), here=True)
         importable.reader.has_main = self._has_main
         try:
@@ -344,8 +344,8 @@ class Job:
         return payload
 
     def _fail(self, error: Exception, index: Any) -> Any:
-        after = self._notes.take(self._batches) if self._notes.watches else None
-        if self._here:
+        after = self._recorder.take(self._batches) if self._recorder.watches else None
+        if self._is_thread:
             return Letter(None, [Failure(error, _place(error, index), after, self._beginning())])
         importable.reader.has_main = self._has_main
         try:
