@@ -29,7 +29,7 @@ from ..workers import shutdown
 from .here import Here
 from .line import Line, open_lines
 from .state import ChannelState, Way
-from .vigil import READS, WRITES, Told, Vigil
+from .vigil import READS, WRITES, Seen, Vigil
 
 #: Seconds between two looks at the others by one who waits; here, where all is told at once, it is a net for the rest.
 LOOK_EVERY: Final = 0.25
@@ -87,13 +87,13 @@ class Core:
     def _wait(self, reader: Any, nonblocking: bool, timeout: float | None) -> Received | None:
         self.check_fork()
         if nonblocking:
-            told = reader.told()
-            self.vigil.raise_news(told, READS)
-            if told.nobody_left:
-                told.nobody_left = False
+            seen = reader.seen()
+            self.vigil.raise_news(seen, READS)
+            if seen.nobody_left:
+                seen.nobody_left = False
                 self.vigil.raise_if_alone(reader, READS)
             if self.way.state() is ChannelState.DRAINED:
-                self.vigil.raise_failed_closing(told)
+                self.vigil.raise_failed_closing(seen)
             return None
         now = looked = time.monotonic()
         deadline = None if timeout is None else now + timeout
@@ -101,7 +101,7 @@ class Core:
         received = self.way.sleep(now + LOOK_EVERY if deadline is None else min(now + LOOK_EVERY, deadline))
         if received is not None:
             return received
-        told = reader.told()
+        seen = reader.seen()
         with self.vigil.waiting(reader, READS):
             while True:
                 way, now = self.way, time.monotonic()
@@ -114,29 +114,29 @@ class Core:
                 if way is self.way and way.state() is ChannelState.DRAINED:
                     received = way.take()
                     if received is None:
-                        self.vigil.raise_news(told, READS)
-                        self.vigil.raise_failed_closing(told)
+                        self.vigil.raise_news(seen, READS)
+                        self.vigil.raise_failed_closing(seen)
                     return received
                 over = deadline is not None and now >= deadline
                 if over or now - looked >= LOOK_EVERY:
                     looked = now
-                    self.look(reader, told)
+                    self.look(reader, seen)
                 else:
-                    self.vigil.raise_news(told, READS, only_of_threads=True)
+                    self.vigil.raise_news(seen, READS, only_of_threads=True)
                 if over:
                     raise queue.Empty(f"no item came within {timeout} s: the channel is open, and empty")
 
-    def look(self, reader: Any, told: Told) -> None:
+    def look(self, reader: Any, seen: Seen) -> None:
         """Raise WorkerDied if someone who waits to read is to be told of something, unless there are items."""
         if self.line is not None:
             self.line.finish_closing()
-        self.vigil.raise_news(told, READS)
+        self.vigil.raise_news(seen, READS)
         self.vigil.show_waiting(reader, READS)
         self.vigil.raise_if_alone(reader, READS)
 
     def _wait_for_room(self) -> None:
         writer = self.vigil.writer()
-        self.vigil.raise_news(writer.told(), WRITES)
+        self.vigil.raise_news(writer.seen(), WRITES)
         self.vigil.show_waiting(writer, WRITES)
         self.vigil.raise_if_alone(writer, WRITES)
 
@@ -202,15 +202,15 @@ class Core:
             return True
         if self.line is not None:
             self.line.finish_closing()
-        told = reader.told()
-        told.nobody_left = self.vigil.is_alone(reader, READS)
-        return told.nobody_left or self.vigil.has_news(told, READS)
+        seen = reader.seen()
+        seen.nobody_left = self.vigil.is_alone(reader, READS)
+        return seen.nobody_left or self.vigil.has_news(seen, READS)
 
     def _look_on(self) -> None:
         """Let deaths show in the descriptor."""
         if self.forked or not self._readiness.is_watched:
             return
-        if self.way.state() is ChannelState.DRAINED or any(map(self._has_to_tell, self.vigil.handles())):
+        if self.way.state() is ChannelState.DRAINED or any(map(self._has_to_tell, self.vigil.handles.all())):
             self._trouble.set()
         else:
             self._trouble.clear()
@@ -222,7 +222,7 @@ class Core:
 
         Not whether nobody is left: only one who waits knows that, for here it is not known who does.
         """
-        return all(self.vigil.has_news(told, READS) for told in handle.all_told())
+        return all(self.vigil.has_news(seen, READS) for seen in handle.all_seen())
 
     def abandon(self) -> None:
         self._finalizer.detach()

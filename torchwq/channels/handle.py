@@ -19,7 +19,7 @@ from ..workers import shutdown, threads
 from . import core as cores
 from .core import Core
 from .state import ChannelState
-from .vigil import READS, WRITES, Told
+from .vigil import READS, WRITES, Seen
 
 #: How long, in seconds, a task waits before it looks by itself: what it would find shows in the descriptor.
 _ASYNC_SLICE: Final = 5.0
@@ -67,24 +67,24 @@ class Channel:
     Source: torch-ipc's ``ipc.channel``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_told", "_told_at_first", "has_written")
+    __slots__ = ("__weakref__", "_core", "_seen", "_seen_at_first", "has_written")
 
-    def __init__(self, core: Core, told: Told | None = None) -> None:
+    def __init__(self, core: Core, seen: Seen | None = None) -> None:
         self._core = core
-        self._told_at_first = told or Told()
-        self._told: dict[int, Told] = {}
+        self._seen_at_first = seen or Seen()
+        self._seen: dict[int, Seen] = {}
         #: Whether anything was written with this handle.
         self.has_written = False
-        core.vigil.admit(self)
+        core.vigil.handles.add(self)
         threads.belongs_here(self)
 
-    def told(self) -> Told:
+    def seen(self) -> Seen:
         """What this thread has been told of; see ``vigil``."""
-        return self._told.setdefault(threading.get_ident(), self._told_at_first.copy())
+        return self._seen.setdefault(threading.get_ident(), self._seen_at_first.copy())
 
-    def all_told(self) -> list[Told]:
+    def all_seen(self) -> list[Seen]:
         """What all threads that have read with this handle have been told of."""
-        return list(self._told.values()) or [self._told_at_first]
+        return list(self._seen.values()) or [self._seen_at_first]
 
     @property
     def capacity(self) -> int | None:
@@ -193,10 +193,10 @@ class Channel:
                 return found
             core.check_fork()
             if core.way.state() is ChannelState.DRAINED:
-                core.vigil.raise_news(self.told(), READS)
-                core.vigil.raise_failed_closing(self.told())
+                core.vigil.raise_news(self.seen(), READS)
+                core.vigil.raise_failed_closing(self.seen())
                 return ChannelState.DRAINED, None
-            core.vigil.raise_news(self.told(), READS)
+            core.vigil.raise_news(self.seen(), READS)
             left = _ASYNC_SLICE if deadline is None else min(_ASYNC_SLICE, deadline - time.monotonic())
             if left <= 0:
                 raise TimedOut(f"nothing came within {timeout} s")
@@ -306,13 +306,13 @@ def channel(capacity: int | None = None) -> Channel:
 class _Invitation(invitation.Invitation):
     """A handle under way within this process."""
 
-    def __init__(self, core: Core, told: Told | None = None) -> None:
+    def __init__(self, core: Core, seen: Seen | None = None) -> None:
         self.core = core
-        self.told = told or core.vigil.now()
-        super().__init__(core.vigil.invite)
+        self.seen = seen or core.vigil.now()
+        super().__init__(core.vigil.handles.send)
 
     def accept(self) -> Channel:
-        handle = Channel(self.core, self.told.copy())
+        handle = Channel(self.core, self.seen.copy())
         self.settle()
         return handle
 
@@ -327,12 +327,12 @@ def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
 
 def _description(encoder: reducers.Encoder, core: Core) -> tuple[Any, ...]:
     indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return core.name, core.capacity, core.vigil.dead(), indices
+    return core.name, core.capacity, list(core.vigil.dead()), indices
 
 
 def _reduce_invitation(encoder: reducers.Encoder, invited: _Invitation) -> Any:
     if encoder.here:
-        return reducers.enclosed, (encoder.enclose(_Invitation(invited.core, invited.told)),)
+        return reducers.enclosed, (encoder.enclose(_Invitation(invited.core, invited.seen)),)
     return _rebuild_invitation, _description(encoder, invited.core)
 
 
@@ -343,12 +343,12 @@ def _accept(index: int) -> Channel:
 
 def _rebuild(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> Channel:
     core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
-    return Channel(core, Told(set(dead), core.vigil.now().failures))
+    return Channel(core, Seen(set(dead), core.vigil.now().thread_failures))
 
 
 def _rebuild_invitation(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> _Invitation:
     core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
-    return _Invitation(core, Told(set(dead), core.vigil.now().failures))
+    return _Invitation(core, Seen(set(dead), core.vigil.now().thread_failures))
 
 
 reducers.register(Channel, _reduce)

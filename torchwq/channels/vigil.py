@@ -17,14 +17,17 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import WorkerDied
+from ..peers.failures import Concerning, SeenFailures, tenancies_of_the_dead
+from ..peers.handles import Handles
+from ..peers.table import PeerTable
 from ..workers import threads
-from ..workers.losses import death_of, handle_may_come
+from ..workers.losses import others_may_come, raise_next_death
 from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS
 
 if TYPE_CHECKING:
@@ -43,19 +46,21 @@ _ALONE: Final = {
 }
 
 
-@dataclass
-class Told:
-    """What a thread with a handle has been told of: deaths, and how many workers that are threads had failed."""
+def _never() -> bool:
+    return False
 
-    #: Tenancies, as a table of peers numbers them.
-    dead: set[int] = field(default_factory=set)
-    failures: int = 0
+
+@dataclass(slots=True)
+class Seen(SeenFailures):
+    """What a thread with a handle on a channel has been told of."""
+
+    #: Whether it was told that one that had failed has closed the channel.
     failed_closing: bool = False
     #: Whether ``select`` has just found that nobody is left: the next read says so, even one that does not wait.
     nobody_left: bool = False
 
-    def copy(self) -> Told:
-        return Told(set(self.dead), self.failures, self.failed_closing)
+    def copy(self) -> Seen:
+        return Seen(set(self.deaths), self.thread_failures, self.failed_closing)
 
 
 class Vigil:
@@ -64,37 +69,26 @@ class Vigil:
     def __init__(self, core: Core) -> None:
         self._core = weakref.ref(core)
         self._lock = threading.RLock()
-        self._handles: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.handles: Handles[Any] = Handles()
         #: What each thread waits for with which handle.
         self._waiting: dict[tuple[Any, int], int] = {}
         #: Workers that were threads and have failed, with whether they had written.
         self._failures: list[tuple[WorkerDied, bool]] = []
         self._shown = 0
         self._alone_since: tuple[float, Any] | None = None
-        self.invited = 0
-        self.under_way = 0
+
+    def _table(self) -> PeerTable | None:
+        """The table of the processes that have the channel, if others can have it."""
+        core = self._core()
+        return None if core is None or core.line is None or core.line.left else core.line.table
 
     # Handles
-
-    def admit(self, handle: Any) -> None:
-        with self._lock:
-            self._handles.add(handle)
-
-    def handles(self) -> list[Any]:
-        with self._lock:
-            return list(self._handles)
-
-    def invite(self, number: int) -> None:
-        """So many more handles are under way within this process."""
-        with self._lock:
-            self.invited += max(0, number)
-            self.under_way += number
 
     def dismiss(self, handle: Any, process: Any, failed: bool) -> bool:
         """The worker that had this handle, a thread, has ended. Returns whether there is something to tell."""
         core = self._core()
         with self._lock:
-            self._handles.discard(handle)
+            self.handles.discard(handle)
             if core is None or core.forked or not failed or core.way.is_closed:
                 return False
             mapid = process.info.mapid
@@ -105,15 +99,14 @@ class Vigil:
             self._failures.append((death, handle.has_written))
             return True
 
-    def now(self) -> Told:
-        """All that there is to tell now."""
-        return Told(set(self.dead()), len(self._failures))
+    def now(self) -> Seen:
+        """What a handle that is sent now need not be told of: all that there is to tell now."""
+        return Seen(self.dead(), len(self._failures))
 
-    def dead(self) -> list[int]:
-        core = self._core()
-        if core is None or core.line is None or core.line.left:
-            return []
-        return [tenancy for _, tenancy, lives in core.line.table.tenancies() if not lives]
+    def dead(self) -> set[int]:
+        """The deaths that there are to tell now, of processes."""
+        table = self._table()
+        return set() if table is None else tenancies_of_the_dead(table)
 
     def writer(self) -> Any:
         """The handle with which this thread waits for room."""
@@ -146,68 +139,66 @@ class Vigil:
 
     # News
 
-    def has_news(self, told: Told, kind: int) -> bool:
-        return self._find(told.copy(), kind, only_of_threads=False) is not None
+    def has_news(self, seen: Seen, kind: int) -> bool:
+        """Whether there is something to tell one who waits to do ``kind``."""
+        if self._next_failure(seen, kind) is not None:
+            return True
+        table = self._table()
+        return table is not None and seen.next_death(table, self._concerning(table, kind)) is not None
 
-    def raise_news(self, told: Told, kind: int, *, only_of_threads: bool = False) -> None:
+    def raise_news(self, seen: Seen, kind: int, *, only_of_threads: bool = False) -> None:
         """Raise WorkerDied if there is something to tell, unless there are items: what a dead one wrote comes first."""
         core = self._core()
-        if core is None or (only_of_threads and len(self._failures) == told.failures):
+        if core is None or (only_of_threads and len(self._failures) == seen.thread_failures):
             return
-        before = told.copy()
-        death = self._find(told, kind, only_of_threads)
-        if death is None:
-            return
-        if kind == READS and core.way.can_take():
-            told.dead, told.failures = before.dead, before.failures
-            return
-        raise death
+        items_first: Callable[[], bool] = core.way.can_take if kind == READS else _never
+        known = len(self._failures)
+        number = self._next_failure(seen, kind)
+        if number is not None:
+            if items_first():
+                return
+            seen.thread_failures = number + 1
+            raise self._failures[number][0]
+        seen.thread_failures = known
+        table = None if only_of_threads else self._table()
+        if table is not None:
+            raise_next_death(seen, table, "this channel", self._concerning(table, kind), unless=items_first)
 
-    def raise_failed_closing(self, told: Told) -> None:
+    def _next_failure(self, seen: Seen, kind: int) -> int | None:
+        """Which of the failures of threads is to be told next."""
+        for number in range(seen.thread_failures, len(self._failures)):
+            if kind == WRITES or self._failures[number][1] or not any(each.has_written for each in self.handles.all()):
+                return number
+        return None
+
+    def _concerning(self, table: PeerTable, kind: int) -> Concerning:
+        """Which deaths matter to one who waits to do ``kind``: see the invariants."""
+        does, does_before, other, other_before = (
+            (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
+        )
+
+        def has(slot: int, word: int, before: int) -> bool:
+            return table.shown(slot, word) > table.shown(slot, before)
+
+        def did(slot: int) -> bool:
+            return has(slot, does, does_before) or (kind == READS and bool(table.shown(slot, BACKLOG)))
+
+        def concerning(dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
+            gone = [slot for slot in dead if did(slot)]
+            if gone or any(map(did, living)):
+                return gone
+            return [slot for slot in dead if not has(slot, other, other_before)]
+
+        return concerning
+
+    def raise_failed_closing(self, seen: Seen) -> None:
         core = self._core()
-        if core is not None and core.way.was_failed and not told.failed_closing:
-            told.failed_closing = True
+        if core is not None and core.way.was_failed and not seen.failed_closing:
+            seen.failed_closing = True
             raise WorkerDied(
                 "this channel was closed by a writer that had failed: items may be missing. If it is a worker, join() "
                 "of its map raises its error"
             )
-
-    def _find(self, told: Told, kind: int, only_of_threads: bool) -> WorkerDied | None:
-        core = self._core()
-        if core is None:
-            return None
-        while told.failures < len(self._failures):
-            death, wrote = self._failures[told.failures]
-            told.failures += 1
-            if kind == WRITES or wrote or not any(handle.has_written for handle in self.handles()):
-                return death
-        line = core.line
-        if only_of_threads or line is None or line.left:
-            return None
-        does, does_before, other, other_before = (
-            (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
-        )
-        words, table = line.table.words, line.table
-        gone, unknown, someone_does = [], [], False
-        dead = set()
-        for slot, tenancy, lives in table.tenancies():
-            first = table.index(slot)
-            did = words[first + does] > words[first + does_before]
-            did = did or (kind == READS and bool(words[first + BACKLOG]))
-            if lives:
-                someone_does = someone_does or did
-                continue
-            dead.add(tenancy)
-            if tenancy not in told.dead:
-                if did:
-                    gone.append((slot, tenancy))
-                elif words[first + other] == words[first + other_before]:
-                    unknown.append((slot, tenancy))
-        for slot, tenancy in gone or (() if someone_does else unknown):
-            told.dead &= dead  # those that nobody sees any more need not be remembered
-            told.dead.add(tenancy)
-            return death_of(table, slot, "this channel")
-        return None
 
     # Nobody is left
 
@@ -225,33 +216,23 @@ class Vigil:
         if core is None or not self._seems_alone(handle, kind):
             self._alone_since = None
             return False
-        line = core.line
-        sums = None if line is None or line.left else (line.table.sum(SENT), line.table.sum(TAKEN))
+        table = self._table()
+        sums = None if table is None else (table.sum(SENT), table.sum(TAKEN))
         now = time.monotonic()
         if self._alone_since is None or self._alone_since[1] != sums:
             self._alone_since = now, sums
         return now - self._alone_since[0] >= _SURE_AFTER and not (kind == READS and core.way.can_take())
 
     def _seems_alone(self, handle: Any, kind: int) -> bool:
-        core = self._core()
-        if core is None or not self._all_wait(handle, kind):
+        table = self._table()
+        if not self._all_wait(handle, kind):
             return False
-        came, line = self.invited > 0, core.line
-        if line is not None and not line.left:
-            table = line.table
-            if any(lives and table.shown(slot, WAITS) != kind for slot, lives in table.others()):
-                return False
-            if handle_may_come(table):
-                return False
-            came = came or table.others_came() or table.any_issued()
-        return came
+        if others_may_come(self.handles, table, lambda slot: table is not None and table.shown(slot, WAITS) == kind):
+            return False
+        return self.handles.any_ever or (table is not None and (table.others_came() or table.any_issued()))
 
     def _all_wait(self, handle: Any, kind: int) -> bool:
         """Whether all handles of this process wait for the same, and nobody else could use this one."""
         with self._lock:
-            if self.under_way:
-                return False
             waiting = {each for (each, _), what in self._waiting.items() if what == kind}
-            if any(each is not handle and each not in waiting for each in self._handles):
-                return False
-        return not threads.of_user()
+        return not self.handles.any_but({handle, *waiting}) and not threads.of_user()

@@ -17,15 +17,15 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from ..errors import WorkerDied
 from ..memory import anonymous
+from ..peers.failures import SeenFailures
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
 from ..workers import threads
-from ..workers.losses import death_of, handle_may_come
+from ..workers.losses import others_may_come, raise_next_death
 from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, LEFT, LOSSES, NEEDED, ROUND, WAITING
 
 if TYPE_CHECKING:
@@ -35,14 +35,7 @@ if TYPE_CHECKING:
 _SLICE: Final = 0.25
 _SLICE_WITHOUT_EVENTS: Final = 0.001
 
-
-@dataclass(slots=True)
-class News:
-    """The deaths that a handle has been told of, and how many workers that are threads had failed."""
-
-    #: Tenancies, as a table of peers numbers them.
-    dead: set[int] = field(default_factory=set)
-    failures: int = 0
+_BROKEN_OFF: Final = "the barrier cannot be completed: "
 
 
 def new_events() -> list[int]:
@@ -72,20 +65,15 @@ class Barrier:
         #: Threads of this process that have come to the barrier.
         self._users: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
-    def news(self) -> News:
-        """All that there is to tell now."""
-        dead = {tenancy for _, tenancy, lives in self._table.tenancies() if not lives}
-        return News(dead, int(self._words[FAILURES]))
-
-    def wait(self, n: int, timeout: float | None, told: News) -> int:
+    def wait(self, n: int, timeout: float | None, seen: SeenFailures) -> int:
         self._users.add(threading.current_thread())
         deadline = None if timeout is None else time.monotonic() + timeout
         words = self._words
         with self._table.locked():
-            if self._has_news(told):
+            if self._has_news(seen):
                 if words[ARRIVED] and self._losses() > words[LOSSES]:
                     self._break_round()  # who waits has not been told yet
-                self._raise_news(told)
+                self._raise_news(seen)
             number = int(words[ROUND])
             if not words[ARRIVED]:
                 words[NEEDED], words[LOSSES] = n, self._losses()
@@ -98,7 +86,7 @@ class Barrier:
             words[self._slot + WAITING] += 1
         timed_out = None
         try:
-            self._wait_for_end_of(number, deadline, told)
+            self._wait_for_end_of(number, deadline, seen)
         except TimeoutError as error:
             timed_out = error
         finally:
@@ -110,7 +98,7 @@ class Barrier:
                         if timed_out is not None:
                             raise timed_out
         if words[BROKEN + number % 2] == number + 1:
-            self._raise_news(told)
+            self._raise_news(seen)
             raise WorkerDied(
                 "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
             )
@@ -138,7 +126,7 @@ class Barrier:
         self._words[BROKEN + number % 2] = number + 1
         self._end_round()
 
-    def _wait_for_end_of(self, number: int, deadline: float | None, told: News) -> None:
+    def _wait_for_end_of(self, number: int, deadline: float | None, seen: SeenFailures) -> None:
         words = self._words
         poll = select.poll()
         if self._events:
@@ -152,29 +140,21 @@ class Barrier:
             self._core.check()
             if words[ROUND] == number:
                 with self._table.locked():
-                    if words[ROUND] == number and (self._has_news(told) or self._nobody_comes()):
+                    if words[ROUND] == number and (self._has_news(seen) or self._nobody_comes()):
                         self._break_round()
 
     def _losses(self) -> int:
         return self._table.losses + int(self._words[FAILURES])
 
-    def _has_news(self, told: News) -> bool:
-        if self._words[FAILURES] > told.failures:
-            return True
-        return any(not lives and tenancy not in told.dead for _, tenancy, lives in self._table.tenancies())
+    def _has_news(self, seen: SeenFailures) -> bool:
+        return self._words[FAILURES] > seen.thread_failures or seen.next_death(self._table) is not None
 
-    def _raise_news(self, told: News) -> None:
-        for slot, tenancy, lives in self._table.tenancies():
-            if not lives and tenancy not in told.dead:
-                told.dead.add(tenancy)
-                death = death_of(self._table, slot, "this mutex")
-                death.args = (f"the barrier cannot be completed: {death}",)
-                raise death
-        if self._words[FAILURES] > told.failures:
-            told.failures = int(self._words[FAILURES])
+    def _raise_news(self, seen: SeenFailures) -> None:
+        raise_next_death(seen, self._table, "this mutex", so=_BROKEN_OFF)
+        if self._words[FAILURES] > seen.thread_failures:
+            seen.thread_failures = int(self._words[FAILURES])
             raise WorkerDied(
-                "the barrier cannot be completed: a worker that had this mutex, a thread, ended with an error: join() "
-                "of its map raises it"
+                f"{_BROKEN_OFF}a worker that had this mutex, a thread, ended with an error: join() of its map raises it"
             )
 
     def _nobody_comes(self) -> bool:
@@ -182,14 +162,10 @@ class Barrier:
 
         Daemon threads of this process that have never come to the barrier are not known.
         """
-        core = self._core
-        slots = [slot for slot, lives in self._table.others() if lives]
-        if core.under_way or any(not self._words[self._table.index(slot) + WAITING] for slot in slots):
+        table, waiting = self._table, int(self._words[self._slot + WAITING])
+        if others_may_come(self._core.handles, table, lambda slot: bool(table.shown(slot, WAITING))):
             return False
-        waiting = int(self._words[self._slot + WAITING])
-        if len(core.handles) > waiting:
-            return False
-        if handle_may_come(self._table):
+        if len(self._core.handles.all()) > waiting:
             return False
         known = {thread for thread in list(self._users) if thread.is_alive()}.union(threads.of_user())
         return bool(self._words[LEFT]) and len(known) <= max(1, waiting)

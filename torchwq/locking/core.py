@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Final
 from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
 from ..memory.parcel import Ticket
+from ..peers.failures import SeenFailures, tenancies_of_the_dead
+from ..peers.handles import Handles
 from ..peers.table import PeerTable
 from ..transport import cleanup, descriptors
 from ..transport.descriptors import close_fds
 from ..transport.process import closed_in_child, reset_in_child
 from ..workers import shutdown
 from ..workers.presence import Presence
-from .barrier import Barrier, News, new_events
+from .barrier import Barrier, new_events
 from .lock import Lock
 from .words import FAILURES, LEFT, WAITING
 
@@ -60,9 +62,7 @@ class Core:
         self._lock = Lock(self.table)
         self._barrier = Barrier(self, self._events)
         self._thread = threading.local()
-        self.handles: weakref.WeakSet[Mutex] = weakref.WeakSet()
-        #: Handles on their way within this process.
-        self.under_way = 0
+        self.handles: Handles[Mutex] = Handles()
         self.forked = self.left = False
         if fds:
             self.table.count_redeemed()
@@ -99,14 +99,14 @@ class Core:
         if not self.left and not self.forked:
             self._lock.thread_ended(ident)
 
-    def wait_at_barrier(self, n: int, timeout: float | None, told: News) -> int:
+    def wait_at_barrier(self, n: int, timeout: float | None, seen: SeenFailures) -> int:
         self.check()
-        return self._barrier.wait(n, timeout, told)
+        return self._barrier.wait(n, timeout, seen)
 
-    def news(self) -> News:
-        """See ``Barrier.news``."""
+    def seen_by_new_handle(self) -> SeenFailures:
+        """What a handle that is sent now need not be told of: all that there is to tell now."""
         self.check()
-        return self._barrier.news()
+        return SeenFailures(tenancies_of_the_dead(self.table), int(self._words[FAILURES]))
 
     # Coming and going
 
@@ -121,12 +121,9 @@ class Core:
     def invite(self, number: int) -> None:
         """So many more handles are under way within this process."""
         with _guard:
-            self.under_way += number
+            self.handles.send(number)
         if number < 0:
             leave_later(self)
-
-    def received_again(self) -> None:
-        self.table.count_redeemed()
 
     def thread_ended_with_handle(self, failed: bool) -> None:
         if not self.left and not self.forked:
@@ -169,7 +166,7 @@ def leave_later(core: Core) -> None:
 
 def _leave_if_unused(core: Core) -> None:
     with _guard:
-        if not list(core.handles) and not core.under_way:  # not len: that may still count one that is just going
+        if not core.handles.any_but(()):
             core.leave(shutdown.failed)
 
 

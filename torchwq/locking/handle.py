@@ -11,9 +11,9 @@ from typing import Any, final
 
 from ..errors import WorkerDied
 from ..marshalling import invitation, reducers
+from ..peers.failures import SeenFailures
 from ..transport.descriptors import close_fds
 from ..workers import threads
-from .barrier import News
 from .core import Core, found, leave_later
 
 
@@ -39,11 +39,11 @@ class Mutex:
     Source: torch-ipc's ``ipc.mutex``; the interface of ``threading.Lock``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_told")
+    __slots__ = ("__weakref__", "_core", "_seen")
 
-    def __init__(self, core: Core, told: News) -> None:
+    def __init__(self, core: Core, seen: SeenFailures) -> None:
         self._core = core
-        self._told = told
+        self._seen = seen
         core.handles.add(self)
         weakref.finalize(self, leave_later, core).atexit = False
         threads.belongs_here(self)
@@ -103,7 +103,7 @@ class Mutex:
         """
         if n < 1:
             raise ValueError(f"a barrier needs at least 1 to come, not {n}")
-        return self._core.wait_at_barrier(n, timeout, self._told)
+        return self._core.wait_at_barrier(n, timeout, self._seen)
 
     def __enter__(self) -> WorkerDied | None:
         self._core.acquire(None)
@@ -141,19 +141,19 @@ def mutex() -> Mutex:
 
     Source: torch-ipc's ``ipc.mutex``.
     """
-    return Mutex(Core(secrets.token_bytes(16)), News())
+    return Mutex(Core(secrets.token_bytes(16)), SeenFailures())
 
 
 class _Invitation(invitation.Invitation):
     """A handle under way within this process."""
 
-    def __init__(self, core: Core, told: News | None = None) -> None:
+    def __init__(self, core: Core, seen: SeenFailures | None = None) -> None:
         self.core = core
-        self.told = told or core.news()
+        self.seen = seen or core.seen_by_new_handle()
         super().__init__(core.invite)
 
     def accept(self) -> Mutex:
-        handle = Mutex(self.core, News(set(self.told.dead), self.told.failures))
+        handle = Mutex(self.core, self.seen.copy())
         self.settle()
         return handle
 
@@ -170,20 +170,20 @@ def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> An
     core = invitation.core
     core.check()
     if encoder.here:
-        return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.told)),)
-    told = list(invitation.told.dead), invitation.told.failures
-    return _rebuild, (core.name, told, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])
+        return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.seen)),)
+    seen = list(invitation.seen.deaths), invitation.seen.thread_failures
+    return _rebuild, (core.name, seen, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])
 
 
-def _rebuild(name: bytes, told: tuple[list[int], int], indices: Sequence[int]) -> _Invitation:
-    news = News(set(told[0]), told[1])
+def _rebuild(name: bytes, seen: tuple[list[int], int], indices: Sequence[int]) -> _Invitation:
+    failures = SeenFailures(set(seen[0]), seen[1])
     fds = [reducers.take_inbound_fd(index) for index in indices]
     with found(name) as core:
         if core is None:
-            return _Invitation(Core(name, fds), news)
-        invitation = _Invitation(core, news)
+            return _Invitation(Core(name, fds), failures)
+        invitation = _Invitation(core, failures)
     close_fds(fds)
-    core.received_again()
+    core.table.count_redeemed()
     return invitation
 
 

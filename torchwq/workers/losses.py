@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from ..errors import WorkerDied
+from ..peers.failures import Concerning, SeenFailures, all_dead
+from ..peers.handles import Handles
 from ..peers.table import PeerTable
 from ..transport import reactor
 from . import deaths, info, worker
+
+H = TypeVar("H")
 
 
 def death_of(table: PeerTable, slot: int, what: str) -> WorkerDied:
@@ -23,9 +30,48 @@ def death_of(table: PeerTable, slot: int, what: str) -> WorkerDied:
     return process.died()
 
 
-def handle_may_come(table: PeerTable) -> bool:
-    """Whether a handle that has left for another process may still come to somebody who would use it.
+def raise_next_death(
+    seen: SeenFailures,
+    table: PeerTable,
+    what: str,
+    concerning: Concerning = all_dead,
+    *,
+    unless: Callable[[], bool] = lambda: False,
+    so: str = "",
+) -> None:
+    """Raise WorkerDied for a death that is still to be told, if there is one, and note that it was told.
 
-    One that is in a message which nobody will read is under way for ever: once no worker lives, none comes any more.
+    Args:
+        seen: what was told already.
+        table: of those who have ``what`` open.
+        concerning: see :meth:`SeenFailures.next_death`.
+        unless: whether something comes first, such as what the dead one wrote; asked when the death was seen.
+        so: what the death means for the one who is told, to begin the error with.
     """
+    found = seen.next_death(table, concerning)
+    if found is not None and not unless():
+        slot, tenancy = found
+        seen.note_told(table, tenancy)
+        death = death_of(table, slot, what)
+        death.args = (f"{so}{death}",)
+        raise death
+
+
+def others_may_come(handles: Handles[H], table: PeerTable | None, waits: Callable[[int], bool]) -> bool:
+    """Whether somebody in another place may still do what all handles of this process wait for.
+
+    A handle under way may come: one within this process; and one that has left for another process, but in a message
+    that nobody will read it is under way for ever, so once no worker lives, none comes any more.
+
+    Args:
+        handles: those of this process.
+        table: of those who have the thing open; None if no other process can have it.
+        waits: whether the process of a slot waits for the same.
+    """
+    if handles.under_way:
+        return True
+    if table is None:
+        return False
+    if any(lives and not waits(slot) for slot, lives in table.others()):
+        return True
     return table.any_under_way() and bool(worker.living() or info.worker_info() is not None)

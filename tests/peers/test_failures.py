@@ -1,0 +1,89 @@
+"""Which deaths a handle has been told of, and which handles there are."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from torchwq.errors import WorkerDied
+from torchwq.peers import table as tables
+from torchwq.peers.failures import SeenFailures
+from torchwq.peers.handles import Handles
+from torchwq.peers.table import PeerTable
+from torchwq.workers.losses import raise_next_death
+
+
+class Handle:
+    pass
+
+
+def die(table: PeerTable) -> None:
+    """A peer comes to the table and dies."""
+    PeerTable(os.dup(table.fd)).abandon()
+
+
+def test_each_death_is_told_once_to_each_handle() -> None:
+    table = PeerTable()
+    first, second = SeenFailures(), SeenFailures()
+    for _ in range(3):
+        die(table)
+    for seen in (first, second):
+        for _ in range(3):
+            with pytest.raises(WorkerDied, match="without having closed this thing"):
+                raise_next_death(seen, table, "this thing")
+        raise_next_death(seen, table, "this thing")
+    table.leave()
+
+
+def test_what_was_told_before_a_copy_is_not_told_to_it() -> None:
+    table = PeerTable()
+    die(table)
+    seen = SeenFailures()
+    with pytest.raises(WorkerDied):
+        raise_next_death(seen, table, "this thing")
+    copy = seen.copy()
+    die(table)
+    with pytest.raises(WorkerDied):
+        raise_next_death(seen, table, "this thing")
+    assert copy.next_death(table) is not None
+    assert seen.next_death(table) is None
+    table.leave()
+
+
+def test_a_death_waits_for_what_comes_first_and_for_who_it_concerns() -> None:
+    table = PeerTable()
+    die(table)
+    seen = SeenFailures()
+    raise_next_death(seen, table, "this thing", unless=lambda: True)
+    raise_next_death(seen, table, "this thing", concerning=lambda dead, living: ())
+    with pytest.raises(WorkerDied):
+        raise_next_death(seen, table, "this thing")
+    table.leave()
+
+
+def test_deaths_that_nobody_sees_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "REUSED_AFTER", 4)
+    table = PeerTable()
+    seen = SeenFailures()
+    for _ in range(50):
+        die(table)
+        with pytest.raises(WorkerDied):
+            raise_next_death(seen, table, "this thing")
+    assert len(seen.deaths) <= 5
+    table.leave()
+
+
+def test_a_handle_that_is_gone_or_waits_is_no_other_handle() -> None:
+    handles: Handles[Handle] = Handles()
+    mine, other = Handle(), Handle()
+    handles.add(mine)
+    handles.add(other)
+    assert handles.any_but({mine})
+    del other
+    assert not handles.any_but({mine})
+    handles.send(1)
+    assert handles.any_but({mine})
+    handles.send(-1)
+    assert not handles.any_but({mine})
+    assert handles.any_ever

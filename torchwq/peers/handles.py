@@ -1,0 +1,49 @@
+"""The handles that a process has on one thing, and those that are on their way to its threads.
+
+Who waits at a thing asks here whether another handle of this process could still do what it waits for. Handles on their
+way to other processes are counted in the table of peers.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Container
+from typing import Generic, TypeVar
+
+H = TypeVar("H")
+
+
+class Handles(Generic[H]):
+    """Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._handles: weakref.WeakSet[H] = weakref.WeakSet()
+        #: How many are under way within this process.
+        self.under_way = 0
+        #: Whether any ever was.
+        self.any_ever = False
+
+    def add(self, handle: H) -> None:
+        with self._lock:
+            self._handles.add(handle)
+
+    def discard(self, handle: H) -> None:
+        with self._lock:
+            self._handles.discard(handle)
+
+    def all(self) -> list[H]:
+        """Those that somebody has."""
+        with self._lock:
+            return list(self._handles)
+
+    def send(self, number: int) -> None:
+        """So many more are under way within this process; they have arrived, or were dropped, if negative."""
+        with self._lock:
+            self.any_ever = self.any_ever or number > 0
+            self.under_way += number
+
+    def any_but(self, handles: Container[H]) -> bool:
+        """Whether there is another one than these, or one under way."""
+        return self.under_way > 0 or any(each not in handles for each in self.all())
