@@ -26,9 +26,10 @@ from hypothesis.extra import numpy as npst
 
 import torchwq
 from torchwq import MarshalError, ResourceError
-from torchwq.marshalling import codec
+from torchwq.marshalling import codec, copies
 from torchwq.marshalling.payload import OUT_OF_BAND
-from torchwq.memory.parcel import BLOCK, REFERENCES, Parcel
+from torchwq.marshalling.wire import InBlock, References
+from torchwq.memory.parcel import Parcel
 
 from . import library
 from .support import LIMIT, Peer, descriptors, identical, marshal, received, roundtrip, same
@@ -95,7 +96,7 @@ plain_collections = st.recursive(
 @moderate
 @given(obj=plain_collections)
 def test_plain_collections_are_copied_within_a_process_and_pickled_for_others(obj: Any) -> None:
-    copy = codec.copied(obj)
+    copy = copies.copied(obj)
     assert identical(copy, obj)
     assert not mutable_parts(copy) & mutable_parts(obj)
     data, fds = codec.received(copy)
@@ -115,7 +116,7 @@ def mutable_parts(obj: Any) -> set[int]:
 @moderate
 @given(obj=nested)
 def test_what_stays_in_the_process_comes_out_identical(obj: Any) -> None:
-    copy = codec.copied(obj)
+    copy = copies.copied(obj)
     payload = codec.encode(obj, codec.UNLIMITED, here=True) if copy is None else copy
     assert identical(codec.decode(*codec.received(payload)), obj)
 
@@ -142,7 +143,7 @@ def test_collections_that_must_be_pickled_are_not_copied() -> None:
         "text",
         5,
     ):
-        assert codec.copied(obj) is None
+        assert copies.copied(obj) is None
 
 
 @pytest.mark.parametrize("obj", [b"x" * 100_000, "x" * 100_000])
@@ -201,9 +202,9 @@ def test_any_size_comes_back_whole_from_a_worker(peer: Peer) -> None:
 
 def test_large_content_does_not_go_through_the_message() -> None:
     for obj, kind, blocks in (
-        (b"x" * 100_000, BLOCK, 1),
-        (np.zeros(100_000), REFERENCES, 1),
-        ([np.zeros(9000), b"x" * 40_000, "text" * 10_000], BLOCK, 2),
+        (b"x" * 100_000, InBlock.kind, 1),
+        (np.zeros(100_000), References.kind, 1),
+        ([np.zeros(9000), b"x" * 40_000, "text" * 10_000], InBlock.kind, 2),
     ):
         payload = marshal(obj)
         assert isinstance(payload, Parcel)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchwq.marshalling import codec
-from torchwq.marshalling.describe import describe
+from torchwq.marshalling.wire import describe
 
 from . import library
 from .support import marshal, received, run_in_main

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..marshalling import codec
+from ..marshalling.copies import copied
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from .state import ChannelState
@@ -41,7 +42,7 @@ class Here:
     def put(self, obj: Any) -> ChannelState | None:
         if self._capacity is not None:
             return None
-        payload = codec.copied(obj)
+        payload = copied(obj)
         if payload is None:
             try:
                 payload = codec.encode(obj, codec.UNLIMITED, here=True)

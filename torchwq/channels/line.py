@@ -48,7 +48,9 @@ from pickle import dumps, loads
 from typing import Any, Final
 
 from ..marshalling import codec
-from ..marshalling.codec import SCALARS, encode, only_scalars
+from ..marshalling.codec import encode
+from ..marshalling.copies import SCALARS, only_scalars
+from ..marshalling.wire import Bundle
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import Ticket
 from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
@@ -390,7 +392,7 @@ class Line:
             return None
         if received is None:
             return None
-        if received[1] and bundle.is_bundle(received):
+        if received[1] and Bundle.is_one(received[0]):
             item = self._unpack(received)
             if item is None:
                 return self.take()
@@ -608,7 +610,7 @@ class Line:
 
         None if there is none in it.
         """
-        items = bundle.unpack(received)
+        items = Bundle.decode(*received)
         for _ in items:
             self._count_tried()
             self._count_taken()

@@ -1,231 +1,44 @@
-"""Encodes objects into messages and decodes them.
+"""Encodes objects into messages and decodes them: what the other rooms call.
 
-Two encoders, because the common case must be fast. The first is C pickle with one hook, which is called only for
-objects that are not plain containers and scalars. It hands over to the second, cloudpickle's, when it meets a
-function or class that has to travel by value, or anything that pickle cannot do.
+A scalar, or a tuple of scalars, is pickled at once. A tensor, or a flat collection of tensors, takes the short way of
+``plain``. All else goes through one of the two ``encoders``: the second when the first cannot, since cloudpickle may
+know how.
 
-Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
-here is a list. Large numpy arrays leave out of band (protocol 5): each goes into a shared block, which the reader maps
-copy-on-write. A pickle that is too large for a message goes into a block, too.
-
-What a message has beside the pickle is put together in ``payload``.
+What the messages look like is in ``wire``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import pickle
-import types
 from collections.abc import Callable, Container, Sequence
-from multiprocessing.reduction import ForkingPickler
 from pickle import dumps
 from typing import Any, Final, Literal, TypeAlias, overload
 
-import cloudpickle
+from torch import Tensor
 
 from ..errors import ClosureError, MarshalError, ResourceError
-from ..memory import recycling
-from ..memory.arrivals import Arrivals
 from ..memory.block import Block
-from ..memory.parcel import BLOCK, REFERENCES, Parcel
-from ..transport import bag
-from ..transport.descriptors import close_fds
+from ..memory.parcel import Parcel
 from ..transport.endpoint import NO_FDS
-from ..transport.trailer import KIND, kind_of, size_of_payload
-from . import classes, definitions, functions, inheritance, locate, named, namespaces, plain, reducers
+from ..transport.trailer import KIND
+from . import inheritance, locate, plain, wire
+from .copies import COPIES, SCALARS, only_scalars
+from .encoders import CloudEncoder, FastEncoder
 from .letter import ENCLOSED, Letter
-from .payload import HEAD, Attachments, arrivals_of, listed
+from .payload import Attachments
+from .wire import DECODERS, References
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
 CALL_LIMIT: Final = 16 * 1024 - 64
 #: What has no size that it must keep to: a message that stays in this process.
 UNLIMITED: Final = 1 << 62
-
-#: What needs no hook: such an object, or a tuple of them, is most of what small messages are.
-SCALARS: Final = frozenset({int, float, str, bool, type(None)})
-only_scalars: Final = SCALARS.issuperset
-#: The same and bytes, which are often long, and go into shared memory at once then: ``dumps`` would copy them first.
-ATOMS: Final = SCALARS | {bytes}
-only_atoms: Final = ATOMS.issuperset
-
-#: Collections of them may be their own payload within this process: see ``copied``.
-COPIES: Final = frozenset({tuple, list, dict})
-#: How many dicts, lists and tuples in one object are copied so: pickling looks at more of them in less time.
-_MOST_COPIED: Final = 32
 #: Text of more characters than this, or more bytes, is not pickled for this process: that would copy it twice.
 _LONG: Final = 4096
 
 Payload = bytes | Parcel | Letter
-#: ``bytes | Parcel``, or, if it stays here, any ``Payload``, or what ``copied`` gives.
+#: ``bytes | Parcel``, or, if it stays here, any ``Payload``, or what ``copies.copied`` gives.
 Encoded: TypeAlias = Any
-
-
-class _NeedsCloud(Exception):
-    """The object holds something that travels by value and only cloudpickle can take apart."""
-
-
-class _Sink:
-    """A file for a pickler that collects what is written, without copying it."""
-
-    __slots__ = ("write",)
-
-    def __init__(self, write: Callable[[Any], None]) -> None:
-        self.write = write
-
-
-class _FastEncoder(pickle.Pickler):
-    """C pickle. Used again and again: making a pickler costs more than pickling a small object.
-
-    What it collects is an object of its own, which does not refer back: a cycle would keep descriptors and tensors
-    alive until the collector comes by.
-    """
-
-    def __init__(self) -> None:
-        self.out = out = Attachments()
-        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
-
-    def reducer_override(self, obj: Any) -> Any:
-        cls = type(obj)
-        reducer = reducers.lookup(cls)
-        if reducer is not None:
-            return reducer(self.out, obj)
-        if cls is types.FunctionType:
-            if obj in reducers.rebuilders:
-                return NotImplemented
-        elif not isinstance(obj, type):
-            return NotImplemented if cls in named.ordinary else named.reduce_instance(obj, cls)
-        if functions.goes_by_name(obj):
-            return NotImplemented
-        sealed = None if self.out.here or self.out.in_full else definitions.reduce_sealed(obj)
-        if sealed is None:
-            raise _NeedsCloud
-        return sealed
-
-
-class _CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, with the closure rule in front of it.
-
-    Args:
-        upvalues: what functions drag along travels, too.
-        in_full: what this process has received travels as it is now; else as it was sealed.
-        sealing: what is encoded is a definition that was received. What its functions drag along stays here.
-    """
-
-    def __init__(self, upvalues: bool, in_full: bool = False, sealing: bool = False) -> None:
-        self.out = out = Attachments()
-        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=None if sealing else out.take_buffer)
-        self._upvalues = upvalues
-        self._in_full = in_full or sealing
-        self._sealing = sealing
-        #: Classes that stay here, of which it is looked at only what they drag along.
-        self._looked_at: set[type] = set()
-        #: Functions that a library has written for a class: what they close over is the library's.
-        self._of_library: set[types.FunctionType] = set()
-
-    def reducer_override(self, obj: Any) -> Any:
-        cls = type(obj)
-        reducer = reducers.lookup(cls)
-        if reducer is not None:
-            return reducer(self.out, obj)
-        if cls is types.FunctionType:
-            return (
-                NotImplemented
-                if obj in reducers.rebuilders or functions.goes_by_name(obj)
-                else self._reduce_function(obj)
-            )
-        if isinstance(obj, type):
-            if functions.goes_by_name(obj) or not classes.is_by_value(obj):
-                return super().reducer_override(obj)
-            return self._reduce_class(obj)
-        if cls is types.CodeType:
-            _, args = self.dispatch_table[types.CodeType](obj)
-            return functions.code_of_file, (obj.co_filename, args)
-        if cls is types.ModuleType and not self.out.here and not functions.is_importable(obj):
-            return namespaces.reduce_module(obj)
-        return named.reduce_instance(obj, cls) if cls not in self.dispatch_table else super().reducer_override(obj)
-
-    def _reduce_class(self, cls: type) -> Any:
-        if self.out.here:
-            return self._reduce_class_here(cls)
-        found = None if self._in_full else definitions.reduce_received(cls, _seal)
-        if found is not None:
-            return found
-        self._of_library.update(functions.written_by_library(cls))
-        return classes.reduce(cls, self._sealing)
-
-    def _reduce_class_here(self, cls: type) -> Any:
-        """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
-        if not self._upvalues and cls not in self._looked_at:
-            look = _CloudEncoder(False)
-            look._looked_at = self._looked_at
-            self._looked_at.add(cls)
-            look.dump(cls)
-        return reducers.enclosed, (self.out.enclose(cls),)
-
-    def _reduce_function(self, function: types.FunctionType) -> Any:
-        if named.is_dispatcher(function):
-            return named.reduce_dispatcher(function, self._sealing)
-        found = None if self._in_full or self.out.here else definitions.reduce_received(function, _seal)
-        if found is not None:
-            return found
-        if not self._upvalues and not self._sealing:
-            of_library = function in self._of_library or functions.is_wrapper(function)
-            functions.check(function, of_library=of_library)
-            if of_library:
-                self._of_library.update(functions.parts_of_library(function))
-        (code, _, _, _, cells), state = self._dynamic_function_reduce(function)[1:3]
-        slots = state[1]
-        globals_ = function.__globals__
-        space: Any
-        if (module := functions.own_module(function)) is not None:
-            space = _ModuleGlobals(module)
-            slots["__globals__"] = functions.added_globals(function)
-        else:
-            space = namespaces.of(globals_)
-            slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues, data=not self._sealing)
-        is_home_name = module is None and namespaces.look_up(globals_, function.__qualname__) is function
-        token = definitions.token_of(function) if is_home_name else None
-        if token is not None:
-            slots["__code__"] = code  # should it be set anew at home
-            state = *state, 0 if self._sealing else definitions.stamp_of(function)
-        return functions.make, (token, code, space, function.__name__, cells), state, None, None, functions.finish
-
-
-def _seal(obj: Any) -> bytes:
-    encoder = _CloudEncoder(True, sealing=True)
-    encoder.dump(obj)
-    return b"" if encoder.out.more else b"".join(encoder.out.chunks)
-
-
-def _bring_to_processes_of_multiprocessing() -> None:
-    """Let what multiprocessing sends from here bring the definitions that have come here.
-
-    Processes that it forks from a worker have them. But those that it spawns look for the script of ``__main__``, and
-    a worker's ``__main__`` has none.
-    """
-    pickler: Any = ForkingPickler
-    if not hasattr(pickler, "reducer_override"):
-        pickler.reducer_override = _reduce_for_multiprocessing
-
-
-def _reduce_for_multiprocessing(pickler: Any, obj: Any) -> Any:
-    if not isinstance(obj, (type, types.FunctionType)):
-        return NotImplemented
-    found = definitions.reduce_received(obj, _seal)
-    return NotImplemented if found is None else found
-
-
-definitions.on_first.append(_bring_to_processes_of_multiprocessing)
-
-
-class _ModuleGlobals:
-    """Stands for the globals of a module, and becomes them on the other side."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __reduce__(self) -> Any:
-        return functions.module_globals, (self._name,)
 
 
 class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attachments]):
@@ -233,7 +46,7 @@ class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attac
 
     __slots__ = ()
 
-    def __new__(cls, encoder: _FastEncoder) -> _Tools:
+    def __new__(cls, encoder: FastEncoder) -> _Tools:
         return super().__new__(cls, (encoder.dump, encoder.clear_memo, encoder.out.chunks, encoder.out))
 
 
@@ -292,14 +105,18 @@ def encode(
     if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
         return bare if len(bare) <= limit else large(bare, limit)
-    elif plain.may_be(obj):
-        found = plain.encode(obj, limit, fresh) if not here else plain.encode_here(obj) if fresh is None else None
+    elif cls is Tensor or plain.may_be(obj):
+        if not here:
+            parts = plain.take_apart(obj, fresh)
+            found: Payload | None = References.encode_plain(*parts, limit) if parts is not None else None
+        else:
+            found = plain.encode_here(obj) if fresh is None else None
         if found is not None:
             return found
     try:
         tools = _idle.pop()
     except IndexError:
-        tools = _Tools(_FastEncoder())
+        tools = _Tools(FastEncoder())
     out: Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
@@ -316,7 +133,7 @@ def encode(
     except Exception:  # cloudpickle may know how, and raises the same again if not
         out = None
     if out is None:
-        cloud = _CloudEncoder(upvalues, in_full)
+        cloud = CloudEncoder(upvalues, in_full)
         cloud.out.fresh = fresh
         cloud.out.here = here
         cloud.out.starting = starting
@@ -455,52 +272,6 @@ def _located(
     return located
 
 
-def copied(obj: Any) -> Any:
-    """``obj``'s payload within this process, if it is dicts, lists and tuples of ``ATOMS``: a copy of it, not pickled.
-
-    A tuple of nothing else is its own: it cannot change, and nor can what is in it, so nobody can tell it from a copy.
-    None for whatever else, and where pickling would not be dearer, or would keep what is in there twice the same.
-    """
-    cls = type(obj)
-    if cls is not dict and cls is not list and cls is not tuple:
-        return None
-    try:
-        return _copied(obj, set())
-    except (TypeError, RecursionError):  # the class of some class cannot be hashed
-        return None
-
-
-def _copied(obj: Any, seen: set[int]) -> Any:
-    cls = type(obj)
-    copy: Any
-    places: Any
-    if cls is tuple:
-        if only_atoms(map(type, obj)):
-            return obj
-        copy = list(obj)
-        places = enumerate(copy)
-    elif cls is list:
-        copy = obj.copy()  # before anything is looked at, for other threads may change it
-        places = None if only_atoms(map(type, copy)) else enumerate(copy)
-    elif cls is dict:
-        copy = obj.copy()
-        if not only_atoms(map(type, copy)):
-            return None
-        places = None if only_atoms(map(type, copy.values())) else copy.items()
-    else:
-        return None
-    if id(obj) in seen or len(seen) >= _MOST_COPIED:
-        return None
-    seen.add(id(obj))
-    if places is not None:
-        for place, each in places:
-            if type(each) not in ATOMS:
-                copy[place] = inner = _copied(each, seen)
-                if inner is None:
-                    return None
-    return tuple(copy) if cls is tuple else copy
-
-
 def received(payload: Encoded) -> tuple[Any, list[int]]:
     """A payload that stays here as its reader gets it, for ``decode``."""
     cls = type(payload)
@@ -524,70 +295,16 @@ def for_others(payload: Encoded, limit: int) -> Encoded:
 
 
 def decode(data: Any, fds: list[int]) -> Any:
-    """The object in a message, with its trailer if it has one. Takes over ``fds``.
+    """The object in a message. Takes over ``fds``.
 
     Raises whatever unpickling it raises; the message is used up either way.
     """
-    if type(data) in COPIES:
-        return data
-    if isinstance(data, Letter):
-        return data.open()
-    kind = data[KIND]
-    if not fds and kind not in (REFERENCES, BLOCK):
-        return pickle.loads(data)
-    try:
-        if kind == REFERENCES:
-            obj = plain.decode(data)
-            if obj is None:
-                obj = _loads(data, arrivals_of(data, size_of_payload(data), fds), fds)
-                plain.learn(obj, data)
-            return obj
-        if kind == BLOCK:
-            return _decode_block(data, fds)
-        return _loads(data, None, fds)
-    finally:
-        close_fds(fds)
-
-
-def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) -> Any:
-    if arrivals is None:
-        with reducers.Unpacking(fds, None):
-            return pickle.loads(data)
-    try:
-        with reducers.Unpacking(fds, arrivals):
-            return pickle.loads(data, buffers=arrivals.buffers())
-    finally:
-        arrivals.done()
-
-
-def _decode_block(data: bytes, fds: list[int]) -> Any:
-    block = arrivals_of(data, size_of_payload(data), fds)
-    try:
-        size, in_bag = HEAD.unpack_from(data)
-        memory = block.memory(0)[:size]
-        if in_bag:
-            sack, fds[0] = fds[0], -1
-            fds[:1] = bag.unpack(sack)
-        return _loads(memory, arrivals_of(memory, size, fds, behind=1), fds)
-    finally:
-        block.done()
+    if type(data) is bytes:
+        return DECODERS[data[KIND]](data, fds)
+    return data.open() if isinstance(data, Letter) else data
 
 
 def discard(data: Any, fds: list[int]) -> None:
     """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
-    if type(data) in COPIES or isinstance(data, Letter):
-        return
-    kind = kind_of(data)
-    if kind in (REFERENCES, BLOCK):
-        try:
-            references = listed(data, size_of_payload(data))
-            if kind == BLOCK:
-                block = arrivals_of(data, size_of_payload(data), fds)
-                try:
-                    references = listed(block.memory(0), HEAD.unpack_from(data)[0])
-                finally:
-                    block.done()
-            recycling.note_lost([number for number, _ in references])
-        except Exception:
-            pass  # then they are believed to be lost after a while
-    close_fds(fds)
+    if type(data) is bytes:
+        wire.discard(data, fds)

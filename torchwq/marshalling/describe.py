@@ -1,4 +1,4 @@
-"""Says in a few words what a message holds, without importing or running anything that it names.
+"""Says in a few words what a pickle holds, without importing or running anything that it names.
 
 Used to tell what a dead worker had in hand: nothing of a message that may have killed a worker is rebuilt here.
 """
@@ -10,9 +10,6 @@ import itertools
 import pickle
 import reprlib
 from typing import Any, Final
-
-from ..memory.parcel import BLOCK
-from ..transport.trailer import kind_of, size_of_payload
 
 _LONGEST: Final = 200
 #: The functions that rebuild what users know by other names.
@@ -82,11 +79,6 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 
 
-def describe(data: bytes) -> str:
-    """A short description of a message, with its trailer if it has one."""
-    if kind_of(data) != BLOCK:
-        try:
-            return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_LONGEST]
-        except Exception:
-            return f"an object of {size_of_payload(data)} bytes"
-    return "a large object"
+def describe_pickle(data: bytes) -> str:
+    """A short description of what a message that begins with a pickle holds. Raises anything if that is damaged."""
+    return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_LONGEST]

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import Interrupted, RemoteError, RemoteTraceback
 from . import codec
+from .copies import ATOMS
 from .letter import Letter
 
 #: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
@@ -144,7 +145,7 @@ def _is_usable(part: Any) -> str | None:
 
 
 def _is_atom(part: Any) -> str | None:
-    return None if type(part) in codec.ATOMS else f"a {type(part).__qualname__}"
+    return None if type(part) in ATOMS else f"a {type(part).__qualname__}"
 
 
 class _Tried:

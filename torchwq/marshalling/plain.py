@@ -9,8 +9,7 @@ the bytes are those of the general way, too.
 from __future__ import annotations
 
 import pickle
-import struct
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -19,18 +18,13 @@ from ..memory import recycling, sharing
 from ..memory.arrivals import take_packed, take_tensor, take_tensors
 from ..memory.block import MAPPED, Block, Geometry
 from ..memory.ledger import UNTRACKED
-from ..memory.packing import SLICE, SMALL, Row
-from ..memory.parcel import REFERENCES, Parcel
+from ..memory.packing import SLICE, SMALL, Row, rows_to_bytes
 from ..memory.recycling import block_of
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
-from ..transport import trailer
 from .letter import Letter
-from .payload import COUNT, PACKED, REFERENCE, is_packed, listed, packed_rows, rows_of
 from .tensors import alias, is_unusual, rebuild, rebuild_packed
 
-#: One block's number and bytes, and that it is the only one.
-_ONE: Final = struct.Struct("=QQI")
 #: How many different pickles are remembered, and how many tensors one may have.
 _MOST: Final = 1024
 _MOST_TENSORS: Final = 64
@@ -44,7 +38,8 @@ _Found = tuple[Block, torch.UntypedStorage, Geometry]
 
 #: The pickle, and behind it the rows of packed tensors, if there are any.
 _pickles: dict[_Shape, bytes] = {}
-_shapes: dict[bytes, _Shape] = {}
+#: What lies so begins with these bytes, in any message.
+known: dict[bytes, _Shape] = {}
 
 
 class _Tensor:
@@ -72,7 +67,7 @@ def _build(shape: _Shape, tensors: Sequence[Any]) -> Any:
 def _pickle_of(shape: _Shape) -> bytes:
     if len(_pickles) >= _MOST:
         _pickles.clear()
-        _shapes.clear()
+        known.clear()
     geometries, shifts = shape[2:]
     rows: list[Row] = []
     if shifts:
@@ -88,8 +83,8 @@ def _pickle_of(shape: _Shape) -> bytes:
     else:
         tensors = [_Tensor(rebuild, index, where) for index, where in enumerate(geometries)]
     pickled = pickle.dumps(_build(shape, tensors), 5)
-    _pickles[shape] = prefix = b"".join((pickled, *packed_rows(rows))) if rows else pickled
-    _shapes[prefix] = shape
+    _pickles[shape] = prefix = b"".join((pickled, *rows_to_bytes(rows))) if rows else pickled
+    known[prefix] = shape
     return prefix
 
 
@@ -113,10 +108,8 @@ def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | No
 
 
 def may_be(obj: Any) -> bool:
-    """Whether it is worth looking at ``obj``: a tensor, or a collection that begins with one."""
+    """Whether it is worth looking at ``obj``, which is no tensor: a collection that begins with one."""
     cls = type(obj)
-    if cls is torch.Tensor:
-        return True
     if cls is tuple or cls is list:
         return bool(obj) and type(obj[0]) is torch.Tensor
     return cls is dict and bool(obj) and type(next(iter(obj.values()))) is torch.Tensor
@@ -161,8 +154,13 @@ def encode_here(obj: Any) -> Letter | None:
     return PlainLetter(type(obj), keys, list(tensors), places)
 
 
-def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parcel | None:
-    """The payload of a message with a tensor, dict, list or tuple; None if it has to take the general way.
+#: A message taken apart: its pickle, and the rows of packed tensors behind that; whether there are any; the blocks and
+#: storages that it refers to.
+Parts = tuple[bytes, bool, list[Block], list[torch.UntypedStorage]]
+
+
+def take_apart(obj: Any, fresh: Container[Block] | None = None) -> Parts | None:
+    """A tensor, dict, list or tuple, for a message; None if it has to take the general way.
 
     The tensors are shared then; or copied, unless they are on a block of ``fresh``, if that is given.
     """
@@ -172,18 +170,13 @@ def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parce
             return None
         block, storage, where = found
         shape: _Shape = (torch.Tensor, (), (where,), ())
-        data = (_pickles.get(shape) or _pickle_of(shape)) + _ONE.pack(block.number, block.nbytes, 1)
-        if len(data) > limit:
-            return None
-        parcel = Parcel(data, [block.fd], [storage], REFERENCES, (block.number,), True)
-        parcel.nbytes += block.nbytes
-        return parcel
+        return _pickles.get(shape) or _pickle_of(shape), False, [block], [storage]
     content = _tensors_in(obj)
     if content is None:
         return None
     keys, tensors = content
     if fresh is not None and len(tensors) > 1:
-        return _encode_by_value(type(obj), keys, tensors, limit, fresh)
+        return _by_value(type(obj), keys, tensors, fresh)
     found_all: list[_Found] = []
     for tensor in tensors:
         found = _block_for(tensor, fresh)
@@ -191,12 +184,12 @@ def encode(obj: Any, limit: int, fresh: Container[Block] | None = None) -> Parce
             return None
         found_all.append(found)
     places = tuple(where for _, _, where in found_all)
-    return _parcel((type(obj), keys, places, ()), found_all, limit)
+    return _parts((type(obj), keys, places, ()), found_all)
 
 
-def _encode_by_value(
-    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], limit: int, fresh: Container[Block]
-) -> Parcel | None:
+def _by_value(
+    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], fresh: Container[Block]
+) -> Parts | None:
     """Those that are not on blocks of ``fresh`` are copied, the small ones among them into one block."""
     found_all: list[_Found] = []
     places: list[Geometry] = []
@@ -244,27 +237,15 @@ def _encode_by_value(
     for block, _, _ in found_all:
         if block.number == UNTRACKED:
             recycling.prepare_to_send(block)
-    return _parcel((cls, keys, tuple(places), tuple(shifts) if len(small) > 1 else ()), found_all, limit)
+    return _parts((cls, keys, tuple(places), tuple(shifts) if len(small) > 1 else ()), found_all)
 
 
-def _parcel(shape: _Shape, found_all: Sequence[_Found], limit: int) -> Parcel | None:
-    fds = [block.fd for block, _, _ in found_all]
-    if len(set(fds)) < len(fds):
+def _parts(shape: _Shape, found_all: Sequence[_Found]) -> Parts | None:
+    blocks = [block for block, _, _ in found_all]
+    if len(set(blocks)) < len(blocks):
         return None  # tensors that share a block, or the same tensor twice
-    storages, numbers, parts = [], [], []
-    nbytes = 0
-    for block, storage, _ in found_all:
-        storages.append(storage)
-        numbers.append(block.number)
-        parts.append(REFERENCE.pack(block.number, block.nbytes))
-        nbytes += block.nbytes
-    count = COUNT.pack(len(fds) | PACKED if shape[3] else len(fds))
-    data = b"".join((_pickles.get(shape) or _pickle_of(shape), *parts, count))
-    if len(data) > limit:
-        return None
-    parcel = Parcel(data, fds, storages, REFERENCES, numbers, True)
-    parcel.nbytes += nbytes
-    return parcel
+    begin = _pickles.get(shape) or _pickle_of(shape)
+    return begin, bool(shape[3]), blocks, [storage for _, storage, _ in found_all]
 
 
 def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found | None:
@@ -298,27 +279,21 @@ def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found |
     return block, storage, where
 
 
-def decode(data: bytes) -> Any:
-    """What is in such a message, if its like was here before. Else None, and nothing is taken."""
-    end = len(data) - trailer.SIZE - COUNT.size
-    (count,) = COUNT.unpack_from(data, end)
-    start = end - (count & ~PACKED) * REFERENCE.size
-    shape = _shapes.get(data[:start])
-    if shape is None:
-        return None
-    if shape[3]:
-        tensors = take_packed(REFERENCE.iter_unpack(data[start:end]), shape[2], shape[3], shape)
-        return None if tensors is None else _build(shape, tensors)
-    if count == 1:
-        number, nbytes = REFERENCE.unpack_from(data, start)
-        tensor = take_tensor(number, nbytes, shape[2][0])
-        return tensor if tensor is None or shape[0] is torch.Tensor else _build(shape, [tensor])
-    tensors = take_tensors(REFERENCE.iter_unpack(data[start:end]), shape[2])
+def take_one(shape: _Shape, number: int, nbytes: int) -> Any:
+    """The object of that shape on one block, if that is here. Else None, and nothing is taken."""
+    tensor = take_tensor(number, nbytes, shape[2][0])
+    return tensor if tensor is None or shape[0] is torch.Tensor else _build(shape, [tensor])
+
+
+def take(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
+    """The object of that shape on several blocks, or with packed tensors; None as ``take_one`` has it."""
+    geometries, shifts = shape[2:]
+    tensors = take_packed(references, geometries, shifts, shape) if shifts else take_tensors(references, geometries)
     return None if tensors is None else _build(shape, tensors)
 
 
-def learn(obj: Any, data: bytes) -> None:
-    """Such an object came the general way, in ``data``: know its like the next time."""
+def learn(obj: Any, rows: Sequence[Row]) -> None:
+    """Such an object came the general way, with these rows of packed tensors: know its like the next time."""
     cls = type(obj)
     if cls is torch.Tensor:
         content: Any = (), [obj]
@@ -332,9 +307,8 @@ def learn(obj: Any, data: bytes) -> None:
     if any(tensor.requires_grad or is_unusual(tensor) for tensor in tensors):
         return
     shifts: tuple[int, ...] = ()
-    end = trailer.size_of_payload(data)
-    if is_packed(data, end):
-        shifts = _shifts(data, end - COUNT.size - len(listed(data, end)) * REFERENCE.size, len(tensors))
+    if rows:
+        shifts = _shifts(rows, len(tensors))
         if not shifts:
             return
     shape = (cls, keys, tuple(geometry(tensor) for tensor in tensors), shifts)
@@ -342,10 +316,10 @@ def learn(obj: Any, data: bytes) -> None:
         _pickle_of(shape)
 
 
-def _shifts(data: bytes, end: int, count: int) -> tuple[int, ...]:
+def _shifts(rows: Sequence[Row], count: int) -> tuple[int, ...]:
     """Where ``count`` tensors begin, as a shape has it; nothing if they are not packed as one has it."""
     shifts = [-1] * count
-    for row in rows_of(data, end):
+    for row in rows:
         if row.kind != SLICE or row.low or row.group >= count:
             return ()
         shifts[row.group] = row.shift

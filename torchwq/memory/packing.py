@@ -61,7 +61,21 @@ class Row(NamedTuple):
     shift: int
 
 
-ROW: Final = struct.Struct("=BIQQIQ")
+_ROW: Final = struct.Struct("=BIQQIQ")
+_COUNT: Final = struct.Struct("=I")
+
+
+def rows_to_bytes(rows: Sequence[Row]) -> list[bytes]:
+    """Rows as a message has them: one behind the other, and their number."""
+    return [*(_ROW.pack(*row) for row in rows), _COUNT.pack(len(rows))]
+
+
+def rows_ending_at(data: bytes | memoryview, end: int) -> list[Row]:
+    """The rows whose number ends at ``end`` in a message."""
+    end -= _COUNT.size
+    (count,) = _COUNT.unpack_from(data, end)
+    return list(map(Row._make, _ROW.iter_unpack(data[end - count * _ROW.size : end])))
+
 
 #: Lets a block travel with the message; returns its index.
 Refer = Callable[[Block, torch.UntypedStorage], int]

@@ -8,18 +8,13 @@ message's :mod:`trailer <torchwq.transport.trailer>`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
 from ..transport.trailer import PICKLE, trailer
 from . import recycling
 from .anonymous import Descriptor, exhausted
-
-#: Kinds of messages: references to blocks after a pickle; what says where in the last block the pickle is, with its
-#: buffers.
-REFERENCES: Final = 1
-BLOCK: Final = 2
 
 
 class Ticket(Descriptor):

@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pickle import dumps, loads
 from types import TracebackType
-from typing import Any, Final, final
+from typing import Any, final
 
 from ..errors import QueueClosed
 from ..futures import TimedOut
 from ..marshalling import codec, reducers
-from ..marshalling.codec import COPIES, SCALARS, copied, encode, large, only_scalars
+from ..marshalling.codec import encode, large
+from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
+from ..marshalling.wire import WITH_BLOCKS
 from ..memory.anonymous import Descriptor
-from ..memory.parcel import BLOCK, REFERENCES
 from ..transport import awaiting, cleanup
 from ..transport.endpoint import handover_size
 from ..transport.link import Link
@@ -26,9 +27,6 @@ from .owner import Owner
 from .role import Role, open_roles
 from .thread import Invitation, ThreadSide
 from .worker import WorkerSide, accept
-
-#: Messages that are more than a pickle although they may come without descriptors.
-_WITH_BLOCKS: Final = bytes((REFERENCES, BLOCK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +182,7 @@ class WorkQueue:
         data, fds = received
         if fds:
             return data if type(data) in COPIES else codec.decode(data, fds)
-        return loads(data) if data[KIND] not in _WITH_BLOCKS else codec.decode(data, fds)
+        return loads(data) if data[KIND] not in WITH_BLOCKS else codec.decode(data, fds)
 
     async def aread(self, *, timeout: float | None = None) -> Any:
         """Read the next object on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from ..marshalling.describe import describe
+from ..marshalling.wire import describe
 
 #: How many questions are remembered: more than fit into a socket. Larger ones than so many bytes are not.
 _RECENT: Final = 4096

@@ -1,0 +1,396 @@
+"""What messages look like: one class for each kind, and the table of them.
+
+A message is bytes, and descriptors beside them. Its last byte says which kind it is, and so which class lays it down
+and reads it; :mod:`~torchwq.transport.trailer` has that byte, and the number that stands before it. What comes before
+that is the class's business, which says at its head what it looks like: nobody else takes a message apart.
+
+A kind has four functions. ``encode`` lays a payload down; what it takes differs from kind to kind. ``decode`` makes the
+object, ``discard`` gives back what a message holds that nobody decodes, and ``describe`` says in a few words what is
+in it. To add a kind, write its class and add it to ``KINDS``.
+
+A *reference* is the number and the size of a block of shared memory. A *row* is a slice of such a block: see
+:class:`~torchwq.memory.packing.Row`. A *bag* is a socket with descriptors in it: see :mod:`torchwq.transport.bag`.
+
+What stays within a process is not laid down in bytes: see :mod:`~torchwq.marshalling.letter` and
+:mod:`~torchwq.marshalling.copies`. What a queue's owner and its workers say beside the queue is in
+:mod:`torchwq.queues.protocol`, and the objects that a loader and its workers send in :mod:`torchwq.loading.messages`.
+
+Invariants:
+
+* ``decode`` and ``discard`` take the descriptors over, also if they fail.
+* Each reference of a message is either taken, or noted as lost.
+* ``describe`` imports and runs nothing that a message names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import struct
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+from ..memory import anonymous, content, pool, recycling
+from ..memory.arrivals import Arrivals
+from ..memory.block import Block
+from ..memory.content import Buffer
+from ..memory.ledger import UNTRACKED
+from ..memory.packing import Row, rows_ending_at, rows_to_bytes
+from ..memory.parcel import Parcel
+from ..transport import bag
+from ..transport.descriptors import close_fds
+from ..transport.endpoint import Received
+from ..transport.trailer import BARE, KIND, PICKLE, SIZE, size_of_payload, trailer
+from . import plain
+from .describe import describe_pickle
+from .reducers import Unpacking
+
+#: Number and bytes of a block, and how many such references there are.
+_REFERENCE: Final = struct.Struct("=QQ")
+_COUNT: Final = struct.Struct("=I")
+#: One reference, and that it is the only one.
+_ONE: Final = struct.Struct("=QQI")
+#: Set in the bytes of a block that is one of the pickle's buffers.
+_BUFFER: Final = 1 << 63
+#: Set in the number of references if there are rows before them.
+_PACKED: Final = 1 << 31
+
+_REFERENCE_SIZE: Final = _REFERENCE.size
+_COUNT_SIZE: Final = _COUNT.size
+_unpack_reference: Final = _REFERENCE.unpack_from
+_unpack_references: Final = _REFERENCE.iter_unpack
+_unpack_count: Final = _COUNT.unpack_from
+
+
+class Kind(ABC):
+    """A kind of message. The class is all there is: nobody makes objects of it."""
+
+    #: The last byte of such a message.
+    kind: ClassVar[int]
+
+    @staticmethod
+    @abstractmethod
+    def decode(data: bytes, fds: list[int]) -> Any:
+        """The object in the message. Raises whatever unpickling it raises."""
+
+    @staticmethod
+    def discard(data: bytes, fds: list[int]) -> None:
+        """Give back what the message holds. Never raises."""
+        close_fds(fds)
+
+    @staticmethod
+    def describe(data: bytes) -> str:
+        """The message in a few words: of most kinds, what the pickle holds that it begins with."""
+        try:
+            return describe_pickle(data)
+        except Exception:
+            return f"an object of {size_of_payload(data)} bytes"
+
+
+class Pickle(Kind):
+    """A pickle; descriptors: those that were attached to it, if there are any."""
+
+    kind = PICKLE
+
+    @staticmethod
+    def encode(pickled: bytes, fds: list[int], keep: list[Any]) -> Parcel:
+        """``keep`` are the owners of ``fds``."""
+        return Parcel(pickled, fds, keep)
+
+    @staticmethod
+    def decode(data: bytes, fds: list[int]) -> Any:
+        if not fds:
+            return pickle.loads(data)
+        try:
+            return _loads(data, None, fds)
+        finally:
+            close_fds(fds)
+
+
+class Bare(Pickle):
+    """A pickle and nothing else: what most small messages are. It is its own payload, sent without a number."""
+
+    kind = BARE
+
+
+class References(Kind):
+    """A pickle that refers to blocks: the pickle, [data, rows and their number], references and their number.
+
+    The descriptors are those that were attached, and then one for each reference; or none, if the reader has all those
+    blocks. What comes after the pickle is the message's *tail*.
+    """
+
+    kind = 1
+
+    @classmethod
+    def encode_plain(
+        cls, begin: bytes, is_packed: bool, blocks: Sequence[Block], storages: list[Any], limit: int
+    ) -> Parcel | None:
+        """The payload with what ``plain`` has taken apart; None if that is more than ``limit`` bytes.
+
+        Args:
+            begin: the pickle, and the rows behind it if it ``is_packed``.
+            blocks: those that it refers to, with their ``storages``, which the payload keeps.
+        """
+        if len(blocks) == 1:
+            block = blocks[0]
+            data = begin + _ONE.pack(block.number, block.nbytes, 1 | _PACKED if is_packed else 1)
+            if len(data) > limit:
+                return None
+            parcel = Parcel(data, [block.fd], storages, cls.kind, (block.number,), True)
+            parcel.nbytes += block.nbytes
+            return parcel
+        fds, numbers, parts = [], [], [begin]
+        nbytes = 0
+        for block in blocks:
+            fds.append(block.fd)
+            numbers.append(block.number)
+            parts.append(_REFERENCE.pack(block.number, block.nbytes))
+            nbytes += block.nbytes
+        parts.append(_COUNT.pack(len(fds) | _PACKED if is_packed else len(fds)))
+        data = b"".join(parts)
+        if len(data) > limit:
+            return None
+        parcel = Parcel(data, fds, storages, cls.kind, numbers, True)
+        parcel.nbytes += nbytes
+        return parcel
+
+    @staticmethod
+    def tail(rows: Sequence[Row], blocks: Iterable[Block | Buffer]) -> list[bytes]:
+        """What comes after the pickle: the rows, if there are any, and the references."""
+        references = [_REFERENCE.pack(each.number, each.nbytes | _BUFFER * isinstance(each, Buffer)) for each in blocks]
+        count = _COUNT.pack(len(references) | _PACKED * bool(rows))
+        return [*(rows_to_bytes(rows) if rows else ()), *references, count]
+
+    @classmethod
+    def encode(
+        cls, data: bytes, fds: list[int], keep: list[Any], blocks: Iterable[Block | Buffer], only_blocks: bool
+    ) -> Parcel:
+        """The payload of ``data``, a pickle with its ``tail``; ``fds`` end with the blocks'."""
+        parcel = Parcel(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks)
+        parcel.nbytes += sum(block.nbytes for block in blocks)
+        return parcel
+
+    @staticmethod
+    def decode(data: bytes, fds: list[int]) -> Any:
+        try:
+            at = len(data) - SIZE - _COUNT_SIZE
+            (count,) = _unpack_count(data, at)
+            start = at - (count & ~_PACKED) * _REFERENCE_SIZE
+            shape = plain.known.get(data[:start])
+            if shape is not None:
+                if count == 1:
+                    obj = plain.take_one(shape, *_unpack_reference(data, start))
+                else:
+                    obj = plain.take(shape, _unpack_references(data[start:at]))
+                if obj is not None:
+                    return obj
+            end = at + _COUNT_SIZE
+            obj = _loads(data, _arrivals(data, end, fds), fds)
+            if shape is None:
+                plain.learn(obj, _rows(data, end))
+            return obj
+        finally:
+            close_fds(fds)
+
+    @staticmethod
+    def discard(data: bytes, fds: list[int]) -> None:
+        with contextlib.suppress(Exception):  # then they are believed to be lost after a while
+            recycling.note_lost([number for number, _ in _references(data, size_of_payload(data))])
+        close_fds(fds)
+
+
+class InBlock(Kind):
+    """What is too large, or has too many descriptors: a head, and one reference to the block that has the rest.
+
+    In there is what ``References`` has before the trailer. The head says how long that is, and whether the descriptors
+    that it needs are in a bag. The message's descriptors are those, or the bag's one, and then the block's.
+    """
+
+    kind = 2
+    _HEAD: Final = struct.Struct("=Q?")
+
+    @classmethod
+    def encode(
+        cls,
+        chunks: Sequence[bytes | memoryview],
+        fds: list[int],
+        keep: list[Any],
+        blocks: Iterable[Block | Buffer],
+        only_blocks: bool,
+        in_bag: bool,
+    ) -> Parcel:
+        """The payload of ``chunks``, a pickle with its ``tail``. Raises ResourceError.
+
+        Args:
+            fds: the descriptors that it needs, those of its ``blocks`` last.
+            keep: the owners of ``fds``.
+            only_blocks: whether ``fds`` are those of its blocks and nothing else.
+            in_bag: whether they are too many for one message.
+        """
+        size = sum(map(len, chunks))
+        if in_bag:
+            sack = bag.pack(fds)
+            fds, keep = [sack.fileno()], [*keep, sack]
+        found = content.block_with(chunks, pool.capacity_for(size))
+        if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
+            fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
+            keep.append(anonymous.Descriptor(fd))
+        else:
+            block, storage = found
+            fd, number, nbytes = block.fd, block.number, block.nbytes
+            keep.append(storage)
+        data = cls._HEAD.pack(size, in_bag) + _ONE.pack(number, nbytes, 1)
+        numbers = [*(block.number for block in blocks), number]
+        parcel = Parcel(data, [*fds, fd], keep, cls.kind, numbers, only_blocks and not in_bag)
+        parcel.nbytes += size + sum(block.nbytes for block in blocks)
+        return parcel
+
+    @classmethod
+    def _opened(cls, data: bytes, fds: list[int]) -> tuple[Arrivals, memoryview, bool]:
+        """The block, for which ``done`` is to be called; what is in it; whether the first descriptor is a bag."""
+        size, in_bag = cls._HEAD.unpack_from(data)
+        block = _arrivals(data, size_of_payload(data), fds)
+        return block, block.memory(0)[:size], in_bag
+
+    @classmethod
+    def decode(cls, data: bytes, fds: list[int]) -> Any:
+        try:
+            block, inside, in_bag = cls._opened(data, fds)
+            try:
+                if in_bag:
+                    sack, fds[0] = fds[0], -1
+                    fds[:1] = bag.unpack(sack)
+                return _loads(inside, _arrivals(inside, len(inside), fds, behind=1), fds)
+            finally:
+                block.done()
+        finally:
+            close_fds(fds)
+
+    @classmethod
+    def discard(cls, data: bytes, fds: list[int]) -> None:
+        with contextlib.suppress(Exception):  # then they are believed to be lost after a while
+            block, inside, _ = cls._opened(data, fds)
+            try:
+                references = _references(inside, len(inside))
+            finally:
+                block.done()
+            recycling.note_lost([number for number, _ in references])
+        close_fds(fds)
+
+    @staticmethod
+    def describe(data: bytes) -> str:
+        return "a large object"
+
+
+class Bundle(Kind):
+    """Many messages as one, the *items*: what a process that leaves hands on, however much it is. There are no bytes.
+
+    The one descriptor is a bag. Its first is memory with the items, pickled, each with how many descriptors it has;
+    those follow.
+    """
+
+    kind = 3
+
+    @classmethod
+    @contextlib.contextmanager
+    def encode(cls, items: Iterable[tuple[bytes, Sequence[int]]]) -> Iterator[tuple[bytes, int]]:
+        """The message and the descriptor to send with it; the descriptors of ``items`` stay whose they are.
+
+        Raises OSError if memory or descriptors have run out.
+        """
+        fds: list[int] = []
+        parts = []
+        for data, own in items:
+            fds += own
+            parts.append((data, len(own)))
+        fd = anonymous.fill([pickle.dumps(parts)])
+        with contextlib.closing(anonymous.Descriptor(fd)), bag.pack([fd, *fds]) as sack:
+            yield trailer(0, cls.kind), sack.fileno()
+
+    @classmethod
+    def is_one(cls, data: bytes) -> bool:
+        """Whether a message that has brought descriptors is a bundle."""
+        return data[KIND] == cls.kind
+
+    @staticmethod
+    def decode(data: bytes, fds: list[int]) -> deque[Received]:
+        """The items, in order."""
+        inside = bag.unpack(fds.pop())
+        with contextlib.closing(anonymous.Descriptor(inside.pop(0))) as memory:
+            parts = pickle.loads(anonymous.map_private(memory.fd))
+        items: deque[Received] = deque()
+        for item, count in parts:
+            items.append((item, inside[:count]))
+            del inside[:count]
+        return items
+
+    @classmethod
+    def discard(cls, data: bytes, fds: list[int]) -> None:
+        with contextlib.suppress(Exception):
+            for item in cls.decode(data, fds):
+                discard(*item)
+        close_fds(fds)
+
+    @staticmethod
+    def describe(data: bytes) -> str:
+        return "items of a channel"
+
+
+#: Every kind, by the last byte of its messages.
+KINDS: Final[dict[int, type[Kind]]] = {each.kind: each for each in (Bare, Pickle, References, InBlock, Bundle)}
+
+#: Kinds whose messages are more than a pickle although they may come without descriptors.
+WITH_BLOCKS: Final = frozenset({References.kind, InBlock.kind})
+
+#: What makes the object in a message, by its last byte.
+DECODERS: Final = {kind: each.decode for kind, each in KINDS.items()}
+
+
+def discard(data: bytes, fds: list[int]) -> None:
+    """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
+    KINDS[data[KIND]].discard(data, fds)
+
+
+def describe(data: bytes) -> str:
+    """What a message holds, in a few words."""
+    return KINDS[data[KIND]].describe(data)
+
+
+def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) -> Any:
+    if arrivals is None:
+        with Unpacking(fds, None):
+            return pickle.loads(data)
+    try:
+        with Unpacking(fds, arrivals):
+            return pickle.loads(data, buffers=arrivals.buffers())
+    finally:
+        arrivals.done()
+
+
+def _arrivals(data: bytes | memoryview, end: int, fds: list[int], behind: int = 0) -> Arrivals:
+    """Take out the blocks that are listed in what ends at ``end``; ``behind`` are descriptors after theirs."""
+    references = _references(data, end)
+    rows = _rows(data, end)
+    buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & _BUFFER]
+    if buffers:
+        references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
+    first = max(0, len(fds) - behind - len(references))
+    return Arrivals(references, fds, first, buffers, rows, data if rows else b"")
+
+
+def _references(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:
+    """The references that end at ``end``: number and bytes, with the mark of a buffer in the bytes."""
+    end -= _COUNT_SIZE
+    count = _unpack_count(data, end)[0] & ~_PACKED
+    start = end - count * _REFERENCE_SIZE
+    return [_unpack_reference(data, start)] if count == 1 else list(_unpack_references(data[start:end]))
+
+
+def _rows(data: bytes | memoryview, end: int) -> Sequence[Row]:
+    """The rows before the references that end at ``end``, if there are any."""
+    end -= _COUNT_SIZE
+    (count,) = _unpack_count(data, end)
+    return rows_ending_at(data, end - (count & ~_PACKED) * _REFERENCE_SIZE) if count & _PACKED else ()
