@@ -27,9 +27,9 @@ from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
 from .selecting import select
 from .shared import MemoryStats, empty, empty_like, memory_stats, set_memory_limit, share_, zeros
-from .workers.client import warm_up
 from .workers.executable import set_executable
 from .workers.info import WorkerInfo, worker_info
+from .workers.starting import warm_up
 
 __version__ = "0.1.0"
 

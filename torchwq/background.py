@@ -30,7 +30,7 @@ from .queues import WorkQueue, workqueue
 from .transport import cleanup, reactor
 from .transport.process import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.starting import check_backend
+from .workers.backend import find
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class BackgroundTask(unretrieved.Future[T]):
         upvalues: bool = False,
     ) -> None:
         super().__init__()
-        check_backend(backend)
+        workers = find(backend)
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, not {prefetch}")
         self._name = getattr(f, "__qualname__", None) or type(f).__qualname__
@@ -119,7 +119,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 (self._queue, iterable),
                 codec.CALL_LIMIT,
                 upvalues=upvalues,
-                here=backend == "thread",
+                here=workers.peer.same_process,
                 starting=held,
             )
             self.set_running_or_notify_cancel()
@@ -129,7 +129,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 _ENTRY,
                 lambda _, data, fds: events.put((data, fds)),
                 lambda _: events.put(None),
-                backend=backend,
+                backend=workers,
             )
         except BaseException:
             self._queue.close()
@@ -339,7 +339,7 @@ def run_worker(context: child.Context) -> int:
             with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
                 items.write((_NO_ITERATOR, type(produced).__name__))
             value = produced
-        payload = codec.encode_result(value, limit, "the task's result", here=context.here)
+        payload = codec.encode_result(value, limit, "the task's result", here=context.peer.same_process)
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
@@ -351,7 +351,7 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), limit)
     except BaseException as error:
         failed = True
-        packed = error if context.here else exceptions.pack(error)
+        packed = error if context.peer.same_process else exceptions.pack(error)
         _tell(items, packed)
         context.note_failure(packed)
         payload = exceptions.encode(packed, limit)

@@ -21,7 +21,7 @@ from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator, Options
 from .loading.statistics import LoaderStatistics, StatsCollector
 from .transport.waiting import cores
-from .workers.starting import check_backend
+from .workers.backend import find
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -98,9 +98,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         backend: Literal["process", "thread"] = "process",
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
-        check_backend(backend)
-        if backend == "thread" and multiprocessing_context is not None:
-            raise ValueError("multiprocessing_context is for processes: leave it out with backend='thread'")
+        workers = find(backend)
+        if multiprocessing_context is not None and "multiprocessing_context" not in workers.options:
+            raise ValueError(f"multiprocessing_context is for processes: leave it out with backend={backend!r}")
         iterable = isinstance(dataset, IterableDataset)
         most = 0
         if isinstance(num_workers, str):
@@ -189,7 +189,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             cores=cores(),
             snapshots=self._snapshots,
             every=self.snapshot_every_n_steps or 0,
-            backend=self.backend,
+            backend=find(self.backend),
         )
         iterator = Iterator(self, options, self._stats, loaded)
         # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.

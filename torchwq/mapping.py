@@ -19,7 +19,8 @@ from .marshalling import codec, exceptions
 from .transport import cleanup, reactor
 from .transport.process import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.starting import check_backend, check_number
+from .workers.backend import Backend, find
+from .workers.starting import check_number
 
 _ENTRY = "torchwq.mapping:run_worker"
 
@@ -49,7 +50,7 @@ class _Outcomes:
         self._is_dropped = False
         _known.add(self)
 
-    def start(self, payloads: list[Any], backend: str, held: list[Any]) -> None:
+    def start(self, payloads: list[Any], backend: Backend, held: list[Any]) -> None:
         self.workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
         for process, payload in zip(self.workers, payloads, strict=True):
             process.holds = held
@@ -294,7 +295,7 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
 
     Source: torch-ipc's ``ipc.map``.
     """
-    check_backend(backend)
+    workers = find(backend)
     n = check_number(n, "torchwq.map(number, function, *args)")
     if not callable(f):
         raise TypeError(f"a function is needed to run, not {type(f).__name__}: torchwq.map(number, function, *args)")
@@ -307,12 +308,12 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
         keywords = {"mapid": mapid} if by_keyword else {}
         payloads.append(
             codec.encode_call(
-                f, positional, keywords, limit, upvalues=upvalues, here=backend == "thread", starting=held
+                f, positional, keywords, limit, upvalues=upvalues, here=workers.peer.same_process, starting=held
             )
         )
     outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
     started = Map(outcomes)
-    outcomes.start(payloads, backend, held)
+    outcomes.start(payloads, workers, held)
     return started
 
 
@@ -348,7 +349,7 @@ def run_worker(context: child.Context) -> int:
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
-        payload = codec.encode_result(value, context.max_payload, "the worker's result", here=context.here)
+        payload = codec.encode_result(value, context.max_payload, "the worker's result", here=context.peer.same_process)
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
@@ -357,7 +358,7 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), context.max_payload)
     except BaseException as error:
         failed = True
-        packed = error if context.here else exceptions.pack(error)
+        packed = error if context.peer.same_process else exceptions.pack(error)
         context.note_failure(packed)
         payload = exceptions.encode(packed, context.max_payload)
     context.send(payload)

@@ -38,7 +38,8 @@ from .marshalling import codec, exceptions
 from .transport.process import reset_in_child
 from .transport.waiting import cores
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.starting import check_backend, check_number
+from .workers.backend import Backend, find
+from .workers.starting import check_number
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class _Pool(threading.Thread):
     this thread's.
     """
 
-    def __init__(self, n: int, setup: codec.Encoded, backend: str, held: list[Any]) -> None:
+    def __init__(self, n: int, setup: codec.Encoded, backend: Backend, held: list[Any]) -> None:
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
@@ -145,7 +146,7 @@ class _Pool(threading.Thread):
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
         following = None
-        if process.here and mapid not in self._starting:  # this is its own thread
+        if process.peer.same_process and mapid not in self._starting:  # this is its own thread
             following = self._take(self._hands[mapid])
         self.events.put(("message", process, (data, fds)))
         if following is not None:
@@ -298,17 +299,24 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
     ) -> None:
-        check_backend(backend)
+        workers = find(backend)
         n = cores() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues
-        self._here = backend == "thread"
+        self._peer = peer = workers.peer
+        self._can_be_killed = workers.can_be_killed
         held: list[Any] = []
         setup = codec.encode_call(
-            initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, here=self._here, starting=held
+            initializer,
+            initargs,
+            None,
+            codec.CALL_LIMIT,
+            upvalues=upvalues,
+            here=peer.same_process,
+            starting=held,
         )
-        self._pool = _Pool(n, setup, backend, held)
+        self._pool = _Pool(n, setup, workers, held)
         _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
@@ -329,8 +337,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
         Source: ``concurrent.futures.Executor.submit``.
         """
-        pool = self._pool
-        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=self._here)
+        pool, here = self._pool, self._peer.same_process
+        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=here)
         future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:
@@ -362,7 +370,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         if interrupted:
             self._pool.shut_down(cancel=True)
             self._pool.kill()
-        self.shutdown(wait=not (interrupted and self._here))
+        self.shutdown(wait=not (interrupted and not self._can_be_killed))
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -386,7 +394,7 @@ def run_worker(context: child.Context) -> int:
                 return 0
             function, args, kwargs = call
             value = None if function is None else function(*args, **(kwargs or {}))
-            payload = codec.encode_result(value, limit, "the task's result", here=context.here)
+            payload = codec.encode_result(value, limit, "the task's result", here=context.peer.same_process)
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:
@@ -397,7 +405,7 @@ def run_worker(context: child.Context) -> int:
 
 
 def _failure(context: child.Context, error: BaseException) -> codec.Encoded:
-    packed = error if context.here else exceptions.pack(error)
+    packed = error if context.peer.same_process else exceptions.pack(error)
     if not isinstance(error, QueueClosed):
         context.note_failed_task(packed)
     return exceptions.encode(packed, context.max_payload)

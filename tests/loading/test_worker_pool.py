@@ -20,13 +20,17 @@ from torchwq.marshalling import codec
 from torchwq.memory import recycling
 from torchwq.transport.local import LocalEndpoint
 from torchwq.workers import worker
+from torchwq.workers.backend import find
 
 
 def test_indices_that_two_threads_send_stay_in_order() -> None:
     theirs: list[LocalEndpoint] = []
     stub = SimpleNamespace()
     worker = WorkerHandle(
-        lambda part, end: theirs.append(end) or stub, WorkerConfig(0, 1, None, Snapshot()), memoryview(b""), "thread"
+        lambda own_config, end: theirs.append(end) or stub,
+        WorkerConfig(0, 1, None, Snapshot()),
+        memoryview(b""),
+        find("thread"),
     )
     done = threading.Event()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import torchwq
@@ -33,3 +34,8 @@ def chaos(queue: torchwq.WorkQueue) -> None:
         elif fate < 0.02:
             raise RuntimeError("chaos")
         queue.write(question)
+
+
+def is_a_thread() -> bool:
+    """Whether this worker is a thread of the process that has started it."""
+    return threading.current_thread() is not threading.main_thread()

@@ -133,7 +133,7 @@ class Autoscaler:
 
 
 def _processor_time(workers: Sequence[WorkerHandle]) -> tuple[int, int] | None:
-    if workers[0].process.is_thread:
+    if workers[0].process.peer.same_process:
         return time.process_time_ns(), 0  # with what the other threads do
     had = stood = 0
     try:

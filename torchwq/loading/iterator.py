@@ -38,6 +38,7 @@ from ..memory import recycling
 from ..transport import reactor
 from ..transport.process import closed_in_child
 from ..workers import shutdown
+from ..workers.backend import Backend
 from . import internals, sampler_rng, state, worker_pool
 from .autoscaling import Autoscaler
 from .counters import Counters
@@ -70,13 +71,13 @@ _NONE_LEFT: Final = object()
 class Options:
     """What torch's DataLoader does not have."""
 
+    backend: Backend
     restarts: int = 0
     prefetch_across_epochs: bool = False
     most_workers: int = 0
     cores: int = 1
     snapshots: bool = False
     every: int = 1
-    backend: str = "process"
 
 
 @dataclass
@@ -483,7 +484,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _error(self, worker: WorkerHandle, failure: Failure) -> BaseException:
         error = exceptions.unpack(failure.error)
-        exceptions.add_note(error, f"in DataLoader worker {self._options.backend} {worker.worker_id}, {failure.where}")
+        kind = self._options.backend.name
+        exceptions.add_note(error, f"in DataLoader worker {kind} {worker.worker_id}, {failure.where}")
         return error
 
     def _next_answer(self) -> tuple[WorkerHandle, Any]:

@@ -11,19 +11,20 @@ import os
 import signal
 from typing import Any, Final, Protocol
 
-from ..workers import threads, worker
+from ..transport.capabilities import SAME_MACHINE, Capabilities
+from ..workers import worker
 
 #: How long, in seconds, whoever asks for a pid waits for the fork server, which may import torch meanwhile.
 _START_TIMEOUT: Final = 60.0
-#: How long, in seconds, a thread that has ended may take until it is gone.
-_THREAD_END_TIMEOUT: Final = 1.0
 
 
 class Process(Protocol):
     """A worker's process or thread, however it was started."""
 
-    #: Whether it is a thread.
-    is_thread: bool
+    #: What it is to its loader.
+    peer: Capabilities
+    #: Whether ``kill`` ends it, whatever it is at.
+    can_be_killed: bool
 
     @property
     def pid(self) -> int | None: ...
@@ -38,7 +39,8 @@ class Process(Protocol):
 class Forked:
     """A process that multiprocessing has forked."""
 
-    is_thread = False
+    peer = SAME_MACHINE
+    can_be_killed = True
 
     def __init__(self, process: Any) -> None:
         self.handle = process
@@ -65,7 +67,7 @@ class Served:
 
     def __init__(self, process: worker.Worker) -> None:
         self._process = process
-        self.is_thread = process.here
+        self.peer, self.can_be_killed = process.peer, process.can_be_killed
 
     @property
     def handle(self) -> Served:
@@ -93,14 +95,7 @@ class Served:
         return not self._process.ended_event.is_set()
 
     def wait(self, seconds: float | None) -> bool:
-        if self._process is threads.current():
-            return True  # the iterator was dropped in its own worker
-        if not self._process.ended_event.wait(seconds):
-            return False
-        if isinstance(self._process, threads.ThreadWorker):
-            # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
-            self._process.thread.join(_THREAD_END_TIMEOUT)
-        return True
+        return self._process.wait(seconds)
 
     def join(self, timeout: float | None = None) -> None:
         self.wait(timeout)

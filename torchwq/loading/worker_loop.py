@@ -129,10 +129,7 @@ class WorkerLoop:
         self._spins = 0
         self._end = self._waiter = end
         self._set_up_thread()
-        try:
-            self._work(end.send)
-        finally:
-            end.close()
+        self._work(end.send)
 
     def _work(self, send: Callable[[Any], None]) -> None:
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch

@@ -38,8 +38,7 @@ from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
-from ..memory.parcel import Parcel
-from ..transport import descriptors, endpoint, local
+from ..transport import descriptors, endpoint
 from ..transport.alarm import Alarm
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Endpoint, Received
@@ -47,6 +46,7 @@ from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
 from ..transport.waiting import Waiter
 from ..workers import child, deaths, greenlets, starting
+from ..workers.backend import Backend
 from ..workers.worker import Worker
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
 from .messages import Failure
@@ -84,21 +84,22 @@ reducers.register(_EndpointHandover, _reduce_handover)
 Start = Callable[[WorkerConfig, Any], Process]
 
 
-def starter(context: Any, config: LoaderConfig, backend: str) -> Start:
+def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
     """How the workers of ``config`` are started: as torch would on this platform, or as ``context`` or ``backend`` say.
 
     Raises MarshalError if they are to be served and something of the config cannot travel; its message names the place;
     RuntimeError if threads are green ones here.
     """
     greenlets.check("a DataLoader with workers")
-    if backend == "thread":
-        return functools.partial(_start_thread, config)
-    context = context or torch.multiprocessing
-    if context.get_start_method() == "fork":
-        return functools.partial(_fork, context, config)
     held: list[Any] = []
+    if backend.peer.same_process:
+        return functools.partial(_serve, backend, Letter(None, [config]), held)
+    if "multiprocessing_context" in backend.options:
+        context = context or torch.multiprocessing
+        if context.get_start_method() == "fork":
+            return functools.partial(_fork, context, config)
     (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
-    return functools.partial(_serve, payload, held)
+    return functools.partial(_serve, backend, payload, held)
 
 
 def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
@@ -149,13 +150,20 @@ def _end_with_owner(end: Endpoint, owner: int) -> None:
     threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
 
 
-def _serve(config: bytes | Parcel, held: list[Any], own_config: WorkerConfig, end: Endpoint) -> Process:
-    own = codec.encode((own_config, _EndpointHandover(end)), codec.CALL_LIMIT, upvalues=True)
+def _serve(
+    backend: Backend, config: codec.Encoded, held: list[Any], own_config: WorkerConfig, end: Endpoint | LocalEndpoint
+) -> Process:
+    own: codec.Encoded
+    if isinstance(end, LocalEndpoint):
+        own = Letter(None, [(own_config, end)])
+    else:
+        own = codec.encode((own_config, _EndpointHandover(end)), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
         1,
         f"{__name__}:served_main",
         _close_message,
         _nothing,
+        backend=backend,
         first_mapid=own_config.worker_id,
         of=own_config.num_workers,
     )
@@ -169,30 +177,6 @@ def _serve(config: bytes | Parcel, held: list[Any], own_config: WorkerConfig, en
     return Served(process)
 
 
-def _start_thread(config: LoaderConfig, own_config: WorkerConfig, end: LocalEndpoint) -> Process:
-    (thread,) = starting.start(
-        1,
-        f"{__name__}:thread_main",
-        _close_message,
-        _nothing,
-        backend="thread",
-        first_mapid=own_config.worker_id,
-        of=own_config.num_workers,
-    )
-    thread.send(Letter(None, [(config, own_config, end)]))
-    return Served(thread)
-
-
-def thread_main(context: child.Context) -> int:
-    """Entry of a worker that is a thread."""
-    config, own_config, end = codec.decode(*context.receive())
-    try:
-        WorkerLoop(config, own_config).run_in_thread(end)
-    except SystemExit as stop:
-        return int(stop.code) if isinstance(stop.code, int) else 1
-    return 0
-
-
 def _close_message(process: Worker, data: Any, fds: list[int]) -> None:
     exceptions.discard_answer(data, fds)
 
@@ -202,7 +186,7 @@ def _nothing(process: Worker) -> None:
 
 
 def served_main(context: child.Context) -> int:
-    """Entry of a worker that the fork server has made."""
+    """Entry of a worker that a backend has started."""
     own_config, end = codec.decode(*context.receive())
     with contextlib.closing(end):
         try:
@@ -213,7 +197,14 @@ def served_main(context: child.Context) -> int:
             outbox.send(codec.encode(failure, end.max_payload, upvalues=True))
             outbox.wait_empty()
             return 1
-        WorkerLoop(config, own_config).run(end)
+        loop = WorkerLoop(config, own_config)
+        if not context.peer.same_process:
+            loop.run(end)
+            return 0
+        try:
+            loop.run_in_thread(end)
+        except SystemExit as stop:
+            return int(stop.code) if isinstance(stop.code, int) else 1
     return 0
 
 
@@ -228,9 +219,11 @@ class Gone(Exception):
 class WorkerHandle:
     """One worker as its loader sees it."""
 
-    def __init__(self, start: Start, own_config: WorkerConfig, flow: memoryview, backend: str) -> None:
+    def __init__(self, start: Start, own_config: WorkerConfig, flow: memoryview, backend: Backend) -> None:
         self.worker_id = own_config.worker_id
         self._backend = backend
+        #: Whether what is sent to it stays in this process.
+        self._stays = backend.peer.same_process
         self._start = start
         self._own_config = own_config
         self._flow = flow
@@ -247,51 +240,39 @@ class WorkerHandle:
         self._open(own_config)
 
     def _open(self, own_config: WorkerConfig) -> None:
-        if self._backend == "thread":
-            self._open_thread(own_config)
-        else:
-            self._open_process(own_config)
-        self._take = self.end.try_receive
-        self._consumed = 0
-        self._sent = self._received = 0
-        self._closed = False
-
-    def _open_process(self, own_config: WorkerConfig) -> None:
         with contextlib.ExitStack() as opened:  # all of it before the worker starts, which has to be ended otherwise
             try:
-                ours, theirs = endpoint.pair()
+                ours, theirs = self._backend.connect()
                 opened.callback(ours.close)
-                with contextlib.closing(theirs):
-                    waiter = Waiter(ours, Alarm())
-                    opened.callback(waiter.close)
-                    self.end: Endpoint | LocalEndpoint = ours
-                    self._closed = False
-                    opened.callback(setattr, self, "_closed", True)
-                    recycling.add_inlet(self)
+                self.end: Endpoint | LocalEndpoint = ours
+                self._waiter: Waiter | LocalEndpoint
+                self._closed = False
+                opened.callback(setattr, self, "_closed", True)
+                if isinstance(ours, LocalEndpoint):
+                    self._waiter = ours
                     self.process: Process = self._start(own_config, theirs)
+                else:
+                    with contextlib.closing(theirs):
+                        self._waiter = Waiter(ours, Alarm())
+                        opened.callback(self._waiter.close)
+                        recycling.add_inlet(self)
+                        self.process = self._start(own_config, theirs)
+                    self.outbox = Outbox(ours)
+                    self.max_payload = ours.max_payload
             except ResourceError:
                 raise
             except OSError as error:
                 raise exhausted(error) from error
             opened.pop_all()
-        self.outbox = Outbox(ours)
-        self._waiter: Waiter | LocalEndpoint = waiter
-        self.max_payload = ours.max_payload
-
-    def _open_thread(self, own_config: WorkerConfig) -> None:
-        ours, theirs = local.pair()
-        try:
-            self.process = self._start(own_config, theirs)
-        except BaseException:
-            ours.close()
-            raise
-        self.end = self._waiter = ours
+        self._take = self.end.try_receive
+        self._consumed = 0
+        self._sent = self._received = 0
 
     def assign(self, index: Any) -> None:
         """Let it make a batch for this index. It does not know of it before ``flush``."""
         self.tasks.append(index)
-        if self._backend == "thread" and type(index) is list:
-            index = index.copy()  # a thread would see what the sampler makes of its list
+        if self._stays and type(index) is list:
+            index = index.copy()  # the worker would see what the sampler makes of its list
         with self._lock:
             self._unsent.append(index)
 
@@ -408,7 +389,7 @@ class WorkerHandle:
     def _disconnect(self) -> None:
         self._closed = True
         self._waiter.close()
-        if self._backend == "process":
+        if not self._stays:
             self.outbox.abandon()
         self.end.close()
 
@@ -464,7 +445,7 @@ def end_in_background(workers: Sequence[WorkerHandle], seconds: float) -> None:
 
 
 def _wait_for(workers: Sequence[WorkerHandle], in_all: float | None) -> None:
-    left = [worker for worker in _wait(workers, in_all) if not worker.process.is_thread]
+    left = [worker for worker in _wait(workers, in_all) if worker.process.can_be_killed]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for worker in left:
             worker.process.kill(number)
@@ -476,6 +457,6 @@ def _wait(workers: Sequence[WorkerHandle], in_all: float | None) -> list[WorkerH
     until = time.monotonic() + (END_TIMEOUT if in_all is None else in_all)
     for worker in workers:
         worker.process.wait(max(0.0, until - time.monotonic()))
-        if in_all is None and not worker.process.is_thread:
+        if in_all is None and worker.process.can_be_killed:
             until = time.monotonic() + END_TIMEOUT
     return [worker for worker in workers if not worker.process.wait(0.0)]

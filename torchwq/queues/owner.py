@@ -692,7 +692,8 @@ class Owner(SocketRole, worker.EndListener):
 
     def close(self) -> None:
         questions = self.inside.box
-        if not self.closed and questions and (self.invited or any(not each.here for each in worker.living())):
+        may_go = self.invited or any(not each.peer.same_process for each in worker.living())
+        if not self.closed and questions and may_go:
             try:
                 self.open_to_processes()  # one that is on its way to it may be a process, or go on to one
             except Exception:

@@ -153,7 +153,7 @@ def _withdraw(name: str, owner: Owner) -> None:
     with _guard:
         if name in _owned and _owned[name].owner is owner:
             del _owned[name]
-        if any(each.here for each in worker.living()) and name not in _closed:
+        if any(each.peer.same_process for each in worker.living()) and name not in _closed:
             _closed[name] = time.monotonic(), owner
             owner.invite(1)  # until none of them can come any more
     here = directory.existing()
@@ -173,13 +173,13 @@ class _Janitor(worker.EndListener):
     """Forgets closed names once the last worker has ended that could still have asked for them."""
 
     def worker_ended(self, process: worker.Worker) -> None:
-        if not worker.living() or process.here:
+        if not worker.living() or process.peer.same_process:
             # What is closed after this is for workers that are started after this, whoever lives now.
             now = time.monotonic_ns()
             cleanup.later(lambda: self._forget_closed(now))  # which waits for the lock of the names
 
     def _forget_closed(self, now: int) -> None:
-        if not any(each.here for each in worker.living()):
+        if not any(each.peer.same_process for each in worker.living()):
             with _guard:
                 closed = {name: (at, owner) for name, (at, owner) in _closed.items() if at < now / 1e9}
                 for name in closed:

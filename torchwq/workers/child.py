@@ -30,6 +30,7 @@ import torch
 from ..memory import anonymous
 from ..memory.parcel import Parcel
 from ..transport import directory, endpoint, namespace
+from ..transport.capabilities import SAME_MACHINE
 from ..transport.outbox import Outbox
 from ..transport.trailer import payload_of
 from . import client, descent, failures, info, shutdown, standing
@@ -40,8 +41,8 @@ _PR_SET_PDEATHSIG: Final = 1
 class Context:
     """The connection of a worker to its owner, as an entry function uses it."""
 
-    #: Whether the worker is a thread of its owner's process.
-    here = False
+    #: What a message to the owner may hold.
+    peer = SAME_MACHINE
     max_payload: int
 
     def __init__(self, end: endpoint.Endpoint) -> None:

@@ -33,7 +33,7 @@ from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.sockets import is_broken, rights
-from . import descent, executable, server, standing, streams
+from . import executable, server, standing, streams
 
 #: Absolute: the working directory may change.
 _SERVER: Final = os.path.abspath(server.__file__)
@@ -248,30 +248,6 @@ def connect() -> Connection:
 
 def _is_usable(connection: Connection) -> bool:
     return not connection.lost and connection.fits()
-
-
-def warm_up(wait: bool = True) -> None:
-    """Start the fork server now, so that the first workers start as fast as later ones.
-
-    Without it, the server starts when it is first needed, which takes as long as importing torch does. Workers share
-    the server of the process that started them, so this does nothing in a worker.
-
-    Args:
-        wait: return when the server is ready; False returns at once and lets it get ready in the background.
-
-    Raises:
-        WorkerStartError: there is no Python interpreter to start it with, or it could not get ready.
-        ResourceError: a limit of the system does not allow it.
-
-    Source: what ``multiprocessing.set_forkserver_preload`` is for.
-    """
-    descent.warm_up()
-    connection = connect()
-    connection.order_preload()
-    if wait:
-        connection.warm.wait()
-        if connection.failure:
-            raise WorkerStartError(connection.failure)
 
 
 def born_with(fd: int) -> None:

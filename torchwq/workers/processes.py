@@ -13,12 +13,14 @@ import time
 import warnings
 from typing import Any
 
-from ..errors import ResourceError
+from ..errors import ResourceError, WorkerStartError
 from ..memory import anonymous
 from ..memory.parcel import Parcel
 from ..transport import descriptors, endpoint, namespace, reactor
+from ..transport.capabilities import SAME_MACHINE
 from ..transport.outbox import Outbox
 from . import client, descent, standing
+from .backend import Backend, Ends
 from .info import WorkerInfo
 from .streams import is_stream
 from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_started
@@ -26,6 +28,9 @@ from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_sta
 
 class ProcessWorker(Worker):
     """A worker that is a process."""
+
+    peer = SAME_MACHINE
+    can_be_killed = True
 
     def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         super().__init__(info, on_message, on_end, group)
@@ -120,6 +125,30 @@ class ProcessWorker(Worker):
             if received is None:
                 return
             self._on_message(self, *received)
+
+
+class Processes(Backend):
+    """Workers that are processes of this machine, forked by the fork server."""
+
+    name = "process"
+    peer = ProcessWorker.peer
+    can_be_killed = ProcessWorker.can_be_killed
+    options = frozenset({"multiprocessing_context"})
+
+    def start(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> ProcessWorker:
+        return ProcessWorker(info, entry, on_message, on_end, group)
+
+    def connect(self) -> Ends:
+        return endpoint.pair()
+
+    def warm_up(self, wait: bool) -> None:
+        descent.warm_up()
+        connection = client.connect()
+        connection.order_preload()
+        if wait:
+            connection.warm.wait()
+            if connection.failure:
+                raise WorkerStartError(connection.failure)
 
 
 def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:

@@ -105,7 +105,7 @@ def _call_all(callbacks: list[Callable[[], None]]) -> None:
 def end_workers(grace: float) -> None:
     """End all workers of this process: wait, ask, force; threads can only be asked."""
     for number in (None, signal.SIGTERM, signal.SIGKILL):
-        left = [each for each in worker.living() if not each.here or number is not signal.SIGKILL]
+        left = [each for each in worker.living() if each.can_be_killed or number is not signal.SIGKILL]
         for each in left:
             if number is not None:
                 each.force(number)

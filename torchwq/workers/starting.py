@@ -1,34 +1,44 @@
-"""Starts workers, of either kind."""
+"""Starts workers, of whatever kind: the table of the kinds that there are is filled here."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 import signal
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from ..errors import TorchwqError
 from ..memory import anonymous
+from .backend import Backend, find, register
 from .info import WorkerInfo
-from .processes import ProcessWorker
-from .threads import ThreadWorker
+from .processes import Processes
+from .threads import Threads
 from .worker import OnEnd, OnMessage, Worker
 
-#: What ``backend`` may be.
-BACKENDS: Final[dict[str, type[ProcessWorker] | type[ThreadWorker]]] = {
-    "process": ProcessWorker,
-    "thread": ThreadWorker,
-}
+register(Processes())
+register(Threads())
 
 _started = itertools.count()
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless ``backend`` names one that exists."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'process' or 'thread', not {backend!r}")
+def warm_up(wait: bool = True) -> None:
+    """Start the fork server now, so that the first workers start as fast as later ones.
+
+    Without it, the server starts when it is first needed, which takes as long as importing torch does. Workers share
+    the server of the process that started them, so this does nothing in a worker.
+
+    Args:
+        wait: return when the server is ready; False returns at once and lets it get ready in the background.
+
+    Raises:
+        WorkerStartError: there is no Python interpreter to start it with, or it could not get ready.
+        ResourceError: a limit of the system does not allow it.
+
+    Source: what ``multiprocessing.set_forkserver_preload`` is for.
+    """
+    find("process").warm_up(wait)
 
 
 def check_number(n: Any, what: str) -> int:
@@ -53,7 +63,7 @@ def start(
     on_message: OnMessage,
     on_end: OnEnd,
     *,
-    backend: str = "process",
+    backend: Backend,
     first_mapid: int = 0,
     of: int | None = None,
 ) -> list[Worker]:
@@ -64,10 +74,10 @@ def start(
     group = next(_started)
     seed = _base_seed(group)
     workers: list[Worker] = []
-    make = BACKENDS[backend]
     try:
         for mapid in range(first_mapid, first_mapid + n):
-            workers.append(make(WorkerInfo(mapid, of or n, (seed + mapid) % 2**63), entry, on_message, on_end, group))
+            info = WorkerInfo(mapid, of or n, (seed + mapid) % 2**63)
+            workers.append(backend.start(info, entry, on_message, on_end, group))
     except BaseException as error:
         for worker in workers:
             worker.kill(signal.SIGKILL)

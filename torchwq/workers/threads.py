@@ -27,8 +27,12 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ..errors import Interrupted
+from ..transport import local
+from ..transport.capabilities import SAME_PROCESS
+from ..transport.local import LocalEndpoint
 from ..transport.process import reset_in_child
 from . import failures, info
+from .backend import Backend, Ends
 from .child import Context
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, note_ordered
@@ -37,6 +41,8 @@ from .worker import OnEnd, OnMessage, Worker, note_ordered
 _STAYS: Final = [-1]
 #: How long, in seconds, one who interrupts a thread waits for it to have told what it is telling.
 _PATIENCE: Final = 1.0
+#: How long, in seconds, a thread that has ended may take until it is gone.
+_LAST_STEPS: Final = 1.0
 
 
 def _be_interrupted() -> None:
@@ -54,7 +60,8 @@ class Belonging(Protocol):
 class ThreadWorker(Worker):
     """A worker that is a thread. Starts at once. Raises OSError if the system allows no more threads."""
 
-    here = True
+    peer = SAME_PROCESS
+    can_be_killed = False
 
     def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         super().__init__(info, on_message, on_end, group)
@@ -91,6 +98,15 @@ class ThreadWorker(Worker):
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         pass
+
+    def wait(self, seconds: float | None) -> bool:
+        if self is current():
+            return True  # who waits for it is dropped in the worker itself
+        if not super().wait(seconds):
+            return False
+        # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
+        self.thread.join(_LAST_STEPS)
+        return True
 
     def force(self, number: signal.Signals) -> None:
         """Raise Interrupted, a SystemExit, in it, as soon as it executes Python code again.
@@ -152,8 +168,8 @@ class ThreadWorker(Worker):
 class _ThreadContext(Context):
     """What a worker's entry function has of its owner, for a thread."""
 
-    here = True
-    max_payload = 1 << 62
+    peer = SAME_PROCESS
+    max_payload = LocalEndpoint.max_payload
 
     def __init__(self, worker: ThreadWorker) -> None:
         self._worker = worker
@@ -175,6 +191,23 @@ class _ThreadContext(Context):
 
     def finish(self) -> None:
         pass
+
+
+class Threads(Backend):
+    """Workers that are threads of this process."""
+
+    name = "thread"
+    peer = ThreadWorker.peer
+    can_be_killed = ThreadWorker.can_be_killed
+
+    def start(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> ThreadWorker:
+        return ThreadWorker(info, entry, on_message, on_end, group)
+
+    def connect(self) -> Ends:
+        return local.pair()
+
+    def warm_up(self, wait: bool) -> None:
+        pass  # a thread starts at once
 
 
 _current = threading.local()

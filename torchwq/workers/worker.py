@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import WorkerDied
 from ..memory import recycling
+from ..transport.capabilities import Capabilities
 from ..transport.process import reset_in_child
 from . import deaths
 from .info import WorkerInfo
@@ -32,8 +33,10 @@ OnEnd = Callable[["Worker"], None]
 class Worker(abc.ABC):
     """One worker. Made by :func:`start`."""
 
-    #: Whether it is a thread of this process.
-    here = False
+    #: What a message to it may hold.
+    peer: Capabilities
+    #: Whether ``kill`` ends it, whatever it is at.
+    can_be_killed: bool
 
     def __init__(self, info: WorkerInfo, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         self.info = info
@@ -72,6 +75,10 @@ class Worker(abc.ABC):
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send it a signal; as soon as it is started, if it is not yet. Nothing happens if it has ended, or is a
         thread."""
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until it has ended, for so many seconds at most. Returns whether it has."""
+        return self.ended_event.wait(seconds)
 
     def force(self, number: signal.Signals) -> None:
         """Have it end, because its process does, or at the user's wish: by a signal; a thread by an exception."""
@@ -164,10 +171,9 @@ def note_started(worker: Worker, pid: int) -> None:
 
 
 def note_ended(worker: Worker) -> None:
-    """It has ended; keep it findable for a while."""
+    """One that is a process has ended; keep it findable for a while."""
     _recent.append(worker)
-    if not worker.here:
-        recycling.suspect_orphans()
+    recycling.suspect_orphans()
 
 
 def listen(listener: EndListener) -> None:
