@@ -23,6 +23,7 @@ from .loading.statistics import LoaderStatistics
 from .locking import Mutex, mutex
 from .mapping import Map, map
 from .marshalled import Marshalled, marshal
+from .marshalling.reducers import register_reducer
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
 from .selecting import select
@@ -66,6 +67,7 @@ __all__ = [
     "marshal",
     "memory_stats",
     "mutex",
+    "register_reducer",
     "select",
     "set_executable",
     "set_memory_limit",

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from ..errors import Interrupted, RemoteError, RemoteTraceback
-from . import codec
+from . import codec, reducers
 from .copies import ATOMS
 from .letter import Letter
 
@@ -252,7 +252,7 @@ def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
     cls = type(error)
     make, made_of, state = cls, error.args, None
     try:
-        reduced: Any = error.__reduce_ex__(4)
+        reduced: Any = reducers.registered[cls](error) if cls in reducers.registered else error.__reduce_ex__(4)
     except _NOT_OURS:
         raise
     except BaseException:

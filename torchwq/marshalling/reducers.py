@@ -3,15 +3,19 @@
 A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own
 way. It may attach descriptors to the message with ``encoder.attach``; the rebuilding function finds them by their index
 with :func:`take_inbound_fd`. Or let it refer to blocks; the rebuilding function finds them in :func:`inbound`.
+
+Users have a table of their own, of reducers that get the object and nothing else: :func:`register_reducer`.
 """
 
 from __future__ import annotations
 
+import builtins
 import io
+import pickle
 import threading
 import types
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
@@ -53,11 +57,22 @@ class Encoder(Protocol):
 
 
 Reducer = Callable[[Encoder, Any], Any]
+T = TypeVar("T")
 
 _exact: dict[type, Reducer] = {}
 _families: dict[type, Reducer] = {}
 _others: Container[type] = ()
 _not_others: Container[type] = ()
+#: Classes that are refused, which a user may know how to send.
+_refused: set[type] = set()
+#: What users have registered.
+registered: dict[type, Callable[[Any], Any]] = {}
+#: What pickle takes apart itself, before it asks anybody.
+_ASKS_NOBODY: Final = frozenset(
+    {type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, pickle.PickleBuffer}
+)
+#: What the encoders look at themselves: code, which goes by name or under the closure rule.
+_CODE: Final = frozenset({type, types.FunctionType})
 _reduce_other: Reducer | None = None
 #: Functions that reducers name and that are known to be found by their names.
 rebuilders: set[Any] = set()
@@ -66,6 +81,54 @@ rebuilders: set[Any] = set()
 def register(cls: type, reducer: Reducer) -> None:
     """Let instances of exactly ``cls`` be reduced by ``reducer``."""
     _exact[cls] = reducer
+
+
+def register_reducer(type: type[T], reduce: Callable[[T], tuple[Any, ...] | str]) -> None:
+    """Let objects of exactly ``type`` travel as ``reduce`` says: in queues, channels, arguments, results and batches.
+
+    For what cannot be pickled, or should not be as it is. Tensors in what ``reduce`` returns travel by reference,
+    everything else by value. What it returns is all that a reader needs: a process that only reads such objects, and
+    sends none, need not register anything. ``copyreg.pickle`` and ``ForkingPickler.register`` are heeded, too; this
+    goes before them.
+
+    Args:
+        type: a class. As with ``ForkingPickler.register``, its subclasses are not included; register each of them.
+        reduce: takes the object and returns what its ``__reduce__`` would: ``(callable, args)``, where
+            ``callable(*args)`` makes the object again, or with a state and more behind; or NotImplemented, for pickle's
+            own way. Registered again, the last one counts. It is not called where nothing is marshalled: for batches
+            of a loader without workers, or with threads.
+
+    Raises:
+        TypeError: ``type`` is not a class, or ``reduce`` cannot be called.
+        ValueError: objects of this type travel in a way that cannot be changed: tensors, storages, arrays, functions,
+            classes, torchwq's own, and what pickle asks nobody about, such as int, str, tuple and dict.
+
+    Source: ``copyreg.pickle`` and ``multiprocessing.reduction.ForkingPickler.register``.
+    """
+    if not isinstance(type, builtins.type):
+        raise TypeError(f"register_reducer takes a class first, and not {type!r:.80}: pass the object's type")
+    if not callable(reduce):
+        raise TypeError(
+            f"register_reducer takes a function that reduces a {type.__qualname__}, and not {reduce!r:.80}: "
+            "pass one that returns (callable, args)"
+        )
+    name = f"{type.__module__}.{type.__qualname__}".removeprefix("builtins.")
+    if type in _ASKS_NOBODY:
+        raise ValueError(f"pickle sends every {name} itself: register a class of your own, that has one or is one")
+    if type in _CODE or (type in _exact and type not in registered and type not in _refused):
+        raise ValueError(f"torchwq sends every {name} itself: register a class of your own, that has one or is one")
+
+    def reducer(encoder: Encoder, obj: Any) -> Any:
+        reduced: Any = reduce(obj)
+        if isinstance(reduced, (tuple, str)) or reduced is NotImplemented:
+            return reduced
+        raise TypeError(
+            f"what is registered for {name} has returned {reduced!r:.80}: it must return (callable, args), as "
+            "__reduce__ does"
+        )
+
+    registered[type] = reduce
+    register(type, reducer)
 
 
 def register_family(base: type, reducer: Reducer) -> None:
@@ -180,3 +243,5 @@ register_family(np.ndarray, _reduce_array_subclass)
 register(types.GeneratorType, _refuse_generator)
 for _file in (io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO):
     register(_file, _refuse_file)
+    _refused.add(_file)
+_refused.add(types.GeneratorType)
