@@ -29,7 +29,7 @@ import pytest
 
 import torchwq
 from torchwq.memory import arrivals, ledger, pool
-from torchwq.transport import directory, namespace
+from torchwq.transport import debug, directory, namespace
 from torchwq.workers import client
 
 # A temp folder of this run's own: what other processes of the machine leave there is not ours to judge.
@@ -38,6 +38,7 @@ _TEMP = tempfile.mkdtemp(prefix="twq-")
 multiprocessing.util.Finalize(None, shutil.rmtree, (_TEMP,), {"ignore_errors": True}, exitpriority=-200)
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMP
 os.environ.pop("XDG_RUNTIME_DIR", None)
+os.environ[debug.VARIABLE] = _DEBUG = f"{_TEMP}/debug"
 os.environ.pop(namespace.VARIABLE, None)
 
 # The background jobs of a shell ignore Ctrl-C, and so would every program that a test starts.
@@ -78,7 +79,9 @@ class Footprint:
         self.processes = {
             (child.pid, child.create_time()) for child in me.children(recursive=True) if child.pid != server.pid
         }
-        self.threads = {thread for thread in threading.enumerate() if thread.name != "torchwq-reactor"}
+        self.threads = {
+            thread for thread in threading.enumerate() if thread.name not in ("torchwq-reactor", "torchwq-debug")
+        }
         self.descriptors = _descriptors()
         folder = namespace.current().path
         self.files = {path for path in glob.glob("/dev/shm/*") if not _is_anothers(path)}
@@ -157,6 +160,24 @@ def _leaves_nothing_behind(_services: None) -> Iterator[None]:
         gc.collect()  # takes longer than most tests: only if there is a need
         time.sleep(0.02)
     assert not left, f"left behind: {left}"
+
+
+def told_by_debug_mode() -> str:
+    """What the debug mode of the reactor has told, in this process and in those below, since this was asked last."""
+    assert debug.ON
+    try:
+        os.rename(_DEBUG, f"{_DEBUG}-read")
+    except FileNotFoundError:
+        return ""
+    with open(f"{_DEBUG}-read") as file:
+        return file.read()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_holds_the_reactor_up(_services: None) -> Iterator[None]:
+    yield
+    told = told_by_debug_mode()
+    assert not told, told
 
 
 @pytest.fixture

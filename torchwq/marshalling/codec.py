@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory.block import Block
 from ..memory.parcel import Parcel
+from ..transport import debug
 from ..transport.endpoint import NO_FDS
 from ..transport.trailer import KIND
 from . import inheritance, locate, plain, wire
@@ -76,6 +77,7 @@ def encode(
     starting: list[Any] | None = None,
     in_full: bool = False,
 ) -> Payload: ...
+@debug.runs_user_code
 def encode(
     obj: Any,
     limit: int,
@@ -294,6 +296,7 @@ def for_others(payload: Encoded, limit: int) -> Encoded:
     return payload
 
 
+@debug.runs_user_code
 def decode(data: Any, fds: list[int]) -> Any:
     """The object in a message. Takes over ``fds``.
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from ..errors import Interrupted, RemoteError, RemoteTraceback
+from ..transport import debug
 from . import codec, reducers
 from .copies import ATOMS
 from .letter import Letter
@@ -46,6 +47,7 @@ class PackedException(NamedTuple):
     text: str
 
 
+@debug.runs_user_code
 def pack(error: BaseException, *, here: bool = False) -> PackedException:
     """Turn a caught exception into something that always travels, or stays ``here``."""
     pickled = whole = bare = None
@@ -84,6 +86,7 @@ def encode(error: PackedException | BaseException, limit: int) -> codec.Encoded:
     return codec.encode((None, error), limit, upvalues=True)
 
 
+@debug.runs_user_code
 def unpack(packed: PackedException | BaseException) -> BaseException:
     """The exception, with the worker's traceback: as its cause, or, from a thread, its own."""
     if isinstance(packed, BaseException):

@@ -7,7 +7,8 @@ held up by them.
 Invariants:
 
 * Callbacks run in the reactor's thread, one at a time, and must not block, nor run code of the user's, which pickling
-  does. What might do either is left to :mod:`torchwq.transport.cleanup`.
+  does. What might do either is left to :mod:`torchwq.transport.cleanup`. The debug mode (:mod:`.debug`) tells of one
+  that does.
 * A callback may still run once after ``remove`` when its event was under way already; it must bear that.
 * A descriptor is removed *before* it is closed: its number may be used again, and epoll goes on reporting a closed
   descriptor whose file another process holds open.
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from . import descriptors
+from . import debug, descriptors
 from .alarm import Alarm
 from .process import closed_in_child, reset_in_child
 
@@ -173,6 +174,7 @@ class Reactor:
         self._selector.close()
 
 
+@debug.timed
 def _call(callback: Callback | None) -> None:
     if callback is None:
         return
