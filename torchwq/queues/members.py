@@ -5,17 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from ..memory.board import Slot
 from ..transport.link import Link
 from ..workers import worker
-from .thread import Notes
 
 #: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
 #: were started together with one that came, and any others.
 _WITH_ANOTHER: Final = 30.0
 _JUST_STARTED: Final = 3.0
+
+
+class Notes:
+    """What the owner knows of a side in a thread of its process: as ``board.Slot``."""
+
+    __slots__ = ("busy_threads", "number", "taken")
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.taken = 0
+        self.busy_threads: set[int] = set()
+
+    @property
+    def busy(self) -> int:
+        return len(self.busy_threads)
+
+
+class Side(Protocol):
+    """Such a side (see ``thread``), as the owner knows it."""
+
+    def rewatch(self) -> None:
+        """Questions come from elsewhere now."""
 
 
 @dataclass(slots=True, eq=False)

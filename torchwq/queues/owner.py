@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
@@ -49,10 +50,9 @@ from . import failing
 from .failing import Failed, NeverCame
 from .history import History
 from .inside import Inside
-from .members import Member, patience
+from .members import Member, Notes, Side, patience
 from .protocol import ADOPT, FAILED, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
 from .role import SocketRole
-from .thread import Notes, ThreadSide
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
 _GLANCE: Final = 0.02
@@ -63,6 +63,8 @@ _LOST_AFTER: Final = 0.2
 _LONGEST_DOUBT: Final = 5.0
 _LONGEST_END: Final = 1.0
 _TOLD_LATELY: Final = 64
+#: How many answers the reactor takes in at a time.
+_AT_ONCE: Final = 256
 
 
 class Owner(SocketRole, worker.EndListener):
@@ -98,7 +100,7 @@ class Owner(SocketRole, worker.EndListener):
         self._waiting_for_room = 0
         #: Handles under way to threads of this process, and those that they have.
         self.invited = 0
-        self.sides: weakref.WeakSet[ThreadSide] = weakref.WeakSet()
+        self.sides: weakref.WeakSet[Side] = weakref.WeakSet()
         self._last_side = 0
         self._is_released = False
         self.closed_ns = 0
@@ -129,7 +131,7 @@ class Owner(SocketRole, worker.EndListener):
         #: What has told lately: several handles of a worker tell of the same failure.
         self._told: deque[object] = deque(maxlen=_TOLD_LATELY)
         #: Handles that were closed by an error which may be a failure; until when that hinders "nobody is left".
-        self._in_doubt: dict[Member | ThreadSide, float] = {}
+        self._in_doubt: dict[Member | Side, float] = {}
         worker.listen(self)
         recycling.add_inlet(self)
         self._opened()
@@ -289,17 +291,17 @@ class Owner(SocketRole, worker.EndListener):
         except EOFError:
             return None  # closed by another thread; the caller looks at that
 
-    def _absorb(self) -> bool | None:
+    def _absorb(self, most: float = math.inf) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
         if self.inside.box is not None and not self._is_opening:
             return None
-        found = None
+        count = 0
         with self._receiving:
-            while (received := self.answers.take() or self._take_from_socket()) is not None:
+            while count < most and (received := self.answers.take() or self._take_from_socket()) is not None:
                 self._inbox.append(received)
                 self._absorbed += 1
-                found = True
-        return found
+                count += 1
+        return True if count else None
 
     def mark(self) -> list[int]:
         """See ``recycling.Inlet``: first for the socket; once that has been passed, for the inbox behind it."""
@@ -316,8 +318,11 @@ class Owner(SocketRole, worker.EndListener):
         return self._absorbed - len(self._inbox) >= mark[1]
 
     def _absorb_for_leavers(self) -> None:
-        """Make room for the last answers of a worker that is leaving; the reactor calls this while one is."""
-        if self._absorb():
+        """Make room for the last answers of a worker that is leaving; the reactor calls this while one is.
+
+        Some at a time: the reactor calls again while there are more, and sees to others in between.
+        """
+        if self._absorb(_AT_ONCE):
             self.alarm.set()
 
     def raise_trouble(self) -> None:
@@ -586,14 +591,14 @@ class Owner(SocketRole, worker.EndListener):
 
     # Failures
 
-    def doubt(self, who: Member | ThreadSide) -> None:
+    def doubt(self, who: Member | Side) -> None:
         """It was closed by an error that may turn out to be a failure of its worker."""
         with self._lock:
             if not self.closed:
                 self._in_doubt[who] = time.monotonic() + _LONGEST_DOUBT
                 reactor.get().call_later(_LONGEST_DOUBT, self._look_again)
 
-    def doubt_is_over(self, who: Member | ThreadSide) -> None:
+    def doubt_is_over(self, who: Member | Side) -> None:
         with self._lock:
             if self._in_doubt.pop(who, None) is not None:
                 if isinstance(who, Member) and who.link is not None:

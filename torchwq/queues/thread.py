@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from _thread import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import QueueClosed
 from ..marshalling import codec, invitation
@@ -22,25 +22,9 @@ from ..workers import threads
 from ..workers.failures import Failure
 from ..workers.presence import Presence
 from .failing import Failed
+from .members import Notes
+from .owner import Owner
 from .role import CLOSED_HERE, ENDED, Role
-
-if TYPE_CHECKING:
-    from .owner import Owner
-
-
-class Notes:
-    """What the owner knows of one such side: as ``board.Slot``."""
-
-    __slots__ = ("busy_threads", "number", "taken")
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.taken = 0
-        self.busy_threads: set[int] = set()
-
-    @property
-    def busy(self) -> int:
-        return len(self.busy_threads)
 
 
 class ThreadSide(Role):

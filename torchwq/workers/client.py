@@ -37,6 +37,8 @@ from . import executable, server, standing, streams
 
 #: Absolute: the working directory may change.
 _SERVER: Final = os.path.abspath(server.__file__)
+#: The module whose ``main`` is run in each worker.
+_ENTRY: Final = f"{__package__}.child"
 
 
 class Ordered(Protocol):
@@ -283,7 +285,7 @@ def _launch(folder: str) -> Connection:
 def _start(folder: str) -> Connection:
     program = executable.find()
     path, directory = _where_to_begin()
-    settings = {"path": path, "namespace": folder}
+    settings = {"path": path, "namespace": folder, "entry": _ENTRY}
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     stands = standing.standing()
     try:

@@ -35,7 +35,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 FRAME = struct.Struct("=cxxxiQ")
@@ -65,8 +65,11 @@ class Client:
 
 
 class Server:
-    def __init__(self, connection: socket.socket, namespace: str) -> None:
+    def __init__(self, connection: socket.socket, namespace: str, entry: str) -> None:
         self.namespace = namespace
+        #: The module whose ``main`` a worker runs, and that function, once it is imported.
+        self.entry = entry
+        self.worker: Callable[[list[int], int, int, int], int]
         self.selector = selectors.DefaultSelector()
         self.first = self.add_client(connection)
         self.workers: dict[int, Client] = {}
@@ -141,7 +144,7 @@ class Server:
         if not self.preloaded:
             with self.guarded():
                 importlib.import_module("torchwq")  # torch comes along
-                importlib.import_module("torchwq.workers.child")
+                self.worker = importlib.import_module(self.entry).main
             os.chdir("/")
             gc.collect()
             gc.freeze()
@@ -195,9 +198,7 @@ class Server:
                 key.fileobj.close()  # type: ignore[union-attr]
             self.selector.close()
             self.wake_write.close()
-            from torchwq.workers import child
-
-            code = child.main(fds[:-2], server.detach(), fds[-2], fds[-1])
+            code = self.worker(fds[:-2], server.detach(), fds[-2], fds[-1])
         except BaseException:
             import traceback
 
@@ -242,7 +243,7 @@ def main(argv: list[str]) -> None:
     sys.path[:] = settings["path"]
     connection = socket.socket(fileno=int(argv[1]))
     os.set_inheritable(connection.fileno(), False)
-    Server(connection, settings["namespace"]).run()
+    Server(connection, settings["namespace"], settings["entry"]).run()
 
 
 if __name__ == "__main__":
