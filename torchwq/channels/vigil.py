@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from ..errors import WorkerDied
 from ..peers.failures import Concerning, SeenFailures, tenancies_of_the_dead
@@ -28,10 +28,8 @@ from ..peers.handles import Handles
 from ..peers.table import PeerTable
 from ..workers import threads
 from ..workers.losses import others_may_come, raise_next_death
-from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS
-
-if TYPE_CHECKING:
-    from .core import Core
+from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS, Line
+from .state import Way
 
 #: What one waits to do.
 READS, WRITES = 1, 2
@@ -63,10 +61,18 @@ class Seen(SeenFailures):
         return Seen(set(self.deaths), self.thread_failures, self.failed_closing)
 
 
+class Part(Protocol):
+    """One process's part of a channel (``core.Core``), as this watches over it."""
+
+    line: Line | None
+    way: Way
+    forked: bool
+
+
 class Vigil:
     """Watches over those who wait at one process's part of a channel. Safe to use from several threads."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Part) -> None:
         self._core = weakref.ref(core)
         self._lock = threading.RLock()
         self.handles: Handles[Any] = Handles()

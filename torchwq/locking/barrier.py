@@ -17,19 +17,18 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from ..errors import WorkerDied
 from ..memory import anonymous
 from ..peers.failures import SeenFailures
+from ..peers.handles import Handles
+from ..peers.table import PeerTable
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
 from ..workers import threads
 from ..workers.losses import others_may_come, raise_next_death
 from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, LEFT, LOSSES, NEEDED, ROUND, WAITING
-
-if TYPE_CHECKING:
-    from .core import Core
 
 #: Whoever waits looks at least so often, in seconds: if descriptors wake him, and if there are none.
 _SLICE: Final = 0.25
@@ -53,11 +52,23 @@ def new_events() -> list[int]:
     return events
 
 
+class Part(Protocol):
+    """One process's part of a mutex (``core.Core``), to which the barrier belongs."""
+
+    table: PeerTable
+    slot: int
+    handles: Handles[object]
+    left: bool
+
+    def check(self) -> None:
+        """Raise MutexError if it cannot be used any more."""
+
+
 class Barrier:
     """One process's part of it."""
 
-    def __init__(self, core: Core, events: Sequence[int]) -> None:
-        self._core: Core = weakref.proxy(core)  # which owns it
+    def __init__(self, core: Part, events: Sequence[int]) -> None:
+        self._core: Part = weakref.proxy(core)  # which owns it
         self._events = events
         self._table = core.table
         self._words = core.table.words

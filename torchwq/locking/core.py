@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
@@ -23,9 +23,6 @@ from ..workers.presence import Presence
 from .barrier import Barrier, new_events
 from .lock import Lock
 from .words import FAILURES, LEFT, WAITING
-
-if TYPE_CHECKING:
-    from .handle import Mutex
 
 _FORKED: Final = "this mutex was made before a fork and belongs to the parent process: pass it to workers of torchwq"
 
@@ -62,7 +59,7 @@ class Core:
         self._lock = Lock(self.table)
         self._barrier = Barrier(self, self._events)
         self._thread = threading.local()
-        self.handles: Handles[Mutex] = Handles()
+        self.handles: Handles[object] = Handles()
         self.forked = self.left = False
         if fds:
             self.table.count_redeemed()
