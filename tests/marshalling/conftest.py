@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .support import Peer, give_up_memory, started_peer
+from .support import Peer, started_peer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,4 +27,4 @@ def module_peer(_services: None) -> Iterator[Peer]:
 def peer(module_peer: Peer) -> Iterator[Peer]:
     """The worker, which keeps no memory of one test's for the next: by itself it looks only every other second."""
     yield module_peer
-    module_peer.ask(give_up_memory)
+    module_peer.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import traceback
@@ -14,7 +15,7 @@ import torch
 
 import torchwq
 from torchwq.marshalling import codec
-from torchwq.memory import arrivals, pool
+from torchwq.memory import arrivals, pool, recycling
 from torchwq.memory.parcel import Parcel, Payload
 from torchwq.transport.trailer import PICKLE, trailer
 
@@ -52,6 +53,13 @@ class Peer:
 
     def echo(self, obj: Any) -> Any:
         return self.ask(same, obj)
+
+    def settle(self) -> None:
+        """Let no memory be kept that nobody uses, here and at the worker."""
+        gc.collect()
+        arrivals.trim()
+        pool.trim()
+        self.ask(give_up_memory)
 
 
 @contextmanager
@@ -92,9 +100,11 @@ def same(obj: Any) -> Any:
 
 
 def give_up_memory() -> None:
-    """At the worker: keep nothing for use again. What is in use stays."""
+    """At the worker: keep nothing for use again, and have nothing kept by the reader. What is in use stays."""
+    gc.collect()
     arrivals.trim()
     pool.trim()
+    recycling.tick()
 
 
 _kept: list[Any] = []

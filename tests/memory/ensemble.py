@@ -34,7 +34,6 @@ def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
     import contextlib
     import gc
     import queue
-    import time
 
     import torch
 
@@ -95,10 +94,6 @@ def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
                 del tensor
             elif what == "trim":
                 gc.collect()
-                until = time.monotonic() + 5
-                while own is None and recycling.promise() and time.monotonic() < until:
-                    time.sleep(0.005)  # the reactor still has the closed queue in hand
-                    gc.collect()
                 pool.trim()
                 arrivals.trim()
             elif what == "look":

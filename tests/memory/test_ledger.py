@@ -12,7 +12,7 @@ import pytest
 
 import torchwq
 from tests.marshalling.support import roundtrip
-from torchwq.memory import ledger, limits, recycling, rows
+from torchwq.memory import ledger, limits, rows
 from torchwq.memory.ledger import ROWS, Ledger
 
 
@@ -44,7 +44,7 @@ def test_rows_of_a_process_that_once_had_all_of_them_go_to_others(
     assert others.new_row() is None
     for number in had:
         assert number is not None
-        mine.give_back(number, clean=True)
+        mine.give_back(number)
     got = [others.new_row() for _ in range(ROWS - rows.CHUNK)]
     assert None not in got, "all but what the other one keeps in hand"
     assert len({number & 0xFFFFFFFF for number in got if number is not None}) == len(got)
@@ -68,7 +68,7 @@ def test_a_row_is_given_to_one_process_at_a_time(two: tuple[Ledger, Ledger]) -> 
             has[who].add(number)
         elif has[who]:
             number = has[who].pop()
-            two[who].give_back(number, clean=choose.random() < 0.5)
+            two[who].give_back(number)
             assert not two[1 - who].is_current(number)
     taken = [number & 0xFFFFFFFF for number in has[0] | has[1]]
     assert len(taken) == len(set(taken))
@@ -80,20 +80,6 @@ def test_a_search_for_rows_in_vain_is_not_repeated_at_once() -> None:
     assert none.take() is None
     assert none.take() is None
     assert looks == [0, 1, 2, 3]
-
-
-def test_an_address_is_believed_in_its_own_table_only(two: tuple[Ledger, Ledger]) -> None:
-    mine, others = two
-    assert mine.slot_at(others.address) == others.slot != mine.slot
-    assert mine.slot_at(-1) == -1
-    fd = ledger._make()
-    try:
-        elsewhere = Ledger(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
-    finally:
-        os.close(fd)
-    assert elsewhere.slot == mine.slot
-    assert mine.slot_at(elsewhere.address) == -1
-    elsewhere.abandon()
 
 
 def of_the_right_size() -> int:
@@ -158,7 +144,6 @@ def test_a_table_that_could_not_be_had_is_looked_for_again(
     (tmp_path / "ledger").symlink_to(table)
     assert ledger.current() is None
     assert "processes share memory" in ledger.trouble
-    assert recycling.address() == recycling.reader_at(0) == -1
     monkeypatch.undo()
     monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
     monkeypatch.setattr(ledger, "_ledger", None)

@@ -43,7 +43,7 @@ def module_peer(_services: None) -> Iterator[Peer]:
 @pytest.fixture
 def peer(module_peer: Peer) -> Iterator[Peer]:
     yield module_peer
-    module_peer.ask(gc.collect)
+    module_peer.settle()
 
 
 def tensors(count: int) -> list[torch.Tensor]:

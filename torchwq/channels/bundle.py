@@ -22,7 +22,7 @@ def pack(backlog: Iterable[tuple[bytes, Payload | None]]) -> AbstractContextMana
 
     Raises OSError if memory or descriptors have run out.
     """
-    return Bundle.encode([(data, () if parcel is None else parcel.descriptors(-1)) for data, parcel in backlog])
+    return Bundle.encode([(data, () if parcel is None else parcel.fds) for data, parcel in backlog])
 
 
 def forwarded(item: Received) -> bytes | Forwarded:
@@ -49,9 +49,6 @@ class Forwarded:
 
     def depart(self) -> None:
         """It was counted by the ledger when its writer sent it."""
-
-    def descriptors(self, reader: int) -> Sequence[int]:
-        return self.fds
 
     def come_back(self) -> None:
         pass

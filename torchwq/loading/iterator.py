@@ -10,7 +10,6 @@ Invariants:
 
 * ``_turns`` has one entry for each index under way, in the order in which batches are handed out; each worker's
   ``tasks`` has the same indices, in the order in which that worker answers.
-* A batch's blocks are kept (``recycling``) as long as this iterator's inlets promise it.
 * A worker's ``received`` is the state after the last answer of this epoch that was taken, so also after the last one
   before a death, which is heard of when everything before it was taken.
 * After a death that is not restarted, and after ``close``, nothing is under way and no process is left.
@@ -160,7 +159,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             counters=stats.counters(most),
             flow=Counters(most),
             prefetch=self._prefetch,
-            reader=recycling.address(),
         )
         #: Whether batches that came without a note need their indices to be made again.
         self._makes_again = (

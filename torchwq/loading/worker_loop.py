@@ -32,8 +32,8 @@ import torch
 
 from ..marshalling import codec, exceptions, importable
 from ..marshalling.letter import Letter
-from ..memory import recycling
 from ..memory.parcel import Parcel
+from ..memory.promises import ONLY_SENDER, SentBlocks
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
@@ -68,8 +68,6 @@ class LoaderConfig:
     flow: Counters
     #: How many batches a worker may make ahead.
     prefetch: int
-    #: Where the loader's promises stand in the ledger of shared memory.
-    reader: int
 
 
 @dataclass
@@ -82,6 +80,8 @@ class WorkerConfig:
     resume: Snapshot = field(default_factory=Snapshot)
     #: Whether ``resume`` is the end of an epoch, and another one begins.
     begins: bool = False
+    #: For how many of its blocks the loader has room: see Note [in-band promises].
+    room: int = 0
 
 
 class WorkerLoop:
@@ -117,7 +117,7 @@ class WorkerLoop:
         self._has_main = has_main
         self._limit = end.max_payload
         outbox = Outbox(end)
-        outbox.reader = recycling.reader_at(self._config.reader)
+        outbox.promises = SentBlocks(ONLY_SENDER, self._own_config.room, outbox.send_aside)
         self._end: Endpoint | LocalEndpoint = end
         self._waiter: Waiter | LocalEndpoint = Waiter(end, Alarm())
         self._set_up()

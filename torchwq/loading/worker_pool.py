@@ -36,8 +36,10 @@ import torch.multiprocessing
 from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
+from ..marshalling.wire import References
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
+from ..memory.promises import KeptBlocks
 from ..transport import descriptors, endpoint
 from ..transport.alarm import Alarm
 from ..transport.descriptors import close_fds
@@ -246,6 +248,7 @@ class WorkerHandle:
                 opened.callback(ours.close)
                 self.end: Endpoint | LocalEndpoint = ours
                 self._waiter: Waiter | LocalEndpoint
+                self._kept: KeptBlocks | None = None
                 self._closed = False
                 opened.callback(setattr, self, "_closed", True)
                 if isinstance(ours, LocalEndpoint):
@@ -255,7 +258,9 @@ class WorkerHandle:
                     with contextlib.closing(theirs):
                         self._waiter = Waiter(ours, Alarm())
                         opened.callback(self._waiter.close)
-                        recycling.add_inlet(self)
+                        self._kept = KeptBlocks(References)
+                        opened.callback(self._kept.close)
+                        _, own_config.room = self._kept.admit()
                         self.process = self._start(own_config, theirs)
                     self.outbox = Outbox(ours)
                     self.max_payload = ours.max_payload
@@ -329,10 +334,15 @@ class WorkerHandle:
 
     def take(self) -> Received | None:
         """The next answer, if it is here. Raises EOFError if none will come."""
-        received = self._take()
-        if received is not None:
-            self._received += 1
-        return received
+        while True:
+            received = self._take()
+            if received is not None and self._kept is not None:
+                received = self._kept.look(received)
+                if received is None:
+                    continue
+            if received is not None:
+                self._received += 1
+            return received
 
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.
@@ -349,14 +359,6 @@ class WorkerHandle:
     def stop_waiting(self) -> None:
         """End ``wait``, in any thread. What has come can still be taken."""
         self._waiter.close()
-
-    def mark(self) -> int:
-        """See ``recycling.Inlet``."""
-        return self.end.mark()
-
-    def has_passed(self, mark: int) -> bool:
-        """See ``recycling.Inlet``."""
-        return self._closed or self.end.has_passed(mark)
 
     def died(self) -> WorkerDied:
         """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
@@ -392,6 +394,8 @@ class WorkerHandle:
         if not self._stays:
             self.outbox.abandon()
         self.end.close()
+        if self._kept is not None:
+            self._kept.close()
 
     def close(self) -> None:
         """End the connection, and so the worker; does not wait for it."""

@@ -126,5 +126,5 @@ class Attachments:
             return Pickle.encode(pickled, fds, self.keep) if fds else pickled
         chunks += References.tail(rows, blocks)
         if in_bag or sum(map(len, chunks)) > limit:
-            return InBlock.encode(chunks, fds, self.keep, blocks, only_blocks, in_bag)
+            return InBlock.encode(chunks, fds, self.keep, blocks, in_bag)
         return References.encode(b"".join(chunks), fds, self.keep, blocks, only_blocks)

@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
-from ..memory import anonymous, content, pool, recycling
+from ..memory import anonymous, content, pool, promises, recycling
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.content import Buffer
@@ -118,8 +118,8 @@ class Bare(Pickle):
 class References(Kind):
     """A pickle that refers to blocks: the pickle, [data, rows and their number], references and their number.
 
-    The descriptors are those that were attached, and then one for each reference; or none, if the reader has all those
-    blocks. What comes after the pickle is the message's *tail*.
+    The descriptors are those that were attached, and then one for each reference; or none, if the reader keeps those of
+    all of them, see Note [in-band promises]. What comes after the pickle is the message's *tail*.
     """
 
     kind = 1
@@ -196,9 +196,14 @@ class References(Kind):
             close_fds(fds)
 
     @staticmethod
-    def discard(data: bytes, fds: list[int]) -> None:
+    def numbers(data: bytes) -> list[int]:
+        """Those of the blocks that a message refers to, in the order of its last descriptors."""
+        return [number for number, _ in _references(data, size_of_payload(data))]
+
+    @classmethod
+    def discard(cls, data: bytes, fds: list[int]) -> None:
         with contextlib.suppress(Exception):  # then they are believed to be lost after a while
-            recycling.note_lost([number for number, _ in _references(data, size_of_payload(data))])
+            recycling.note_lost(cls.numbers(data))
         close_fds(fds)
 
 
@@ -219,7 +224,6 @@ class InBlock(Kind):
         fds: list[int],
         keep: list[Any],
         blocks: Iterable[Block | Buffer],
-        only_blocks: bool,
         in_bag: bool,
     ) -> Parcel:
         """The payload of ``chunks``, a pickle with its ``tail``. Raises ResourceError.
@@ -227,7 +231,6 @@ class InBlock(Kind):
         Args:
             fds: the descriptors that it needs, those of its ``blocks`` last.
             keep: the owners of ``fds``.
-            only_blocks: whether ``fds`` are those of its blocks and nothing else.
             in_bag: whether they are too many for one message.
         """
         size = sum(map(len, chunks))
@@ -244,7 +247,7 @@ class InBlock(Kind):
             keep.append(storage)
         data = cls._HEAD.pack(size, in_bag) + _ONE.pack(number, nbytes, 1)
         numbers = [*(block.number for block in blocks), number]
-        parcel = Parcel(data, [*fds, fd], keep, cls.kind, numbers, only_blocks and not in_bag)
+        parcel = Parcel(data, [*fds, fd], keep, cls.kind, numbers)
         parcel.nbytes += size + sum(block.nbytes for block in blocks)
         return parcel
 
@@ -339,8 +342,33 @@ class Bundle(Kind):
         return "items of a channel"
 
 
+class Forget(Kind):
+    """A sender's id and the numbers of blocks: what is not to be kept any more, see Note [in-band promises].
+
+    ``promises`` lays these two down and takes them: nobody decodes one.
+    """
+
+    kind = promises.FORGET
+
+    @staticmethod
+    def decode(data: bytes, fds: list[int]) -> Any:
+        raise ValueError("this message concerns the connection, and has no object")
+
+    @staticmethod
+    def describe(data: bytes) -> str:
+        return "what need not be kept"
+
+
+class Left(Forget):
+    """The id of a sender that is gone."""
+
+    kind = promises.LEFT
+
+
 #: Every kind, by the last byte of its messages.
-KINDS: Final[dict[int, type[Kind]]] = {each.kind: each for each in (Bare, Pickle, References, InBlock, Bundle)}
+KINDS: Final[dict[int, type[Kind]]] = {
+    each.kind: each for each in (Bare, Pickle, References, InBlock, Bundle, Forget, Left)
+}
 
 #: Kinds whose messages are more than a pickle although they may come without descriptors.
 WITH_BLOCKS: Final = frozenset({References.kind, InBlock.kind})

@@ -1,8 +1,8 @@
 """What messages bring: blocks of other processes, mapped once and kept, and this process's own ones coming home.
 
 A block that was here before costs nothing but a look into the table: its storage is still mapped, its pages are in the
-page table. Where a queue has one reader and its writers know it (answers), no descriptor comes with such a block. Where
-any of many may read (questions), one comes all the same, and is closed unused.
+page table. Where a connection has one reader (answers), no descriptor comes with a block that was sent over it before
+(``promises``). Where any of many may read (questions), one comes all the same, and is closed unused.
 
 If this process may not have one more descriptor, the data are copied out of the block instead, with one warning.
 """
@@ -21,13 +21,12 @@ import torch
 from ..errors import ResourceError
 from . import ledger, limits, recycling, slices, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Cuts, Geometry
-from .ledger import HELD, KEPT, UNTRACKED
+from .ledger import HELD, UNTRACKED
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
-from .recycling import promise
+from .promises import Epoch
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
 _FLAGS: Final = (0, HELD, 0, 0)
-_FLAGS_KEPT: Final = (KEPT, HELD | KEPT, 0, 0)
 
 #: How often a message's block was here already, and how often it had to be mapped.
 hits = misses = 0
@@ -51,8 +50,9 @@ class Arrivals:
         on; each is closed as soon as it is not needed, and -1 in its place then: a process may have room for all of
         a message's descriptors, but not twice.
 
-        Without descriptors, this process has promised to have the blocks. Raises ResourceError if there is no memory
-        for one; none is taken then. ``rows`` are the slices in the blocks, and in ``data``, the message.
+        Without descriptors, this process keeps those of the blocks, see Note [in-band promises]. Raises ResourceError
+        if there is no memory for one; none is taken then. ``rows`` are the slices in the blocks, and in ``data``, the
+        message.
         """
         self._blocks: list[Block] = []
         self._storages: list[torch.UntypedStorage] = []
@@ -81,7 +81,6 @@ class Arrivals:
     def _take_all(self, references: Sequence[tuple[int, int]]) -> None:
         global hits
         table, book = recycling.table, ledger.current()
-        flags = _flags()
         fds, at = self._fds, self._first
         for number, nbytes in references:
             fd = fds[at] if fds else -1
@@ -90,16 +89,23 @@ class Arrivals:
             if block is not None and storage is not None and block.nbytes == nbytes:
                 hits += 1
             else:
-                block, storage = _new(number, nbytes, fd)
+                block, storage = _new(number, nbytes, fd if fds else self._kept(number))
             if fd >= 0:
                 fds[at] = -1
                 os.close(fd)
             at += 1
             block.users += 1
             if book is not None and number != UNTRACKED:
-                book.count_got(number, flags[block.kind])
+                book.count_got(number, _FLAGS[block.kind])
             self._blocks.append(block)
             self._storages.append(storage)
+
+    def _kept(self, number: int) -> int:
+        """The descriptor of a block that came with an earlier message."""
+        fd = self._fds.descriptor(number) if isinstance(self._fds, Epoch) else -1
+        if fd < 0:
+            raise ResourceError(0, "a message refers to shared memory that has not come with it: the message is lost")
+        return fd
 
     def tensor(self, index: int, geometry: Geometry) -> torch.Tensor:
         """A new tensor on the message's block ``index``."""
@@ -230,7 +236,7 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
             tensor = storages.place(storage, *geometry)
         else:
             tensor = recycling.template(block, geometry).detach()
-        book.count_got(number, _flags()[block.kind])
+        book.count_got(number, _FLAGS[block.kind])
         if block.kind == MAPPED:
             block.used_at = time.monotonic()
             recycling.look_after(block)
@@ -252,12 +258,12 @@ def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geo
             if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
                 return None
             found.append(block)
-        flags, now = _flags(), time.monotonic()
+        now = time.monotonic()
         tensors = []
         for block, geometry in zip(found, geometries, strict=True):
             kind = block.kind
             tensor = recycling.template(block, geometry).detach()
-            book.count_got(block.number, flags[kind])
+            book.count_got(block.number, _FLAGS[kind])
             if kind == MAPPED:
                 block.used_at = now
                 recycling.look_after(block)
@@ -284,7 +290,7 @@ def take_packed(
             if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
                 return None
             found.append(block)
-        flags, now = _flags(), time.monotonic()
+        now = time.monotonic()
         pack = found[-1]
         cuts = pack.cuts
         if cuts is None or cuts.key is not key:
@@ -303,24 +309,17 @@ def take_packed(
                 recycling.look_after(block)
             tensors.append(tensor)
         for block in found:
-            book.count_got(block.number, flags[block.kind])
+            book.count_got(block.number, _FLAGS[block.kind])
             block.used_at = now
         hits += len(found)
         return tensors
-
-
-def _flags() -> tuple[int, int, int, int]:
-    """What the ledger has to know of a block that a message has brought, by its kind. Under the lock."""
-    return _FLAGS_KEPT if promise() else _FLAGS
 
 
 def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage]:
     """A block for a reference to one that is not in the table, or not as it is there. Under the lock."""
     book = ledger.current()
     tracked = book is not None and book.is_current(number) and number not in recycling.table
-    storage = recycling.storage_of_parting(number, revive=tracked)
-    if storage is None:
-        storage = _map(fd, nbytes) if fd >= 0 else _lost()
+    storage = _map(fd, nbytes)
     if storage is None:
         storage = _copy_out(fd, nbytes)
     elif tracked:
@@ -329,14 +328,6 @@ def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage
         recycling.add(block)
         return block, storage
     return Block(PLAIN, storage, -1), storage
-
-
-def _lost() -> torch.UntypedStorage:
-    raise ResourceError(
-        0,
-        "a message refers to shared memory that this process does not have any more, because its sender was stopped "
-        "for seconds in the middle of sending it: the message is lost",
-    )
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
@@ -374,8 +365,9 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
     return storage
 
 
-def _tick(now: float) -> None:
+def _tick(now: float) -> bool:
     recycling.give_up_idle(now - recycling.IDLE)
+    return False
 
 
 recycling.at_tick(_tick)

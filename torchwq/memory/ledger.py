@@ -8,9 +8,8 @@ One ledger per tree, mapped by each of its processes. A *slot* is a process, a *
 ledger has two words, which only the process of that slot writes:
 
 * ``sent``: how many references to the block the process has put into messages;
-* ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now), ``PINNED``
-  (someone outside of this accounting may use the block, for as long as it likes) and ``KEPT`` (it has the block's
-  memory, and promises to have it still when it reads a message that was sent while the flag was set).
+* ``got``: how many it has taken out of messages, and the flags ``HELD`` (it has tensors on the block now) and
+  ``PINNED`` (someone outside of this accounting may use the block, for as long as it likes).
 
 Both begin with the *generation* of the row that they speak of. The maker of a block sets the row's generation. A word
 of another generation counts as zero, so that a row is given to another block by raising its generation, without asking
@@ -29,15 +28,10 @@ Invariants:
   not believed any more: its *lock* on its slot's byte is gone, which the kernel releases after its memory.
 * A process killed between receiving a message and counting it leaves ``sent`` ahead for ever, and so do messages
   that nobody will read. Such a block is not used again; its maker gives it up after a while (``recycling``).
-* A sender counts first and looks for ``KEPT`` then; whoever withdraws ``KEPT`` does that first and looks then for what
-  is under way. So at least one of the two sees the other: either the message brings a descriptor, or the memory is
-  kept until the message is there (``recycling``).
 * Rows belong to processes in chunks, by locks on the chunks' bytes: what a dead maker had, and what a living one has
   given back, can be taken over (``rows``).
 * What is opened by another process's descriptor is looked at before a byte of it is changed: that process may have
   ended, or begun another program, and its id or its descriptor's number may stand for something else now.
-* A slot means nothing in another ledger than its own. So processes tell each other an *address*: the slot, and which
-  ledger it is in.
 
 The locks (``peers.locks``) belong to this process's own opening of the file, which a forked child closes at once.
 """
@@ -53,7 +47,6 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -74,18 +67,15 @@ FREE, IN_FLIGHT, IN_USE, GIVEN_AWAY = range(4)
 
 HELD: Final = 1
 PINNED: Final = 2
-KEPT: Final = 4
-_IN_USE: Final = HELD | PINNED
-_FLAGS: Final = HELD | PINNED | KEPT
-_ONE: Final = 8
+_FLAGS: Final = HELD | PINNED
+_ONE: Final = 4
 _COUNT: Final = 0xFFFFFFFF - _FLAGS
 _LOW: Final = 0xFFFFFFFF
 
-# In words of 8 bytes: the head (how many slots were ever used, and the ledger's name, a random number, whose lower half
-# is also where generations begin); for each row its generation and, in the upper half, the last one that was given back
-# while messages may have referred to its block; then for each slot its words, two for each row.
+# In words of 8 bytes: the head (how many slots were ever used, and where generations begin, a random number); for each
+# row its generation; then for each slot its words, two for each row.
 _USED: Final = 0
-_NAME: Final = 1
+_BEGIN: Final = 1
 _GENERATIONS: Final = 512
 _COLUMNS: Final = _GENERATIONS + ROWS
 _STRIDE: Final = 2 * ROWS
@@ -99,9 +89,6 @@ _CLAIM_LOCK: Final = SLOTS + ROWS // CHUNK
 
 _FILE: Final = "ledger"
 _MEMFD: Final = "torchwq-ledger"
-#: An address has the slot in its lower bits, and the ledger's name above them; it fits into 63 bits.
-_SLOT_BITS: Final = 9
-_NAME_BITS: Final = 63 - _SLOT_BITS
 #: Seconds until what could not be opened is tried again: processes end, and then there are slots, and other folders.
 _LOOK_AGAIN: Final = 10.0
 
@@ -126,7 +113,6 @@ class Ledger:
             self._fd = -1
             raise
         self._column = _COLUMNS + self.slot * _STRIDE
-        self.address = int(self._words[_NAME]) << _SLOT_BITS | self.slot
         self._rows = Rows(
             ROWS // CHUNK,
             self.slot * 7,
@@ -135,9 +121,6 @@ class Ledger:
             self._take_over,
         )
 
-    def slot_at(self, address: int) -> int:
-        """The slot with this address; -1 if it is not in this ledger."""
-        return address & SLOTS - 1 if address >= 0 and address >> _SLOT_BITS == self._words[_NAME] else -1
 
     def is_alive(self, slot: int) -> bool:
         """Whether the process of ``slot`` is still there."""
@@ -171,8 +154,8 @@ class Ledger:
                 return
             hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), end)
             for index in range(position // 8 + 1, hole // 8, 2):
-                if words[index] & (HELD | KEPT):
-                    words[index] &= ~(HELD | KEPT)
+                if words[index] & HELD:
+                    words[index] &= ~HELD
             position = hole
 
     # Rows
@@ -180,31 +163,26 @@ class Ledger:
     def new_row(self) -> int | None:
         """A row with a fresh generation, as one number: that of a block. None if there is none left."""
         row = self._rows.take()
-        return None if row is None else self._raise_generation(row, clean=True) << 32 | row
+        return None if row is None else self._raise_generation(row) << 32 | row
 
-    def give_back(self, number: int, clean: bool) -> None:
-        """The block is used no more under this number; whoever still has it keeps its memory.
-
-        ``clean``: it was FREE, so that no message refers to it, and none ever will.
-        """
-        self._raise_generation(number & _LOW, clean)
+    def give_back(self, number: int) -> None:
+        """The block is used no more under this number; whoever still has it keeps its memory."""
+        self._raise_generation(number & _LOW)
         self._rows.give_back(number & _LOW)
 
-    def _raise_generation(self, row: int, clean: bool) -> int:
+    def _raise_generation(self, row: int) -> int:
         index = _GENERATIONS + row
-        word = self._words[index]
-        before, unclean = word & _LOW, word >> 32
-        generation = (before or self._words[_NAME]) + 1 & _LOW or 1
-        self._words[index] = (unclean if clean else before) << 32 | generation
+        generation = (self._words[index] or self._words[_BEGIN]) + 1 & _LOW or 1
+        self._words[index] = generation
         return int(generation)
 
     def _take_over(self, row: int) -> None:
         if self._words[_GENERATIONS + row]:
-            self._raise_generation(row, clean=False)  # its last owner may be dead
+            self._raise_generation(row)  # its last owner may be dead
 
     def is_current(self, number: int) -> bool:
         """Whether the number still stands for the block that it was given to."""
-        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] & _LOW == number >> 32)
+        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
 
     def has_maker(self, number: int, lives: dict[int, bool]) -> bool:
         """Whether the block's maker is there, and has not given it up. Only of blocks that other processes have made.
@@ -215,11 +193,6 @@ class Ledger:
         if chunk not in lives:
             lives[chunk] = self._locks.is_held(_CHUNK_LOCKS + chunk)
         return lives[chunk] and self.is_current(number)
-
-    def _was_clean(self, number: int) -> bool:
-        """Whether a number that is not current was given back when no message referred to its block."""
-        unclean = self._words[_GENERATIONS + (number & _LOW)] >> 32
-        return bool(0 < (number >> 32) - unclean & _LOW < _LOW // 2)
 
     # Counting
 
@@ -258,43 +231,11 @@ class Ledger:
         elif self.is_current(number):
             self._words[index] = generation << 32 | flag
 
-    def clear_flag(self, number: int, flag: int) -> bool:
-        """Returns whether it was set."""
+    def clear_flag(self, number: int, flag: int) -> None:
         index = self._column + 2 * (number & _LOW) + 1
         word = self._words[index]
-        if word >> 32 != number >> 32 or not word & flag:
-            return False
-        self._words[index] = word & ~flag
-        return True
-
-    def are_kept(self, numbers: Sequence[int], slot: int) -> bool:
-        """Whether the process of ``slot`` has promised to have all of these blocks. After ``count_sent``."""
-        with self._fence:
-            pass
-        column = _COLUMNS + slot * _STRIDE + 1
-        for number in numbers:
-            if number == UNTRACKED:
-                return False
-            word = self._words[column + 2 * (number & _LOW)]
-            if word >> 32 != number >> 32 or not word & KEPT:
-                return False
-        return True
-
-    def is_under_way(self, number: int) -> bool:
-        """Whether a reference to a block may be under way. After KEPT was withdrawn."""
-        if not self.is_current(number):
-            return not self._was_clean(number)
-        with self._fence:
-            pass
-        words, used = self._words, self._words[_USED]
-        generation = number >> 32
-        first = _COLUMNS + 2 * (number & _LOW)
-        end = first + used * _STRIDE
-        got = sum(word & ~_FLAGS for word in words[first + 1 : end : _STRIDE] if word >> 32 == generation)
-        with self._fence:
-            pass
-        sent = sum(word for word in words[first:end:_STRIDE] if word >> 32 == generation)
-        return bool(sent - got & _LOW or words[_USED] != used or not self.is_current(number))
+        if word >> 32 == number >> 32:
+            self._words[index] = word & ~flag
 
     def state(self, number: int) -> int:
         """FREE, IN_FLIGHT, IN_USE (held by a living process) or GIVEN_AWAY (pinned): what others do with the block."""
@@ -308,7 +249,7 @@ class Ledger:
         got = sent = 0
         for slot, word in enumerate(words[first + 1 : end : _STRIDE]):
             if word >> 32 == generation:
-                if word & _IN_USE:
+                if word & _FLAGS:
                     if word & PINNED:
                         return GIVEN_AWAY
                     if self.is_alive(slot):
@@ -328,7 +269,7 @@ class Ledger:
         generation, row = number >> 32, number & _LOW
         got = self._array[:used, row, 1].copy()
         got = np.where(got >> np.uint64(32) == generation, got & np.uint64(_LOW), 0)
-        for slot in np.flatnonzero(got & np.uint64(_IN_USE)):
+        for slot in np.flatnonzero(got & np.uint64(_FLAGS)):
             if int(got[slot]) & PINNED:
                 return GIVEN_AWAY
             if self.is_alive(int(slot)):
@@ -404,7 +345,7 @@ def _make() -> int:
     fd = descriptors.above(os.memfd_create(_MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd, _NBYTES)
-        os.pwrite(fd, struct.pack("=Q", secrets.randbits(_NAME_BITS)), 8 * _NAME)
+        os.pwrite(fd, struct.pack("=Q", secrets.randbits(32)), 8 * _BEGIN)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
     except BaseException:
         os.close(fd)

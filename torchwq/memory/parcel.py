@@ -36,7 +36,7 @@ class Ticket(Descriptor):
 class Parcel:
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_numbers", "_only_blocks", "_tickets", "data", "fds", "keep", "kind", "nbytes")
+    __slots__ = ("_tickets", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
 
     def __init__(
         self,
@@ -52,9 +52,10 @@ class Parcel:
         #: Owners of ``fds``: storages, sockets.
         self.keep = keep
         self.kind = kind
-        self._numbers = numbers
+        #: Of the blocks that it refers to.
+        self.numbers = numbers
         #: Whether ``fds`` are those of its blocks and nothing else.
-        self._only_blocks = only_blocks
+        self.only_blocks = only_blocks
         self._tickets: Sequence[Ticket] = ()
         if fds and not only_blocks:
             self._tickets = [each for each in keep if isinstance(each, Ticket)]
@@ -63,24 +64,14 @@ class Parcel:
 
     def depart(self) -> None:
         """Call this before it can be received: the ledger counts its references."""
-        if self._numbers:
-            recycling.count_sent(self._numbers)
+        if self.numbers:
+            recycling.count_sent(self.numbers)
         for ticket in self._tickets:
             ticket.note_departure(1)
 
-    def descriptors(self, reader: int) -> Sequence[int]:
-        """Those that must go along, in the moment of sending after ``depart``: none if the reader has all it needs.
-
-        Args:
-            reader: the slot in the ledger of the one process that will read it; -1 if that is not known.
-        """
-        if reader >= 0 and self._only_blocks and recycling.are_kept(self._numbers, reader):
-            return ()
-        return self.fds
-
     def come_back(self) -> None:
         """It was not sent after ``depart``."""
-        recycling.note_lost(self._numbers)
+        recycling.note_lost(self.numbers)
         for ticket in self._tickets:
             ticket.note_departure(-1)
 

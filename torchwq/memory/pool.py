@@ -166,7 +166,7 @@ def _may_make(capacity: int) -> bool:
                 break
         block = _round.popleft()
         if block.kind == MADE and block not in _taken and recycling.is_free(block):
-            recycling.give_up(block, clean=True)  # its ring drops it when it comes to it
+            recycling.give_up(block)  # its ring drops it when it comes to it
     return recycling.open_blocks < limits.descriptors()
 
 
@@ -177,7 +177,7 @@ def _fit(old: Block, nbytes: int) -> Block:
         block = Block(MADE, storage, storages.descriptor(storage), old.capacity)
     finally:
         with recycling.lock:
-            recycling.give_up(old, clean=True)
+            recycling.give_up(old)
     _add(block)
     return block
 
@@ -223,16 +223,17 @@ def _give_up_free(idle_since: float | None) -> None:
                 if block.kind != MADE:
                     continue
                 if recycling.is_free(block) and (idle_since is None or block.used_at < idle_since):
-                    recycling.give_up(block, clean=True)
+                    recycling.give_up(block)
                 elif block.kind == MADE:
                     ring.append(block)
         for size in [size for size, ring in rings.items() if not ring]:
             del rings[size]
 
 
-def _tick(now: float) -> None:
+def _tick(now: float) -> bool:
     over = recycling.made_bytes > limits.memory_limit()
     _give_up_free(None if over else now - recycling.IDLE)
+    return False
 
 
 recycling.at_tick(_tick)

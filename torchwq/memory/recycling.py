@@ -10,15 +10,8 @@ code of a user's is called under it; should a finalizer run, it finds every bloc
 * A block that a message brought is HELD in the ledger from the moment at which it is taken out of the message until
   it is not in use here. A message that is being decoded is a user of its blocks.
 * The memory is there for whoever receives a message. Either the message has a descriptor for each of its blocks, or its
-  one possible reader has promised, by KEPT, that it has them. So *giving up* a block is always safe, even if every
+  one possible reader keeps them, see Note [in-band promises]. So *giving up* a block is always safe, even if every
   process that has had it is dead: its memory is not used again, and goes when nobody has it any more.
-* KEPT is set only by a process that reads the one end of some queue (an *inlet*), and only while the block is in its
-  table. To break the promise it clears the flag first, whether it has an inlet just then or not: the next one's senders
-  would believe it. If a reference may be under way in an inlet, the storage is *parting*: kept until what was under way
-  has been counted, or every inlet has handed out all that was in it then, and one tick more, so that nothing is being
-  decoded either. An inlet is known here before anyone can send to it.
-* A sender believes KEPT only of a reader that is in the sender's own ledger: it knows the reader by an *address*, which
-  names the ledger too.
 * Given up is what cannot be accounted for: a block that a forked child or torch's own multiprocessing may see, one
   whose references do not come home, one whose maker is dead.
 * The table has every block of this process that has a number, under that number.
@@ -31,14 +24,13 @@ moment, whatever locks are held. The notes are looked at by the next operation, 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
@@ -46,7 +38,7 @@ from ..transport import reactor
 from ..transport.process import reset_in_child
 from . import ledger, limits, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
-from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, KEPT, PINNED, UNTRACKED
+from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, PINNED, UNTRACKED
 from .lookout import Lookout
 
 #: Where a storage's Python object has the block that it is the storage of.
@@ -88,45 +80,8 @@ _ended = False
 _loss_at = _end_at = 0.0
 
 
-class Inlet(Protocol):
-    """Where this process, and no other, reads messages."""
-
-    def mark(self) -> Any:
-        """What is in it now. Must not block."""
-        ...
-
-    def has_passed(self, mark: Any) -> bool:
-        """Whether all that was in it then has been handed out. Must not block."""
-        ...
-
-
-_inlets: weakref.WeakSet[Inlet] = weakref.WeakSet()
-
-
-class _Parting:
-    """The storage of a block that is given up while references to it may be under way."""
-
-    __slots__ = ("capacity", "marks", "passed_at", "storage")
-
-    def __init__(self, storage: torch.UntypedStorage, capacity: int) -> None:
-        self.storage = storage
-        self.capacity = capacity
-        self.marks: list[tuple[weakref.ref[Inlet], Any]] = [
-            (weakref.ref(inlet), inlet.mark()) for inlet in list(_inlets)
-        ]
-        #: When all inlets were found to have passed their marks.
-        self.passed_at = math.inf
-
-    def have_passed(self) -> bool:
-        self.marks = [
-            (inlet, mark) for inlet, mark in self.marks if (it := inlet()) is not None and not it.has_passed(mark)
-        ]
-        return not self.marks
-
-
-_parting: dict[int, _Parting] = {}
-#: Called at every tick, under the lock, with the time.
-_on_tick: list[Callable[[float], None]] = []
+#: Called at every tick, under the lock, with the time; each says whether it has anything to look after.
+_on_tick: list[Callable[[float], bool]] = []
 
 
 @reset_in_child
@@ -137,8 +92,6 @@ def _forget() -> None:
     for block in table.values():
         unmark(block)
     table.clear()
-    _parting.clear()
-    _inlets.clear()
     _notes.clear()
     _in_use.clear()
     _idle.clear()
@@ -179,35 +132,6 @@ def count_sent(numbers: Sequence[int]) -> None:
         for number in numbers:
             if number != UNTRACKED:
                 book.count_sent(number)
-
-
-def are_kept(numbers: Sequence[int], reader: int) -> bool:
-    """Whether the process with this slot in the ledger has all of these blocks. After ``count_sent``."""
-    book = ledger.current()
-    return book is not None and book.are_kept(numbers, reader)
-
-
-def address() -> int:
-    """Where this process's promises stand, for those that send to an inlet of its; -1 if nowhere."""
-    book = ledger.current()
-    return -1 if book is None else book.address
-
-
-def reader_at(address: int) -> int:
-    """The slot of the process that has told its ``address``; -1 if it is in no ledger, or in another one than this."""
-    book = ledger.current()
-    return -1 if book is None else book.slot_at(address)
-
-
-def add_inlet(inlet: Inlet) -> None:
-    """Messages that refer to what this process keeps may come here without descriptors. Before the first can come."""
-    with lock:
-        _inlets.add(inlet)
-
-
-def promise() -> bool:
-    """Whether this process promises to keep the blocks that it has: whether anybody could make use of that."""
-    return bool(_inlets)
 
 
 def note_lost(numbers: Iterable[int]) -> None:
@@ -324,10 +248,7 @@ def enrol(block: Block) -> bool:
         return False
     block.number = number
     table[number] = block
-    if block.kind == MADE and _inlets:
-        assert book is not None
-        book.set_flag(number, KEPT)
-    _start_ticking()
+    start_ticking()
     return True
 
 
@@ -360,7 +281,7 @@ def add(block: Block) -> None:
         made_bytes += block.capacity
     open_blocks += 1
     _mark(block)
-    _start_ticking()
+    start_ticking()
 
 
 def adopt(storage: torch.UntypedStorage, fd: int) -> Block:
@@ -404,60 +325,19 @@ def _before_torch_shares(block: Block, moves: bool) -> None:
             give_away(block)
 
 
-def give_up(block: Block, clean: bool = False) -> None:
-    """Use the memory of a block no more; what uses it now keeps it. Under the lock.
-
-    ``clean``: it is a made one, and free.
-    """
+def give_up(block: Block) -> None:
+    """Use the memory of a block no more; what uses it now keeps it. Under the lock."""
     global open_blocks, made_bytes
-    parting = False
     if table.get(block.number) is block:
         del table[block.number]
         book = ledger.current()
-        if book is not None:
-            if block.kind in (MADE, MAPPED):
-                # Another block may have the row by now, and so this process's word: then it was kept, perhaps.
-                kept = book.clear_flag(block.number, KEPT) or not book.is_current(block.number)
-                parting = kept and bool(_inlets) and book.is_under_way(block.number)
-            if block.kind != MAPPED:
-                book.give_back(block.number, clean)
+        if book is not None and block.kind != MAPPED:
+            book.give_back(block.number)
     unmark(block)
-    if parting:
-        _parting[block.number] = _Parting(block.storage, block.capacity if block.kind == MADE else 0)
-    elif block.kind in (MADE, MAPPED):
+    if block.kind in (MADE, MAPPED):
         open_blocks -= 1
         made_bytes -= block.capacity if block.kind == MADE else 0
     block.drop()
-
-
-def storage_of_parting(number: int, revive: bool) -> torch.UntypedStorage | None:
-    """The storage of a block that was given up while a message with it was under way. Under the lock.
-
-    ``revive``: it is to become a block's again.
-    """
-    parting = _parting.get(number)
-    if parting is None:
-        return None
-    if revive:
-        _part_for_good(number)
-    return parting.storage
-
-
-def _part_for_good(number: int) -> None:
-    global open_blocks, made_bytes
-    parting = _parting.pop(number)
-    open_blocks -= 1
-    made_bytes -= parting.capacity
-
-
-def look_at_parting(now: float) -> None:
-    """Let go of the storages that no message can refer to any more. Under the lock."""
-    book = ledger.current()
-    for number, parting in list(_parting.items()):
-        if now > parting.passed_at + TICK or (book is not None and not book.is_under_way(number)):
-            _part_for_good(number)
-        elif parting.passed_at == math.inf and parting.have_passed():
-            parting.passed_at = now
 
 
 def give_away(block: Block) -> None:
@@ -511,12 +391,14 @@ def suspect_orphans() -> None:
 # Looking after what is there
 
 
-def at_tick(callback: Callable[[float], None]) -> None:
-    """Call ``callback(time)`` under the lock, every TICK seconds while there are blocks."""
+def at_tick(callback: Callable[[float], bool]) -> None:
+    """Call ``callback(time)`` under the lock, every TICK seconds while there are blocks, or while any such call has
+    returned True."""
     _on_tick.append(callback)
 
 
-def _start_ticking() -> None:
+def start_ticking() -> None:
+    """There is something to look after."""
     global _ticking
     if not _ticking:
         _ticking = True
@@ -534,6 +416,7 @@ def tick() -> None:
     with lock:
         if _ended:
             return
+        goes_on = False
         try:
             settle()
             look_at_all()
@@ -541,11 +424,10 @@ def tick() -> None:
             if now < max(_end_at, _loss_at) + _UNTIL_DEAD:
                 give_up_orphans()
             for callback in _on_tick:
-                callback(now)
-            look_at_parting(now)
+                goes_on = callback(now) or goes_on
         finally:
-            if open_blocks or table:
-                _start_ticking()
+            if open_blocks or table or goes_on:
+                start_ticking()
 
 
 def end() -> None:

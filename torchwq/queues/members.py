@@ -50,6 +50,8 @@ class Member:
     pid: int | None = None
     leaving: bool = False
     in_hand: str = ""
+    #: As which it may make promises: see Note [in-band promises].
+    sender: int = 0
 
 
 def patience(came: Container[object], groups: Container[int]) -> float:

@@ -37,14 +37,18 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
+from ..marshalling.wire import References
 from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
+from ..memory.promises import KeptBlocks, Leaving
 from ..transport import cleanup, descriptors, endpoint, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
+from ..transport.outbox import Outbox
+from ..transport.trailer import BARE, KIND
 from ..workers import deaths, threads, worker
 from . import failing
 from .failing import Failed, NeverCame
@@ -111,7 +115,10 @@ class Owner(SocketRole, worker.EndListener):
         self._last_sent = 0
         self._history = History()
         self._inbox: deque[Received] = deque()
-        self._absorbed = 0  # how many were ever in the inbox
+        #: Of blocks that answers refer to without bringing them. Looked at with ``_receiving`` held.
+        self._kept = KeptBlocks(References, self._look_aside)
+        #: What the owner says to itself, in the order of the answers.
+        self._to_itself = Outbox(self._theirs)
         self._members: dict[int, Member] = {}
         self._ending = 0  # members whose links ended without a goodbye, and of whom no more is known yet
         self._came = 0
@@ -133,7 +140,6 @@ class Owner(SocketRole, worker.EndListener):
         #: Handles that were closed by an error which may be a failure; until when that hinders "nobody is left".
         self._in_doubt: dict[Member | Side, float] = {}
         worker.listen(self)
-        recycling.add_inlet(self)
         self._opened()
 
     # Writing
@@ -276,7 +282,21 @@ class Owner(SocketRole, worker.EndListener):
         return self.alarm.is_set() or bool(self.closed) or self.inside.box is None
 
     def has_message(self) -> bool:
-        return bool(self._inbox) or self.answers.has_message() or super().has_message()
+        if self._inbox or self.answers.has_message():
+            return True
+        if super().has_message():  # which may be one that concerns the connection only
+            with self._receiving:
+                received = None if self._inbox else self._take_from_socket()
+                if received is not None:
+                    self._inbox.append(received)
+                    self.alarm.set()  # so the readiness still shows it
+        return bool(self._inbox)
+
+    def _look_aside(self) -> None:
+        """See ``KeptBlocks``. In the reactor's thread."""
+        with contextlib.suppress(OSError, ValueError):  # it has just been closed
+            if not self.closed:
+                self.has_message()
 
     def settle(self) -> None:
         with self._lock:
@@ -286,10 +306,16 @@ class Owner(SocketRole, worker.EndListener):
         self._readiness.set(self.end.fileno(), self.alarm.fileno(), self.answers.bell().fileno())
 
     def _take_from_socket(self) -> Received | None:
-        try:
-            return self._receive()
-        except EOFError:
-            return None  # closed by another thread; the caller looks at that
+        while True:
+            try:
+                received = self._receive()
+            except EOFError:
+                return None  # closed by another thread; the caller looks at that
+            if received is None or received[0][KIND] == BARE:
+                return received
+            answer = self._kept.look(received)
+            if answer is not None:
+                return answer
 
     def _absorb(self, most: float = math.inf) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
@@ -299,23 +325,8 @@ class Owner(SocketRole, worker.EndListener):
         with self._receiving:
             while count < most and (received := self.answers.take() or self._take_from_socket()) is not None:
                 self._inbox.append(received)
-                self._absorbed += 1
                 count += 1
         return True if count else None
-
-    def mark(self) -> list[int]:
-        """See ``recycling.Inlet``: first for the socket; once that has been passed, for the inbox behind it."""
-        return [self.end.mark()]
-
-    def has_passed(self, mark: list[int]) -> bool:
-        """Whether all answers that were here then were handed out; one that is just being taken may be overlooked."""
-        if self.closed:
-            return True
-        if len(mark) == 1:
-            if not self.end.has_passed(mark[0]):
-                return False
-            mark.append(self._absorbed)
-        return self._absorbed - len(self._inbox) >= mark[1]
 
     def _absorb_for_leavers(self) -> None:
         """Make room for the last answers of a worker that is leaving; the reactor calls this while one is.
@@ -437,13 +448,14 @@ class Owner(SocketRole, worker.EndListener):
                 raise ResourceError(0, f"a queue cannot have more than {SLOTS} handles at a time: close some")
             slot = self.board.slot(number)
             slot.clear()
-            member = Member(number, slot, link)
+            sender, room = self._kept.admit()
+            member = Member(number, slot, link, sender=sender)
             self._members[number] = member
             if pid is not None:
                 self._arrive(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
         capacity = -1 if self.capacity is None else self.capacity
-        link.send(SLOT.pack(b"Q", number, capacity, recycling.address()), fds)
+        link.send(SLOT.pack(b"Q", number, capacity, sender, room), fds)
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid
@@ -553,6 +565,8 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
             self._watch_for_leavers()
             self._taken.notify_all()
+        if member.sender:
+            self._to_itself.send_aside(Leaving(member.sender))  # behind all that it has sent
         if member.link is not None and not keep_link:
             member.link.close()
         return in_hand
@@ -718,6 +732,8 @@ class Owner(SocketRole, worker.EndListener):
             self._taken.notify_all()
         for message in unread:  # not under the lock: it takes that of the memory
             codec.discard(*message)
+        with self._receiving:
+            self._kept.close()
         while self.answers.take() is not None:
             pass
         self.answers.wake_all()
@@ -748,6 +764,7 @@ class Owner(SocketRole, worker.EndListener):
             self._is_released = True
             if self.invited:
                 return
+            self._to_itself.end()
             self._theirs.close()
             self.board.close()
             for member in self._members.values():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-#: From the owner, first of all: ``Q``, the handle's slot on the board, the queue's capacity (-1 for none), where the
-#: owner's promises stand in the ledger of shared memory (-1 for nowhere).
-SLOT: Final = struct.Struct("=cQqq")
+#: From the owner, first of all: ``Q``, the handle's slot on the board, the queue's capacity (-1 for none), and as which
+#: sender, and for how many blocks, it may make promises: see Note [in-band promises].
+SLOT: Final = struct.Struct("=cQqQQ")
 #: From a handle that came as a ticket: ``H`` and its process id.
 HELLO: Final = struct.Struct("=cQ")
 #: It is leaving, and has answers that the socket does not take: the owner makes room.

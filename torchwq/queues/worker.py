@@ -22,9 +22,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
-from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import ASKED, BUSY, Board
+from ..memory.promises import SentBlocks
 from ..transport import descriptors, endpoint
 from ..transport import link as links
 from ..transport.endpoint import Received
@@ -229,7 +229,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
 
 def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
     """Make a worker's side with the slot that the owner's reply names."""
-    _, slot, capacity, address = SLOT.unpack(reply)
+    _, slot, capacity, sender, room = SLOT.unpack(reply)
     try:
         side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
     except BaseException:
@@ -237,5 +237,5 @@ def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
             link.send(GOODBYE)  # nobody has died
         link.close()
         raise
-    side.outbox.reader = recycling.reader_at(address)
+    side.outbox.promises = SentBlocks(sender, room, side.outbox.send_aside)
     return side

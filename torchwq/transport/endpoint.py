@@ -61,14 +61,6 @@ class Endpoint(Protocol):
         """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
         ...
 
-    def mark(self) -> int:
-        """A mark behind the last message that is there now."""
-        ...
-
-    def has_passed(self, mark: int) -> bool:
-        """Whether everything before ``mark`` has been received."""
-        ...
-
     def stop_receiving(self) -> None:
         """From now on the other side's sends raise BrokenPipeError; this side can still send."""
         ...

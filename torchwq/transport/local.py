@@ -51,13 +51,6 @@ class LocalEndpoint:
         """Readable while there are messages; -1 once it is closed."""
         return -1 if self._closed else self._inbox.bell().fileno()
 
-    def mark(self) -> int:
-        """No descriptor is left out between threads: see ``recycling.Inlet``."""
-        return 0
-
-    def has_passed(self, mark: int) -> bool:
-        return True
-
     def close(self) -> None:
         self._closed = True
         self._inbox.wake_all()

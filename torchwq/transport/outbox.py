@@ -13,10 +13,10 @@ Invariants:
   afterwards. So one of them sees to it.
 * Messages leave in the order of ``send``: as long as something was handed in, everything is.
 * While something waits, the reactor watches the socket and sends on; nobody has to call anything for that.
-* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``). It is
-  asked which descriptors must go along (``descriptors``) in the moment in which it is sent.
+* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``). What goes
+  along with it is chosen in the moment in which it is sent, and so in the order of the messages (``promises``).
 * A waiting message keeps alive whatever its descriptors belong to, and no longer than until it is sent.
-* ``sent(tag, data)`` is called exactly once per message that the socket took, in order.
+* ``sent(tag, data)`` is called exactly once per message that the socket took, in order, but for those sent aside.
 * When the other side is gone, all that waits is dropped, and every later ``send`` is refused.
 """
 
@@ -28,7 +28,7 @@ import time
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from . import reactor
 from .atomic import HAS_GIL, serialized
@@ -43,6 +43,8 @@ Sent = Callable[[int, bytes], None]
 #: on.
 _PAUSE: Final = 0.001
 _MANY: Final = 256
+#: The tag of what concerns the connection only.
+_ASIDE: Final = -1
 #: How long, in seconds, who closes waits for the one that sends.
 _LAST_PATIENCE: Final = 2.0
 
@@ -54,9 +56,17 @@ class Payload(Protocol):
     def data(self) -> bytes: ...
     @property
     def kind(self) -> int: ...
+    @property
+    def fds(self) -> Sequence[int]: ...
     def depart(self) -> None: ...
-    def descriptors(self, reader: int) -> Sequence[int]: ...
     def come_back(self) -> None: ...
+
+
+class Promises(Protocol):
+    """Chooses which descriptors stay at home: see :class:`torchwq.memory.promises.SentBlocks`."""
+
+    def choose(self, parcel: Any) -> tuple[Sequence[int], int]: ...
+    def note_promise(self, parcel: Any) -> None: ...
 
 
 class Outbox:
@@ -95,7 +105,7 @@ class Outbox:
         #: What was handed in, with the thread that wrote it.
         self.handed_in: deque[tuple[bytes | Payload, int]] = deque()
         #: What waits here. Changed by this object only.
-        self.pending: deque[tuple[bytes, Payload | None, int]] = deque()
+        self.pending: deque[tuple[bytes | Payload, int]] = deque()
         #: Whether something other than a message has to be seen to: the socket may have room, or there is to be closed.
         self._has_to_look = False
         #: Whether nothing new is taken, and whether nobody can receive any more.
@@ -106,8 +116,8 @@ class Outbox:
         self._latches: deque[threading.Lock] = deque()
         #: Number of the message sent last.
         self.number = 0
-        #: Which process reads at the other end, as ``Payload.descriptors`` takes it; -1 if that is not known.
-        self.reader = -1
+        #: Where one process reads at the other end, and keeps descriptors for this sender.
+        self.promises: Promises | None = None
         if not HAS_GIL:
             guard = threading.RLock()
             for name in ("send", "_see_to_it"):
@@ -138,7 +148,7 @@ class Outbox:
         self.sender = me
         try:
             # What is refused by now came later than the end.
-            if self._refuses or not self._send(payload, parcel, me):
+            if self._refuses or not self._send(payload, me):
                 if parcel is not None:
                     parcel.come_back()
                 raise self._refusal()
@@ -151,28 +161,21 @@ class Outbox:
             if self.handed_in or self._has_to_look:
                 self._see_to_it()
 
-    def _send(self, payload: bytes | Payload, parcel: Payload | None, ident: int) -> bool:
+    def send_aside(self, payload: Payload) -> None:
+        """Send a message that concerns the connection, and nobody else: it is not counted. Never raises."""
+        if not self._refuses:
+            self.handed_in.append((payload, _ASIDE))
+            self._see_to_it()
+
+    def _send(self, payload: bytes | Payload, tag: int) -> bool:
         """Send one message, or let it wait; False if nobody can receive it."""
-        if parcel is None:
-            assert isinstance(payload, bytes)
-            if self._numbered:
-                self.number = tag = self.number + 1
-                data = payload + trailer(tag, PICKLE)
-            else:
-                data = payload
-                tag = ident
-        else:
-            if self._numbered:
-                self.number = tag = self.number + 1
-                data = parcel.data + trailer(tag, parcel.kind)
-            else:
-                data = parcel.data + trailer(0, parcel.kind)
-                tag = ident
+        if self._numbered:
+            self.number = tag = self.number + 1
         if not self.pending:
             if self._is_broken:
                 return False
             try:
-                is_sent = self._try_send(data, () if parcel is None else parcel.descriptors(self.reader))
+                data = self._transmit(payload, tag)
             except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
                 self._drop()
                 return False
@@ -180,15 +183,32 @@ class Outbox:
                 if self._numbered:
                     self.number = tag - 1
                 raise
-            if is_sent:
-                if self._sent is not None:
+            if data is not None:
+                if self._sent is not None and tag != _ASIDE:
                     self._sent(tag, data)
                 return True
             if self._keeping is not None and not self._keeping(True):
                 return False
             reactor.get().set_writer(self._endpoint.fileno(), self.flush)
-        self.pending.append((data, parcel, tag))
+        self.pending.append((payload, tag))
         return True
+
+    def _transmit(self, payload: bytes | Payload, tag: int) -> bytes | None:
+        """Put one message into the socket; None if it has no room. Returns the message's bytes."""
+        if isinstance(payload, bytes):
+            data = payload + trailer(tag, PICKLE) if self._numbered else payload
+            return data if self._try_send(data) else None
+        promises = self.promises
+        if promises is None:
+            data = payload.data + trailer(tag if self._numbered else 0, payload.kind)
+            return data if self._try_send(data, payload.fds) else None
+        fds, number = promises.choose(payload)
+        data = payload.data + trailer(number, payload.kind)
+        if not self._try_send(data, fds):
+            return None
+        if number:
+            promises.note_promise(payload)
+        return data
 
     def _hand_in(self, payload: bytes | Payload, parcel: Payload | None, ident: int) -> None:
         """Another thread sends, or this one does, further down its stack: let it send this, too."""
@@ -213,7 +233,7 @@ class Outbox:
                     parcel = None if isinstance(payload, bytes) else payload
                     # One that is refused now was accepted all the same, as what is in a socket that its reader closes.
                     try:
-                        is_on_its_way = self._send(payload, parcel, ident)
+                        is_on_its_way = self._send(payload, ident)
                     except NotSent as error:
                         is_on_its_way = False
                         _tell(error)
@@ -239,9 +259,9 @@ class Outbox:
     def _drop(self) -> None:
         """Nobody can receive any more."""
         self._refuses = self._is_broken = self._has_to_look = True
-        for _, parcel, _ in self.pending:
-            if parcel is not None:
-                parcel.come_back()
+        for payload, _ in self.pending:
+            if not isinstance(payload, bytes):
+                payload.come_back()
         self.pending.clear()
         self._stop_watching()
 
@@ -262,18 +282,19 @@ class Outbox:
             return False
         try:
             while self.pending:
-                data, parcel, tag = self.pending[0]
+                payload, tag = self.pending[0]
                 try:
-                    if not self._try_send(data, () if parcel is None else parcel.descriptors(self.reader)):
-                        return False
+                    data = self._transmit(payload, tag)
                 except NotSent as error:
                     self.pending.popleft()
-                    if parcel is not None:
-                        parcel.come_back()
+                    if not isinstance(payload, bytes):
+                        payload.come_back()
                     _tell(error)
                     continue
+                if data is None:
+                    return False
                 self.pending.popleft()
-                if self._sent is not None:
+                if self._sent is not None and tag != _ASIDE:
                     self._sent(tag, data)
         except BrokenPipeError:
             self._drop()
@@ -296,10 +317,8 @@ class Outbox:
         self._claim()
         try:
             while self.handed_in:  # what is there is not to be sent by now, and waits behind the rest
-                payload, ident = self.handed_in.popleft()
-                data = payload if isinstance(payload, bytes) else payload.data + trailer(0, payload.kind)
-                self.pending.append((data, None if isinstance(payload, bytes) else payload, ident))
-            waiting = [(data, parcel) for data, parcel, _ in self.pending]
+                self.pending.append(self.handed_in.popleft())
+            waiting = [_apart(payload) for payload, _ in self.pending]
             self.pending.clear()
             if waiting and self._endpoint.fileno() >= 0:
                 reactor.get().set_writer(self._endpoint.fileno(), None)
@@ -343,6 +362,11 @@ class Outbox:
         self.handed_in.clear()
         self._refuses = self._is_broken = True
         self.sender = 0
+
+
+def _apart(payload: bytes | Payload) -> tuple[bytes, Payload | None]:
+    """The bytes of a message without a number, and what has its descriptors."""
+    return (payload, None) if isinstance(payload, bytes) else (payload.data + trailer(0, payload.kind), payload)
 
 
 def _tell(error: NotSent) -> None:

@@ -54,8 +54,6 @@ class SeqpacketEndpoint:
         self.send_bare: SendBare | None = self._send
         self.receive_bare: ReceiveBare | None = self._socket.recv
         self._recvmsg = self._socket.recvmsg
-        #: Bytes, as the kernel counts them. Threads may make it too small, and so ``has_passed`` wait longer.
-        self._received = 0
         closed_in_child(self)
 
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
@@ -91,7 +89,6 @@ class SeqpacketEndpoint:
                 if error.errno == errno.EBADF:  # closed by another thread of this process
                     raise EOFError from None
                 raise
-            self._received += len(data)
             if ancillary or flags & TRUNCATED:
                 return data, received_fds(ancillary, flags)
             if data:
@@ -103,12 +100,6 @@ class SeqpacketEndpoint:
             return 0
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
         return int(queued)
-
-    def mark(self) -> int:
-        return waiting(self._socket) + self._received
-
-    def has_passed(self, mark: int) -> bool:
-        return self._received >= mark or not waiting(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)

@@ -141,8 +141,6 @@ class StreamEndpoint:
         self._socket.setblocking(True)
         self._lock_fd = lock_fd
         self._locks = _locks_of(lock_fd)
-        #: Bytes, as the kernel counts them.
-        self._received = 0
         closed_in_child(self)
 
     @contextmanager
@@ -177,9 +175,7 @@ class StreamEndpoint:
         while True:
             try:
                 with self._held(self._locks.reading, 1):
-                    received = receive_frame(self._socket, self._locks)
-                    self._received += _LENGTH.size + len(received[0])
-                    return received
+                    return receive_frame(self._socket, self._locks)
             except BlockingIOError:
                 return None
             except ConnectionResetError:
@@ -197,12 +193,6 @@ class StreamEndpoint:
         except OSError:
             return None
         return int(queued)
-
-    def mark(self) -> int:
-        return waiting(self._socket) + self._received
-
-    def has_passed(self, mark: int) -> bool:
-        return self._received >= mark or not waiting(self._socket)
 
     def stop_receiving(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)

@@ -1,0 +1,332 @@
+"""Descriptors stay at home where the reader has them, in whatever order messages are sent, taken and decoded."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import torchwq
+from tests.conftest import wait_until
+from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, started_peer
+from torchwq.marshalling.payload import COUNT, REFERENCE, numbers_of
+from torchwq.memory import ledger, promises, recycling
+from torchwq.memory.anonymous import Descriptor
+from torchwq.memory.parcel import REFERENCES, Parcel
+from torchwq.memory.promises import KeptBlocks, Leaving, SentBlocks
+from torchwq.transport.endpoint import Received
+from torchwq.transport.trailer import trailer
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    with started_peer() as started:
+        yield started
+
+
+def kept_by(queue: Any) -> int:
+    """How many descriptors the queue's owner keeps for its workers."""
+    return sum(map(len, queue._role._kept._kept.values()))
+
+
+class Wire(RuleBasedStateMachine):
+    """Senders of one connection, its reader, and threads that decode what they have taken when they like."""
+
+    ROOM = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = KeptBlocks(numbers_of)
+        #: Messages in the connection, with the numbers that each refers to.
+        self.socket: deque[tuple[Received, list[int]]] = deque()
+        self.senders: dict[int, SentBlocks] = {}
+        #: Messages that were taken and not decoded.
+        self.taken: list[tuple[Received, list[int]]] = []
+        self.current = set(range(1, 7))
+        self.last_number = 6
+        self.left_out = 0
+        book = ledger.current()
+        assert book is not None
+        self.is_current = book.is_current
+        book.is_current = lambda number: number in self.current  # type: ignore[method-assign]
+        self.before = len(os.listdir("/proc/self/fd"))
+
+    def send_aside(self, message: Any) -> None:
+        self.socket.append(((message.data + trailer(0, message.kind), []), []))
+
+    @precondition(lambda self: len(self.senders) < 3)
+    @rule()
+    def enter(self) -> None:
+        sender, _ = self.kept.admit()
+        self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_aside)
+
+    @precondition(lambda self: self.senders)
+    @rule(data=st.data(), is_written_long_ago=st.booleans())
+    def send(self, data: Any, is_written_long_ago: bool) -> None:
+        """A message may have been written before one of its blocks was given up."""
+        sender = self.senders[data.draw(st.sampled_from(sorted(self.senders)))]
+        known = sorted(self.current) if not is_written_long_ago else list(range(1, self.last_number + 1))
+        numbers = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        listed = b"".join(REFERENCE.pack(number, 8) for number in numbers) + COUNT.pack(len(numbers))
+        parcel = Parcel(b"pickle" + listed, [-1] * len(numbers), [], REFERENCES, numbers, only_blocks=True)
+        fds, number = sender.choose(parcel)
+        message = parcel.data + trailer(number, parcel.kind), [os.dup(0) for _ in fds]
+        self.socket.append((message, numbers))
+        if number:
+            sender.note_promise(parcel)
+        self.left_out += not fds
+
+    @precondition(lambda self: self.senders)
+    @rule(data=st.data())
+    def look(self, data: Any) -> None:
+        self.senders[data.draw(st.sampled_from(sorted(self.senders)))].look()
+
+    @precondition(lambda self: self.senders)
+    @rule(data=st.data())
+    def leave(self, data: Any) -> None:
+        sender = data.draw(st.sampled_from(sorted(self.senders)))
+        del self.senders[sender]
+        self.send_aside(Leaving(sender))
+
+    @rule(data=st.data())
+    def give_up(self, data: Any) -> None:
+        """A block's memory is another block's now, whose number is a new one."""
+        self.current.discard(data.draw(st.sampled_from(sorted(self.current))))
+        self.last_number += 1
+        self.current.add(self.last_number)
+
+    @precondition(lambda self: self.socket)
+    @rule()
+    def take(self) -> None:
+        received, numbers = self.socket.popleft()
+        answer = self.kept.look(received)
+        if answer is not None:
+            self.taken.append((answer, numbers))
+        else:
+            assert not numbers
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def decode(self, data: Any) -> None:
+        """Any of those that were taken."""
+        (_, fds), numbers = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
+        if fds:
+            for fd in fds:
+                os.close(fd)
+            return
+        assert isinstance(fds, promises.Epoch)
+        for number in numbers:
+            os.fstat(fds.descriptor(number))
+
+    @invariant()
+    def what_was_taken_can_be_decoded(self) -> None:
+        for (_, fds), numbers in self.taken:
+            if isinstance(fds, promises.Epoch):
+                assert all(fds.descriptor(number) >= 0 for number in numbers)
+
+    @invariant()
+    def no_sender_has_more_than_its_room(self) -> None:
+        assert all(len(kept) <= 2 * self.ROOM for kept in self.kept._kept.values())
+
+    def teardown(self) -> None:
+        while self.socket:
+            self.take()
+        self.kept.close()
+        while self.taken:
+            (_, fds), numbers = self.taken.pop()
+            if isinstance(fds, promises.Epoch):
+                assert all(fds.descriptor(number) >= 0 for number in numbers)
+            else:
+                for fd in fds:
+                    os.close(fd)
+            del fds
+        assert len(os.listdir("/proc/self/fd")) == self.before, "all descriptors are closed with the last message"
+        book = ledger.current()
+        assert book is not None
+        book.is_current = self.is_current  # type: ignore[method-assign]
+
+
+Wire.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWire = Wire.TestCase
+
+
+def test_a_message_that_another_thread_has_taken_keeps_what_it_refers_to() -> None:
+    kept = KeptBlocks(numbers_of)
+    sender, _ = kept.admit()
+    listed = REFERENCE.pack(7, 8) + COUNT.pack(1)
+    fd = os.dup(0)
+    first = kept.look((listed + trailer(sender, REFERENCES), [fd]))
+    second = kept.look((listed + trailer(0, REFERENCES), []))
+    assert first is not None
+    assert second is not None
+    assert kept.look((Leaving(sender).data + trailer(0, Leaving.kind), [])) is None
+    kept.close()
+    del first
+    assert isinstance(second[1], promises.Epoch)
+    assert second[1].descriptor(7) == fd
+    os.fstat(fd)
+    del second
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def make_and_keep(size: int) -> torch.Tensor:
+    tensor = torch.full((size,), 4.0)
+    keep(tensor)
+    return tensor
+
+
+def test_a_worker_that_is_gone_has_its_last_answers_read_and_then_nothing_kept() -> None:
+    with torchwq.workqueue() as queue:
+        worker = torchwq.map(1, answer_with_the_same_tensor_until_killed, queue)
+        pid = queue.read(timeout=30)
+        first = queue.read(timeout=30)
+        assert kept_by(queue) == 1
+        queue.write(None)
+        wait_until(lambda: queue._role.end.has_arrived(), what="the second answer")
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(torchwq.WorkerDied):
+            worker.join(20)
+        second = queue.read(timeout=30)
+        assert second.data_ptr() == first.data_ptr()
+        assert (second == 3).all()
+        with pytest.raises(torchwq.WorkerDied):
+            queue.read(timeout=30)
+        wait_until(lambda: (queue.read(nonblocking=True), not kept_by(queue))[1], what="giving up what was kept")
+    del first, second
+
+
+def answer_with_the_same_tensor_until_killed(queue: torchwq.WorkQueue) -> None:
+    tensor = torch.full((100,), 3.0)
+    queue.write(os.getpid(), tensor)
+    queue.read()
+    queue.write(tensor)
+    signal.pause()
+
+
+def test_a_program_that_does_not_read_gets_rid_of_what_its_worker_has_given_up(peer: Peer) -> None:
+    peer.ask(make_and_keep, 300)
+    assert kept_by(peer.queue) == 1
+    peer.ask(drop_kept)
+    recycling.tick()  # the tensor is gone here, too
+    peer.queue.write((give_up_all, ()))
+    wait_until(lambda: not kept_by(peer.queue), what="what was kept to be given up")
+    peer.queue.read(timeout=30)
+
+
+def give_up_all() -> None:
+    from tests.marshalling.support import give_up_memory
+
+    give_up_memory()
+
+
+def test_a_queue_in_which_nothing_is_to_be_read_is_not_ready(peer: Peer) -> None:
+    """What the worker says to the connection is no answer."""
+    peer.ask(make_and_keep, 300)
+    peer.ask(drop_kept)
+    recycling.tick()
+    peer.queue.write((tick_after_the_answer, ()))
+    peer.queue.read(timeout=30)
+    wait_until(lambda: peer.queue._role.end.has_arrived(), what="what is sent aside")
+    assert torchwq.select([peer.queue], timeout=0) == []
+    assert not kept_by(peer.queue)
+
+
+def tick_after_the_answer() -> None:
+    import threading
+    import time
+
+    from tests.marshalling.support import give_up_memory
+
+    threading.Thread(target=lambda: (time.sleep(0.5), give_up_memory())).start()
+
+
+def test_a_sender_without_room_sends_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "_MOST", 2)
+    with started_peer() as small:
+        for number in range(6):
+            assert (small.ask(make_number, number) == number).all()
+        assert kept_by(small.queue) == 2
+        assert small.ask(sum_of_kept) == sum(100 * n for n in range(6))
+        small.ask(drop_kept)
+
+
+def make_number(number: int) -> torch.Tensor:
+    tensor = torch.full((100,), float(number))
+    keep([*(apply_to_kept(list) if number else []), tensor])
+    return tensor
+
+
+def sum_of_kept() -> float:
+    return float(apply_to_kept(lambda kept: sum(map(torch.sum, kept))))
+
+
+def test_rooms_of_all_senders_together_leave_descriptors_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises.limits, "descriptors", lambda: 200)
+    before = promises._granted
+    connections = [KeptBlocks(numbers_of) for _ in range(40)]
+    rooms = [each.admit()[1] for each in connections]
+    assert rooms[0] > rooms[5] > 0
+    assert promises._granted <= 100 or before
+    for each in connections:
+        each.close()
+    assert promises._granted == before
+
+
+def test_an_answer_of_a_sender_that_was_stopped_for_long_arrives(peer: Peer) -> None:
+    """It is stopped between choosing what goes along and sending; its reader gives up all that it can meanwhile."""
+    mine = torch.full((300,), 4.0)
+    peer.ask(keep, mine)
+    assert (peer.ask(apply_to_kept, itself) == 4).all()
+    del mine
+    pid = peer.ask(os.getpid)
+    peer.queue.write((stop_in_the_middle_of_sending, ()))
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, what="the worker to be stopped")
+    gc.collect()
+    for _ in range(5):
+        recycling.tick()
+    recycling.suspect_losses()
+    os.kill(pid, signal.SIGCONT)
+    good, out = peer.queue.read(timeout=30)
+    assert good, out
+    assert (out == 4).all()
+    peer.ask(drop_kept)
+
+
+def itself(kept: Any) -> Any:
+    return kept
+
+
+def stop_in_the_middle_of_sending() -> Any:
+    choose = SentBlocks.choose
+
+    def stop(self: SentBlocks, parcel: Any) -> Any:
+        SentBlocks.choose = choose  # type: ignore[method-assign]
+        chosen = choose(self, parcel)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return chosen
+
+    SentBlocks.choose = stop  # type: ignore[method-assign]
+    return apply_to_kept(itself)
+
+
+def test_descriptors_are_closed_with_what_keeps_them() -> None:
+    kept = KeptBlocks(numbers_of)
+    sender, _ = kept.admit()
+    fd = os.dup(0)
+    kept.look((REFERENCE.pack(7, 8) + COUNT.pack(1) + trailer(sender, REFERENCES), [fd]))
+    assert isinstance(kept._kept[sender][7], Descriptor)
+    del kept
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

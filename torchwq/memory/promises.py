@@ -1,0 +1,333 @@
+"""Leaves the descriptors of blocks at home that the reader of a connection has got over that connection before.
+
+Passing a descriptor costs both sides a few microseconds, and most blocks are sent again and again. Where a connection
+has one reader (answers to a queue's owner, batches of a loader's worker), each of its senders therefore remembers which
+blocks it has sent over it, and the reader keeps their descriptors.
+
+Note [in-band promises]
+~~~~~~~~~~~~~~~~~~~~~~~
+The order of the connection is all that this rests on. No clock and no shared word is asked.
+
+* The reader gives each sender an id, used once, and says for how many blocks it has *room*. A message whose trailer has
+  the sender's id makes a promise: the reader keeps the descriptors that came with it.
+* A sender leaves the descriptors of a message out if it has promised each of its blocks. It notes a promise when the
+  message is in the socket, and takes it back by a FORGET message, whose content is chosen when it is sent. Only who has
+  claimed the outbox does either, so the reader learns of both in the order in which they were done.
+* The reader makes and ends promises while it takes messages, in their order, under the lock that it takes them under.
+* A sender that is gone says nothing. When the reader knows of that, it sends LEFT over the same connection, of which it
+  has both ends: all that the sender had sent comes before.
+* A message that was taken and not decoded may refer to what a later message has ended, in another thread. So messages
+  carry the :class:`Epoch` in which they were taken. An epoch has the descriptors that were given up in it, and the next
+  epoch; the connection has the last one. What a message refers to is therefore there until the message is gone, and
+  closed with the last message that could refer to it.
+
+What a promise keeps is memory, not content: the reference table (``ledger``) says whether the memory may be written
+anew. The maker gives a block up when it likes. That ends its number, which the senders see at their next look.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from ..transport import reactor
+from ..transport.endpoint import Received
+from ..transport.process import closed_in_child, reset_in_child
+from ..transport.trailer import KIND, number_of, payload_of
+from . import ledger, limits, recycling
+from .anonymous import Descriptor
+from .ledger import UNTRACKED
+from .parcel import Parcel
+
+#: Promises may take this part of the descriptors that the process may use for blocks. One sender gets this part of what
+#: is left of that, and no more than the most.
+_PART: Final = 2
+_PART_OF_ONE: Final = 4
+_MOST: Final = 1024
+
+#: Kinds of messages that the protocol has for itself.
+FORGET: Final = 4
+LEFT: Final = 5
+#: The id of the first sender of a connection.
+ONLY_SENDER: Final = 1
+
+_NUMBER: Final = struct.Struct("=Q")
+
+# The reader's side
+
+
+class References(Protocol):
+    """See :class:`torchwq.marshalling.wire.References`."""
+
+    @property
+    def kind(self) -> int: ...
+    def numbers(self, data: bytes, /) -> Sequence[int]:
+        """Those of the blocks that a message refers to, in the order of its descriptors."""
+        ...
+
+
+class Epoch(list[int]):
+    """Stands, always empty, in the place of the descriptors of a message that may refer to what is kept."""
+
+    __slots__ = ("_kept", "given_up", "next")
+
+    def __init__(self, kept: dict[int, dict[int, Descriptor]]) -> None:
+        super().__init__()
+        self._kept = kept
+        #: What was kept until this epoch ended, by the numbers of the blocks.
+        self.given_up: dict[int, Descriptor] = {}
+        self.next: Epoch | None = None
+
+    def descriptor(self, number: int) -> int:
+        """That of a block, which stays open for as long as this object lives; -1 if there is none."""
+        for kept in list(self._kept.values()):
+            if (found := kept.get(number)) is not None:
+                return found.fd
+        epoch: Epoch | None = self
+        while epoch is not None:
+            if (found := epoch.given_up.get(number)) is not None:
+                return found.fd
+            epoch = epoch.next
+        return -1
+
+
+class KeptBlocks:
+    """What the reader of one connection keeps for its senders. See Note [in-band promises].
+
+    Its methods are called under the lock under which the reader takes messages.
+
+    Args:
+        references: the kind of message whose descriptors may stay at home.
+        look_aside: takes what was sent aside and is next, without waiting, and no more than one message beside. While
+            something is kept, the reactor calls it now and then: a program that does not read for an hour must not keep
+            the memory that its workers gave up, and only by reading a socket one sees what is next in it.
+    """
+
+    def __init__(
+        self, references: References, look_aside: Callable[[], object] | None = None
+    ) -> None:
+        self._kind = references.kind
+        self._numbers_of = references.numbers
+        self._look_aside = None if look_aside is None else weakref.WeakMethod(look_aside)
+        self._will_look = False
+        self._last_id = 0
+        #: Descriptors by the numbers of their blocks, by the ids of the senders.
+        self._kept: dict[int, dict[int, Descriptor]] = {}
+        self._rooms: dict[int, int] = {}
+        self._epoch = Epoch(self._kept)
+        closed_in_child(self)
+
+    def admit(self) -> tuple[int, int]:
+        """A new sender: its id, and for how many blocks it has room."""
+        self._last_id += 1
+        self._rooms[self._last_id] = room = _grant()
+        self._kept[self._last_id] = {}
+        return self._last_id, room
+
+    def look(self, received: Received) -> Received | None:
+        """A message that was just taken, as it is to be decoded; None if it was meant for this object."""
+        data, fds = received
+        kind = data[KIND]
+        if kind == self._kind:
+            if fds:
+                kept = self._kept.get(number_of(data))
+                if kept is None:
+                    return received
+                for number, fd in zip(self._numbers_of(data), fds, strict=True):
+                    kept.setdefault(number, Descriptor(fd))
+                self._look_later()
+            return data, self._epoch
+        if kind in (FORGET, LEFT):
+            sender, *numbers = (number for (number,) in _NUMBER.iter_unpack(payload_of(data)))
+            if kind == FORGET:
+                self._give_up(sender, numbers)
+            else:
+                self._give_up(sender, list(self._kept.get(sender, ())))
+                self._kept.pop(sender, None)
+                _give_back(self._rooms.pop(sender, 0))
+            return None
+        return received
+
+    def close(self) -> None:
+        """Nothing more is taken. What was taken already can still be decoded."""
+        for sender in list(self._kept):
+            self._give_up(sender, list(self._kept[sender]))
+        self._kept.clear()
+        while self._rooms:
+            _give_back(self._rooms.popitem()[1])
+
+    def look_again(self) -> None:
+        """Called by the reactor, with no lock held."""
+        self._will_look = False
+        look_aside = None if self._look_aside is None else self._look_aside()
+        if look_aside is not None and any(self._kept.values()):
+            look_aside()
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if not self._will_look and self._look_aside is not None:
+            self._will_look = True
+            reactor.get().call_later(recycling.TICK, functools.partial(_look_again, weakref.ref(self)))
+
+    def abandon(self) -> None:
+        self._kept.clear()
+        self._rooms.clear()
+        self._epoch = Epoch(self._kept)
+
+    def _give_up(self, sender: int, numbers: Iterable[int]) -> None:
+        kept, epoch = self._kept.get(sender, {}), self._epoch
+        for number in numbers:
+            if (found := kept.get(number)) is not None:
+                epoch.given_up[number] = found  # first: a thread that decodes looks among what is kept before
+                del kept[number]
+        if epoch.given_up:
+            epoch.next = Epoch(self._kept)
+            self._epoch = epoch.next
+
+
+def _look_again(find: Callable[[], KeptBlocks | None]) -> None:
+    blocks = find()
+    if blocks is not None:
+        blocks.look_again()
+
+
+#: For how many blocks there is room in all.
+_granted = 0
+
+
+@reset_in_child
+def _forget() -> None:
+    global _granted
+    _granted = 0
+    _senders.clear()
+
+
+def _grant() -> int:
+    global _granted
+    room = min(_MOST, max(0, limits.descriptors() // _PART - _granted) // _PART_OF_ONE)
+    _granted += room
+    return room
+
+
+def _give_back(room: int) -> None:
+    global _granted
+    _granted = max(0, _granted - room)
+
+
+# The senders' side
+
+
+class SentBlocks:
+    """What one sender has promised to be kept by the reader. Used by who has claimed the outbox; ``look`` by anybody.
+
+    Args:
+        sender: the id that the reader has given it.
+        room: for how many blocks the reader has room.
+        send_aside: sends a message of the protocol's own, without waiting.
+    """
+
+    def __init__(self, sender: int, room: int, send_aside: Callable[[Any], None]) -> None:
+        self.sender = sender
+        self._room = room
+        self._send_aside = weakref.WeakMethod(send_aside)
+        self._sent: set[int] = set()
+        #: Those that were sent since the last look.
+        self._used: set[int] = set()
+        #: Those to be forgotten, unless they are sent before that leaves.
+        self._marked: set[int] = set()
+        _senders.add(self)
+
+    def choose(self, parcel: Parcel) -> tuple[Sequence[int], int]:
+        """Which descriptors must go along with a message that is about to be sent, and what its trailer says."""
+        numbers = parcel.numbers
+        if not parcel.only_blocks:
+            return parcel.fds, 0
+        if self._sent.issuperset(numbers):
+            self._used.update(numbers)
+            return (), 0
+        new = set(numbers) - self._sent
+        if UNTRACKED in new or len(self._sent) + len(new) > self._room:
+            return parcel.fds, 0
+        return parcel.fds, self.sender
+
+    def note_promise(self, parcel: Parcel) -> None:
+        """The message is in the socket, with a trailer that promises."""
+        self._sent.update(parcel.numbers)
+        self._used.update(parcel.numbers)
+        recycling.start_ticking()
+
+    def look(self) -> bool:
+        """Take back, by a message, what was promised for blocks that are no more, and, where little room is left, for
+        those that were not sent for a while. Returns whether there is anything to look at again."""
+        book = ledger.current()
+        sent = set(self._sent)
+        used, self._used = self._used, set()
+        is_crowded = len(sent) > self._room // 2
+        self._marked = {n for n in sent if (is_crowded and n not in used) or book is None or not book.is_current(n)}
+        if self._marked and (send_aside := self._send_aside()) is not None:
+            send_aside(_Forgetting(self))
+        return bool(sent)
+
+    def forget(self) -> bytes:
+        """What a FORGET message says that leaves now."""
+        gone, self._marked = self._marked - self._used, set()
+        self._sent -= gone
+        return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
+
+
+_senders: weakref.WeakSet[SentBlocks] = weakref.WeakSet()
+
+
+def _look_at_all(_: float) -> bool:
+    looks = [each.look() for each in list(_senders)]
+    return any(looks)
+
+
+recycling.at_tick(_look_at_all)
+
+
+class _Aside:
+    """A message of the protocol's own. It has no descriptors, and nobody counts it."""
+
+    kind = FORGET
+    fds: Final[list[int]] = []
+    numbers: Final[Sequence[int]] = ()
+    only_blocks = False
+
+    @property
+    def data(self) -> bytes:
+        raise NotImplementedError
+
+    def depart(self) -> None: ...
+
+    def come_back(self) -> None: ...
+
+
+class _Forgetting(_Aside):
+    """Takes promises back. Which, is chosen when it is sent, and stays so if the socket has no room."""
+
+    def __init__(self, blocks: SentBlocks) -> None:
+        self._blocks = blocks
+        self._data: bytes | None = None
+
+    @property
+    def data(self) -> bytes:
+        if self._data is None:
+            self._data = self._blocks.forget()
+        return self._data
+
+
+class Leaving(_Aside):
+    """Says, in the place of a sender that is gone, that nothing is to be kept for it any more."""
+
+    kind = LEFT
+
+    def __init__(self, sender: int) -> None:
+        self._data = _NUMBER.pack(sender)
+
+    @property
+    def data(self) -> bytes:
+        return self._data
