@@ -121,7 +121,6 @@ class Ledger:
             self._take_over,
         )
 
-
     def is_alive(self, slot: int) -> bool:
         """Whether the process of ``slot`` is still there."""
         return slot == self.slot or self._locks.is_held(slot)
