@@ -7,6 +7,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,10 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import torchwq
 from tests.conftest import wait_until
 from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, started_peer
-from torchwq.marshalling.payload import COUNT, REFERENCE, numbers_of
+from torchwq.marshalling.wire import References
 from torchwq.memory import ledger, promises, recycling
 from torchwq.memory.anonymous import Descriptor
-from torchwq.memory.parcel import REFERENCES, Parcel
+from torchwq.memory.parcel import Parcel
 from torchwq.memory.promises import KeptBlocks, Leaving, SentBlocks
 from torchwq.transport.endpoint import Received
 from torchwq.transport.trailer import trailer
@@ -32,6 +33,12 @@ from torchwq.transport.trailer import trailer
 def peer() -> Iterator[Peer]:
     with started_peer() as started:
         yield started
+
+
+def message_with(numbers: list[int]) -> Parcel:
+    blocks: list[Any] = [SimpleNamespace(number=number, nbytes=8) for number in numbers]
+    data = b"pickle" + b"".join(References.tail((), blocks))
+    return References.encode(data, [-1] * len(numbers), [], blocks, only_blocks=True)
 
 
 def kept_by(queue: Any) -> int:
@@ -46,7 +53,7 @@ class Wire(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = KeptBlocks(numbers_of)
+        self.kept = KeptBlocks(References)
         #: Messages in the connection, with the numbers that each refers to.
         self.socket: deque[tuple[Received, list[int]]] = deque()
         self.senders: dict[int, SentBlocks] = {}
@@ -77,8 +84,7 @@ class Wire(RuleBasedStateMachine):
         sender = self.senders[data.draw(st.sampled_from(sorted(self.senders)))]
         known = sorted(self.current) if not is_written_long_ago else list(range(1, self.last_number + 1))
         numbers = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
-        listed = b"".join(REFERENCE.pack(number, 8) for number in numbers) + COUNT.pack(len(numbers))
-        parcel = Parcel(b"pickle" + listed, [-1] * len(numbers), [], REFERENCES, numbers, only_blocks=True)
+        parcel = message_with(numbers)
         fds, number = sender.choose(parcel)
         message = parcel.data + trailer(number, parcel.kind), [os.dup(0) for _ in fds]
         self.socket.append((message, numbers))
@@ -161,12 +167,12 @@ TestWire = Wire.TestCase
 
 
 def test_a_message_that_another_thread_has_taken_keeps_what_it_refers_to() -> None:
-    kept = KeptBlocks(numbers_of)
+    kept = KeptBlocks(References)
     sender, _ = kept.admit()
-    listed = REFERENCE.pack(7, 8) + COUNT.pack(1)
+    data = message_with([7]).data
     fd = os.dup(0)
-    first = kept.look((listed + trailer(sender, REFERENCES), [fd]))
-    second = kept.look((listed + trailer(0, REFERENCES), []))
+    first = kept.look((data + trailer(sender, References.kind), [fd]))
+    second = kept.look((data + trailer(0, References.kind), []))
     assert first is not None
     assert second is not None
     assert kept.look((Leaving(sender).data + trailer(0, Leaving.kind), [])) is None
@@ -274,7 +280,7 @@ def sum_of_kept() -> float:
 def test_rooms_of_all_senders_together_leave_descriptors_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises.limits, "descriptors", lambda: 200)
     monkeypatch.setattr(promises, "_granted", 0)
-    connections = [KeptBlocks(numbers_of) for _ in range(40)]
+    connections = [KeptBlocks(References) for _ in range(40)]
     rooms = [each.admit()[1] for each in connections]
     assert rooms[0] > rooms[5] > 0
     assert promises._granted == sum(rooms) <= 100
@@ -321,10 +327,10 @@ def stop_in_the_middle_of_sending() -> Any:
 
 
 def test_descriptors_are_closed_with_what_keeps_them() -> None:
-    kept = KeptBlocks(numbers_of)
+    kept = KeptBlocks(References)
     sender, _ = kept.admit()
     fd = os.dup(0)
-    kept.look((REFERENCE.pack(7, 8) + COUNT.pack(1) + trailer(sender, REFERENCES), [fd]))
+    kept.look((message_with([7]).data + trailer(sender, References.kind), [fd]))
     assert isinstance(kept._kept[sender][7], Descriptor)
     del kept
     gc.collect()

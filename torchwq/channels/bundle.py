@@ -7,7 +7,7 @@ said in :class:`~torchwq.marshalling.wire.Bundle`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 from ..marshalling.wire import Bundle

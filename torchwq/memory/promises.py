@@ -106,9 +106,7 @@ class KeptBlocks:
             the memory that its workers gave up, and only by reading a socket one sees what is next in it.
     """
 
-    def __init__(
-        self, references: References, look_aside: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, references: References, look_aside: Callable[[], object] | None = None) -> None:
         self._kind = references.kind
         self._numbers_of = references.numbers
         self._look_aside = None if look_aside is None else weakref.WeakMethod(look_aside)
