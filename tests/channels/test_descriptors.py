@@ -14,9 +14,9 @@ from tests.conftest import wait_until
 from torchwq import Channel, ChannelState
 from torchwq.channels.line import BRINGS, MISSED, SAFELY, TAKEN, TRIED, UNUSUAL, Line
 from torchwq.memory import fences
-from torchwq.transport import endpoint
+from torchwq.transport import kinds
 
-pytestmark = pytest.mark.skipif(endpoint.kind() != "seqpacket", reason="a stream is never received without descriptors")
+pytestmark = pytest.mark.skipif(kinds.kind() != "seqpacket", reason="a stream is never received without descriptors")
 
 
 def line_of(channel: Channel) -> Line:

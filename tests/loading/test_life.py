@@ -151,6 +151,26 @@ def test_workers_end_with_the_last_reference_however_it_was_held(backend: str, m
         gc.enable()
 
 
+class CollatesItself(torchwq.DataLoader[Any]):
+    """As loaders of PyG do."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(datasets.Plain(), num_workers=1, collate_fn=self.collate, **options)
+
+    def collate(self, samples: list[Any]) -> list[Any]:
+        return samples
+
+
+def test_a_loader_that_collates_by_its_own_method_is_garbage_with_its_workers() -> None:
+    loader = CollatesItself(persistent_workers=True, multiprocessing_context="fork")
+    next(iter(loader))
+    (worker,) = of(loader._iterator)
+    assert worker.is_alive()
+    del loader
+    gc.collect()
+    assert not worker.is_alive()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_iterator_is_kept_by_the_error_that_has_ended_it(method: str) -> None:
     loader = torchwq.DataLoader(datasets.Dying(9), batch_size=4, num_workers=2, multiprocessing_context=method)

@@ -311,7 +311,7 @@ def test_garbage_that_is_collected_by_the_thread_itself(monkeypatch: pytest.Monk
 
 
 def test_a_waiter_is_closed_by_one_who_falls_asleep() -> None:
-    ours, theirs = torchwq.transport.endpoint.pair()
+    ours, theirs = torchwq.transport.kinds.pair()
     waiter = Waiter(ours, Alarm())
     with waiter._guard:
         waiter.close()

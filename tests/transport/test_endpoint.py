@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from torchwq.errors import ResourceError
-from torchwq.transport import bag, endpoint, seqpacket, stream
+from torchwq.transport import bag, kinds, seqpacket, stream
 from torchwq.transport.descriptors import close_fds
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.sockets import NotSent, check_sendable, received_fds
@@ -160,7 +160,7 @@ def test_a_closed_end_is_at_its_end(ends: tuple[Endpoint, Endpoint]) -> None:
 
 def test_an_adopted_end_is_the_same_end(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
-    twin = endpoint.adopt([os.dup(fd) for fd in b.handover()])
+    twin = kinds.adopt([os.dup(fd) for fd in b.handover()])
     try:
         a.try_send(b"1")
         a.try_send(b"2")
@@ -200,7 +200,7 @@ def test_killed_processes_leave_nothing_to_repair(kind: str, victim_reads: bool)
         pid = os.fork()
         if pid == 0:
             with contextlib.suppress(BaseException):
-                end = endpoint.adopt(copies)
+                end = kinds.adopt(copies)
                 os.write(announce, b"!")
                 while True:
                     if victim_reads:
@@ -231,11 +231,11 @@ def test_killed_processes_leave_nothing_to_repair(kind: str, victim_reads: bool)
 
 def test_the_environment_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHWQ_TRANSPORT", "stream")
-    assert endpoint.kind() == "stream"
-    assert endpoint.handover_size() == 2
+    assert kinds.kind() == "stream"
+    assert kinds.handover_size() == 2
     monkeypatch.setenv("TORCHWQ_TRANSPORT", "pigeon")
     with pytest.raises(ValueError, match="pigeon"):
-        endpoint.kind()
+        kinds.kind()
 
 
 def test_a_bag_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import wait_until
 from torchwq.memory.parcel import Parcel
-from torchwq.transport import endpoint
+from torchwq.transport import kinds
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.outbox import Outbox
 from torchwq.transport.sockets import NotSent
@@ -18,7 +18,7 @@ from torchwq.transport.trailer import number_of
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Endpoint, Endpoint]]:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     yield a, b
     a.close()
     b.close()

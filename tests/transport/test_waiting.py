@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from torchwq.transport import endpoint
+from torchwq.transport import kinds
 from torchwq.transport.alarm import Alarm
 from torchwq.transport.waiting import SLICE, Waiter
 
 
 def test_a_message_ends_the_wait() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     waiter = Waiter(b, Alarm())
     timer = threading.Timer(0.05, a.try_send, [b"x"])
     timer.start()
@@ -23,7 +23,7 @@ def test_a_message_ends_the_wait() -> None:
 
 
 def test_an_alarm_wakes_every_waiter_until_it_is_cleared() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     alarm = Alarm()
     waiter = Waiter(b, alarm)
     results: list[object] = []
@@ -44,7 +44,7 @@ def test_an_alarm_wakes_every_waiter_until_it_is_cleared() -> None:
 
 
 def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     waiter = Waiter(b, Alarm())
     a.try_send(b"x")
     assert waiter.wait(b.try_receive, time.monotonic() - 1) == (b"x", [])
@@ -54,7 +54,7 @@ def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:
 
 
 def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     waiter = Waiter(b, Alarm())
     thread = threading.Thread(target=waiter.wait, args=(b.try_receive, None))
     thread.start()
@@ -66,7 +66,7 @@ def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
 
 
 def test_a_source_that_was_closed_ends_the_wait_by_the_alarm() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     alarm = Alarm()
     waiter = Waiter(b, alarm)
     b.close()
@@ -77,7 +77,7 @@ def test_a_source_that_was_closed_ends_the_wait_by_the_alarm() -> None:
 
 
 def test_what_an_interruption_has_left_makes_nobody_late() -> None:
-    a, b = endpoint.pair()
+    a, b = kinds.pair()
     waiter = Waiter(b, Alarm())
     waiter._spin = 0
     if waiter._epoll is None:

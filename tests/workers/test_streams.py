@@ -68,10 +68,10 @@ def test_a_descriptor_in_the_place_of_a_standard_stream_is_moved(tmp_path: Path)
     """Also one that is received, or that is made when a stream was closed while queues are open."""
     program = """
         import os, select, socket, sys
-        from torchwq.transport import descriptors, endpoint
+        from torchwq.transport import descriptors, kinds
         from torchwq.transport.alarm import Alarm
 
-        a, b = endpoint.pair()
+        a, b = kinds.pair()
         os.close(1)
         assert descriptors.above(os.open("/", os.O_RDONLY)) > 2
         assert os.readlink("/proc/self/fd/1") == "/dev/null"
@@ -85,7 +85,7 @@ def test_a_descriptor_in_the_place_of_a_standard_stream_is_moved(tmp_path: Path)
         a.try_send(b"x", [2, 2, 2])
         assert min(b.try_receive()[1]) > 2
         os.close(1)
-        assert min(end.fileno() for end in endpoint.pair()) > 2
+        assert min(end.fileno() for end in kinds.pair()) > 2
         os.close(1)
         assert descriptors.epoll().fileno() > 2
     """

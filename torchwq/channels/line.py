@@ -54,7 +54,7 @@ from ..marshalling.wire import Bundle
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import Ticket
 from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
-from ..transport import cleanup, descriptors, endpoint
+from ..transport import cleanup, descriptors, kinds
 from ..transport.alarm import Alarm
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
@@ -114,14 +114,14 @@ class Line:
 
     def __init__(self, name: bytes, fds: Sequence[int] = (), capacity: int | None = None) -> None:
         self.name = name
-        size = endpoint.handover_size()
+        size = kinds.handover_size()
         self.capacity = capacity
         with contextlib.ExitStack() as opened:  # what is to be closed again if the rest cannot be had
             opened.callback(close_fds, fds[2 * size + 1 :])
             if fds:
-                self._in, self._out = endpoint.adopt(fds[:size]), endpoint.adopt(fds[size : 2 * size])
+                self._in, self._out = kinds.adopt(fds[:size]), kinds.adopt(fds[size : 2 * size])
             else:
-                self._in, self._out = endpoint.pair()
+                self._in, self._out = kinds.pair()
                 self._in.set_room(_ROOM)
             opened.callback(self._in.close)
             opened.callback(self._out.close)

@@ -15,6 +15,9 @@ Invariants:
 * After a death that is not restarted, and after ``close``, nothing is under way and no process is left.
 * What interrupts ``next`` or ``_reset`` in any other place than a user's code, Ctrl-C above all, may have come between
   a message and its count. So it closes the iterator; the loader's next epoch has a new one.
+* It ends by ``__del__``, as nothing else does in torchwq. ``weakref.finalize`` would keep what closing needs, and with
+  it the sampler, the dataset and the collation. Those of a subclass are often methods of the loader, and a loader with
+  persistent workers has this iterator: it would never be garbage.
 """
 
 from __future__ import annotations

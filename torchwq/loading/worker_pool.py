@@ -40,7 +40,7 @@ from ..marshalling.wire import References
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.promises import KeptBlocks
-from ..transport import descriptors, endpoint
+from ..transport import descriptors, kinds
 from ..transport.alarm import Alarm
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Endpoint, Received
@@ -78,7 +78,7 @@ def _reduce_handover(encoder: reducers.Encoder, ticket: _EndpointHandover) -> An
 
 
 def _accept(indices: Sequence[int]) -> Endpoint:
-    return endpoint.adopt([reducers.take_inbound_fd(index) for index in indices])
+    return kinds.adopt([reducers.take_inbound_fd(index) for index in indices])
 
 
 reducers.register(_EndpointHandover, _reduce_handover)
@@ -128,7 +128,7 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
 
 def _forked_main(config: LoaderConfig, own_config: WorkerConfig, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
-    with contextlib.closing(endpoint.adopt(ticket)) as end:
+    with contextlib.closing(kinds.adopt(ticket)) as end:
         _end_with_owner(end, owner)
         WorkerLoop(config, own_config).run(end, has_main=True)
 

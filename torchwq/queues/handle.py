@@ -18,7 +18,7 @@ from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
 from ..marshalling.wire import WITH_BLOCKS
 from ..memory.anonymous import Descriptor
 from ..transport import awaiting, cleanup
-from ..transport.endpoint import handover_size
+from ..transport.kinds import handover_size
 from ..transport.link import Link
 from ..transport.trailer import KIND
 from ..transport.waiting import SLICE

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from ..transport import descriptors, endpoint
+from ..transport import descriptors, kinds
 from ..transport.endpoint import Endpoint, Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
@@ -92,7 +92,7 @@ class Inside:
     def open_end(self, handover: Sequence[int]) -> None:
         """Have an end, of these descriptors, which stay the caller's. Raises ResourceError."""
         if self._end is None:
-            end = endpoint.adopt(descriptors.dup_all(handover))
+            end = kinds.adopt(descriptors.dup_all(handover))
             try:
                 self._waiter, _ = Waiter.with_alarm(end)
             except BaseException:

@@ -42,7 +42,7 @@ from ..memory import recycling
 from ..memory.anonymous import Descriptor
 from ..memory.board import SLOTS, Board
 from ..memory.promises import KeptBlocks, Leaving
-from ..transport import cleanup, descriptors, endpoint, reactor
+from ..transport import cleanup, descriptors, kinds, reactor
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -77,7 +77,7 @@ class Owner(SocketRole, worker.EndListener):
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
             reactor.get()  # which closes it when it is dropped, also if no descriptor is free then
-            ours, self._theirs = endpoint.pair()
+            ours, self._theirs = kinds.pair()
             made.callback(ours.close)
             made.callback(self._theirs.close)
             self.board = Board()

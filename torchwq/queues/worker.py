@@ -25,7 +25,7 @@ from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor
 from ..memory.board import ASKED, BUSY, Board
 from ..memory.promises import SentBlocks
-from ..transport import descriptors, endpoint
+from ..transport import descriptors, kinds
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -49,7 +49,7 @@ class WorkerSide(SocketRole):
         #: What is to be told as soon as the last answer has left.
         self._untold: deque[bytes] = deque()
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
-            end = endpoint.adopt(fds[:-1])
+            end = kinds.adopt(fds[:-1])
             made.callback(end.close)
             self._board = Board(fds[-1])
             made.callback(self._board.close)

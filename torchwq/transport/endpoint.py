@@ -1,4 +1,4 @@
-"""The interface of one end of a two-way message connection, and the choice of its kind.
+"""The interface of one end of a two-way message connection. ``kinds`` chooses the kind.
 
 One end may be held by many processes at once: each message is taken whole by exactly one of them. Both kinds keep
 these invariants:
@@ -13,9 +13,6 @@ these invariants:
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -91,32 +88,3 @@ class Endpoint(Protocol):
     def close(self) -> None: ...
 
     def abandon(self) -> None: ...
-
-
-def kind() -> str:
-    """``'seqpacket'`` or ``'stream'``: by ``TORCHWQ_TRANSPORT``, or the best that this platform has."""
-    chosen = os.environ.get("TORCHWQ_TRANSPORT", "").strip().lower()
-    if chosen in ("seqpacket", "stream"):
-        return chosen
-    if chosen:
-        raise ValueError(f"TORCHWQ_TRANSPORT must be 'seqpacket' or 'stream', not {chosen!r}")
-    return "seqpacket" if sys.platform == "linux" and hasattr(socket, "SOCK_SEQPACKET") else "stream"
-
-
-def pair() -> tuple[Endpoint, Endpoint]:
-    """Two connected ends."""
-    from . import seqpacket, stream
-
-    return seqpacket.pair() if kind() == "seqpacket" else stream.pair()
-
-
-def adopt(fds: Sequence[int]) -> Endpoint:
-    """Make an end from the descriptors of another process's ``handover()``; takes them over."""
-    from . import seqpacket, stream
-
-    return seqpacket.SeqpacketEndpoint(fds[0]) if len(fds) == 1 else stream.StreamEndpoint(fds[0], fds[1])
-
-
-def handover_size() -> int:
-    """Number of descriptors in a ``handover()``."""
-    return 1 if kind() == "seqpacket" else 2

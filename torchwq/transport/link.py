@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 
 from . import descriptors, reactor
 from .descriptors import close_fds
-from .endpoint import Received, kind
+from .endpoint import Received
+from .kinds import kind
 from .process import closed_in_child
 from .sockets import (
     ANCILLARY_SIZE,

@@ -29,7 +29,7 @@ import torch
 
 from ..memory import anonymous
 from ..memory.parcel import Parcel
-from ..transport import directory, endpoint, namespace
+from ..transport import directory, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.outbox import Outbox
 from ..transport.trailer import payload_of
@@ -96,7 +96,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     set_signal_handlers()
     gc.enable()
     client.born_with(server)
-    context = Context(endpoint.adopt(control))
+    context = Context(kinds.adopt(control))
     code = 1
     try:
         code = _set_up(context)(context)

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ResourceError, WorkerStartError
 from ..memory import anonymous
 from ..memory.parcel import Parcel
-from ..transport import descriptors, endpoint, namespace, reactor
+from ..transport import descriptors, endpoint, kinds, namespace, reactor
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.outbox import Outbox
 from . import client, descent, standing
@@ -37,7 +37,7 @@ class ProcessWorker(Worker):
         self._kill_at_start: signal.Signals | None = None
         #: The connection from which it was ordered.
         self._server: client.Connection | None = None
-        self._endpoint, theirs = endpoint.pair()
+        self._endpoint, theirs = kinds.pair()
         try:
             setup = _setup(info, entry, self._endpoint.max_payload)
             self._outbox = Outbox(self._endpoint)
@@ -139,7 +139,7 @@ class Processes(Backend):
         return ProcessWorker(info, entry, on_message, on_end, group)
 
     def connect(self) -> Ends:
-        return endpoint.pair()
+        return kinds.pair()
 
     def warm_up(self, wait: bool) -> None:
         descent.warm_up()

@@ -1,0 +1,36 @@
+"""Makes endpoints: of the kind that ``TORCHWQ_TRANSPORT`` says, or the best that the platform has."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from . import seqpacket, stream
+from .endpoint import Endpoint
+
+
+def kind() -> str:
+    """``'seqpacket'`` or ``'stream'``: by ``TORCHWQ_TRANSPORT``, or the best that this platform has."""
+    chosen = os.environ.get("TORCHWQ_TRANSPORT", "").strip().lower()
+    if chosen in ("seqpacket", "stream"):
+        return chosen
+    if chosen:
+        raise ValueError(f"TORCHWQ_TRANSPORT must be 'seqpacket' or 'stream', not {chosen!r}")
+    return "seqpacket" if sys.platform == "linux" and hasattr(socket, "SOCK_SEQPACKET") else "stream"
+
+
+def pair() -> tuple[Endpoint, Endpoint]:
+    """Two connected ends."""
+    return seqpacket.pair() if kind() == "seqpacket" else stream.pair()
+
+
+def adopt(fds: Sequence[int]) -> Endpoint:
+    """Make an end from the descriptors of another process's ``handover()``; takes them over."""
+    return seqpacket.SeqpacketEndpoint(fds[0]) if len(fds) == 1 else stream.StreamEndpoint(fds[0], fds[1])
+
+
+def handover_size() -> int:
+    """Number of descriptors in a ``handover()``."""
+    return 1 if kind() == "seqpacket" else 2
