@@ -153,3 +153,48 @@ def test_a_table_that_could_not_be_had_is_looked_for_again(
     assert not ledger.trouble
     monkeypatch.undo()
     found.abandon()
+
+
+def test_the_table_of_many_processes_takes_little_memory(table: str) -> None:
+    """Each of 300 has a block, which one other holds, and looks whether it is free."""
+    many = [Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(300)]
+    try:
+        assert [each.slot for each in many] == list(range(300))
+        for mine, other in zip(many, many[1:] + many[:1], strict=True):
+            number = mine.new_row()
+            assert number is not None
+            assert mine.state(number) == ledger.FREE
+            mine.count_sent(number)
+            assert mine.state(number) == ledger.IN_FLIGHT
+            other.count_got(number, ledger.HELD)
+            assert mine.state(number) == ledger.IN_USE
+            other.clear_flag(number, ledger.HELD)
+            assert mine.state(number) == ledger.FREE
+        taken = os.stat(table).st_blocks * 512
+        assert taken < 16 << 20
+    finally:
+        for each in many:
+            each.abandon()
+
+
+@pytest.mark.parametrize("slot", [0, 1, 63, 64, 130])
+def test_who_takes_a_slot_over_holds_nothing_that_its_last_process_held(table: str, slot: int) -> None:
+    def opened() -> Ledger:
+        return Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC))
+
+    before = [opened() for _ in range(slot)]
+    maker_and_dead = opened(), opened()
+    maker, dead = maker_and_dead if slot != 0 else maker_and_dead[::-1]
+    numbers = [maker.new_row() for _ in range(300)]
+    for number in numbers:
+        assert number is not None
+        maker.count_sent(number)
+        dead.count_got(number, ledger.HELD)
+    assert {maker.state(number) for number in numbers if number is not None} == {ledger.IN_USE}
+    its_slot = dead.slot
+    dead.abandon()
+    heir = opened()
+    assert heir.slot == its_slot
+    assert {maker.state(number) for number in numbers if number is not None} == {ledger.FREE}
+    for each in (*before, maker, heir):
+        each.abandon()
