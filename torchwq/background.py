@@ -28,6 +28,7 @@ from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
 from .transport import cleanup, reactor
+from .transport.capabilities import SAME_PROCESS
 from .transport.process import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import find
@@ -119,7 +120,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 (self._queue, iterable),
                 codec.CALL_LIMIT,
                 upvalues=upvalues,
-                here=workers.peer.same_process,
+                peer=workers.peer,
                 starting=held,
             )
             self.set_running_or_notify_cancel()
@@ -339,7 +340,7 @@ def run_worker(context: child.Context) -> int:
             with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
                 items.write((_NO_ITERATOR, type(produced).__name__))
             value = produced
-        payload = codec.encode_result(value, limit, "the task's result", here=context.peer.same_process)
+        payload = codec.encode_result(value, limit, "the task's result", peer=context.peer)
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
@@ -392,7 +393,7 @@ def _tell(items: WorkQueue | None, packed: exceptions.PackedException | BaseExce
     """Let the consumer meet the error after the items before it."""
     if items is not None:
         if isinstance(packed, BaseException):  # of a thread
-            packed = exceptions.pack(packed, here=True)
+            packed = exceptions.pack(packed, peer=SAME_PROCESS)
         try:
             items.writeup((_ERROR, packed))
         except (QueueClosed, MarshalError):

@@ -307,9 +307,7 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
         payloads.append(
-            codec.encode_call(
-                f, positional, keywords, limit, upvalues=upvalues, here=workers.peer.same_process, starting=held
-            )
+            codec.encode_call(f, positional, keywords, limit, upvalues=upvalues, peer=workers.peer, starting=held)
         )
     outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
     started = Map(outcomes)
@@ -349,7 +347,7 @@ def run_worker(context: child.Context) -> int:
     try:
         function, args, keywords = codec.decode(*context.receive())
         value = function(*args, **keywords)
-        payload = codec.encode_result(value, context.max_payload, "the worker's result", here=context.peer.same_process)
+        payload = codec.encode_result(value, context.max_payload, "the worker's result", peer=context.peer)
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:

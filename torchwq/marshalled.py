@@ -13,6 +13,7 @@ import numpy as np
 from .marshalling import codec, reducers
 from .marshalling.letter import Letter
 from .marshalling.plain import PlainLetter
+from .transport.capabilities import SAME_PROCESS
 
 
 @final
@@ -66,7 +67,7 @@ def marshal(obj: Any, upvalues: bool = False) -> Marshalled:
 
     Source: torch-ipc's ``ipc.marshal``.
     """
-    payload = codec.encode_one(obj, codec.UNLIMITED, "obj", upvalues=upvalues, here=True)
+    payload = codec.encode_one(obj, codec.UNLIMITED, "obj", upvalues=upvalues, peer=SAME_PROCESS)
     return Marshalled(payload if isinstance(payload, Letter) else Letter(payload, ()))
 
 

@@ -313,7 +313,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             None,
             codec.CALL_LIMIT,
             upvalues=upvalues,
-            here=peer.same_process,
+            peer=peer,
             starting=held,
         )
         self._pool = _Pool(n, setup, workers, held)
@@ -337,8 +337,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
         Source: ``concurrent.futures.Executor.submit``.
         """
-        pool, here = self._pool, self._peer.same_process
-        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, here=here)
+        pool = self._pool
+        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, peer=self._peer)
         future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:
@@ -394,7 +394,7 @@ def run_worker(context: child.Context) -> int:
                 return 0
             function, args, kwargs = call
             value = None if function is None else function(*args, **(kwargs or {}))
-            payload = codec.encode_result(value, limit, "the task's result", here=context.peer.same_process)
+            payload = codec.encode_result(value, limit, "the task's result", peer=context.peer)
         except SystemExit as stop:
             return exit_status(stop)
         except BaseException as error:

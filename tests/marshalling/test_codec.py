@@ -30,6 +30,7 @@ from torchwq.marshalling import codec, copies
 from torchwq.marshalling.payload import OUT_OF_BAND
 from torchwq.marshalling.wire import InBlock, References
 from torchwq.memory.parcel import Parcel
+from torchwq.transport.capabilities import SAME_PROCESS
 
 from . import library
 from .support import LIMIT, Peer, descriptors, identical, marshal, received, roundtrip, same
@@ -117,7 +118,7 @@ def mutable_parts(obj: Any) -> set[int]:
 @given(obj=nested)
 def test_what_stays_in_the_process_comes_out_identical(obj: Any) -> None:
     copy = copies.copied(obj)
-    payload = codec.encode(obj, codec.UNLIMITED, here=True) if copy is None else copy
+    payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS) if copy is None else copy
     assert identical(codec.decode(*codec.received(payload)), obj)
 
 
@@ -148,7 +149,7 @@ def test_collections_that_must_be_pickled_are_not_copied() -> None:
 
 @pytest.mark.parametrize("obj", [b"x" * 100_000, "x" * 100_000])
 def test_long_text_is_not_copied_within_a_process(obj: Any) -> None:
-    payload = codec.encode(obj, codec.UNLIMITED, here=True)
+    payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)
     assert codec.decode(*codec.received(payload)) is obj
     assert codec.decode(*received(codec.for_others(payload, LIMIT))) == obj
 

@@ -17,6 +17,7 @@ import pytest
 import torchwq
 from torchwq import MarshalError
 from torchwq.marshalling import codec
+from torchwq.transport.capabilities import SAME_MACHINE, SAME_PROCESS
 
 from .support import LIMIT, Peer, descriptors, roundtrip
 
@@ -62,7 +63,7 @@ multiprocessing.reduction.register(RegisteredByNumber, _reduce_by_number)  # typ
 
 
 def here(obj: Any) -> Any:
-    return codec.decode(*codec.received(codec.encode_one(obj, LIMIT, "obj", here=True)))
+    return codec.decode(*codec.received(codec.encode_one(obj, LIMIT, "obj", peer=SAME_PROCESS)))
 
 
 def through_marshal(obj: Any) -> Any:
@@ -183,9 +184,9 @@ def test_what_processes_inherit_is_refused_by_an_ordinary_message_with_its_place
     obj = {"held": [INHERITED[kind]()]}
     for stays in (False, True):
         with pytest.raises(MarshalError, match=r"args\[0\]\['held'\]\[0\] cannot be sent: .* through inheritance"):
-            codec.encode_all([obj], LIMIT, here=stays)
+            codec.encode_all([obj], LIMIT, peer=SAME_PROCESS if stays else SAME_MACHINE)
         held: list[Any] = []
-        payload = codec.encode_all([obj], LIMIT, here=stays, starting=held)[0]
+        payload = codec.encode_all([obj], LIMIT, peer=SAME_PROCESS if stays else SAME_MACHINE, starting=held)[0]
         if stays:
             codec.decode(*codec.received(payload))
     with pytest.raises(MarshalError, match="through inheritance"):  # nothing of the others is left in the encoder
@@ -196,7 +197,7 @@ def test_a_lock_that_only_a_forked_process_could_use_is_refused_with_the_remedy(
     lock = multiprocessing.get_context("fork").Lock()
     with pytest.raises(MarshalError, match=r"args\[0\] cannot be sent: .*get_context\('spawn'\).Lock"):
         codec.encode_all([lock], LIMIT, starting=[])
-    payload = codec.encode_all([lock], LIMIT, here=True, starting=[])[0]
+    payload = codec.encode_all([lock], LIMIT, peer=SAME_PROCESS, starting=[])[0]
     assert codec.decode(*codec.received(payload)) is lock
 
 

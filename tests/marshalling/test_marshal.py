@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import torchwq
 from torchwq.marshalling import codec
+from torchwq.transport.capabilities import SAME_PROCESS
 
 
 def read_and_change(marshalled: torchwq.Marshalled, mapid: int) -> tuple[float, list[int]]:
@@ -85,7 +86,7 @@ def test_repr_and_size() -> None:
 
 def through(obj: Any) -> Any:
     """What a thread would get."""
-    return codec.decode(*codec.received(codec.encode(obj, codec.UNLIMITED, here=True)))
+    return codec.decode(*codec.received(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)))
 
 
 _values = st.recursive(
@@ -168,4 +169,4 @@ def test_a_module_arrives_with_the_same_parameters() -> None:
 def test_what_is_refused_for_processes_is_refused_here() -> None:
     leaf = torch.ones(2, requires_grad=True)
     with pytest.raises(RuntimeError, match="detach"):
-        codec.encode(leaf * 2, codec.UNLIMITED, here=True)
+        codec.encode(leaf * 2, codec.UNLIMITED, peer=SAME_PROCESS)

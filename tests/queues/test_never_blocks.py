@@ -34,7 +34,7 @@ def test_a_dropped_queue_marshals_what_waits_in_it_elsewhere() -> None:
     worker = torchwq.map(1, jobs.consume, gate)  # it might be on its way to the queue: so questions are kept
     queue = torchwq.workqueue()
     queue.write([torch.zeros(2), Told()])
-    assert queue._role.here
+    assert queue._role.peer.same_process
     pickled_in.clear()
     del queue
     gc.collect()

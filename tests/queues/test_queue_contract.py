@@ -425,9 +425,9 @@ def test_an_answer_is_read_although_the_questions_have_not_moved_to_where_proces
     monkeypatch.setattr(owner.cleanup, "later", held.append)
     with torchwq.workqueue("opened slowly") as queue:
         torchwq.map(1, answer_by_name, "opened slowly").join(20)
-        assert queue._role.here
+        assert queue._role.peer.same_process
         assert queue.read(timeout=20) == "answer"
         monkeypatch.undo()
         for callback in held:
             callback()
-        assert not queue._role.here
+        assert not queue._role.peer.same_process

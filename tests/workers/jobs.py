@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 
+import torch
+
 import torchwq
 
 
@@ -39,3 +41,7 @@ def chaos(queue: torchwq.WorkQueue) -> None:
 def is_a_thread() -> bool:
     """Whether this worker is a thread of the process that has started it."""
     return threading.current_thread() is not threading.main_thread()
+
+
+def fill_and_sum(tensor: torch.Tensor, mapid: int) -> float:
+    return float(tensor.fill_(mapid + 1).sum())

@@ -20,6 +20,7 @@ from typing import Any, Final
 from ..errors import QueueClosed, WorkerDied
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
+from ..transport.capabilities import SAME_PROCESS
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
@@ -105,7 +106,7 @@ class Core:
         with self.vigil.waiting(reader, READS):
             while True:
                 way, now = self.way, time.monotonic()
-                until = now + (_LOOK_HERE_EVERY if way.here else LOOK_EVERY)
+                until = now + (_LOOK_HERE_EVERY if way.peer.same_process else LOOK_EVERY)
                 received = way.sleep(until if deadline is None else min(until, deadline))
                 if received is not None:
                     return received
@@ -176,7 +177,7 @@ class Core:
 
     def close(self, *, failed: bool = False) -> None:
         self.way.close(failed=failed)
-        if self.way.here:
+        if self.way.peer.same_process:
             self._trouble.set()
 
     # Readiness
@@ -245,7 +246,7 @@ def _end_later(
 class _Forked:
     """The way of a channel in the child of a fork: there is none."""
 
-    here = True
+    peer = SAME_PROCESS
     max_payload = 0
     is_closed = True
     was_failed = False

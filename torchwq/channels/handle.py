@@ -135,7 +135,7 @@ class Channel:
         core = self._core
         way = core.way
         self.has_written = True
-        payloads = codec.encode_all(objs, way.max_payload, upvalues=upvalues, here=way.here)
+        payloads = codec.encode_all(objs, way.max_payload, upvalues=upvalues, peer=way.peer)
         with contextlib.nullcontext() if core.capacity is None else core.vigil.waiting(self, WRITES):
             for payload in payloads:
                 if not way.send(payload):
@@ -320,7 +320,7 @@ class _Invitation(invitation.Invitation):
 def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
     core = handle._core
     core.check_fork()
-    if encoder.here:
+    if encoder.peer.same_process:
         return _accept, (encoder.enclose(_Invitation(core)),)
     return _rebuild, _description(encoder, core)
 
@@ -331,7 +331,7 @@ def _description(encoder: reducers.Encoder, core: Core) -> tuple[Any, ...]:
 
 
 def _reduce_invitation(encoder: reducers.Encoder, invited: _Invitation) -> Any:
-    if encoder.here:
+    if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(_Invitation(invited.core, invited.seen)),)
     return _rebuild_invitation, _description(encoder, invited.core)
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ..marshalling import codec
 from ..marshalling.copies import copied
+from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from .state import ChannelState
@@ -23,7 +24,7 @@ class Here:
     nothing is left behind when the items move to a line.
     """
 
-    here = True
+    peer = SAME_PROCESS
     max_payload = codec.UNLIMITED
 
     def __init__(self, capacity: int | None) -> None:
@@ -45,7 +46,7 @@ class Here:
         payload = copied(obj)
         if payload is None:
             try:
-                payload = codec.encode(obj, codec.UNLIMITED, here=True)
+                payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)
             except Exception:
                 return None
         return ChannelState.OPEN if self.send(payload) else self.state()

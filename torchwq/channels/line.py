@@ -56,6 +56,7 @@ from ..memory.parcel import Ticket
 from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
 from ..transport import cleanup, descriptors, kinds
 from ..transport.alarm import Alarm
+from ..transport.capabilities import SAME_MACHINE
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.outbox import Outbox
@@ -110,7 +111,7 @@ class Line:
     Raises ResourceError if descriptors or memory have run out.
     """
 
-    here = False
+    peer = SAME_MACHINE
 
     def __init__(self, name: bytes, fds: Sequence[int] = (), capacity: int | None = None) -> None:
         self.name = name

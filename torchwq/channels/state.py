@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any, Protocol
 
+from ..transport.capabilities import Capabilities
 from ..transport.endpoint import Received
 
 
@@ -30,8 +31,8 @@ class ChannelState(enum.Enum):
 class Way(Protocol):
     """How items get from writers to readers. Safe to use from several threads."""
 
-    #: Whether they stay in this process, and how large one may be.
-    here: bool
+    #: Who may read them, and how large one may be.
+    peer: Capabilities
     max_payload: int
 
     def put(self, obj: Any) -> ChannelState | None:

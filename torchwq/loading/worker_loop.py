@@ -35,6 +35,7 @@ from ..marshalling.letter import Letter
 from ..memory.parcel import Parcel
 from ..memory.promises import ONLY_SENDER, SentBlocks
 from ..transport.alarm import Alarm
+from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
 from ..transport.outbox import Outbox
@@ -332,7 +333,7 @@ class WorkerLoop:
         if self._is_thread and self._config.auto_collation:
             return Letter(None, [answer])
         if self._is_thread:  # what the dataset itself may have, and use again
-            return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), here=True)
+            return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), peer=SAME_PROCESS)
         importable.reader.has_main = self._has_main
         try:
             payload: bytes | Parcel = codec.encode_one(answer, self._limit, "batch", fresh=collation.made)

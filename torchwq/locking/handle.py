@@ -169,7 +169,7 @@ def _accept(invitation: _Invitation) -> Mutex:
 def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
     core = invitation.core
     core.check()
-    if encoder.here:
+    if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.seen)),)
     seen = list(invitation.seen.deaths), invitation.seen.thread_failures
     return _rebuild, (core.name, seen, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])

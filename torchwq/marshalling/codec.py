@@ -13,7 +13,7 @@ import contextlib
 import pickle
 from collections.abc import Callable, Container, Sequence
 from pickle import dumps
-from typing import Any, Final, Literal, TypeAlias, overload
+from typing import Any, Final, TypeAlias, overload
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory.block import Block
 from ..memory.parcel import Parcel
 from ..transport import debug
+from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.endpoint import NO_FDS
 from ..transport.trailer import KIND
 from . import inheritance, locate, plain, wire
@@ -62,7 +63,6 @@ def encode(
     *,
     upvalues: bool = False,
     fresh: Container[Block] | None = None,
-    here: Literal[False] = False,
     starting: list[Any] | None = None,
     in_full: bool = False,
 ) -> bytes | Parcel: ...
@@ -73,7 +73,7 @@ def encode(
     *,
     upvalues: bool = False,
     fresh: Container[Block] | None = None,
-    here: bool,
+    peer: Capabilities,
     starting: list[Any] | None = None,
     in_full: bool = False,
 ) -> Payload: ...
@@ -84,13 +84,14 @@ def encode(
     *,
     upvalues: bool = False,
     fresh: Container[Block] | None = None,
-    here: bool = False,
+    peer: Capabilities = SAME_MACHINE,
     starting: list[Any] | None = None,
     in_full: bool = False,
 ) -> Payload:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
-    If the message stays ``here``, in this process, it may be of any size, and its tensors stay where they are.
+    A message for a ``peer`` in this process may be of any size, and its tensors stay where they are. One for a peer
+    that shares no memory has everything in it, whatever its size.
 
     Functions and classes that came from another process and go by value travel as they came, at little cost; or, with
     ``in_full``, as they are now, and under the closure rule.
@@ -102,17 +103,21 @@ def encode(
     turns that into a MarshalError that names the place.
     """
     cls = type(obj)
+    here = peer.same_process
+    if not peer.shares_memory:
+        limit, fresh = UNLIMITED, ()
     if here and (cls is str or cls is bytes) and len(obj) > _LONG:
         return Letter(None, (obj,))
     if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
         return bare if len(bare) <= limit else large(bare, limit)
     elif cls is Tensor or plain.may_be(obj):
-        if not here:
-            parts = plain.take_apart(obj, fresh)
-            found: Payload | None = References.encode_plain(*parts, limit) if parts is not None else None
-        else:
+        found: Payload | None = None
+        if here:
             found = plain.encode_here(obj) if fresh is None else None
+        elif peer.shares_memory:
+            parts = plain.take_apart(obj, fresh)
+            found = References.encode_plain(*parts, limit) if parts is not None else None
         if found is not None:
             return found
     try:
@@ -123,7 +128,7 @@ def encode(
     dump, clear_memo, chunks, out = tools
     try:
         if here or in_full or fresh is not None:
-            out.here, out.fresh, out.in_full = here, fresh, in_full
+            out.peer, out.fresh, out.in_full = peer, fresh, in_full
         if starting is None:
             dump(obj)
         else:
@@ -137,7 +142,7 @@ def encode(
     if out is None:
         cloud = CloudEncoder(upvalues, in_full)
         cloud.out.fresh = fresh
-        cloud.out.here = here
+        cloud.out.peer = peer
         cloud.out.starting = starting
         with contextlib.nullcontext() if starting is None else inheritance.playing_popen():
             cloud.dump(obj)
@@ -148,7 +153,7 @@ def encode(
     else:
         payload = chunks.pop()
         if here or in_full or fresh is not None:
-            out.here, out.fresh, out.in_full = False, None, False
+            out.peer, out.fresh, out.in_full = SAME_MACHINE, None, False
         out.starting = None
     clear_memo()
     _idle.append(tools)
@@ -168,7 +173,7 @@ def encode_all(
     *,
     upvalues: bool = False,
     root: str = "args",
-    here: bool = False,
+    peer: Capabilities = SAME_MACHINE,
     starting: list[Any] | None = None,
 ) -> list[Encoded]:
     """Encode each of ``objs``, all before the first is used.
@@ -178,11 +183,11 @@ def encode_all(
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(encode(obj, limit, upvalues=upvalues, here=here, starting=starting, in_full=upvalues))
+            payloads.append(encode(obj, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=upvalues))
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
+            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
     return payloads
 
 
@@ -193,31 +198,31 @@ def encode_one(
     *,
     upvalues: bool = True,
     fresh: Container[Block] | None = None,
-    here: bool = False,
+    peer: Capabilities = SAME_MACHINE,
 ) -> Encoded:
     """Encode ``obj``, as :func:`encode` does.
 
     Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode(obj, limit, upvalues=upvalues, fresh=fresh, here=here)
+        return encode(obj, limit, upvalues=upvalues, fresh=fresh, peer=peer)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, obj, root, limit, upvalues, here)  # noqa: B904 - it has its cause already
+        raise _located(error, obj, root, limit, upvalues, peer)  # noqa: B904 - it has its cause already
 
 
-def encode_result(value: Any, limit: int, root: str, *, here: bool = False) -> Encoded:
+def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAME_MACHINE) -> Encoded:
     """Encode ``(value, None)``, what a worker sends when its function has returned ``value``.
 
     Raises MarshalError, which names the place in ``value`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode((value, None), limit, here=here)
+        return encode((value, None), limit, peer=peer)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
-        raise _located(error, value, root, limit, False, here)  # noqa: B904 - it has its cause already
+        raise _located(error, value, root, limit, False, peer)  # noqa: B904 - it has its cause already
 
 
 def encode_call(
@@ -227,7 +232,7 @@ def encode_call(
     limit: int,
     *,
     upvalues: bool = False,
-    here: bool = False,
+    peer: Capabilities = SAME_MACHINE,
     starting: list[Any] | None = None,
 ) -> Encoded:
     """Encode ``(function, args, extra)`` as one payload, so that what they share stays shared.
@@ -236,7 +241,7 @@ def encode_call(
     """
     try:
         return encode(
-            (function, tuple(args), extra), limit, upvalues=upvalues, here=here, starting=starting, in_full=True
+            (function, tuple(args), extra), limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True
         )
     except (ResourceError, MemoryError):
         raise
@@ -245,18 +250,24 @@ def encode_call(
         what = f"function {name}" if callable(function) else f"the {name}"
         for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(part, limit, upvalues=upvalues, here=here, starting=starting, in_full=True)
+                encode(part, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True)
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
-        raise _located(error, extra, "the call", limit, upvalues, here, starting)  # noqa: B904 - it has its cause already
+                raise _located(found, part, place, limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
+        raise _located(error, extra, "the call", limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
 
 
 def _located(
-    error: Exception, obj: Any, name: str, limit: int, upvalues: bool, here: bool, starting: list[Any] | None = None
+    error: Exception,
+    obj: Any,
+    name: str,
+    limit: int,
+    upvalues: bool,
+    peer: Capabilities,
+    starting: list[Any] | None = None,
 ) -> MarshalError:
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(candidate, limit, upvalues=upvalues, here=here, starting=starting, in_full=True)
+            encode(candidate, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True)
         except Exception as raised:
             return raised
         return None

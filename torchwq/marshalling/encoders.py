@@ -59,7 +59,7 @@ class FastEncoder(pickle.Pickler):
             return NotImplemented if cls in named.ordinary else named.reduce_instance(obj, cls)
         if functions.goes_by_name(obj):
             return NotImplemented
-        sealed = None if self.out.here or self.out.in_full else definitions.reduce_sealed(obj)
+        sealed = None if self.out.peer.same_process or self.out.in_full else definitions.reduce_sealed(obj)
         if sealed is None:
             raise NeedsCloud
         return sealed
@@ -103,12 +103,12 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if cls is types.CodeType:
             _, args = self.dispatch_table[types.CodeType](obj)
             return functions.code_of_file, (obj.co_filename, args)
-        if cls is types.ModuleType and not self.out.here and not functions.is_importable(obj):
+        if cls is types.ModuleType and not self.out.peer.same_process and not functions.is_importable(obj):
             return namespaces.reduce_module(obj)
         return named.reduce_instance(obj, cls) if cls not in self.dispatch_table else super().reducer_override(obj)
 
     def _reduce_class(self, cls: type) -> Any:
-        if self.out.here:
+        if self.out.peer.same_process:
             return self._reduce_class_here(cls)
         found = None if self._in_full else definitions.reduce_received(cls, _seal)
         if found is not None:
@@ -128,7 +128,7 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if named.is_dispatcher(function):
             return named.reduce_dispatcher(function, self._sealing)
-        found = None if self._in_full or self.out.here else definitions.reduce_received(function, _seal)
+        found = None if self._in_full or self.out.peer.same_process else definitions.reduce_received(function, _seal)
         if found is not None:
             return found
         if not self._upvalues and not self._sealing:

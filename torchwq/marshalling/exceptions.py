@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import Interrupted, RemoteError, RemoteTraceback
 from ..transport import debug
+from ..transport.capabilities import SAME_MACHINE, Capabilities
 from . import codec, reducers
 from .copies import ATOMS
 from .letter import Letter
@@ -48,13 +49,13 @@ class PackedException(NamedTuple):
 
 
 @debug.runs_user_code
-def pack(error: BaseException, *, here: bool = False) -> PackedException:
-    """Turn a caught exception into something that always travels, or stays ``here``."""
+def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedException:
+    """Turn a caught exception into something that always travels to ``peer``."""
     pickled = whole = bare = None
-    for usable in (_is_usable, _Tried(here)):
+    for usable in (_is_usable, _Tried(peer)):
         try:
             parts = _Dissection(usable).of(error)
-            payload = codec.encode(parts, _NO_LIMIT, upvalues=True, here=here)
+            payload = codec.encode(parts, _NO_LIMIT, upvalues=True, peer=peer)
             if isinstance(payload, bytes):
                 pickled = payload
             elif isinstance(codec.decode(*codec.received(payload)), BaseException):
@@ -154,12 +155,12 @@ def _is_atom(part: Any) -> str | None:
 class _Tried:
     """Says why a part cannot travel, because it has been tried out."""
 
-    def __init__(self, here: bool) -> None:
-        self._here = here
+    def __init__(self, peer: Capabilities) -> None:
+        self._peer = peer
 
     def __call__(self, part: Any) -> str | None:
         try:
-            codec.encode(part, _NO_LIMIT, upvalues=True, here=self._here)
+            codec.encode(part, _NO_LIMIT, upvalues=True, peer=self._peer)
         except _NOT_OURS:
             raise
         except BaseException as error:

@@ -30,6 +30,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Final
 
+from ..errors import MarshalError
 from ..memory.anonymous import Descriptor
 from ..transport import descriptors
 from . import reducers
@@ -102,7 +103,7 @@ class _Carried:
 
 
 def _carried(encoder: Encoder, descriptor: Descriptor) -> _Carried:
-    if encoder.here:
+    if encoder.peer.same_process:
         return _Carried(encoder.enclose(descriptor))
     return _Carried(encoder.attach(descriptor.fd, descriptor))
 
@@ -146,6 +147,8 @@ def _check_starting(encoder: Encoder, obj: Any) -> list[Any]:
             f"{kind} objects should only be shared between processes through inheritance: let a worker begin with it, "
             f"as an argument of map or BackgroundTask, of a pool's initializer, or in the dataset of a loader"
         )
+    if not encoder.peer.passes_descriptors:
+        raise MarshalError(f"a {type(obj).__name__} of multiprocessing is one of this machine, and stays there")
     return encoder.starting
 
 
@@ -156,7 +159,7 @@ def _reduce_inherited(encoder: Encoder, obj: Any) -> Any:
 
 def _reduce_semaphore(encoder: Encoder, lock: Any) -> Any:
     held = _check_starting(encoder, lock)
-    if encoder.here:
+    if encoder.peer.same_process:
         return enclosed, (encoder.enclose(lock),)
     if lock._semlock.name is None:
         kind = type(lock).__name__
@@ -171,7 +174,7 @@ def _reduce_semaphore(encoder: Encoder, lock: Any) -> Any:
 def _reduce_arena(encoder: Encoder, arena: Any) -> Any:
     """The memory of shared values; here once more would hold a descriptor for ever."""
     _check_starting(encoder, arena)
-    return (enclosed, (encoder.enclose(arena),)) if encoder.here else _reduce_registered(encoder, arena)
+    return (enclosed, (encoder.enclose(arena),)) if encoder.peer.same_process else _reduce_registered(encoder, arena)
 
 
 reducers.register(Descriptor, _reduce_descriptor)

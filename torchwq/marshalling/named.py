@@ -193,7 +193,7 @@ _OF_DISPATCHER: Final = frozenset(vars(_any_dispatcher)) - {"__wrapped__"}
 
 def _reduce_bare_object(encoder: reducers.Encoder, obj: object) -> Any:
     """A bare object is only good for being compared with ``is``; a script's is the same everywhere."""
-    if encoder.here:
+    if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(obj),)
     for space in namespaces.all_known():
         for name, value in list(space.globals.items()):

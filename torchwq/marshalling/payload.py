@@ -6,12 +6,14 @@ import pickle
 from collections.abc import Container
 from typing import Any, Final
 
+from ..errors import MarshalError
 from ..memory import content, recycling
 from ..memory.block import Block
 from ..memory.content import Buffer
 from ..memory.ledger import UNTRACKED
 from ..memory.packing import Packing, most_own
 from ..memory.parcel import Parcel
+from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
 from .letter import Letter
 from .wire import InBlock, Pickle, References
@@ -32,7 +34,8 @@ class Attachments:
         #: Whether there is anything beside the pickle.
         self.more = False
         self.fresh: Container[Block] | None = None
-        self.here = False
+        #: Who gets the message.
+        self.peer = SAME_MACHINE
         self.starting: list[Any] | None = None
         #: Whether definitions that came from elsewhere travel as they are now: see ``definitions``.
         self.in_full = False
@@ -46,7 +49,7 @@ class Attachments:
         self.fds, self.keep, self.blocks = [], [], {}
         self.more = False
         self.fresh = None
-        self.here = self.in_full = False
+        self.peer, self.in_full = SAME_MACHINE, False
         self.starting = None
         self.enclosed, self._copies = [], []
         self._packing = None
@@ -69,6 +72,8 @@ class Attachments:
         return len(self.enclosed) - 1
 
     def attach(self, fd: int, owner: Any) -> int:
+        if not self.peer.passes_descriptors:
+            raise MarshalError("a handle, or whatever else has a file descriptor, cannot be sent to another machine")
         self.more = True
         self.fds.append(fd)
         self.keep.append(owner)
@@ -87,9 +92,9 @@ class Attachments:
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """pickle's ``buffer_callback``: True leaves the buffer in the pickle."""
         raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND:
+        if raw.nbytes < OUT_OF_BAND or not self.peer.shares_memory:
             return True
-        if self.here:
+        if self.peer.same_process:
             self.more = True
             self._copies.append(bytearray(raw))
             return False
@@ -107,7 +112,7 @@ class Attachments:
         return False
 
     def letter(self) -> bytes | Letter:
-        """What was collected ``here``."""
+        """What was collected for this process."""
         pickled = b"".join(self.chunks)
         return Letter(pickled, self.enclosed, self._copies) if self.more else pickled
 
@@ -115,7 +120,8 @@ class Attachments:
         """What was collected, as one payload of at most ``limit`` bytes."""
         # A large buffer that had to stay in the pickle was written to it as it is.
         chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
-        rows = self._packing.place(self.refer, chunks) if self._packing is not None else ()
+        refer = self.refer if self.peer.shares_memory else None
+        rows = self._packing.place(refer, chunks) if self._packing is not None else ()
         blocks = self.blocks
         only_blocks = not self.fds
         fds = self.fds + [block.fd for block in blocks]

@@ -22,14 +22,15 @@ import numpy as np
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.packing import Packing
+from ..transport.capabilities import Capabilities
 from . import state
 
 
 class Encoder(Protocol):
     #: If not None, tensors travel by value, but for those on these blocks.
     fresh: Container[Block] | None
-    #: Whether the message stays in this process: then it may enclose what others have to rebuild.
-    here: bool
+    #: Who gets the message. One that stays in this process may enclose what others have to rebuild.
+    peer: Capabilities
     #: If not None, the message is what a worker begins with, and this holds what must live as long as the worker.
     starting: list[Any] | None
 
@@ -52,7 +53,7 @@ class Encoder(Protocol):
         ...
 
     def enclose(self, obj: Any) -> int:
-        """Let ``obj`` itself travel with a message that stays ``here``. Returns its index."""
+        """Let ``obj`` itself travel with a message that stays in this process. Returns its index."""
         ...
 
 

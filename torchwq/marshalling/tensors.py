@@ -3,7 +3,7 @@
 Two tensors on one storage stay so, because they refer to one block. Dense CPU tensors are taken apart here; what they
 are made of (and only that) differs for sparse, nested, conj and neg ones. Subclasses and quantized tensors take
 torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their storages, and so here. CUDA and meta tensors
-go through ``torch.multiprocessing.reductions``.
+go through ``torch.multiprocessing.reductions``. For a peer that shares no memory the values go into the message.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.multiprocessing
 from torch.multiprocessing import reductions
 from torch.utils.hooks import warn_if_has_hooks
 
+from ..errors import MarshalError
 from ..memory import sharing, storages
 from ..memory.block import Geometry
 from ..memory.packing import most_own
@@ -42,13 +43,13 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if tensor.requires_grad:
         _refuse_non_leaf(tensor)
         warn_if_has_hooks(tensor)
-    if encoder.here and encoder.fresh is not None:
+    if encoder.peer.same_process and encoder.fresh is not None:
         tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    if encoder.here:
+    if encoder.peer.same_process:
         where = None if is_unusual(tensor) else (tensor.untyped_storage().data_ptr(), geometry(tensor))
         return _alias, (encoder.enclose(tensor), type(tensor), tensor.requires_grad, where)
     if is_unusual(tensor):
-        return _reduce_unusual(tensor)
+        return _reduce_unusual(encoder, tensor)
     storage = tensor.untyped_storage()
     block = block_of(storage)
     if sharing.goes_by_value(block, encoder.fresh):
@@ -159,7 +160,7 @@ def _rebuild_copy(cls: type[torch.Tensor], requires_grad: bool, data: Any, *geom
     return _as_leaf(storages.place(storage, *geometry), cls, requires_grad)
 
 
-def _reduce_unusual(tensor: torch.Tensor) -> Any:
+def _reduce_unusual(encoder: Encoder, tensor: torch.Tensor) -> Any:
     """Other tensors than dense ones on the CPU: taken apart into such, or left to torch."""
     parameter = isinstance(tensor, torch.nn.Parameter)
     if tensor.is_conj():
@@ -176,6 +177,7 @@ def _reduce_unusual(tensor: torch.Tensor) -> Any:
         return _restore, (_rebuild_sparse, args, parameter, tensor.requires_grad)
     if tensor.is_quantized:
         return NotImplemented
+    _refuse_device(encoder, tensor.device)
     return reductions.reduce_tensor(tensor)
 
 
@@ -206,6 +208,12 @@ def _refuse_non_leaf(tensor: torch.Tensor) -> None:
             "a tensor that requires grad and is not a leaf cannot be sent, because autograd does not cross processes: "
             "send tensor.detach()"
         )
+
+
+def _refuse_device(encoder: Encoder, device: torch.device) -> None:
+    """torch sends memory of a device as a reference to it. On the device "meta" there is none."""
+    if not encoder.peer.shares_memory and device.type != "meta":
+        raise MarshalError(f"a tensor on {device} cannot be sent to another machine: send tensor.cpu()")
 
 
 def _without_grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,12 +252,15 @@ def _rebuild_sparse(
 
 
 def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
-    if encoder.here:
+    if encoder.peer.same_process:
         return enclosed, (encoder.enclose(storage),)
     if storage.device.type != "cpu":
+        _refuse_device(encoder, storage.device)
         return reductions.reduce_storage(storage)
     if storage.nbytes() == 0:
         return torch.UntypedStorage, (0,)
+    if not encoder.peer.shares_memory:
+        return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage)),)
     block = block_of(storage)
     if sharing.goes_by_value(block, encoder.fresh):
         copied = sharing.copy(storages.place(storage, storages.CODES[torch.uint8], 0, (storage.nbytes(),), (1,)))

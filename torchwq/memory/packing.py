@@ -15,6 +15,7 @@ Invariants:
 * A slice keeps its block's storage: the block is in use as long as any of its slices is.
 * Slices do not overlap.
 * What is to be copied is copied before the message is complete, and what is to be moved is in its place then.
+* For a reader that shares no memory, all is copied into the message itself, as it also is for want of descriptors.
 """
 
 from __future__ import annotations
@@ -169,12 +170,14 @@ class Packing:
         """Let a reference to a shared slice travel."""
         return self._number(storage)
 
-    def place(self, refer: Refer, chunks: list[Any]) -> list[Row]:
+    def place(self, refer: Refer | None, chunks: list[Any]) -> list[Row]:
         """Copy and move everything to where it will be, and say where that is.
 
-        For want of descriptors, what is left goes behind ``chunks``, which are the message's so far. Raises
-        ResourceError if there is no memory.
+        Behind ``chunks``, which are the message's so far, goes all if the message refers to no block (``refer`` is
+        None), and for want of descriptors, what is left. Raises ResourceError if there is no memory.
         """
+        if refer is None:
+            return _Inline(self._groups, chunks).all()
         return _Placement(self._groups, refer, chunks).rows if len(self._groups) > 1 else self._place_one(refer, chunks)
 
     def _place_one(self, refer: Refer, chunks: list[Any]) -> list[Row]:
@@ -198,12 +201,39 @@ def _copy_one(source: int, nbytes: int, block: Block) -> tuple[Block, torch.Unty
     return block, storage
 
 
+class _Inline:
+    """Puts parts of storages, and buffers, into the message itself, behind ``chunks``."""
+
+    def __init__(self, groups: Sequence[_Group], chunks: list[Any]) -> None:
+        self._groups = groups
+        self._chunks = chunks
+        self._end = -1
+
+    def all(self) -> list[Row]:
+        """The rows of all that is to be copied: nothing is moved for one who sees only copies."""
+        groups = enumerate(self._groups)
+        return [self.row(_Item(n, low, high - low)) for n, group in groups for low, high in group.clusters()]
+
+    def row(self, item: _Item, flag: int = 0) -> Row:
+        group = self._groups[item.group]
+        if group.buffer is not None:
+            data = bytes(group.buffer)
+        else:
+            storage = group.storage if group.tensor is None else group.tensor.untyped_storage()
+            assert storage is not None
+            data = bytes(storages.memory(storage)[item.low : item.low + item.nbytes])
+        if self._end < 0:
+            self._end = sum(map(len, self._chunks))
+        self._chunks.append(data)
+        shift, self._end = self._end, self._end + item.nbytes
+        return Row(INLINE, item.group | flag, item.low, item.nbytes, 0, shift)
+
+
 class _Placement:
     def __init__(self, groups: Sequence[_Group], refer: Refer, chunks: list[Any]) -> None:
         self._groups = groups
         self._refer = refer
-        self._chunks = chunks
-        self._end = -1
+        self._message = _Inline(groups, chunks)
         self.rows: list[Row] = []
         own: list[_Item] = []
         small: list[_Item] = []
@@ -310,19 +340,9 @@ class _Placement:
             self.rows.append(Row(WHOLE, number, 0, storage.nbytes(), self._refer(block, storage), 0))
 
     def _inline(self, item: _Item, flag: int = 0) -> None:
-        group = self._groups[item.group]
-        if group.buffer is not None:
-            data = bytes(group.buffer)
-        else:
-            storage = group.storage if group.tensor is None else group.tensor.untyped_storage()
-            assert storage is not None
-            data = bytes(storages.memory(storage)[item.low : item.low + item.nbytes])
+        if not flag:
             limits.warn_of_copies()
-        if self._end < 0:
-            self._end = sum(map(len, self._chunks))
-        self._chunks.append(data)
-        self.rows.append(Row(INLINE, item.group | flag, item.low, item.nbytes, 0, self._end))
-        self._end += item.nbytes
+        self.rows.append(self._message.row(item, flag))
 
 
 def _packs(items: Sequence[_Item]) -> list[list[_Item]]:

@@ -118,24 +118,24 @@ class WorkQueue:
             except TypeError:  # the class of some class cannot be hashed
                 plain = False
             if plain:
-                if not role.here:
+                if not role.peer.same_process:
                     bare, limit = dumps(obj, 5), role.max_payload
                     send(bare if len(bare) <= limit else large(bare, limit))
                     return
                 if cls is tuple:
                     send(obj)
                     return
-            elif role.here and (copy := copied(obj)) is not None:
+            elif role.peer.same_process and (copy := copied(obj)) is not None:
                 send(copy)
                 return
             try:
-                payload = encode(obj, role.max_payload, here=role.here)
+                payload = encode(obj, role.max_payload, peer=role.peer)
             except Exception:
                 pass
             else:
                 send(payload)
                 return
-        for payload in codec.encode_all(objs, role.max_payload, here=role.here):
+        for payload in codec.encode_all(objs, role.max_payload, peer=role.peer):
             send(payload)
 
     def writeup(self, *objs: Any) -> None:
@@ -150,7 +150,7 @@ class WorkQueue:
         """
         role = self._role
         send = role.send
-        for payload in codec.encode_all(objs, role.max_payload, upvalues=True, here=role.here):
+        for payload in codec.encode_all(objs, role.max_payload, upvalues=True, peer=role.peer):
             send(payload)
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> Any:
@@ -333,7 +333,7 @@ def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:
     role = handle._role
     if role.closed:
         raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
-    if encoder.here:
+    if encoder.peer.same_process:
         inside = role.owner if isinstance(role, ThreadSide) else role
         invitation = Invitation(inside) if isinstance(inside, Owner) else _Ticket(inside.ticket(), inside)
         return _accept_here, (encoder.enclose(invitation), handle._name)
@@ -381,7 +381,7 @@ def _accept_here(index: int, name: str | None) -> WorkQueue:
 
 
 def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
-    if encoder.here:
+    if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(ticket),)
     return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in ticket.take()],)
 
@@ -391,7 +391,7 @@ def _rebuild_ticket(indices: Sequence[int]) -> _Ticket:
 
 
 def _reduce_invitation(encoder: reducers.Encoder, invitation: Invitation) -> Any:
-    if encoder.here:
+    if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(Invitation(invitation.owner)),)
     return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in invitation.owner.ticket()],)
 

@@ -44,6 +44,7 @@ from ..memory.board import SLOTS, Board
 from ..memory.promises import KeptBlocks, Leaving
 from ..transport import cleanup, descriptors, kinds, reactor
 from ..transport import link as links
+from ..transport.capabilities import SAME_MACHINE, SAME_PROCESS
 from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
@@ -86,7 +87,7 @@ class Owner(SocketRole, worker.EndListener):
             made.pop_all()
         self._receive = ours.try_receive
         self._for_others = self.max_payload
-        self.here, self.max_payload = True, codec.UNLIMITED
+        self.peer, self.max_payload = SAME_PROCESS, codec.UNLIMITED
         self.capacity = capacity
         self.send = self._send_here if capacity is None else self._send_if_room
         #: Questions, for threads of this process.
@@ -187,7 +188,7 @@ class Owner(SocketRole, worker.EndListener):
                     questions.put(received)
                 raise
             self.outbox.number -= len(waiting)
-            self.here, self.max_payload = False, self._for_others
+            self.peer, self.max_payload = SAME_MACHINE, self._for_others
             if self.capacity is None:
                 self.send = self.outbox.send
             self.inside.box = None

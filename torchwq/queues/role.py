@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, WorkerDied
 from ..memory.anonymous import Descriptor
+from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Outbox, Sent
 from ..transport.process import closed_in_child, reset_in_child
@@ -40,12 +41,12 @@ class Role(abc.ABC):
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
     """
 
-    #: Whether what is written stays in this process, and how large a message may be.
-    here: bool
+    #: Who may read what is written, and how large a message may be.
+    peer: Capabilities
     max_payload: int
     capacity: int | None
     #: Send one payload, now or as soon as there is room. Raises QueueClosed. Whoever encodes looks it up before
-    #: ``here``: it takes what was encoded for the one or the other.
+    #: ``peer``: it takes what was encoded for the one or the other.
     send: Callable[[Any], None]
 
     def __init__(self) -> None:
@@ -168,7 +169,7 @@ class SocketRole(Role):
         waiter, alarm = Waiter.with_alarm(end)
         super().__init__()
         self.end = end
-        self.here = False
+        self.peer = SAME_MACHINE
         self.max_payload = end.max_payload
         self.alarm, self.waiter = alarm, waiter
         self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import QueueClosed
 from ..marshalling import codec, invitation
 from ..memory.anonymous import Descriptor
+from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
 from ..workers import threads
 from ..workers.failures import Failure
@@ -30,7 +31,7 @@ from .role import CLOSED_HERE, ENDED, Role
 class ThreadSide(Role):
     """A worker's role, for threads of the owner's process."""
 
-    here = True
+    peer = SAME_PROCESS
     max_payload = codec.UNLIMITED
 
     def __init__(self, owner: Owner) -> None:
