@@ -161,6 +161,7 @@ class CollatesItself(torchwq.DataLoader[Any]):
         return samples
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_loader_that_collates_by_its_own_method_is_garbage_with_its_workers() -> None:
     loader = CollatesItself(persistent_workers=True, multiprocessing_context="fork")
     next(iter(loader))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -63,6 +64,22 @@ def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
     assert not thread.is_alive()
     a.close()
     b.close()
+
+
+def test_an_alarm_that_is_garbage_is_closed_for_whoever_uses_it_in_a_finalizer() -> None:
+    class Uses:
+        def __init__(self) -> None:
+            self.alarm, self.me = Alarm(), self
+
+        def __del__(self) -> None:
+            self.alarm.set()
+            self.alarm.clear()
+            seen.append(self.alarm.fileno())
+
+    seen: list[int] = []
+    Uses()
+    gc.collect()
+    assert seen == [-1]
 
 
 def test_a_source_that_was_closed_ends_the_wait_by_the_alarm() -> None:

@@ -27,13 +27,13 @@ class Alarm:
 
     def set(self) -> None:
         with self._lock:
-            if not self._set and self._write_fd >= 0:
+            if not self._set and self._closing.alive:
                 self._set = True
                 os.write(self._write_fd, (1).to_bytes(8, "little"))
 
     def clear(self) -> None:
         with self._lock:
-            if self._set and self._read_fd >= 0:
+            if self._set and self._closing.alive:
                 self._set = False
                 os.read(self._read_fd, 8)
 
@@ -41,12 +41,11 @@ class Alarm:
         return self._set
 
     def fileno(self) -> int:
-        return self._read_fd
+        return self._read_fd if self._closing.alive else -1
 
     def close(self) -> None:
         with self._lock:
-            self.abandon()
+            self._closing()
 
     def abandon(self) -> None:
-        self._read_fd = self._write_fd = -1
         self._closing()

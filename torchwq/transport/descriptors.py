@@ -141,7 +141,8 @@ def above_all(fds: Sequence[int]) -> list[int]:
 def close_with(owner: object, *fds: int) -> weakref.finalize[[tuple[int, ...]], object]:
     """Have ``fds`` closed when ``owner`` is garbage, or when what this returns is called, if that is earlier.
 
-    The end of the process closes them by itself. Those below 0 are none.
+    The end of the process closes them by itself. Those below 0 are none. Among garbage that refers to each other, they
+    are closed before any ``__del__`` runs: what such a method may use asks whether what this returns is ``alive``.
     """
     closing = weakref.finalize(owner, close_fds, fds)
     closing.atexit = False
