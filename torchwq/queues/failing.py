@@ -1,54 +1,16 @@
-"""How the owner of a queue learns that a worker's function has failed: what travels, and what a read raises then.
+"""How the owner of a queue learns that a worker's function has failed, and what a read raises then.
 
 The error itself is unpickled only when it is raised, in the thread that waits: that runs users' code.
 """
 
 from __future__ import annotations
 
-import pickle
-import struct
 from dataclasses import dataclass
-from typing import Final
 
 from ..errors import WorkerDied
-from ..marshalling import exceptions
 from ..workers import worker
 from ..workers.failures import Failure
-from .protocol import FAILED
-
-#: Longest message, in bytes; and how much of its text an error that is longer keeps, in characters.
-_LIMIT: Final = 16 * 1024
-_LONGEST_TEXT: Final = 4 * 1024
-#: ``FAILED``, the failure's number, the worker's mapid or -1, whether its process ends; the error follows, pickled.
-_HEAD: Final = struct.Struct("=cQq?")
-
-
-def encode(failure: Failure) -> bytes:
-    """What a worker in another process says."""
-    error = failure.error
-    if isinstance(error, BaseException):  # of a thread
-        error = exceptions.pack(error)
-    if error is not None:
-        error = error._replace(whole=None)
-    data = _dumps(failure, error)
-    if len(data) > _LIMIT:
-        short = exceptions.PackedException(
-            None, None, None, error.kind, error.summary[:_LONGEST_TEXT], error.text[-_LONGEST_TEXT:]
-        )
-        data = _dumps(failure, short)
-    return data
-
-
-def _dumps(failure: Failure, error: exceptions.PackedException | None) -> bytes:
-    mapid = -1 if failure.mapid is None else failure.mapid
-    head = _HEAD.pack(FAILED, failure.number, mapid, failure.ends)
-    return head + pickle.dumps(None if error is None else tuple(error))
-
-
-def received(data: bytes) -> Failure:
-    """What a worker in another process has said. Its error is still packed, and pickled."""
-    _, number, mapid, ends = _HEAD.unpack_from(data)
-    return Failure(number, None if mapid < 0 else mapid, data[_HEAD.size :], ends)
+from .protocol import FunctionFailed
 
 
 @dataclass(slots=True)
@@ -94,8 +56,7 @@ class Failed:
         if known is None and isinstance(failure.error, BaseException):
             known = failure.error
         if known is None and failure.error is not None:
-            fields = pickle.loads(failure.error)
-            known = None if fields is None else exceptions.unpack(exceptions.PackedException(*fields))
+            known = FunctionFailed.error_in(failure.error)
         return known
 
 

@@ -51,12 +51,11 @@ from ..transport.mailbox import Mailbox
 from ..transport.outbox import Outbox
 from ..transport.trailer import BARE, KIND
 from ..workers import deaths, threads, worker
-from . import failing
 from .failing import Failed, NeverCame
 from .history import History
 from .inside import Inside
 from .members import Member, Notes, Side, patience
-from .protocol import ADOPT, FAILED, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
+from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, Hello, Seat, kind_of
 from .role import SocketRole
 
 #: Waits for questions to be taken look at the board at least this often, in seconds.
@@ -455,8 +454,7 @@ class Owner(SocketRole, worker.EndListener):
             if pid is not None:
                 self._arrive(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
-        capacity = -1 if self.capacity is None else self.capacity
-        link.send(SLOT.pack(b"Q", number, capacity, sender, room), fds)
+        link.send(Seat(number, self.capacity, sender, room).encode(), fds)
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid
@@ -523,13 +521,13 @@ class Owner(SocketRole, worker.EndListener):
             self._taken.notify_all()
 
     def _hear(self, member: Member, data: bytes, fds: list[int]) -> None:
-        what = data[:1]
+        what = kind_of(data)
         if what == TOOK:
             with self._taken:
                 self._taken.notify_all()
-        elif what == b"H":
+        elif what == Hello.KIND:
             with self._lock:
-                self._arrive(member, HELLO.unpack(data)[1])
+                self._arrive(member, Hello.decode(data))
         elif what == ADOPT and fds:
             try:
                 self._admit(Link(fds.pop()), None)
@@ -544,9 +542,9 @@ class Owner(SocketRole, worker.EndListener):
         elif what == IN_DOUBT:
             member.in_hand = self._remove(member, keep_link=True)
             self.doubt(member)
-        elif what == FAILED and member.pid is not None:
+        elif what == FunctionFailed.KIND and member.pid is not None:
             in_hand = member.in_hand or self.in_hand_of(member.number, member)
-            self.note_failure(Failed(worker.find(member.pid), member.pid, in_hand, failing.received(data)))
+            self.note_failure(Failed(worker.find(member.pid), member.pid, in_hand, FunctionFailed.decode(data)))
         for fd in fds:
             os.close(fd)
 

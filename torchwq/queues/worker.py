@@ -33,8 +33,7 @@ from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
 from ..workers.presence import Presence
-from . import failing
-from .protocol import ADOPT, GOODBYE, HELLO, IN_DOUBT, LEAVING, SLOT, TOOK
+from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, Hello, Seat
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
@@ -148,7 +147,7 @@ class WorkerSide(SocketRole):
         return [*fds, theirs]
 
     def worker_failed(self, failure: Failure) -> None:
-        self._untold.append(failing.encode(failure))
+        self._untold.append(FunctionFailed.encode(failure))
         if self.outbox.is_idle:
             self._tell_untold()
         self.worker_succeeded()
@@ -221,7 +220,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
         raise QueueClosed(ENDED)
     side = seated(fds, link, reply[0])
     try:
-        link.send(HELLO.pack(b"H", os.getpid()))
+        link.send(Hello.encode(os.getpid()))
     except BrokenPipeError:
         pass  # closed by its owner meanwhile: what is left in it can still be read
     return side
@@ -229,13 +228,13 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
 
 def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
     """Make a worker's side with the slot that the owner's reply names."""
-    _, slot, capacity, sender, room = SLOT.unpack(reply)
+    seat = Seat.decode(reply)
     try:
-        side = WorkerSide(fds, link, slot, None if capacity < 0 else capacity)
+        side = WorkerSide(fds, link, seat.slot, seat.capacity)
     except BaseException:
         with contextlib.suppress(BrokenPipeError):
             link.send(GOODBYE)  # nobody has died
         link.close()
         raise
-    side.outbox.promises = SentBlocks(sender, room, side.outbox.send_aside)
+    side.outbox.promises = SentBlocks(seat.sender, seat.room, side.outbox.send_aside)
     return side
