@@ -9,7 +9,7 @@ from torchwq.channels.line import SENT, Line, open_lines
 
 def another(line: Line) -> Line:
     """A second part, which would normally be another process's."""
-    fds = [*line._in.handover(), *line._out.handover(), line.table.fd]
+    fds = [*line._connection.handover(), line.table.fd]
     if line._room >= 0:
         fds.append(line._room)
     return Line(line.name, [os.dup(fd) for fd in fds], line.capacity)
@@ -22,6 +22,4 @@ def write_and_die(line: Line) -> None:
     part.table.abandon()
     part.left = True
     open_lines.discard(part)
-    part.alarm.close()
-    part._in.close()
-    part._out.close()
+    part._connection.close()

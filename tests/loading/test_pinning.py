@@ -21,7 +21,6 @@ from torchwq.loading import internals, result_receiver, worker_pool
 from torchwq.loading.result_receiver import ResultReceiver
 from torchwq.memory import recycling
 from torchwq.transport import reactor
-from torchwq.transport.alarm import Alarm
 from torchwq.transport.waiting import Waiter
 
 from . import datasets
@@ -75,7 +74,7 @@ def test_leaving_early_ends_the_thread_that_pins(
     assert pinning.wait(30)
     (last,) = [worker for worker in iterator._handles if worker.unreceived or worker._unsent]
     last.flush()
-    assert select.select([last.end], [], [], 30)[0]
+    assert select.select([last.connection], [], [], 30)[0]
     del iterator
     assert not [thread for thread in threading.enumerate() if thread.name == "torchwq-pin"]
 
@@ -312,7 +311,7 @@ def test_garbage_that_is_collected_by_the_thread_itself(monkeypatch: pytest.Monk
 
 def test_a_waiter_is_closed_by_one_who_falls_asleep() -> None:
     ours, theirs = torchwq.transport.kinds.pair()
-    waiter = Waiter(ours, Alarm())
+    waiter = Waiter(ours)
     with waiter._guard:
         waiter.close()
     assert waiter.wait(ours.try_receive, time.monotonic() + 30) is None

@@ -52,7 +52,7 @@ def test_indices_that_two_threads_send_stay_in_order() -> None:
         sys.setswitchinterval(interval)
     worker.flush()
     received: list[int] = []
-    while (message := theirs[0].try_receive()) is not None:
+    while (message := theirs[0].take()) is not None:
         _, indices = codec.decode(*message)
         received += [index for (index,) in indices]
     assert received == list(range(20_000))

@@ -26,7 +26,7 @@ def test_descriptors_that_wait_in_a_link_are_closed_when_they_cannot_leave(tmp_p
     file.touch()
     ours, their_fd = link.pair()
     theirs = Link(their_fd)
-    while not ours._unsent:
+    while not ours.unsent:
         ours.send(b"x" * 1000)
     with file.open() as opened:
         for _ in range(20):
@@ -53,7 +53,7 @@ def test_a_descriptor_that_cannot_be_copied_leaves_no_others(tmp_path: Path) -> 
     file.touch()
     ours, their_fd = link.pair()
     theirs = Link(their_fd)
-    while not ours._unsent:
+    while not ours.unsent:
         ours.send(b"x" * 1000)
     with file.open() as opened:
         with pytest.raises(OSError, match="Bad file descriptor"):

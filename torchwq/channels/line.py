@@ -38,7 +38,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import sys
 import threading
 import time
@@ -54,16 +53,14 @@ from ..marshalling.wire import Bundle
 from ..memory import anonymous, fences, recycling
 from ..memory.parcel import Ticket
 from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
-from ..transport import cleanup, descriptors, kinds
-from ..transport.alarm import Alarm
+from ..transport import cleanup, descriptors, kinds, polling
 from ..transport.capabilities import SAME_MACHINE
+from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
-from ..transport.outbox import Outbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
 from ..transport.sockets import BROKEN, BUSY, NO_WAIT
-from ..transport.waiting import Waiter
 from ..workers import shutdown
 from . import bundle
 from .state import ChannelState
@@ -124,12 +121,16 @@ class Line:
             else:
                 self._in, self._out = kinds.pair()
                 self._in.set_room(_ROOM)
-            opened.callback(self._in.close)
-            opened.callback(self._out.close)
+            self._connection = Connection(
+                self._out,
+                to=self._in,
+                sent=lambda tag, data: self._count_sent(),
+                keeping=self._keep_backlog,
+                emptied=self._emptied,
+            )
+            opened.callback(self._connection.close)
             self.table = PeerTable(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
             opened.callback(self.table.leave)
-            self.alarm = Alarm()
-            opened.callback(self.alarm.close)
             room = next(iter(fds[2 * size + 1 :]), None) if fds else descriptors.eventfd() if capacity else None
             #: Readable when there may be room again.
             self._room = -1 if room is None else room
@@ -143,16 +144,11 @@ class Line:
         self._words[first + MISSED] = max(0, int(self._words[first + TRIED]) - int(self._words[first + TAKEN]))
         self._start_counting()
         self._unpacking = threading.RLock()
-        self._outbox = Outbox(
-            self._in,
-            sent=lambda tag, data: self._count_sent(),
-            keeping=self._keep_backlog,
-            emptied=self._emptied,
-        )
+        self._outbox = self._connection.outbox
         self._fence = threading.RLock()
         self._send_in_time = self._in.send_in_time
         self._send_bare = self._in.send_bare
-        self._try_receive = self._out.try_receive
+        self._try_receive = self._connection.take
         self._receive_bare = self._out.receive_bare
         if capacity is not None:
             self.put = _put_later  # type: ignore[method-assign]
@@ -178,8 +174,6 @@ class Line:
         #: Whether nothing more is to be written here: a backlog is about to leave as the last.
         self._leaves = False
         self.left = False
-        self._waiter: Waiter | None = None
-        self._guard = threading.RLock()
         closed_in_child(self)
         open_lines.add(self)
         if fds:
@@ -274,11 +268,6 @@ class Line:
             return False
         return True
 
-    def _wait_for_room(self, seconds: float) -> None:
-        poll = select.poll()
-        poll.register(self._in.fileno(), select.POLLOUT)
-        poll.poll(seconds * 1000)
-
     def _send_if_room(self, payload: Any) -> bool:
         assert self.capacity is not None
         while True:
@@ -288,10 +277,7 @@ class Line:
                 if self.num_items() < self.capacity:
                     return self._send_or_keep(payload)
                 self._words[ASKED] = 1
-            poll = select.poll()
-            if self._room >= 0:
-                poll.register(self._room, select.POLLIN)
-            if poll.poll(_GLANCE * 1000):
+            if polling.readable(_GLANCE, *([self._room] if self._room >= 0 else [])):
                 with contextlib.suppress(OSError):
                     os.read(self._room, 8)
             if self.on_wait_for_room is not None:
@@ -389,7 +375,7 @@ class Line:
             received = self._try_receive()
         except EOFError:
             self._at_end = True
-            self.alarm.set()
+            self._connection.alarm.set()
             return None
         if received is None:
             return None
@@ -417,11 +403,7 @@ class Line:
     def sleep(self, deadline: float) -> Received | None:
         if self._at_end or self.left:
             return self.take() if self._kept else None
-        waiter = self._waiter
-        if waiter is None:
-            with self._guard:
-                waiter = self._waiter = self._waiter or Waiter(self._out, self.alarm)
-        return waiter.wait(self.take, deadline)
+        return self._connection.wait(self.take, deadline)
 
     # Closing
 
@@ -500,7 +482,7 @@ class Line:
 
     def ticket(self) -> list[anonymous.Descriptor]:
         """Descriptors from which another process makes its part."""
-        fds = [*self._in.handover(), *self._out.handover(), self.table.fd]
+        fds = [*self._connection.handover(), self.table.fd]
         if self._room >= 0:
             fds.append(self._room)
         try:
@@ -544,21 +526,10 @@ class Line:
         open_lines.discard(self)
         for each in self._kept:
             codec.discard(*each)
-        with self._guard:
-            if self._waiter is not None:
-                self._waiter.close()
-            else:
-                self.alarm.close()
-        self._outbox.end()
-        if at_exit:
-            self._in.leave_open()
-            self._out.leave_open()
-        else:
-            self._in.close()
-            self._out.close()
-            if self._room >= 0:
-                os.close(self._room)
-                self._room = -1
+        self._connection.close(leave_open=at_exit)
+        if not at_exit and self._room >= 0:
+            os.close(self._room)
+            self._room = -1
         self.table.leave(failed=failed, keep_memory=at_exit)
 
     def _put_nothing(self, obj: Any) -> ChannelState | None:
@@ -599,7 +570,7 @@ class Line:
                     return True
             until = time.monotonic() + _LAST_PATIENCE
             while time.monotonic() < until and any(lives for _, lives in self.table.others()):
-                self._wait_for_room(_GLANCE)
+                polling.writable(_GLANCE, self._in.fileno())
                 if self._in.try_send(message, [fd]):
                     return True
         finally:

@@ -135,9 +135,9 @@ class ResultReceiver:
             if wake is not None:
                 poll.register(wake.fileno(), select.POLLIN)
             for worker in busy:
-                if worker.end.fileno() < 0:
+                if worker.connection.fileno() < 0:
                     return worker, None
-                poll.register(worker.end.fileno(), select.POLLIN)
+                poll.register(worker.connection.fileno(), select.POLLIN)
             longest = _POLL_INTERVAL if busy else _IDLE_POLL_INTERVAL
             left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left <= 0:

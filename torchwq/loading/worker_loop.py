@@ -34,12 +34,9 @@ from ..marshalling import codec, exceptions, importable
 from ..marshalling.letter import Letter
 from ..memory.parcel import Parcel
 from ..memory.promises import ONLY_SENDER, SentBlocks
-from ..transport.alarm import Alarm
 from ..transport.capabilities import SAME_PROCESS
-from ..transport.endpoint import Endpoint
+from ..transport.connection import Connection
 from ..transport.local import LocalEndpoint
-from ..transport.outbox import Outbox
-from ..transport.waiting import Waiter
 from . import collation, internals, plain
 from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, NBYTES, WAITED, Counters
 from .messages import Batch, End, Failure, NewEpoch, Snapshot
@@ -109,28 +106,27 @@ class WorkerLoop:
         self._has_main = False
         self._spins = _SPINS
 
-    def run(self, end: Endpoint, *, has_main: bool = False) -> None:
+    def run(self, connection: Connection, *, has_main: bool = False) -> None:
         """Answer until the loader closes the connection. In a process of its own.
 
         Args:
             has_main: whether the loader's process has the same ``__main__``: it has forked this one.
         """
         self._has_main = has_main
-        self._limit = end.max_payload
-        outbox = Outbox(end)
+        self._limit = connection.to.max_payload
+        outbox = connection.outbox
         outbox.promises = SentBlocks(ONLY_SENDER, self._own_config.room, outbox.send_aside)
-        self._end: Endpoint | LocalEndpoint = end
-        self._waiter: Waiter | LocalEndpoint = Waiter(end, Alarm())
+        self._connection: Connection | LocalEndpoint = connection
         self._set_up()
-        self._work(outbox.send)
+        self._work(connection.send)
 
-    def run_in_thread(self, end: LocalEndpoint) -> None:
+    def run_in_thread(self, connection: LocalEndpoint) -> None:
         """The same in a thread of the loader's process."""
         self._is_thread = True
         self._spins = 0
-        self._end = self._waiter = end
+        self._connection = connection
         self._set_up_thread()
-        self._work(end.send)
+        self._work(connection.send)
 
     def _work(self, send: Callable[[Any], None]) -> None:
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch
@@ -166,9 +162,9 @@ class WorkerLoop:
             pass  # the loader is gone, or has no use for more
 
     def _receive(self) -> None:
-        received = None
+        received, take = None, self._connection.take
         while received is None:
-            received = self._end.try_receive() or self._waiter.wait(self._end.try_receive, None)
+            received = take() or self._connection.wait(take, None)
         message = codec.decode(*received)
         if type(message) is NewEpoch:
             self._tasks.append(message)

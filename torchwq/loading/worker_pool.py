@@ -41,12 +41,10 @@ from ..memory import recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.promises import KeptBlocks
 from ..transport import descriptors, kinds
-from ..transport.alarm import Alarm
+from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
-from ..transport.outbox import Outbox
-from ..transport.waiting import Waiter
 from ..workers import child, deaths, greenlets, starting
 from ..workers.backend import Backend
 from ..workers.worker import Worker
@@ -82,6 +80,12 @@ def _accept(indices: Sequence[int]) -> Endpoint:
 
 
 reducers.register(_EndpointHandover, _reduce_handover)
+
+
+def _connection(end: Endpoint | LocalEndpoint) -> Connection | LocalEndpoint:
+    """What the loader, and a worker, make of an end. One within this process has all that they need."""
+    return end if isinstance(end, LocalEndpoint) else Connection(end)
+
 
 Start = Callable[[WorkerConfig, Any], Process]
 
@@ -128,19 +132,19 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
 
 def _forked_main(config: LoaderConfig, own_config: WorkerConfig, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
-    with contextlib.closing(kinds.adopt(ticket)) as end:
-        _end_with_owner(end, owner)
-        WorkerLoop(config, own_config).run(end, has_main=True)
+    with contextlib.closing(Connection(kinds.adopt(ticket))) as connection:
+        _end_with_owner(connection, owner)
+        WorkerLoop(config, own_config).run(connection, has_main=True)
 
 
-def _end_with_owner(end: Endpoint, owner: int) -> None:
+def _end_with_owner(connection: Connection, owner: int) -> None:
     """End this process soon after its parent ``owner`` has died, even if it is busy then.
 
     The event is the end of the connection, which comes also if the loader lets go: after that, this looks who is the
     parent until the process ends, which it does soon.
     """
     poll = select.poll()
-    poll.register(end.fileno(), getattr(select, "POLLRDHUP", 0))
+    poll.register(connection.fileno(), getattr(select, "POLLRDHUP", 0))
 
     def watch() -> None:
         poll.poll()
@@ -190,21 +194,21 @@ def _nothing(process: Worker) -> None:
 def served_main(context: child.Context) -> int:
     """Entry of a worker that a backend has started."""
     own_config, end = codec.decode(*context.receive())
-    with contextlib.closing(end):
+    with contextlib.closing(_connection(end)) as connection:
         try:
             config = codec.decode(*context.receive())
         except Exception as error:
             failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
-            outbox = Outbox(end)
-            outbox.send(codec.encode(failure, end.max_payload, upvalues=True))
-            outbox.wait_empty()
+            connection.send(codec.encode(failure, end.max_payload, upvalues=True))
+            if isinstance(connection, Connection):
+                connection.outbox.wait_empty()
             return 1
         loop = WorkerLoop(config, own_config)
-        if not context.peer.same_process:
-            loop.run(end)
+        if isinstance(connection, Connection):
+            loop.run(connection)
             return 0
         try:
-            loop.run_in_thread(end)
+            loop.run_in_thread(connection)
         except SystemExit as stop:
             return int(stop.code) if isinstance(stop.code, int) else 1
     return 0
@@ -242,34 +246,29 @@ class WorkerHandle:
         self._open(own_config)
 
     def _open(self, own_config: WorkerConfig) -> None:
-        with contextlib.ExitStack() as opened:  # all of it before the worker starts, which has to be ended otherwise
+        # All of it before the worker starts, which has to be ended otherwise; it has its end then.
+        with contextlib.ExitStack() as opened, contextlib.ExitStack() as passed_on:
             try:
                 ours, theirs = self._backend.connect()
-                opened.callback(ours.close)
-                self.end: Endpoint | LocalEndpoint = ours
-                self._waiter: Waiter | LocalEndpoint
-                self._kept: KeptBlocks | None = None
+                if not self._stays:
+                    passed_on.callback(theirs.close)
+                self.connection = _connection(ours)
+                opened.callback(self.connection.close)
                 self._closed = False
                 opened.callback(setattr, self, "_closed", True)
-                if isinstance(ours, LocalEndpoint):
-                    self._waiter = ours
-                    self.process: Process = self._start(own_config, theirs)
-                else:
-                    with contextlib.closing(theirs):
-                        self._waiter = Waiter(ours, Alarm())
-                        opened.callback(self._waiter.close)
-                        self._kept = KeptBlocks(References)
-                        opened.callback(self._kept.close)
-                        _, own_config.room = self._kept.admit()
-                        self.process = self._start(own_config, theirs)
-                    self.outbox = Outbox(ours)
-                    self.max_payload = ours.max_payload
+                self._kept: KeptBlocks | None = None
+                if not self._stays:
+                    self._kept = KeptBlocks(References)
+                    opened.callback(self._kept.close)
+                    _, own_config.room = self._kept.admit()
+                self.process: Process = self._start(own_config, theirs)
+                self.max_payload = ours.max_payload
             except ResourceError:
                 raise
             except OSError as error:
                 raise exhausted(error) from error
             opened.pop_all()
-        self._take = self.end.try_receive
+        self._take = self.connection.take
         self._consumed = 0
         self._sent = self._received = 0
 
@@ -317,10 +316,10 @@ class WorkerHandle:
     def send(self, message: Any) -> None:
         """Send a message. One that is dead does not get it: that shows when its answer is waited for."""
         with contextlib.suppress(BrokenPipeError):
-            if isinstance(self.end, LocalEndpoint):
-                self.end.send(Letter(None, [message]))
+            if isinstance(self.connection, LocalEndpoint):
+                self.connection.send(Letter(None, [message]))
                 return
-            self.outbox.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
+            self.connection.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
 
     @property
     def has_answered(self) -> bool:
@@ -350,15 +349,15 @@ class WorkerHandle:
         Raises EOFError if none will come.
         """
         while True:
-            received = self._waiter.wait(self.take, deadline)
-            if received is not None or isinstance(self._waiter, Waiter) or self._closed:
+            received = self.connection.wait(self.take, deadline)
+            if received is not None or isinstance(self.connection, Connection) or self._closed:
                 return received
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
     def stop_waiting(self) -> None:
         """End ``wait``, in any thread. What has come can still be taken."""
-        self._waiter.close()
+        self.connection.stop_waiting()
 
     def died(self) -> WorkerDied:
         """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
@@ -390,10 +389,7 @@ class WorkerHandle:
 
     def _disconnect(self) -> None:
         self._closed = True
-        self._waiter.close()
-        if not self._stays:
-            self.outbox.abandon()
-        self.end.close()
+        self.connection.close()
         if self._kept is not None:
             self._kept.close()
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..transport import descriptors, kinds
-from ..transport.endpoint import Endpoint, Received
+from ..transport.connection import Connection
+from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
 from ..transport.trailer import number_of
-from ..transport.waiting import SLICE, Waiter
+from ..transport.waiting import SLICE
 
 
 class Inside:
@@ -24,8 +25,7 @@ class Inside:
     def __init__(self) -> None:
         #: The questions; None once they are in the socket.
         self.box: Mailbox[Received] | None = Mailbox()
-        self._end: Endpoint | None = None
-        self._waiter: Waiter | None = None
+        self._connection: Connection | None = None
         self._ended = False
         #: Of the question that was taken last.
         self.number = 0
@@ -40,10 +40,10 @@ class Inside:
                 return None
             self.number += 1
             return question
-        if self._end is None:
+        if self._connection is None:
             return None
         try:
-            received = self._end.try_receive()
+            received = self._connection.take()
         except EOFError:
             self._ended = True
             return None
@@ -52,26 +52,26 @@ class Inside:
         return received
 
     def has_question(self) -> bool:
-        box, end = self.box, self._end
-        return box.has_message() if box is not None else end is not None and end.has_arrived()
+        box, connection = self.box, self._connection
+        return box.has_message() if box is not None else connection is not None and connection.end.has_arrived()
 
     def is_over(self, closed: bool) -> bool:
         """Whether no question is left, and none will come; ``closed``: the owner has closed the queue."""
         if self.box is not None:
             return closed and not len(self.box)
-        return self._ended or (closed and self._end is None)
+        return self._ended or (closed and self._connection is None)
 
     def sleep(
         self, attempt: Callable[[], Received | None], deadline: float | None, stop: Callable[[], object]
     ) -> Received | None:
         """What ``attempt`` gives; None after ``deadline``, if there is a reason to ``stop``, or for no reason."""
-        box, waiter = self.box, self._waiter
+        box, connection = self.box, self._connection
         if box is not None:
             return box.wait(attempt, deadline, lambda: box is not self.box or stop())
-        if waiter is None or self._ended:
+        if connection is None or self._ended:
             return attempt()
         glance = time.monotonic() + SLICE
-        return waiter.wait(attempt, glance if deadline is None else min(glance, deadline))
+        return connection.wait(attempt, glance if deadline is None else min(glance, deadline))
 
     def wake(self, closed: bool) -> None:
         """Let those who wait look; ``closed``: no more will come."""
@@ -83,30 +83,23 @@ class Inside:
 
     def watch(self, readiness: Readiness) -> None:
         """Let ``readiness`` stand for questions and their end. To be called again when they have moved."""
-        box, end = self.box, self._end
+        box, connection = self.box, self._connection
         if box is not None:
             readiness.set(box.bell().fileno())
-        elif end is not None:
-            readiness.set(end.fileno())
+        elif connection is not None:
+            readiness.set(*connection.filenos())
 
     def open_end(self, handover: Sequence[int]) -> None:
         """Have an end, of these descriptors, which stay the caller's. Raises ResourceError."""
-        if self._end is None:
-            end = kinds.adopt(descriptors.dup_all(handover))
-            try:
-                self._waiter, _ = Waiter.with_alarm(end)
-            except BaseException:
-                end.close()
-                raise
-            self._end = end
+        if self._connection is None:
+            self._connection = Connection(kinds.adopt(descriptors.dup_all(handover)))
 
     def close(self, closed: bool) -> None:
         """Nobody is here who takes questions; ``closed``: nobody will come."""
         if closed and self.box is not None:
             while self.box.take() is not None:
                 pass
-        if self._end is not None and self._waiter is not None:
-            self._waiter.close()
-            self._end.close()
-            self._end = self._waiter = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
             self._ended = closed

@@ -78,13 +78,12 @@ class Owner(SocketRole, worker.EndListener):
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
             reactor.get()  # which closes it when it is dropped, also if no descriptor is free then
             ours, self._theirs = kinds.pair()
-            made.callback(ours.close)
             made.callback(self._theirs.close)
-            self.board = Board()
-            made.callback(self.board.close)
             super().__init__(ours, True, self._note_sent)
+            made.callback(self.connection.close)
+            self.board = Board()
             made.pop_all()
-        self._receive = ours.try_receive
+        self._receive = self.connection.take
         self._for_others = self.max_payload
         self.peer, self.max_payload = SAME_PROCESS, codec.UNLIMITED
         self.capacity = capacity
@@ -303,7 +302,7 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
 
     def watch(self) -> None:
-        self._readiness.set(self.end.fileno(), self.alarm.fileno(), self.answers.bell().fileno())
+        self._readiness.set(*self.connection.filenos(), self.answers.bell().fileno())
 
     def _take_from_socket(self) -> Received | None:
         while True:
@@ -372,7 +371,7 @@ class Owner(SocketRole, worker.EndListener):
             until = now + _GLANCE if deadline is None else min(now + _GLANCE, deadline)
             if self.inside.box is not None:
                 self.answers.wait(lambda: self._is_drained(mark, 0) or None, until, self._may_not_wait)
-            elif self.waiter.wait(self._absorb, until):
+            elif self.connection.wait(self._absorb, until):
                 quiet_since = time.monotonic()
 
     def _is_drained(self, mark: int, quiet: float) -> bool:
@@ -571,9 +570,8 @@ class Owner(SocketRole, worker.EndListener):
         return in_hand
 
     def _watch_for_leavers(self) -> None:
-        if self.end.fileno() >= 0:
-            leaving = any(member.leaving for member in self._members.values())
-            reactor.get().set_reader(self.end.fileno(), self._absorb_for_leavers if leaving else None)
+        leaving = any(member.leaving for member in self._members.values())
+        self.connection.watch(self._absorb_for_leavers if leaving else None)
 
     def _lose(self, member: Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
@@ -739,11 +737,11 @@ class Owner(SocketRole, worker.EndListener):
         self.inside.wake(bool(self.closed))
         self._on_close(self)
         recycling.suspect_losses()
-        self.waiter.close()
+        self.connection.stop_waiting()
         for member in members:
             if member.link is not None:
                 member.link.close()
-        reactor.get().set_reader(self.end.fileno(), None)
+        self.connection.watch(None)
         try:
             self.end.stop_receiving()
         except OSError:
@@ -751,7 +749,7 @@ class Owner(SocketRole, worker.EndListener):
         self._retire()
         self.answers.close()
         self.see_off()
-        self.outbox.close_when_sent(self.end.close)
+        self.connection.close_when_sent()
 
     def has_leftovers(self) -> bool:
         """Whether questions are still in the socket, or on their way to it, that nobody has taken."""

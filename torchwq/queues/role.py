@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import queue
-import select
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,11 +11,11 @@ from typing import Any, Final
 from ..errors import QueueClosed, WorkerDied
 from ..memory.anonymous import Descriptor
 from ..transport.capabilities import SAME_MACHINE, Capabilities
+from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
-from ..transport.outbox import Outbox, Sent
+from ..transport.outbox import Sent
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
-from ..transport.waiting import Waiter
 from ..workers import shutdown, threads
 
 ENDED: Final = "the queue is closed: its owner has closed it, or has ended"
@@ -166,28 +165,24 @@ class SocketRole(Role):
     """A side that holds an end of the queue's connection."""
 
     def __init__(self, end: Endpoint, numbered: bool, sent: Sent, emptied: Callable[[], None] | None = None) -> None:
-        waiter, alarm = Waiter.with_alarm(end)
         super().__init__()
-        self.end = end
+        self.connection = Connection(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)
+        self.end, self.alarm, self.outbox = end, self.connection.alarm, self.connection.outbox
         self.peer = SAME_MACHINE
         self.max_payload = end.max_payload
-        self.alarm, self.waiter = alarm, waiter
-        self.outbox = Outbox(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)
-        self.send = self.outbox.send
+        self.send = self.connection.send
 
     def sleep(self, deadline: float | None) -> Received | None:
-        return self.waiter.wait(self.take, deadline)
+        return self.connection.wait(self.take, deadline)
 
     def is_troubled(self) -> bool:
         return self.alarm.is_set()
 
     def has_message(self) -> bool:
-        poll = select.poll()
-        poll.register(self.end.fileno(), select.POLLIN)
-        return bool(poll.poll(0))  # or the end, which reading tells of
+        return self.connection.is_readable()
 
     def watch(self) -> None:
-        self._readiness.set(self.end.fileno(), self.alarm.fileno())
+        self._readiness.set(*self.connection.filenos())
 
     @property
     def unsent(self) -> int:

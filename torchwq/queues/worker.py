@@ -54,7 +54,7 @@ class WorkerSide(SocketRole):
             made.callback(self._board.close)
             super().__init__(end, False, self._answered, self._tell_untold)
             made.pop_all()
-        self._receive = self.end.try_receive
+        self._receive = self.connection.take
         self.capacity = capacity
         self._slot = self._board.slot(slot)
         self._words = self._board.words
@@ -188,11 +188,10 @@ class WorkerSide(SocketRole):
         else:
             self._tell(GOODBYE)
             self._link.close()
-        self.waiter.close()
-        self._retire()
         with self._taking:
-            self.end.close()
+            self.connection.close()
             self._board.close()
+        self._retire()
 
     def abandon(self) -> None:
         super().abandon()

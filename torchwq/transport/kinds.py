@@ -31,6 +31,13 @@ def adopt(fds: Sequence[int]) -> Endpoint:
     return seqpacket.SeqpacketEndpoint(fds[0]) if len(fds) == 1 else stream.StreamEndpoint(fds[0], fds[1])
 
 
+def unshared(fd: int) -> Endpoint:
+    """Make an end that no other process holds, from a connected socket of either type; takes it over."""
+    sock = socket.socket(fileno=fd)
+    packets = sock.type == getattr(socket, "SOCK_SEQPACKET", None)
+    return seqpacket.SeqpacketEndpoint(sock.detach()) if packets else stream.StreamEndpoint(sock.detach())
+
+
 def handover_size() -> int:
     """Number of descriptors in a ``handover()``."""
     return 1 if kind() == "seqpacket" else 2

@@ -1,7 +1,7 @@
 """Two connected ends in one process: what passes between threads where a socket would connect processes.
 
-Messages are whatever was sent, not copied. The rest is the interface of :class:`~torchwq.transport.endpoint.Endpoint`,
-as far as a connection between two threads has a use for it, and of :class:`~torchwq.transport.waiting.Waiter`: the
+Messages are whatever was sent, not copied. The rest is the interface of
+:class:`~torchwq.transport.connection.Connection`, as far as a connection between two threads has a use for it. The
 threads of one process share an interpreter, so whoever waits for another one must not spin.
 """
 
@@ -34,7 +34,7 @@ class LocalEndpoint:
             raise BrokenPipeError("the other side is closed")
         self._peer._inbox.put(message)
 
-    def try_receive(self) -> tuple[Any, list[int]] | None:
+    def take(self) -> tuple[Any, list[int]] | None:
         """Take one message; None if there is none now. Raises EOFError if none will come."""
         message = self._inbox.take()
         if message is not None:
@@ -50,6 +50,10 @@ class LocalEndpoint:
     def fileno(self) -> int:
         """Readable while there are messages; -1 once it is closed."""
         return -1 if self._closed else self._inbox.bell().fileno()
+
+    def stop_waiting(self) -> None:
+        """Wake who waits; what has come can still be taken."""
+        self.close()
 
     def close(self) -> None:
         self._closed = True

@@ -33,7 +33,6 @@ from typing import Any, Final, Protocol
 from . import reactor
 from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
-from .process import closed_in_child
 from .sockets import NotSent
 from .trailer import PICKLE, trailer
 
@@ -122,7 +121,6 @@ class Outbox:
             guard = threading.RLock()
             for name in ("send", "_see_to_it"):
                 setattr(self, name, serialized(guard, getattr(self, name)))
-        closed_in_child(self)
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.handed_in)
@@ -291,7 +289,7 @@ class Outbox:
                         payload.come_back()
                     _tell(error)
                     continue
-                if data is None:
+                if data is None or not self.pending:  # or a signal handler has closed it in the middle of this
                     return False
                 self.pending.popleft()
                 if self._sent is not None and tag != _ASIDE:
@@ -328,10 +326,20 @@ class Outbox:
         return waiting
 
     def end(self) -> None:
-        """Take nothing more, forget what waits, and return when nobody sends: the endpoint may be closed then."""
-        self._refuses = self._is_broken = True
+        """Take nothing more, give back what waits, and return when nobody sends: the endpoint may be closed then."""
+        self._refuses = True
         self._claim()
-        self.abandon()
+        try:
+            while self.handed_in:
+                payload, _ = self.handed_in.popleft()
+                if not isinstance(payload, bytes):
+                    payload.come_back()
+            if self.pending:
+                self._drop()
+            self._is_broken = True
+        finally:
+            self.sender = 0
+        self._tell_that_nothing_waits()
 
     def wait_empty(self, timeout: float | None = None) -> bool:
         """Wait until nothing waits here any more, because it was sent or because the other side is gone."""
@@ -358,6 +366,7 @@ class Outbox:
         self._see_to_it()
 
     def abandon(self) -> None:
+        """In the child of a fork: what waits is the parent's."""
         self.pending.clear()
         self.handed_in.clear()
         self._refuses = self._is_broken = True

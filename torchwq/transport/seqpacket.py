@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import select
 import socket
 import struct
 import termios
 from collections.abc import Sequence
 from typing import Final
 
-from . import descriptors, trailer
+from . import descriptors, polling, trailer
 from .endpoint import NO_FDS, ReceiveBare, Received, SendBare
 from .process import closed_in_child
 from .sockets import (
@@ -35,9 +34,9 @@ from .sockets import (
 MAX_MESSAGE: Final = 32 * 1024
 RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
-#: How long ``send_in_time`` waits, in milliseconds. By ``poll``, which goes on after a signal with the time that is
+#: How long ``send_in_time`` waits, in seconds. By ``poll``, which goes on after a signal with the time that is
 #: left; a ``send`` with SO_SNDTIMEO begins anew each time.
-_MOMENT: Final = 20
+_MOMENT: Final = 0.02
 
 
 class SeqpacketEndpoint:
@@ -70,9 +69,7 @@ class SeqpacketEndpoint:
     def send_in_time(self, data: bytes) -> bool:
         if self.try_send(data):
             return True
-        poll = select.poll()
-        poll.register(self._socket.fileno(), select.POLLOUT)
-        poll.poll(_MOMENT)
+        polling.writable(_MOMENT, self._socket.fileno())
         return self.try_send(data)
 
     def try_receive(self) -> Received | None:

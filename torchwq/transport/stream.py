@@ -18,7 +18,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import select
 import socket
 import struct
 import termios
@@ -29,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from . import descriptors, trailer
+from . import descriptors, polling, trailer
 from .endpoint import ReceiveBare, Received, SendBare
 from .process import closed_in_child, reset_in_child
 from .sockets import (
@@ -50,9 +49,7 @@ _BUFFER: Final = 1 << 20
 
 def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> bool:
     """Send one frame as one piece; False if the socket has no room now. Raises OSError as ``sendmsg`` does."""
-    poll = select.poll()
-    poll.register(sock, select.POLLOUT)
-    if not poll.poll(0):
+    if not polling.writable(0, sock.fileno()):
         return False
     frame = _LENGTH.pack(len(data)) + data
     sent = sock.sendmsg([frame], rights(fds) if fds else [], NO_WAIT)
@@ -63,19 +60,17 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> boo
     return True
 
 
-def receive_frame(sock: socket.socket, locks: _Locks | None = None) -> Received:
+def receive_frame(sock: socket.socket, locks: _Locks) -> Received:
     """Take one frame. Raises BlockingIOError if there is none, EOFError at the end.
 
-    ``locks``: those held, if a finalizer or signal handler may take one from the same socket meanwhile.
+    ``locks``: those held. A finalizer or signal handler may take a frame from the same socket meanwhile.
     """
     while True:
-        taken = 0 if locks is None else locks.taken
+        taken = locks.taken
         head = sock.recv(_LENGTH.size, NO_WAIT | socket.MSG_PEEK)
         if not head:
             raise EOFError
         size = _LENGTH.size + _LENGTH.unpack(head)[0]
-        if locks is None:
-            break
         if taken == locks.taken:  # else the head was that of a frame which is gone
             locks.taken += 1
             break
@@ -129,27 +124,31 @@ def _lock(fd: int, byte: int) -> None:
 
 
 class StreamEndpoint:
-    """One end of a stream socket pair with its lock file; takes both descriptors over."""
+    """One end of a stream socket pair with its lock file; takes both descriptors over.
+
+    An end that no other process holds needs no lock file.
+    """
 
     max_message = FRAME - _LENGTH.size
     max_payload = max_message - trailer.SIZE
     send_bare: SendBare | None = None
     receive_bare: ReceiveBare | None = None
 
-    def __init__(self, fd: int, lock_fd: int) -> None:
+    def __init__(self, fd: int, lock_fd: int = -1) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(True)
         self._lock_fd = lock_fd
-        self._locks = _locks_of(lock_fd)
+        self._locks = _Locks() if lock_fd < 0 else _locks_of(lock_fd)
         closed_in_child(self)
 
     @contextmanager
     def _held(self, lock: threading.RLock, byte: int) -> Iterator[None]:
         with lock:
-            if self._lock_fd < 0:
+            if self._socket.fileno() < 0:
                 raise EOFError
             depths = self._locks.depths
-            _lock(self._lock_fd, byte)  # again for a call further down the stack: it has no effect then
+            if self._lock_fd >= 0:
+                _lock(self._lock_fd, byte)  # again for a call further down the stack: it has no effect then
             depths[byte] += 1
             try:
                 yield

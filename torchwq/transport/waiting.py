@@ -12,6 +12,8 @@ Invariants:
 * That process may be killed between waking and taking the message. So no sleep is longer than ``SLICE``; after
   each the message is tried for again, by everyone.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
+* The epoll is made for the first sleep. As long as none can be had, threads sleep by poll(2), all for each message.
+* A ``poll`` object serves one thread at a time: who looks takes one out of ``_polls``, and puts it back.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import os
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar
 
+from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
-from .process import closed_in_child
 
 T = TypeVar("T")
 
@@ -53,11 +56,11 @@ class _HasFileno(Protocol):
 
 
 class Waiter:
-    """Waits for one source of messages and one alarm. Safe to use from several threads."""
+    """Waits for one source of messages, or for its alarm. Safe to use from several threads. Raises ResourceError."""
 
-    def __init__(self, source: _HasFileno, alarm: Alarm) -> None:
+    def __init__(self, source: _HasFileno) -> None:
         self._source = source
-        self._alarm = alarm
+        self.alarm = Alarm()
         self._can_spin = cores() > 1
         self._spin = _MAX_SPIN if self._can_spin else 0
         # Reentrant: a finalizer that runs in the middle of falling asleep may close this.
@@ -67,24 +70,8 @@ class Waiter:
         self._asleep: set[int] = set()
         self._watched = -1
         self._closed = False
-        self._epoll = descriptors.epoll()
-        if self._epoll is not None:
-            try:
-                self._epoll.register(alarm.fileno(), select.EPOLLIN)
-            except BaseException:
-                self._epoll.close()
-                raise
-        closed_in_child(self)
-
-    @classmethod
-    def with_alarm(cls, source: _HasFileno) -> tuple[Waiter, Alarm]:
-        """One that has an alarm of its own, and the alarm. Raises ResourceError, and leaves nothing open then."""
-        alarm = Alarm()
-        try:
-            return cls(source, alarm), alarm
-        except BaseException:
-            alarm.close()
-            raise
+        self._epoll: select.epoll | None = None
+        self._polls: deque[select.poll] = deque()
 
     def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
         """Return what ``attempt`` gives; None when the alarm is set or ``deadline`` (time.monotonic) has passed.
@@ -130,31 +117,66 @@ class Waiter:
 
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
+        poll = self._take_poll()
         # Asking is cheaper than trying: a failed ``recv`` makes an exception.
-        poll = select.poll()
-        try:
-            poll.register(self._source.fileno(), select.POLLIN)
-            poll.register(self._alarm.fileno(), select.POLLIN)
-        except (OSError, ValueError):  # one is closed: the alarm says so
-            return None
         look = poll.poll
-        while True:
-            for _ in range(_LOOKS_PER_YIELD):
-                if look(0):
-                    found = attempt()
-                    if found is not None:
-                        return found
-                    if self._alarm.is_set():
-                        return None
-            if time.monotonic_ns() > until:
-                break
-            os.sched_yield()
+        try:
+            while True:
+                for _ in range(_LOOKS_PER_YIELD):
+                    if look(0):
+                        found = attempt()
+                        if found is not None:
+                            return found
+                        if self.alarm.is_set():
+                            return None
+                if time.monotonic_ns() > until:
+                    break
+                os.sched_yield()
+        finally:
+            self._polls.append(poll)
         self._spin = self._spin // 2 if self._spin > _MIN_SPIN else 0
         return None
 
+    def _take_poll(self) -> select.poll:
+        """One that nobody uses, for the source and the alarm."""
+        try:
+            return self._polls.pop()
+        except IndexError:
+            pass
+        poll = select.poll()
+        poll.register(self.alarm.fileno(), select.POLLIN)
+        with contextlib.suppress(OSError, ValueError):  # it is closed, and the alarm says so
+            poll.register(self._source.fileno(), select.POLLIN)
+        return poll
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep until there may be a message; True if the alarm is set."""
+        epoll = self._epoll or self._open_epoll()
+        if epoll is not None:
+            with self._watching(epoll):
+                epoll.poll(seconds)
+        else:
+            poll = self._take_poll()
+            try:
+                poll.poll(seconds * 1000)
+            finally:
+                self._polls.append(poll)
+        return self.alarm.is_set()
+
+    def _open_epoll(self) -> select.epoll | None:
+        with self._guard:
+            try:
+                epoll = descriptors.epoll()
+            except ResourceError:  # no descriptor is free
+                return None
+            if epoll is None or self._epoll is not None:
+                return self._epoll  # which a finalizer has made meanwhile
+            epoll.register(self.alarm.fileno(), select.EPOLLIN)
+            self._epoll = epoll
+            return epoll
+
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        assert self._epoll is not None
+    def _watching(self, epoll: select.epoll) -> Iterator[None]:
         ident = threading.get_ident()
         try:
             with self._guard:
@@ -162,26 +184,14 @@ class Waiter:
                 self._watched = self._source.fileno()
                 # Somebody else watches it already; or it is closed, and the alarm says so.
                 with contextlib.suppress(OSError, ValueError):
-                    self._epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
+                    epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
             yield
         finally:
             with self._guard:
                 self._asleep.discard(ident)
                 if not self._asleep:
                     with contextlib.suppress(OSError, ValueError):
-                        self._epoll.unregister(self._watched)
-
-    def _sleep(self, seconds: float) -> bool:
-        """Sleep until there may be a message; True if the alarm is set."""
-        if self._epoll is not None:
-            with self._watching():
-                self._epoll.poll(seconds)
-        else:
-            poll = select.poll()
-            poll.register(self._source.fileno(), select.POLLIN)
-            poll.register(self._alarm.fileno(), select.POLLIN)
-            poll.poll(seconds * 1000)
-        return self._alarm.is_set()
+                        epoll.unregister(self._watched)
 
     def close(self) -> None:
         """Wake everyone who waits; the last one out releases the descriptors, the alarm's too."""
@@ -189,14 +199,13 @@ class Waiter:
             if self._closed:
                 return
             self._closed = True
-            self._alarm.set()
+            self.alarm.set()
             if not self._sleepers:
                 self._release()
 
     def _release(self) -> None:
-        self._alarm.close()
-        if self._epoll is not None:
-            self._epoll.close()
+        self.alarm.close()
+        self.abandon()
 
     def abandon(self) -> None:
         if self._epoll is not None:

@@ -15,7 +15,6 @@ import importlib
 import os
 import pickle
 import random
-import select
 import signal
 import sys
 import threading
@@ -31,7 +30,7 @@ from ..memory import anonymous
 from ..memory.parcel import Parcel
 from ..transport import directory, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
-from ..transport.outbox import Outbox
+from ..transport.connection import Connection
 from ..transport.trailer import payload_of
 from . import client, descent, failures, info, shutdown, standing
 
@@ -46,23 +45,18 @@ class Context:
     max_payload: int
 
     def __init__(self, end: endpoint.Endpoint) -> None:
-        self._endpoint = end
-        self._outbox = Outbox(end)
+        self._connection = Connection(end, waits=False)
         self.max_payload = end.max_payload
 
     def receive(self) -> endpoint.Received:
         """Wait for the next message. Raises EOFError if the owner sends no more."""
-        poll = select.poll()
-        poll.register(self._endpoint.fileno(), select.POLLIN)
-        while True:
-            received = self._endpoint.try_receive()
-            if received is not None:
-                return received
-            poll.poll()
+        while (received := self._connection.receive()) is None:
+            pass
+        return received
 
     def send(self, payload: bytes | Parcel) -> None:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
-        self._outbox.send(payload)
+        self._connection.send(payload)
 
     def note_failure(self, error: Any) -> None:
         """The worker will end, with this packed error: what it had open is left as by one that failed."""
@@ -79,11 +73,11 @@ class Context:
 
     def finish(self) -> None:
         """Wait until everything is sent."""
-        self._outbox.wait_empty()
+        self._connection.outbox.wait_empty()
 
     def close(self) -> None:
         """Nothing more is received or sent."""
-        self._endpoint.close()
+        self._connection.close()
 
 
 def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:

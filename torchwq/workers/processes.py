@@ -16,9 +16,9 @@ from typing import Any
 from ..errors import ResourceError, WorkerStartError
 from ..memory import anonymous
 from ..memory.parcel import Parcel
-from ..transport import descriptors, endpoint, kinds, namespace, reactor
+from ..transport import descriptors, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
-from ..transport.outbox import Outbox
+from ..transport.connection import Connection
 from . import client, descent, standing
 from .backend import Backend, Ends
 from .info import WorkerInfo
@@ -37,11 +37,11 @@ class ProcessWorker(Worker):
         self._kill_at_start: signal.Signals | None = None
         #: The connection from which it was ordered.
         self._server: client.Connection | None = None
-        self._endpoint, theirs = kinds.pair()
+        ours, theirs = kinds.pair()
+        self._connection = Connection(ours, waits=False)
         try:
-            setup = _setup(info, entry, self._endpoint.max_payload)
-            self._outbox = Outbox(self._endpoint)
-            reactor.get().set_reader(self._endpoint.fileno(), self._ready)
+            setup = _setup(info, entry, ours.max_payload)
+            self._connection.watch(self._ready)
             self._order(theirs)
             self.send(setup)
         except BaseException:
@@ -75,12 +75,11 @@ class ProcessWorker(Worker):
             self.kill(signal.SIGKILL)
             return
         self._forget()
-        reactor.get().remove(self._endpoint.fileno())
-        self._endpoint.close()
+        self._connection.close()
 
     def send(self, payload: bytes | Parcel) -> bool:
         try:
-            self._outbox.send(payload)
+            self._connection.send(payload)
         except BrokenPipeError:
             return False
         return True
@@ -106,19 +105,16 @@ class ProcessWorker(Worker):
         self.exitcode = None if status is None else os.waitstatus_to_exitcode(status)
         self.reason = reason
         note_ended(self)
-        reactor.get().remove(self._endpoint.fileno())
-        self._outbox.close_when_sent(lambda: None)
-        self._endpoint.close()
+        self._connection.close()
         self._tell_end()
 
     def _ready(self) -> None:
         while not self.ended_event.is_set():
             received: tuple[Any, list[int]] | None
             try:
-                received = self._endpoint.try_receive()
+                received = self._connection.take()
             except EOFError:
-                if self._endpoint.fileno() >= 0:
-                    reactor.get().remove(self._endpoint.fileno())
+                self._connection.watch(None)
                 return
             except ResourceError as error:  # a message is lost; this stands in its place, for whoever waits for it
                 received = error, []
