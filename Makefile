@@ -19,7 +19,8 @@ BENCH_ARGS  ?=
 TEST_PROCESSES ?= 3
 
 # A test process that dies ends the run: xdist would replace it, and may then wait for ever for what that one had done.
-PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0
+# The order of the files is that of tests/conftest.py, not that of how many tests they have.
+PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # How long `make soak` goes on, in seconds.
 TORCHWQ_SOAK_SECONDS ?= 600

@@ -21,14 +21,17 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 
 import torchwq
-from torchwq.memory import arrivals, ledger, pool
+from tests.interpreter import Interpreter
+from torchwq.memory import arrivals, ledger, pool, recycling
 from torchwq.transport import debug, directory, namespace
 from torchwq.workers import client
 
@@ -55,6 +58,37 @@ _of_others: set[str] = set()
 SETTLE = 5.0
 #: How often they are looked for at least: the machine may stop for longer than that, for everybody but the clock.
 LOOKS = 100
+
+
+#: The files that take longest, the longest first. Where processes run tests side by side, whole files go to each, and
+#: what begins first ends in time: none is left alone with a long one while the others are idle.
+LONGEST = [
+    "examples/test_examples.py",
+    "loading/test_faults.py",
+    "loading/test_equality.py",
+    "examples/test_silence.py",
+    "loading/test_state.py",
+    "loading/test_stateful.py",
+    "loading/test_life.py",
+    "marshalling/test_definitions.py",
+    "transport/test_exhaustion.py",
+    "workers/test_server.py",
+    "workers/test_descent.py",
+    "mapping/test_map_ends.py",
+    "mapping/test_errors_nobody_asks_for.py",
+    "mapping/test_map_clean_environment.py",
+    "locking/test_mutex.py",
+    "channels/test_chaos.py",
+    "channels/test_channel_faults.py",
+    "memory/test_recycling.py",
+    "mapping/test_map.py",
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,6 +169,12 @@ def trim() -> None:
     arrivals.trim()
 
 
+def let_memory_go() -> None:
+    """Give up at once, too, what a message is believed to have lost: between two tests, none is under way any more."""
+    with recycling.lock, mock.patch.object(recycling, "_LOST_AFTER_A_LOSS", 0.0):
+        trim()
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
     """Wait for what no event tells of; returns what ``condition`` gave."""
     until = time.monotonic() + seconds
@@ -148,12 +188,12 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0, what: str = 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(_services: None) -> Iterator[None]:
-    trim()
+    let_memory_go()
     before = Footprint()
     yield
     until = time.monotonic() + SETTLE
     for look in itertools.count():
-        trim()
+        let_memory_go()
         left = before.new_in(Footprint())
         if not left or (look >= LOOKS and time.monotonic() > until):
             break
@@ -180,24 +220,38 @@ def _nothing_holds_the_reactor_up(_services: None) -> Iterator[None]:
     assert not told, told
 
 
-@pytest.fixture
-def run_script(tmp_path: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run Python source as a script in a process of its own, in a namespace of its own."""
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """A warm interpreter: see there what its scripts are good for."""
+    with contextlib.closing(Interpreter()) as warm:
+        yield warm
 
-    def run(source: str, *args: str, timeout: float = 60, check: bool = True, **kwargs: Any) -> Any:
+
+@pytest.fixture
+def run_script(interpreter: Interpreter, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python source as a script in a process of its own, in a namespace of its own.
+
+    With ``fresh`` the process is a new interpreter, not one that the warm one has forked.
+    """
+
+    def run(
+        source: str,
+        *args: str,
+        timeout: float = 60,
+        check: bool = True,
+        fresh: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(source))
-        environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
-        environment.update(kwargs.pop("env", {}))
-        done = subprocess.run(
-            [sys.executable, str(script), *args],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            cwd=tmp_path,
-            **kwargs,
-        )
+        argv = [str(script), *args]
+        environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE} | dict(env or {})
+        if fresh:
+            done = subprocess.run(
+                [sys.executable, *argv], capture_output=True, text=True, timeout=timeout, env=environment, cwd=tmp_path
+            )
+        else:
+            done = interpreter.start(argv, str(tmp_path), environment).complete(timeout)
         if check:
             assert done.returncode == 0, done.stderr
         return done

@@ -17,6 +17,7 @@ import torch
 import torchwq
 from tests.background import jobs
 from tests.conftest import wait_until
+from tests.interpreter import Interpreter
 from tests.mapping.programs import Program
 from torchwq import background
 from torchwq.workers import worker
@@ -266,7 +267,7 @@ def test_a_forked_process_ends_while_a_task_runs() -> None:
     assert task.result(timeout=30) == "done"
 
 
-def test_at_exit_plain_tasks_and_pools_finish_and_iterators_are_ended() -> None:
+def test_at_exit_plain_tasks_and_pools_finish_and_iterators_are_ended(interpreter: Interpreter) -> None:
     source = """
     import os, sys, time
     import torch, torchwq
@@ -291,7 +292,7 @@ def test_at_exit_plain_tasks_and_pools_finish_and_iterators_are_ended() -> None:
     next(iterator)
     print("leaving", flush=True)
     """
-    with Program(source) as program:
+    with Program(source, interpreter=interpreter) as program:
         program.expect("leaving")
         assert not (program.folder / "task").exists()
         (program.folder / "go").touch()
@@ -301,7 +302,7 @@ def test_at_exit_plain_tasks_and_pools_finish_and_iterators_are_ended() -> None:
         program.assert_nothing_is_left()
 
 
-def test_ctrl_c_while_exit_waits_for_a_task() -> None:
+def test_ctrl_c_while_exit_waits_for_a_task(interpreter: Interpreter) -> None:
     source = """
     import time
     import torch, torchwq
@@ -322,7 +323,7 @@ def test_ctrl_c_while_exit_waits_for_a_task() -> None:
         print("leaving", flush=True)
     threading._register_atexit(tell)  # called before torchwq's, and so before exit waits
     """
-    with Program(source) as program:
+    with Program(source, interpreter=interpreter) as program:
         program.expect("leaving")
         wait_until(lambda: program.process.poll() is None)
         program.interrupt()

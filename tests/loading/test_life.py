@@ -215,13 +215,14 @@ def test_persistent_workers_finish_at_exit(run_script: Any, tmp_path: Path) -> N
     run_script(
         """
         import sys, torchwq
+        sys.path.append(sys.argv[2])
         from tests.loading import datasets
         loader = torchwq.DataLoader(datasets.Finishing(sys.argv[1]), num_workers=1, persistent_workers=True)
         for _ in loader:
             break
         """,
         str(tmp_path),
-        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        str(Path(__file__).parents[2]),
     )
     assert len(list(tmp_path.glob("fin*"))) == 2
 
@@ -297,6 +298,7 @@ def test_workers_are_silent_where_warnings_are_errors(run_script: Any) -> None:
         main()
         """,
         env={"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"},
+        fresh=True,
     )
     assert re.sub(r"\s", "", done.stderr) == ""
 

@@ -15,16 +15,20 @@ from typing import Any
 
 import psutil
 
+from tests.interpreter import Interpreter, Script
 from torchwq.transport import namespace
 
 
 class Program:
     """A Python program in a session and a temporary folder of its own.
 
-    Its folder is outside of pytest's, whose paths are too long for a socket's address.
+    Its folder is outside of pytest's, whose paths are too long for a socket's address. ``interpreter``: the warm one
+    starts it, as a script; without, it is a new interpreter.
     """
 
-    def __init__(self, source: str, *args: str, how: str = "script", **environment: str) -> None:
+    def __init__(
+        self, source: str, *args: str, how: str = "script", interpreter: Interpreter | None = None, **environment: str
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="wq-"))
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir()
@@ -37,16 +41,20 @@ class Program:
         (self.folder / "script.py").write_text(source)
         env = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
         env |= {"TMPDIR": str(self.temporary), "XDG_RUNTIME_DIR": str(self.temporary), **environment}
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=self.folder,
-            start_new_session=True,
-        )
+        self.process: subprocess.Popen[str] | Script
+        if interpreter is not None:
+            self.process = interpreter.start(command, str(self.folder), env, stdin=True, start_new_session=True)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+                cwd=self.folder,
+                start_new_session=True,
+            )
         if how == "-":
             assert self.process.stdin is not None
             self.process.stdin.write(source)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.interpreter import Interpreter
 from tests.mapping.programs import Program
 
 #: Two workers that would go on for ever, one of them with a worker and a queue of its own. The program says "ready".
@@ -45,8 +46,8 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize("blocked", BLOCKED)
-def test_ctrl_c(blocked: str) -> None:
-    with Program(WORKERS + "\n    " + BLOCKED[blocked].strip() + "\n") as program:
+def test_ctrl_c(interpreter: Interpreter, blocked: str) -> None:
+    with Program(WORKERS + "\n    " + BLOCKED[blocked].strip() + "\n", interpreter=interpreter) as program:
         program.expect("ready")
         time.sleep(0.1)  # until it is blocked; Ctrl-C before that must do as well
         program.interrupt()
@@ -57,7 +58,7 @@ def test_ctrl_c(blocked: str) -> None:
         program.assert_nothing_is_left()
 
 
-def test_ctrl_c_ends_iterators_pools_and_plain_tasks() -> None:
+def test_ctrl_c_ends_iterators_pools_and_plain_tasks(interpreter: Interpreter) -> None:
     source = """
     import time
     import torch, torchwq
@@ -83,7 +84,7 @@ def test_ctrl_c_ends_iterators_pools_and_plain_tasks() -> None:
     for item in iterator:
         pass
     """
-    with Program(source) as program:
+    with Program(source, interpreter=interpreter) as program:
         program.expect("ready")
         program.interrupt()
         status, out, err = program.end(timeout=10)
@@ -94,8 +95,8 @@ def test_ctrl_c_ends_iterators_pools_and_plain_tasks() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_owner_is_killed(number: signal.Signals) -> None:
-    with Program(WORKERS + "    workers.join()\n") as program:
+def test_the_owner_is_killed(interpreter: Interpreter, number: signal.Signals) -> None:
+    with Program(WORKERS + "    workers.join()\n", interpreter=interpreter) as program:
         program.expect("ready")
         assert len(program.descendants()) >= 4  # the fork server and three workers
         program.send(number)
@@ -104,8 +105,8 @@ def test_the_owner_is_killed(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(("end", "expected"), [("", 0), ("raise ValueError('oh')", 1)])
-def test_the_owner_ends_while_its_workers_run(end: str, expected: int) -> None:
-    with Program(WORKERS + f"    {end}\n") as program:
+def test_the_owner_ends_while_its_workers_run(interpreter: Interpreter, end: str, expected: int) -> None:
+    with Program(WORKERS + f"    {end}\n", interpreter=interpreter) as program:
         program.expect("ready")
         status, _, err = program.end(timeout=10)
         assert status == expected
@@ -113,8 +114,8 @@ def test_the_owner_ends_while_its_workers_run(end: str, expected: int) -> None:
         program.assert_nothing_is_left()
 
 
-def test_the_owner_ends_by_os_exit() -> None:
-    with Program(WORKERS + "    os._exit(4)\n") as program:
+def test_the_owner_ends_by_os_exit(interpreter: Interpreter) -> None:
+    with Program(WORKERS + "    os._exit(4)\n", interpreter=interpreter) as program:
         program.expect("ready")
         assert program.end(timeout=10)[0] == 4
         program.assert_nothing_is_left(seconds=2.0)

@@ -119,6 +119,7 @@ def test_whatever_needs_workers_says_that_there_is_no_interpreter(
         torchwq.set_executable("another")
         os.chdir("/")
         assert not first.fits()
-        """
+        """,
+        fresh=True,
     )
     assert not (host.parent / "starts").exists()

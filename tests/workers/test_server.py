@@ -13,6 +13,7 @@ import pytest
 
 import torchwq
 from tests.conftest import wait_until
+from tests.interpreter import Interpreter
 from tests.workers import jobs
 from torchwq.transport import namespace
 from torchwq.workers import client, server
@@ -112,10 +113,9 @@ def test_a_dead_server_takes_its_workers_along_and_is_replaced(run_script: Calla
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_nothing_outlives_an_owner_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_nothing_outlives_an_owner_that_is_killed(
+    interpreter: Interpreter, number: signal.Signals, tmp_path: Path
+) -> None:
     script = tmp_path / "owner.py"
     script.write_text(
         "import os, torchwq\n"
@@ -130,8 +130,7 @@ def test_nothing_outlives_an_owner_that_is_killed(number: signal.Signals, tmp_pa
         "q.read()\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
-        assert owner.stdout is not None
+    with interpreter.start([str(script)], str(tmp_path), environment) as owner:
         *pids, folder = owner.stdout.readline().split()
         children = psutil.Process(owner.pid).children(recursive=True)
         assert {int(pid) for pid in pids} <= {child.pid for child in children}
@@ -158,10 +157,7 @@ def test_two_hundred_workers() -> None:
         assert workers.join(60) == [None] * 200
 
 
-def test_an_owner_killed_while_the_server_imports_leaves_nothing(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_an_owner_killed_while_the_server_imports_leaves_nothing(interpreter: Interpreter, tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(
         "import torchwq\n"
@@ -171,8 +167,7 @@ def test_an_owner_killed_while_the_server_imports_leaves_nothing(tmp_path: Path)
         "torchwq.workqueue().read()\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
-        assert owner.stdout is not None
+    with interpreter.start([str(script)], str(tmp_path), environment) as owner:
         folder = owner.stdout.readline().strip()
         children = psutil.Process(owner.pid).children(recursive=True)
         assert children

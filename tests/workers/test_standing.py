@@ -94,7 +94,8 @@ def test_privileges_that_were_given_up_are_given_up_for_new_workers(run_script: 
             print("workers are", torchwq.map(1, who).join(40)[0][:2])
         except torchwq.WorkerStartError as error:  # nobody else may execute this interpreter
             print("workers are", who()[:2], error)
-        """
+        """,
+        fresh=True,
     )
     assert done.stdout.startswith("workers are (65534, 65534)"), done.stdout  # type: ignore[attr-defined]
 
