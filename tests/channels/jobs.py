@@ -87,6 +87,18 @@ def write_and_die(channel: Channel, number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def write_and_wait(channel: Channel) -> None:
+    channel.write(os.getpid())
+    signal.pause()
+
+
+def read_or_death(channel: Channel) -> str:
+    try:
+        return str(channel.read(timeout=30))
+    except torchwq.WorkerDied as death:
+        return str(death)
+
+
 def read_and_die(channel: Channel) -> None:
     channel.read()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ from torchwq.channels.line import SENT, Line, open_lines
 
 def another(line: Line) -> Line:
     """A second part, which would normally be another process's."""
-    fds = [*line._connection.handover(), line.table.fd]
+    fds = [*line._connection.handover(), *line.table.handover()]
     if line._room >= 0:
         fds.append(line._room)
     return Line(line.name, [os.dup(fd) for fd in fds], line.capacity)

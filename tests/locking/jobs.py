@@ -70,3 +70,8 @@ def fail(mutex: torchwq.Mutex) -> None:
 
 def end(mutex: torchwq.Mutex) -> None:
     pass
+
+
+def when_told(gate: torchwq.Channel, end: Any, mutex: torchwq.Mutex) -> None:
+    gate.read()
+    end(mutex)

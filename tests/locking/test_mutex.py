@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 import torchwq
+from tests.conftest import wait_until
 from tests.locking import jobs
+from torchwq.locking import barrier as barriers
+from torchwq.locking.words import WAITING
 
 
 def test_only_one_at_a_time_has_it(backend: str) -> None:
@@ -171,6 +175,31 @@ def test_a_worker_that_will_not_come_breaks_the_barrier(end: object, backend: st
     with pytest.raises(torchwq.WorkerDied, match="cannot be completed"):
         mutex.barrier(2)  # it is told here, too
     assert mutex.barrier(1) == 0
+
+
+@pytest.mark.parametrize("end", [jobs.die, jobs.end])
+def test_one_who_waits_at_a_barrier_is_woken_by_a_death_and_by_one_who_leaves(
+    end: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(barriers, "LOOK_EVERY", 1000.0)  # nobody finds it by looking now and then
+    mutex, gate = torchwq.mutex(), torchwq.channel()
+    worker = torchwq.map(1, jobs.when_told, gate, end, mutex)
+
+    def tell() -> None:
+        core = mutex._core
+        wait_until(lambda: core.table.shown(core.table.slot, WAITING))
+        time.sleep(0.6)  # the first look is over
+        gate.write("go")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(torchwq.WorkerDied, match=r"SIGKILL|have gone"):
+        mutex.barrier(2, timeout=30)
+    assert time.monotonic() - started < 15
+    thread.join(20)
+    with contextlib.suppress(torchwq.WorkerDied):
+        worker.join(20)
 
 
 def test_those_who_are_left_go_on_with_fewer(backend: str) -> None:

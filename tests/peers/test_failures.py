@@ -20,7 +20,7 @@ class Handle:
 
 def die(table: PeerTable) -> None:
     """A peer comes to the table and dies."""
-    PeerTable(os.dup(table.fd)).abandon()
+    PeerTable([os.dup(fd) for fd in table.handover()]).abandon()
 
 
 def test_each_death_is_told_once_to_each_handle() -> None:

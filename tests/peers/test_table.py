@@ -29,7 +29,7 @@ def new_table() -> Iterator[PeerTable]:
 
 def another(table: PeerTable) -> PeerTable:
     """A second part in the same table, which would normally be another process's."""
-    return PeerTable(os.dup(table.fd))
+    return PeerTable([os.dup(fd) for fd in table.handover()])
 
 
 class Child:
@@ -38,17 +38,17 @@ class Child:
     def __init__(self, table: PeerTable) -> None:
         told, self._tell = os.pipe()
         heard, tells = os.pipe()
-        fd = os.dup(table.fd)
+        fds = [os.dup(fd) for fd in table.handover()]
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._tell)  # so that it ends if its parent does
-            part = PeerTable(os.dup(fd))
+            part = PeerTable([os.dup(fd) for fd in fds])
             os.write(tells, part.slot.to_bytes(2, "little"))
             if os.read(told, 1) == b"l":
                 part.leave()
             os._exit(0)
         self.slot = int.from_bytes(os.read(heard, 2), "little")
-        for each in (told, heard, tells, fd):
+        for each in (told, heard, tells, *fds):
             os.close(each)
 
     def end(self, how: bytes | signal.Signals) -> None:
@@ -184,7 +184,7 @@ def test_a_slot_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.Monk
             die(part)
         before = {tenancy for _, tenancy, lives in table.tenancies() if not lives}
         assert len(before) == 4
-        heir = PeerTable(os.dup(table.fd), states=[state])
+        heir = PeerTable([os.dup(fd) for fd in table.handover()], states=[state])
         assert heir.slot == dead[0].slot  # not that of the one who lasts
         assert heir.words[heir.index(heir.slot) + state] == 0
         assert [slot for slot, lives in table.others() if lives] == [lasting.slot, heir.slot]

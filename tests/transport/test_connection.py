@@ -132,7 +132,7 @@ def test_who_waits_in_another_thread_is_told_of_the_end(both: tuple[Connection, 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: theirs._waiter is not None and theirs._waiter._sleepers == 3, what="three sleepers")
+    wait_until(lambda: theirs._waiter is not None and len(theirs._waiter._waits) == 3, what="three sleepers")
     getattr(theirs, end)()
     for thread in threads:
         thread.join(5)

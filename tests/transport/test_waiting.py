@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gc
+import select
 import threading
 import time
 
+from tests.conftest import wait_until
 from torchwq.transport import kinds
 from torchwq.transport.alarm import Alarm
 from torchwq.transport.waiting import SLICE, Waiter
@@ -40,6 +42,47 @@ def test_an_alarm_wakes_every_waiter_until_it_is_cleared() -> None:
     waiter.close()
     a.close()
     b.close()
+
+
+def test_all_who_wait_can_be_woken_once() -> None:
+    a, b = kinds.pair()
+    waiter = Waiter(b)
+    alarm = waiter.alarm
+    waiter.wake_all()  # nobody
+    results: list[object] = []
+    threads = [threading.Thread(target=lambda: results.append(waiter.wait(b.try_receive, None))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(waiter._asleep) == 3)
+    waiter.wake_all()
+    for thread in threads:
+        thread.join(5)
+    assert results == [None, None, None]
+    assert not alarm.is_set()
+    started = time.monotonic()
+    assert waiter.wait(b.try_receive, started + 0.05) is None
+    assert time.monotonic() >= started + 0.05
+    assert waiter.wait(b.try_receive, started + 60, lambda: True) is None  # a reason that came before
+    assert time.monotonic() < started + 30
+    waiter.close()
+    a.close()
+    b.close()
+
+
+def test_an_alarm_is_set_while_there_is_any_reason() -> None:
+    alarm = Alarm()
+    for reasons in (("closed", "wake"), ("wake", "closed")):
+        for reason in reasons:
+            alarm.set(reason)
+            alarm.set(reason)
+        alarm.clear(reasons[0])
+        assert alarm.is_set()
+        assert select.select([alarm], [], [], 0)[0]
+        alarm.clear(reasons[1])
+        alarm.clear(reasons[1])
+        assert not alarm.is_set()
+        assert not select.select([alarm], [], [], 0)[0]
+    alarm.close()
 
 
 def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:

@@ -4,20 +4,27 @@ A channel begins *here*: its items wait in a mailbox, and its tensors stay where
 to another process, a line is made, and what waits here goes on it. From then on every thread of this process uses the
 line too, so that there is one order, and one way.
 
-Whom a reader waits for is told by ``vigil``. Items that are there come before any news.
+Whom a reader waits for is told by ``vigil``. Items that are there come before any news. A reader that has waited for a
+moment is woken by whatever there may be to tell: what other processes do is told by ``peers.monitor``, what happens in
+this one by whoever does it. Only these are found by looking every ``LOOK_EVERY`` seconds: a thread of the user's that
+ends, or a handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle in a message; a
+bundle that its receiver took into its death; and what the monitor's events do not cover.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import secrets
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from ..errors import QueueClosed, WorkerDied
+from ..peers.monitor import LOOK_EVERY, PeerMonitor
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.capabilities import SAME_PROCESS
@@ -32,9 +39,8 @@ from .line import Line, open_lines
 from .state import ChannelState, Way
 from .vigil import READS, WRITES, Seen, Vigil
 
-#: Seconds between two looks at the others by one who waits; here, where all is told at once, it is a net for the rest.
-LOOK_EVERY: Final = 0.25
-_LOOK_HERE_EVERY: Final = 1.0
+#: For so many seconds a reader waits as if nothing could be wrong: mostly the next item is on its way.
+_FIRST_WAIT: Final = 0.25
 
 FORKED: Final = (
     "this channel was made before a fork and belongs to the parent process: pass it to workers started by torchwq"
@@ -53,7 +59,11 @@ class Core:
         self.way: Way = self.here
         self.forked = False
         #: Those that are to be given up when this object is gone.
-        self._lines: list[Line] = []
+        self._lines: list[tuple[Line, PeerMonitor]] = []
+        self._monitor: PeerMonitor | None = None
+        #: How often there may have been something to tell.
+        self._changes = 0
+        self._will_look_on = False
         self.vigil = Vigil(self)
         self._trouble = Alarm()
         self._readiness = Readiness()
@@ -69,8 +79,11 @@ class Core:
 
     def _use(self, line: Line) -> None:
         line.on_wait_for_room = _weakly(self._wait_for_room)
-        self._lines.append(line)
+        monitor = self._monitor = PeerMonitor(line.table, _weakly(self._peers_changed))
+        self._lines.append((line, monitor))
         self.line = self.way = line
+        if self._readiness.is_watched:
+            monitor.open()
 
     # Waiting
 
@@ -96,36 +109,44 @@ class Core:
             if self.way.state() is ChannelState.DRAINED:
                 self.vigil.raise_failed_closing(seen)
             return None
-        now = looked = time.monotonic()
+        now = time.monotonic()
         deadline = None if timeout is None else now + timeout
-        # At first as if nothing could be wrong: mostly the next item is on its way.
-        received = self.way.sleep(now + LOOK_EVERY if deadline is None else min(now + LOOK_EVERY, deadline))
+        received = self.way.sleep(now + _FIRST_WAIT if deadline is None else min(now + _FIRST_WAIT, deadline))
         if received is not None:
             return received
-        seen = reader.seen()
-        with self.vigil.waiting(reader, READS):
-            while True:
-                way, now = self.way, time.monotonic()
-                until = now + (_LOOK_HERE_EVERY if way.peer.same_process else LOOK_EVERY)
-                received = way.sleep(until if deadline is None else min(until, deadline))
-                if received is not None:
-                    return received
-                self.check_fork()
-                now = time.monotonic()
-                if way is self.way and way.state() is ChannelState.DRAINED:
-                    received = way.take()
-                    if received is None:
-                        self.vigil.raise_news(seen, READS)
-                        self.vigil.raise_failed_closing(seen)
-                    return received
-                over = deadline is not None and now >= deadline
-                if over or now - looked >= LOOK_EVERY:
-                    looked = now
-                    self.look(reader, seen)
-                else:
-                    self.vigil.raise_news(seen, READS, only_of_threads=True)
-                if over:
-                    raise queue.Empty(f"no item came within {timeout} s: the channel is open, and empty")
+        with contextlib.ExitStack() as waiting:
+            waiting.enter_context(self.vigil.waiting(reader, READS))
+            return self._wait_long(reader, timeout, deadline, waiting)
+
+    def _wait_long(
+        self, reader: Any, timeout: float | None, deadline: float | None, waiting: contextlib.ExitStack
+    ) -> Received | None:
+        seen, monitor, changes = reader.seen(), None, self._changes
+        until = time.monotonic()  # the first look is at once
+        while True:
+            if monitor is not self._monitor and (deadline is None or until < deadline):
+                monitor = self._monitor
+                assert monitor is not None
+                waiting.enter_context(monitor.watching())
+            way = self.way
+            received = way.sleep(
+                until if deadline is None else min(until, deadline), partial(self._has_changed, changes)
+            )
+            if received is not None:
+                return received
+            self.check_fork()
+            if way is self.way and way.state() is ChannelState.DRAINED:
+                received = way.take()
+                if received is None:
+                    self.vigil.raise_news(seen, READS)
+                    self.vigil.raise_failed_closing(seen)
+                return received
+            changes = self._changes  # before the look: of what comes later this is told again
+            self.look(reader, seen)
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                raise queue.Empty(f"no item came within {timeout} s: the channel is open, and empty")
+            until = now + self.vigil.sure_in(LOOK_EVERY)
 
     def look(self, reader: Any, seen: Seen) -> None:
         """Raise WorkerDied if someone who waits to read is to be told of something, unless there are items."""
@@ -140,6 +161,21 @@ class Core:
         self.vigil.raise_news(writer.seen(), WRITES)
         self.vigil.show_waiting(writer, WRITES)
         self.vigil.raise_if_alone(writer, WRITES)
+
+    def wake_all(self) -> None:
+        """Have everybody who waits here look at the others."""
+        self._changes += 1
+        self.here.box.wake_all()
+        if self.line is not None:
+            self.line.wake_all()
+
+    def _has_changed(self, changes: int) -> bool:
+        return self._changes != changes
+
+    def _peers_changed(self) -> None:
+        """Something has happened in the table of peers. Called by the reactor."""
+        self.wake_all()
+        self._look_on()
 
     # Handles
 
@@ -169,7 +205,7 @@ class Core:
         """A worker that is a thread has ended, and its handle with it."""
         if self.vigil.dismiss(handle, worker, failed):
             self._trouble.set()
-        self.here.box.wake_all()
+        self.wake_all()
 
     def check_fork(self) -> None:
         if self.forked:
@@ -188,6 +224,8 @@ class Core:
         if not self._readiness.is_watched:
             self._watch()
             self._readiness.fileno()
+            if self._monitor is not None:
+                self._monitor.open()
             self._look_on()
         return self._readiness.fileno()
 
@@ -215,8 +253,18 @@ class Core:
             self._trouble.set()
         else:
             self._trouble.clear()
-        again = weakref.WeakMethod(self._look_on)
-        reactor.get().call_later(LOOK_EVERY, lambda: _call(again))
+        if self._monitor is not None and not self._monitor.sees_all and not self._will_look_on:
+            self._will_look_on = True
+            reactor.get().call_later(LOOK_EVERY, _weakly(self._look_on_again))
+
+    def _look_on_again(self) -> None:
+        self._will_look_on = False
+        self._look_on()
+
+    def news_told(self) -> None:
+        """Somebody has been told of something: what is watched may not be ready any more."""
+        if self._readiness.is_watched:
+            reactor.get().call_later(0, _weakly(self._look_on))
 
     def _has_to_tell(self, handle: Any) -> bool:
         """Whether there is something that nobody has been told who reads with this handle.
@@ -232,10 +280,14 @@ class Core:
 
 
 def _end_later(
-    lines: list[Line], find_box: Callable[[], Mailbox[Received] | None], trouble: Alarm, readiness: Readiness
+    lines: list[tuple[Line, PeerMonitor]],
+    find_box: Callable[[], Mailbox[Received] | None],
+    trouble: Alarm,
+    readiness: Readiness,
 ) -> None:
     """A part is garbage, which is collected at any moment, in any thread, with any lock held."""
-    for line in lines:
+    for line, monitor in lines:
+        cleanup.later(monitor.close)
         if not line.left:
             cleanup.later(line.retire)
     for each in (find_box(), trouble, readiness):

@@ -11,6 +11,7 @@ from ..marshalling.copies import copied
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
+from ..transport.waiting import never
 from .state import ChannelState
 
 #: Seconds between two looks of a writer that waits for room.
@@ -99,10 +100,10 @@ class Here:
             return None
         return ChannelState.CLOSED if self.is_closed else ChannelState.OPEN, codec.decode(*received)
 
-    def sleep(self, deadline: float) -> Received | None:
+    def sleep(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
         if self._has_ended():
             return self.take()
-        return self.box.wait(self.take, deadline, self._has_ended)
+        return self.box.wait(self.take, deadline, lambda: self._has_ended() or stop())
 
     def _has_ended(self) -> bool:
         return self._closed or self.next is not None

@@ -61,6 +61,7 @@ from ..transport.endpoint import Received
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
 from ..transport.sockets import BROKEN, BUSY, NO_WAIT
+from ..transport.waiting import never
 from ..workers import shutdown
 from . import bundle
 from .state import ChannelState
@@ -115,7 +116,7 @@ class Line:
         size = kinds.handover_size()
         self.capacity = capacity
         with contextlib.ExitStack() as opened:  # what is to be closed again if the rest cannot be had
-            opened.callback(close_fds, fds[2 * size + 1 :])
+            opened.callback(close_fds, fds[2 * size + 2 :])
             if fds:
                 self._in, self._out = kinds.adopt(fds[:size]), kinds.adopt(fds[size : 2 * size])
             else:
@@ -129,9 +130,9 @@ class Line:
                 emptied=self._emptied,
             )
             opened.callback(self._connection.close)
-            self.table = PeerTable(fds[2 * size] if fds else None, states=(BACKLOG, WAITS))
+            self.table = PeerTable(fds[2 * size : 2 * size + 2], states=(BACKLOG, WAITS))
             opened.callback(self.table.leave)
-            room = next(iter(fds[2 * size + 1 :]), None) if fds else descriptors.eventfd() if capacity else None
+            room = next(iter(fds[2 * size + 2 :]), None) if fds else descriptors.eventfd() if capacity else None
             #: Readable when there may be room again.
             self._room = -1 if room is None else room
             opened.pop_all()
@@ -400,10 +401,14 @@ class Line:
         """The descriptor that is readable while there are items, or the end."""
         return self._out.fileno()
 
-    def sleep(self, deadline: float) -> Received | None:
+    def wake_all(self) -> None:
+        """End each ``sleep`` that has begun: there may be something to look at."""
+        self._connection.wake_all()
+
+    def sleep(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
         if self._at_end or self.left:
             return self.take() if self._kept else None
-        return self._connection.wait(self.take, deadline)
+        return self._connection.wait(self.take, deadline, stop)
 
     # Closing
 
@@ -482,7 +487,7 @@ class Line:
 
     def ticket(self) -> list[anonymous.Descriptor]:
         """Descriptors from which another process makes its part."""
-        fds = [*self._connection.handover(), self.table.fd]
+        fds = [*self._connection.handover(), *self.table.handover()]
         if self._room >= 0:
             fds.append(self._room)
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..transport.capabilities import Capabilities
 from ..transport.endpoint import Received
+from ..transport.waiting import never
 
 
 class ChannelState(enum.Enum):
@@ -58,8 +60,11 @@ class Way(Protocol):
         """The same, decoded, with the state of the channel."""
         ...
 
-    def sleep(self, deadline: float) -> Received | None:
-        """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier."""
+    def sleep(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
+        """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier.
+
+        Also if there is a reason to ``stop``; who makes one calls ``wake_all`` then.
+        """
         ...
 
     @property

@@ -68,6 +68,12 @@ class Part(Protocol):
     way: Way
     forked: bool
 
+    def wake_all(self) -> None:
+        """Have everybody who waits here look at the others."""
+
+    def news_told(self) -> None:
+        """Somebody has been told of something."""
+
 
 class Vigil:
     """Watches over those who wait at one process's part of a channel. Safe to use from several threads."""
@@ -125,7 +131,12 @@ class Vigil:
         key = handle, threading.get_ident()
         with self._lock:
             before = self._waiting.get(key)  # a finalizer or signal handler writes or reads in the middle of doing so
+            others_wait = kind == READS and READS in self._waiting.values()
             self._waiting[key] = kind
+        core = self._core()
+        if others_wait and core is not None:
+            core.wake_all()  # perhaps all wait now
+        del core
         try:
             yield
         finally:
@@ -142,6 +153,8 @@ class Vigil:
         if kind != self._shown and core is not None and core.line is not None:
             self._shown = kind
             core.line.table.show(WAITS, kind)
+            if kind:
+                core.line.table.ring()  # perhaps all wait now
 
     # News
 
@@ -152,11 +165,17 @@ class Vigil:
         table = self._table()
         return table is not None and seen.next_death(table, self._concerning(table, kind)) is not None
 
-    def raise_news(self, seen: Seen, kind: int, *, only_of_threads: bool = False) -> None:
+    def raise_news(self, seen: Seen, kind: int) -> None:
         """Raise WorkerDied if there is something to tell, unless there are items: what a dead one wrote comes first."""
         core = self._core()
-        if core is None or (only_of_threads and len(self._failures) == seen.thread_failures):
-            return
+        if core is not None:
+            try:
+                self._raise_news(core, seen, kind)
+            except WorkerDied:
+                core.news_told()
+                raise
+
+    def _raise_news(self, core: Part, seen: Seen, kind: int) -> None:
         items_first: Callable[[], bool] = core.way.can_take if kind == READS else _never
         known = len(self._failures)
         number = self._next_failure(seen, kind)
@@ -166,7 +185,7 @@ class Vigil:
             seen.thread_failures = number + 1
             raise self._failures[number][0]
         seen.thread_failures = known
-        table = None if only_of_threads else self._table()
+        table = self._table()
         if table is not None:
             raise_next_death(seen, table, "this channel", self._concerning(table, kind), unless=items_first)
 
@@ -228,6 +247,11 @@ class Vigil:
         if self._alone_since is None or self._alone_since[1] != sums:
             self._alone_since = now, sums
         return now - self._alone_since[0] >= _SURE_AFTER and not (kind == READS and core.way.can_take())
+
+    def sure_in(self, otherwise: float) -> float:
+        """In how many seconds it is sure that nobody is left, if it seems so; or ``otherwise``."""
+        since = self._alone_since
+        return otherwise if since is None else max(0.0, since[0] + _SURE_AFTER - time.monotonic())
 
     def _seems_alone(self, handle: Any, kind: int) -> bool:
         table = self._table()

@@ -4,6 +4,11 @@ Invariants:
 
 * A round ends when its number changes: because as many have arrived as it needs, or, BROKEN, because a death was
   noticed. It is counted from 0 again then.
+* All who wait have been told of the losses that there had been when the first of them arrived. So one more than that
+  concerns each of them, and whoever sees it ends the round for all.
+* What other processes do, and threads that end with a handle, the monitor tells; the cleanup thread looks then, for the
+  reactor must not wait for the table's lock. Who waits looks himself every ``LOOK_EVERY`` seconds only for what no
+  event tells: a thread of the user's that ends, a handle that is dropped, and what the monitor's events do not cover.
 * Each handle is told, once, of each death since it was sent: at a barrier where it waits, or before it has arrived at
   the next one.
 """
@@ -23,6 +28,7 @@ from ..errors import WorkerDied
 from ..memory import anonymous
 from ..peers.failures import SeenFailures
 from ..peers.handles import Handles
+from ..peers.monitor import LOOK_EVERY, PeerMonitor
 from ..peers.table import PeerTable
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
@@ -30,8 +36,9 @@ from ..workers import threads
 from ..workers.losses import others_may_come, raise_next_death
 from .words import ARRIVED, BROKEN, FAILURES, GONE_ON, LEFT, LOSSES, NEEDED, ROUND, WAITING
 
-#: Whoever waits looks at least so often, in seconds: if descriptors wake him, and if there are none.
-_SLICE: Final = 0.25
+#: For so many seconds a thread waits as if nothing could be wrong.
+_FIRST_WAIT: Final = 0.25
+#: Where the system has no eventfd, nothing wakes who waits: he looks so often, in seconds.
 _SLICE_WITHOUT_EVENTS: Final = 0.001
 
 _BROKEN_OFF: Final = "the barrier cannot be completed: "
@@ -56,6 +63,7 @@ class Part(Protocol):
     """One process's part of a mutex (``core.Core``), to which the barrier belongs."""
 
     table: PeerTable
+    monitor: PeerMonitor
     slot: int
     handles: Handles[object]
     left: bool
@@ -97,7 +105,7 @@ class Barrier:
             words[self._slot + WAITING] += 1
         timed_out = None
         try:
-            self._wait_for_end_of(number, deadline, seen)
+            self._wait_for_end_of(number, deadline)
         except TimeoutError as error:
             timed_out = error
         finally:
@@ -137,22 +145,39 @@ class Barrier:
         self._words[BROKEN + number % 2] = number + 1
         self._end_round()
 
-    def _wait_for_end_of(self, number: int, deadline: float | None, seen: SeenFailures) -> None:
-        words = self._words
+    def _wait_for_end_of(self, number: int, deadline: float | None) -> None:
         poll = select.poll()
         if self._events:
             poll.register(self._events[number % 2], select.POLLIN)
-        longest = _SLICE if self._events else _SLICE_WITHOUT_EVENTS
-        while words[ROUND] == number:
-            left = longest if deadline is None else min(longest, deadline - time.monotonic())
-            if left <= 0:
+        if not self._sleep(poll, number, deadline, _FIRST_WAIT):
+            with self._core.monitor.watching():
+                self.look()
+                while not self._sleep(poll, number, deadline, LOOK_EVERY):
+                    self.look()
+
+    def _sleep(self, poll: select.poll, number: int, deadline: float | None, longest: float) -> bool:
+        """Whether the round has ended, within so many seconds."""
+        until = time.monotonic() + longest
+        while self._words[ROUND] == number:
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                self.look()
+                if self._words[ROUND] != number:
+                    break
                 raise TimeoutError("not all have come to the barrier in time")
-            poll.poll(left * 1000)
+            if now >= until:
+                return False
+            left = (until if deadline is None else min(until, deadline)) - now
+            poll.poll(1000 * (left if self._events else min(left, _SLICE_WITHOUT_EVENTS)))
             self._core.check()
-            if words[ROUND] == number:
-                with self._table.locked():
-                    if words[ROUND] == number and (self._has_news(seen) or self._nobody_comes()):
-                        self._break_round()
+        return True
+
+    def look(self) -> None:
+        """End the round if it cannot be completed. The monitor has this called when there may be something new."""
+        words = self._words
+        with self._table.locked():
+            if not self._core.left and words[ARRIVED] and (self._losses() > words[LOSSES] or self._nobody_comes()):
+                self._break_round()
 
     def _losses(self) -> int:
         return self._table.losses + int(self._words[FAILURES])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ..errors import MutexError, WorkerDied
@@ -14,6 +14,7 @@ from ..memory import anonymous
 from ..memory.parcel import Ticket
 from ..peers.failures import SeenFailures, tenancies_of_the_dead
 from ..peers.handles import Handles
+from ..peers.monitor import PeerMonitor
 from ..peers.table import PeerTable
 from ..transport import cleanup, descriptors
 from ..transport.descriptors import close_fds
@@ -45,12 +46,12 @@ class Core:
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
         try:
-            self.table = PeerTable(fds[0] if fds else None, states=(WAITING,))
+            self.table = PeerTable(fds[:2], states=(WAITING,))
         except BaseException:
-            close_fds(fds[1:])
+            close_fds(fds[2:])
             raise
         try:
-            self._events = list(fds[1:]) if fds else new_events()
+            self._events = list(fds[2:]) if fds else new_events()
         except BaseException:
             self.table.leave()
             raise
@@ -58,6 +59,7 @@ class Core:
         self.slot = self.table.index(self.table.slot)
         self._lock = Lock(self.table)
         self._barrier = Barrier(self, self._events)
+        self.monitor = PeerMonitor(self.table, _weakly_later(self._barrier))
         self._thread = threading.local()
         self.handles: Handles[object] = Handles()
         self.forked = self.left = False
@@ -110,8 +112,9 @@ class Core:
     def ticket(self) -> list[anonymous.Descriptor]:
         self.check()
         try:
-            first = Ticket(descriptors.dup(self.table.fd), self.table.count_issued)
-            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in self._events)]
+            fds = [*self.table.handover(), *self._events]
+            first = Ticket(descriptors.dup(fds[0]), self.table.count_issued)
+            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in fds[1:])]
         except OSError as error:
             raise anonymous.exhausted(error) from error
 
@@ -127,6 +130,7 @@ class Core:
             with self.table.locked():
                 self._words[LEFT] += 1
                 self._words[FAILURES] += int(failed)
+            self.table.ring()
 
     def leave(self, failed: bool = False) -> None:
         """Give up this process's part, and with it the lock. ``failed``: see ``PeerTable.leave``."""
@@ -137,6 +141,7 @@ class Core:
                 return
             self.left = True
             self._words[LEFT] += 1
+        self.monitor.close()
         close_fds(self._events)
         self.table.leave(failed=failed)
         _open.discard(self)
@@ -145,6 +150,18 @@ class Core:
         self.forked = True
         close_fds(self._events)
         self._events = []
+
+
+def _weakly_later(barrier: Barrier) -> Callable[[], None]:
+    """What has the barrier looked at in the background, if it is still there."""
+    look = weakref.WeakMethod(barrier.look)
+
+    def call() -> None:
+        bound = look()
+        if bound is not None:
+            bound()
+
+    return lambda: cleanup.later(call)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,9 @@ Invariants:
   over all slots stay true. A slot that is not FREE and not held is a dead process's. It stays so, for all to see, until
   ``REUSED_AFTER`` others have come after it: then it is claimed again, and its counts, too, go on.
 * Each *tenancy* of a slot has a number of its own. Who remembers deaths remembers tenancies, not slots.
+* Whoever claims a slot, leaves one or shows something that others wait for rings the *bell* afterwards: an eventfd that
+  all processes have, which nobody reads. Each process that waits hears each ring, by an edge-triggered epoll of its own
+  (``monitor``). A process that is killed rings nothing; of that its pidfd tells.
 * A handle that leaves for another process is counted in ISSUED before, and in REDEEMED when it is there. So one that is
   under way is seen in the difference of the sums; one whose message nobody will read stays there for ever.
 """
@@ -43,31 +46,58 @@ REUSED_AFTER: Final = 1024
 #: others are the user's.
 _CLAIMED, _CAME, _SUCCEEDED = range(3)
 #: Words of a slot: its holder's process id, 0 if it is FREE, with FAILED set if it has failed; the tenancy's number;
-#: handles sent to other processes, and received. The others are the user's.
-_HOLDER, _TENANCY, _ISSUED, _REDEEMED = range(4)
+#: handles sent to other processes, and received; in which PID namespace the holder has its id, 0 if that is not known.
+#: The others are the user's.
+_HOLDER, _TENANCY, _ISSUED, _REDEEMED, _PROCESS_IDS = range(5)
 _FAILED: Final = 1 << 62
 #: The first words that the user may use, of the head and of a slot.
-FIRST_OF_HEAD, FIRST_OF_SLOT = 3, 4
+FIRST_OF_HEAD, FIRST_OF_SLOT = 3, 5
 
 # Which byte's lock means what; slot n's is byte 1 + n.
 _HEAD_LOCK: Final = 0
 _FIRST_LOCK: Final = 1
 
 
+def _made() -> tuple[int, int]:
+    """New memory, and its bell; -1 where the system has no eventfd."""
+    fd = lockable_memory(WORD * _WIDTH * (1 + SLOTS))
+    try:
+        bell = descriptors.eventfd()
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, -1 if bell is None else bell
+
+
+def _adopted(fds: Sequence[int]) -> tuple[int, int]:
+    return (fds[0], fds[1]) if len(fds) > 1 else (fds[0], -1)
+
+
+def _process_ids() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 class PeerTable:
     """One process's mapping of a table, with its slot. Safe to use from several threads.
 
     Args:
-        fd: the table's memory, which this object takes over, also if it fails; None to make a new table.
+        fds: what ``handover`` gave in another process, which this object takes over, also if it fails; none to make a
+            new table.
         states: words of a slot that say how its holder is now, and do not count: 0 for each new holder.
 
     Raises ResourceError if descriptors or memory have run out, or slots.
     """
 
-    def __init__(self, fd: int | None = None, states: Sequence[int] = ()) -> None:
-        if fd is None:
-            fd = lockable_memory(WORD * _WIDTH * (1 + SLOTS))
-        self._memory = SharedWords(_WIDTH, SLOTS, _WIDTH, fd)
+    def __init__(self, fds: Sequence[int] = (), states: Sequence[int] = ()) -> None:
+        fd, self.bell = _adopted(fds) if fds else _made()
+        try:
+            self._memory = SharedWords(_WIDTH, SLOTS, _WIDTH, fd)
+        except BaseException:
+            descriptors.close_fds([self.bell])
+            raise
         self._lock_fd = -1
         self._thread_lock = threading.RLock()
         self._depth = 0
@@ -87,8 +117,18 @@ class PeerTable:
 
     @property
     def fd(self) -> int:
-        """The table's memory, for other processes; -1 after ``leave``."""
+        """The table's memory; -1 after ``leave``."""
         return self._memory.fd
+
+    def handover(self) -> list[int]:
+        """The descriptors for another process: one or two, as many in each process."""
+        return [self.fd] if self.bell < 0 else [self.fd, self.bell]
+
+    def ring(self) -> None:
+        """Let all who wait look at the table."""
+        with self._thread_lock:
+            if self.bell >= 0:
+                os.write(self.bell, (1).to_bytes(8, "little"))
 
     def _claim(self, states: Sequence[int]) -> int:
         words = self.words
@@ -103,7 +143,9 @@ class PeerTable:
             words[_CLAIMED] = max(int(words[_CLAIMED]), slot + 1)
             words[_CAME] += 1
             words[first + _TENANCY] = words[_CAME]
+            words[first + _PROCESS_IDS] = _process_ids()
             words[first + _HOLDER] = os.getpid()
+        self.ring()
         return slot
 
     def _lock_one(self) -> int | None:
@@ -158,6 +200,11 @@ class PeerTable:
     def pid(self, slot: int) -> int:
         """Who holds it; 0 if nobody does."""
         return int(self.words[self.index(slot) + _HOLDER]) & ~_FAILED
+
+    def shares_process_ids(self, slot: int) -> bool:
+        """Whether the process id of a slot's holder means that process here, too."""
+        theirs = self.shown(slot, _PROCESS_IDS)
+        return theirs != 0 and theirs == self.shown(self.slot, _PROCESS_IDS)
 
     def others_came(self) -> bool:
         """Whether it was ever open in another process."""
@@ -281,6 +328,7 @@ class PeerTable:
                 return
             if self.slot >= 0:
                 self.words[self.index(self.slot) + _HOLDER] = os.getpid() | _FAILED if failed else 0
+                self.ring()
             if not keep_memory:
                 self._memory.close()
             self._close()
@@ -292,6 +340,5 @@ class PeerTable:
 
     def _close(self) -> None:
         self._memory.abandon()
-        fd, self._lock_fd = self._lock_fd, -1
-        if fd >= 0:
-            os.close(fd)
+        fds, self._lock_fd, self.bell = (self._lock_fd, self.bell), -1, -1
+        descriptors.close_fds(fds)

@@ -38,7 +38,7 @@ from .alarm import Alarm
 from .endpoint import Endpoint, Received
 from .outbox import Outbox, Sent
 from .process import closed_in_child
-from .waiting import Waiter
+from .waiting import Waiter, never
 
 T = TypeVar("T")
 
@@ -92,13 +92,21 @@ class Connection:
         assert self._waiter is not None
         return self._waiter.alarm
 
-    def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
+    def wait(
+        self, attempt: Callable[[], T | None], deadline: float | None, stop: Callable[[], object] = never
+    ) -> T | None:
         """What ``attempt`` gives as soon as it gives something; it is made whenever a message may have come.
 
-        None after ``deadline`` (time.monotonic), if the alarm is set, or after ``stop_waiting``.
+        None after ``deadline`` (time.monotonic), if the alarm is set, or after ``stop_waiting``. Also if there is a
+        reason to ``stop``; who makes one calls ``wake_all`` then.
         """
         assert self._waiter is not None
-        return self._waiter.wait(attempt, deadline)
+        return self._waiter.wait(attempt, deadline, stop)
+
+    def wake_all(self) -> None:
+        """Have everybody who waits now look at the state of things."""
+        assert self._waiter is not None
+        self._waiter.wake_all()
 
     def receive(self, seconds: float | None = None) -> Received | None:
         """The next message; None if there is none after ``seconds``, or if another thread has taken it.

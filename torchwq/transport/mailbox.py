@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from .alarm import Alarm
+from .waiting import never
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,10 +30,6 @@ R = TypeVar("R")
 
 #: Nobody sleeps longer without looking, in seconds.
 _LONGEST: Final = 1.0
-
-
-def _never() -> bool:
-    return False
 
 
 class Mailbox(Generic[T]):
@@ -81,7 +78,7 @@ class Mailbox(Generic[T]):
                 self._ring_or_hush(bell)
 
     def wait(
-        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = _never
+        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = never
     ) -> R | None:
         """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or if there
         is a reason to ``stop``, or for no reason: the caller looks at the state of things and waits again. Who makes

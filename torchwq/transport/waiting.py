@@ -12,6 +12,7 @@ Invariants:
 * That process may be killed between waking and taking the message. So no sleep is longer than ``SLICE``; after
   each the message is tried for again, by everyone.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
+* ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
 * The epoll is made for the first sleep. As long as none can be had, threads sleep by poll(2), all for each message.
 * A ``poll`` object serves one thread at a time: who looks takes one out of ``_polls``, and puts it back.
 """
@@ -40,6 +41,8 @@ _MIN_SPIN: Final = 10_000
 _LOOKS_PER_YIELD: Final = 4
 #: A sleep shorter than this would have been better spent spinning.
 _SHORT_SLEEP: Final = 400_000
+#: The alarm's reason when it wakes those who wait now.
+_WAKE: Final = "wake"
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
@@ -49,6 +52,11 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def never() -> bool:
+    """No reason to stop waiting."""
+    return False
 
 
 class _HasFileno(Protocol):
@@ -65,7 +73,9 @@ class Waiter:
         self._spin = _MAX_SPIN if self._can_spin else 0
         # Reentrant: a finalizer that runs in the middle of falling asleep may close this.
         self._guard = threading.RLock()
-        self._sleepers = 0
+        #: One for each wait that has begun, and those of them that ``wake_all`` ends.
+        self._waits: set[object] = set()
+        self._to_wake: set[object] = set()
         #: Threads that sleep; one that was interrupted at the wrong moment stands here until it has slept again.
         self._asleep: set[int] = set()
         self._watched = -1
@@ -73,33 +83,50 @@ class Waiter:
         self._epoll: select.epoll | None = None
         self._polls: deque[select.poll] = deque()
 
-    def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
+    def wait(
+        self, attempt: Callable[[], T | None], deadline: float | None, stop: Callable[[], object] = never
+    ) -> T | None:
         """Return what ``attempt`` gives; None when the alarm is set or ``deadline`` (time.monotonic) has passed.
 
         ``attempt`` is called at least once after the alarm was set, so nothing that had come before is overlooked.
+        ``stop`` is asked when this wait has begun: who makes such a reason calls ``wake_all`` then.
         """
-        if not self._enter():
+        wait = object()
+        if not self._enter(wait):
             return attempt()
         try:
+            if stop():
+                return attempt()
             if self._spin:
                 found = self._spin_for(attempt)
                 if found is not None:
                     return found
             return self._sleep_for(attempt, deadline)
         finally:
-            self._leave()
+            self._leave(wait)
 
-    def _enter(self) -> bool:
+    def wake_all(self) -> None:
+        """Have everybody who waits look at the state of things: ``wait`` returns None if there is nothing else."""
+        with self._guard:
+            if self._waits and not self._closed:
+                self._to_wake |= self._waits
+                self.alarm.set(_WAKE)
+
+    def _enter(self, wait: object) -> bool:
         with self._guard:
             if self._closed:
                 return False
-            self._sleepers += 1
+            self._waits.add(wait)
             return True
 
-    def _leave(self) -> None:
+    def _leave(self, wait: object) -> None:
         with self._guard:
-            self._sleepers -= 1
-            if self._closed and not self._sleepers:
+            self._waits.discard(wait)
+            if self._to_wake:
+                self._to_wake.discard(wait)
+                if not self._to_wake:
+                    self.alarm.clear(_WAKE)
+            if self._closed and not self._waits:
                 self._release()
 
     def _sleep_for(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
@@ -200,7 +227,7 @@ class Waiter:
                 return
             self._closed = True
             self.alarm.set()
-            if not self._sleepers:
+            if not self._waits:
                 self._release()
 
     def _release(self) -> None:

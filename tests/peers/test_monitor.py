@@ -1,0 +1,115 @@
+"""Whoever waits at a table of peers is told at once of who comes, leaves, dies or shows something."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.marshalling.support import descriptors as open_descriptors
+from tests.peers.test_table import Child, another, new_table
+from torchwq.peers import table as tables
+from torchwq.peers.monitor import PeerMonitor
+from torchwq.peers.table import FIRST_OF_SLOT, PeerTable
+from torchwq.transport import descriptors
+
+WORD = FIRST_OF_SLOT
+
+
+class Changes:
+    """What a monitor has told."""
+
+    def __init__(self, table: PeerTable) -> None:
+        self._told = threading.Event()
+        self.monitor = PeerMonitor(table, self._told.set)
+
+    def after(self, action: object) -> bool:
+        """Whether it tells of something when ``action`` was done."""
+        self._told.wait(0.2)  # of what was before: an edge may still be under way
+        self._told.clear()
+        action()  # type: ignore[operator]
+        return self._told.wait(10)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[tuple[PeerTable, Changes]]:
+    with new_table() as table:
+        changes = Changes(table)
+        with changes.monitor.watching():
+            yield table, changes
+        changes.monitor.close()
+
+
+def test_it_tells_of_who_comes_leaves_and_shows_something() -> None:
+    with watched() as (table, changes):
+        came: list[PeerTable] = []
+        assert changes.after(lambda: came.append(another(table)))
+        came[0].show(WORD, 3)
+        assert changes.after(came[0].ring)
+        assert changes.after(came[0].leave)
+        assert changes.after(lambda: came.append(another(table)))
+        assert changes.after(lambda: came[1].leave(failed=True))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, b"x"], ids=["killed", "exits without leaving"])
+def test_it_tells_of_a_death_before_and_after_it_has_begun(how: bytes | signal.Signals) -> None:
+    with new_table() as table:
+        before = Child(table)
+        changes = Changes(table)
+        with changes.monitor.watching():
+            later = Child(table)
+            for child in (later, before):
+                assert changes.after(lambda child=child: child.end(how))
+                assert (child.slot, False) in list(table.others())
+            assert changes.monitor.sees_all
+        changes.monitor.close()
+
+
+def test_while_nobody_waits_nothing_is_open_for_it() -> None:
+    with new_table() as table:
+        child = Child(table)
+        before = open_descriptors()
+        changes = Changes(table)
+        with changes.monitor.watching(), changes.monitor.watching():
+            assert len(open_descriptors()) == len(before) + 2
+        assert open_descriptors() == before
+        child.end(b"l")
+
+
+@pytest.mark.parametrize("what", ["pidfd", "epoll", "eventfd", "another namespace"])
+def test_where_an_event_cannot_tell_it_says_so(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if what == "another namespace":
+        monkeypatch.setattr(tables, "_process_ids", lambda: os.getpid())
+    else:
+        monkeypatch.setattr(descriptors, what, lambda *args: None)
+    with watched() as (table, changes):
+        child = Child(table)
+        with changes.monitor.watching():
+            assert changes.monitor.sees_all is False or what in ("pidfd", "another namespace")
+        changes.monitor._heard()
+        assert not changes.monitor.sees_all
+        child.end(signal.SIGKILL)
+        assert (child.slot, False) in list(table.others())
+
+
+def test_a_process_id_that_was_given_again_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer dies just before its pidfd is opened."""
+    with new_table() as table:
+        child = Child(table)
+        real = descriptors.pidfd
+
+        def pidfd(pid: int) -> int | None:
+            assert pid == child.pid
+            child.end(signal.SIGKILL)
+            return real(os.getpid())
+
+        monkeypatch.setattr(descriptors, "pidfd", pidfd)
+        before = open_descriptors()
+        changes = Changes(table)
+        changes.monitor.open()
+        changes.monitor.close()
+        assert len(open_descriptors()) == len(before) - 1  # the pipe to the child
