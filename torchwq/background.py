@@ -352,10 +352,10 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), limit)
     except BaseException as error:
         failed = True
-        packed = error if context.peer.same_process else exceptions.pack(error)
+        packed = exceptions.pack_for(context.peer, error)
         _tell(items, packed)
         context.note_failure(packed)
-        payload = exceptions.encode(packed, limit)
+        payload = exceptions.encode(packed, limit, context.peer)
     context.send(payload)
     return int(failed)
 

@@ -356,9 +356,9 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode((None, None), context.max_payload)
     except BaseException as error:
         failed = True
-        packed = error if context.peer.same_process else exceptions.pack(error)
+        packed = exceptions.pack_for(context.peer, error)
         context.note_failure(packed)
-        payload = exceptions.encode(packed, context.max_payload)
+        payload = exceptions.encode(packed, context.max_payload, context.peer)
     context.send(payload)
     return int(failed)
 

@@ -299,24 +299,16 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
     ) -> None:
-        workers = find(backend)
+        self._backend = find(backend)
         n = cores() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues
-        self._peer = peer = workers.peer
-        self._can_be_killed = workers.can_be_killed
         held: list[Any] = []
         setup = codec.encode_call(
-            initializer,
-            initargs,
-            None,
-            codec.CALL_LIMIT,
-            upvalues=upvalues,
-            peer=peer,
-            starting=held,
+            initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, peer=self._backend.peer, starting=held
         )
-        self._pool = _Pool(n, setup, workers, held)
+        self._pool = _Pool(n, setup, self._backend, held)
         _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
@@ -337,8 +329,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
         Source: ``concurrent.futures.Executor.submit``.
         """
-        pool = self._pool
-        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, peer=self._peer)
+        pool, peer = self._pool, self._backend.peer
+        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, peer=peer)
         future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:
@@ -370,7 +362,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         if interrupted:
             self._pool.shut_down(cancel=True)
             self._pool.kill()
-        self.shutdown(wait=not (interrupted and not self._can_be_killed))
+        self.shutdown(wait=not (interrupted and not self._backend.can_be_killed))
 
     def __repr__(self) -> str:
         pool = self._pool
@@ -405,7 +397,7 @@ def run_worker(context: child.Context) -> int:
 
 
 def _failure(context: child.Context, error: BaseException) -> codec.Encoded:
-    packed = error if context.peer.same_process else exceptions.pack(error)
+    packed = exceptions.pack_for(context.peer, error)
     if not isinstance(error, QueueClosed):
         context.note_failed_task(packed)
-    return exceptions.encode(packed, context.max_payload)
+    return exceptions.encode(packed, context.max_payload, context.peer)

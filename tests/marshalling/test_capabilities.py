@@ -15,7 +15,7 @@ import torch
 
 import torchwq
 from torchwq import MarshalError
-from torchwq.marshalling import codec
+from torchwq.marshalling import codec, exceptions
 from torchwq.marshalling.payload import Attachments
 from torchwq.marshalling.tensors import _refuse_device
 from torchwq.memory.anonymous import Descriptor
@@ -163,6 +163,20 @@ def test_what_is_of_this_machine_is_refused_with_its_place(kind: str) -> None:
         marshal({"inner": [1, obj]}, starting=[])
     with contextlib.suppress(AttributeError):
         obj.close()
+
+
+def test_an_exception_that_holds_a_tensor_goes_by_value() -> None:
+    error = ValueError("with a tensor", dense(), torchwq.workqueue)
+    packed = exceptions.pack_for(OTHER_MACHINE, error)
+    data, fds = received(exceptions.encode(packed, codec.CALL_LIMIT, OTHER_MACHINE))
+    assert not fds
+    value, arrived = exceptions.open_answer(data, fds)
+    assert value is None
+    assert type(arrived) is ValueError
+    assert arrived.args[0] == "with a tensor"
+    assert torch.equal(arrived.args[1], dense())
+    arrived.args[1].zero_()
+    assert error.args[1].any()
 
 
 def test_memory_of_a_device_is_refused_with_the_way_out() -> None:

@@ -101,7 +101,7 @@ def test_result_times_out_and_can_be_called_again(pool: torchwq.BackgroundTaskPo
 def test_an_exception_keeps_its_type_and_brings_the_traceback(pool: torchwq.BackgroundTaskPool) -> None:
     with pytest.raises(ZeroDivisionError, match="by zero") as caught:
         pool.submit(jobs.fail, "by zero").result()
-    if not pool._peer.same_process:
+    if not pool._backend.peer.same_process:
         assert isinstance(caught.value.__cause__, torchwq.RemoteTraceback)
     assert "in fail" in "".join(traceback.format_exception(caught.value))
 

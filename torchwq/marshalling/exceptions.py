@@ -77,14 +77,16 @@ def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedEx
     return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
 
 
-def encode(error: PackedException | BaseException, limit: int) -> codec.Encoded:
-    """The payload with which a worker tells its owner that it has failed: no value, and the packed exception.
+def pack_for(peer: Capabilities, error: BaseException) -> PackedException | BaseException:
+    """The same; but for a peer in this process, the exception itself: there is no need to pack it."""
+    return error if peer.same_process else pack(error, peer=peer)
 
-    A worker that is a thread of its owner's process has no need to pack it: it is the exception itself.
-    """
+
+def encode(error: PackedException | BaseException, limit: int, peer: Capabilities = SAME_MACHINE) -> codec.Encoded:
+    """The payload with which a worker tells its owner that it has failed: no value, and what ``pack_for`` gives."""
     if isinstance(error, BaseException):
         return Letter(None, [(None, error)])
-    return codec.encode((None, error), limit, upvalues=True)
+    return codec.encode((None, error), limit, upvalues=True, peer=peer)
 
 
 @debug.runs_user_code

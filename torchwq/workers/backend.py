@@ -21,7 +21,8 @@ A backend for other machines (Ray, say) is one more module and one more such lin
 * Before a byte from there is unpickled, proof that the sender is one of ours: there are no peer credentials over TCP.
 
 Handles on queues and channels are descriptors, so a worker over there is refused one, until a handle can also travel
-as an address. ``map`` and pools need no handle; ``BackgroundTask`` does.
+as an address. ``map`` and pools need no handle; ``BackgroundTask`` does. A loader's worker counts in words that it
+shares with its loader (``loading.counters``), and puts its batches together for this machine.
 """
 
 from __future__ import annotations
