@@ -4,6 +4,8 @@ A message is bytes, and descriptors beside them. Its last byte says which kind i
 and reads it; :mod:`~torchwq.transport.trailer` has that byte, and the number that stands before it. What comes before
 that is the class's business, which says at its head what it looks like: nobody else takes a message apart.
 
+It is one file, though a long one, so that whoever wants to know what a message looks like has one place to read.
+
 A kind has four functions. ``encode`` lays a payload down; what it takes differs from kind to kind. ``decode`` makes the
 object, ``discard`` gives back what a message holds that nobody decodes, and ``describe`` says in a few words what is
 in it. To add a kind, write its class and add it to ``KINDS``.
