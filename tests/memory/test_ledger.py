@@ -198,3 +198,18 @@ def test_who_takes_a_slot_over_holds_nothing_that_its_last_process_held(table: s
     assert {maker.state(number) for number in numbers if number is not None} == {ledger.FREE}
     for each in (*before, maker, heir):
         each.abandon()
+
+
+def test_a_worker_whose_owner_may_have_died_says_nothing_of_a_missing_table_before_it_would_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    later: list[tuple[float, Any]] = []
+    monkeypatch.setattr(limits.reactor, "get", lambda: SimpleNamespace(call_later=lambda *args: later.append(args)))
+    monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
+    monkeypatch.setattr(limits, "_held_back", 0.0)
+    limits.hold_back_warnings(3.0)
+    limits.warn_of_no_reuse("it has gone with its maker")
+    ((seconds, warn),) = later
+    assert seconds == 3.0
+    with pytest.warns(RuntimeWarning, match="gone with its maker"):
+        warn()

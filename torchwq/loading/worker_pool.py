@@ -37,7 +37,7 @@ from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
 from ..marshalling.wire import References
-from ..memory import recycling
+from ..memory import limits, recycling
 from ..memory.anonymous import Descriptor, exhausted
 from ..memory.promises import KeptBlocks
 from ..transport import descriptors, kinds
@@ -132,6 +132,7 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
 
 def _forked_main(config: LoaderConfig, own_config: WorkerConfig, ticket: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
+    limits.hold_back_warnings(child.OUTLIVES_OWNER)
     with contextlib.closing(Connection(kinds.adopt(ticket))) as connection:
         _end_with_owner(connection, owner)
         WorkerLoop(config, own_config).run(connection, has_main=True)

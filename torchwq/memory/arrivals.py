@@ -243,21 +243,26 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
         return tensor
 
 
+def _all_here(references: Iterable[tuple[int, int]]) -> list[Block] | None:
+    """The blocks of a message, if all are here and none is another's. Under the lock."""
+    found = []
+    for number, nbytes in references:
+        block = recycling.table.get(number)
+        if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
+            return None
+        found.append(block)
+    return found
+
+
 def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geometry]) -> list[torch.Tensor] | None:
     """The same for a message of several tensors, each on a block of its own."""
     global hits
     with recycling.lock:
         recycling.settle()
         recycling.look(len(geometries))
-        table, book = recycling.table, ledger.current()
-        if book is None:
+        book, found = ledger.current(), _all_here(references)
+        if book is None or found is None:
             return None
-        found = []
-        for number, nbytes in references:
-            block = table.get(number)
-            if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
-                return None
-            found.append(block)
         now = time.monotonic()
         tensors = []
         for block, geometry in zip(found, geometries, strict=True):
@@ -281,15 +286,9 @@ def take_packed(
     with recycling.lock:
         recycling.settle()
         recycling.look(len(geometries))
-        table, book = recycling.table, ledger.current()
-        if book is None:
+        book, found = ledger.current(), _all_here(references)
+        if book is None or found is None:
             return None
-        found = []
-        for number, nbytes in references:
-            block = table.get(number)
-            if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
-                return None
-            found.append(block)
         now = time.monotonic()
         pack = found[-1]
         cuts = pack.cuts

@@ -8,6 +8,7 @@ is asked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Final
 
 from .. import warning
 from ..errors import ResourceError
+from ..transport import reactor
 
 #: Overrides the default limit on pool memory, in bytes. In the environment, so that workers have it too.
 VARIABLE: Final = "TORCHWQ_MEMORY_LIMIT"
@@ -30,6 +32,8 @@ _MAPS: Final = "/proc/sys/vm/max_map_count"
 _default: int | None = None
 _descriptors: int | None = None
 _warned = _warned_of_no_reuse = False
+#: For how many seconds a warning waits.
+_held_back = 0.0
 #: How often a tensor was copied for want of descriptors.
 copies = 0
 
@@ -157,8 +161,20 @@ def warn_of_no_reuse(why: str) -> None:
     global _warned_of_no_reuse
     if not _warned_of_no_reuse:
         _warned_of_no_reuse = True
-        warning.warn(
+        warn = functools.partial(
+            warning.warn,
             f"shared memory of this process is made anew for each message instead of being used again, which is "
             f"slower: the table in which the processes count who uses it cannot be had: {why}",
             RuntimeWarning,
         )
+        if _held_back:
+            reactor.get().call_later(_held_back, warn)
+        else:
+            warn()
+
+
+def hold_back_warnings(seconds: float) -> None:
+    """This process ends within less if the one that it works for has ended, and the table with that: then it has nothing
+    to say to anybody."""
+    global _held_back
+    _held_back = seconds

@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ..memory import anonymous
+from ..memory import anonymous, limits
 from ..memory.parcel import Parcel
 from ..transport import directory, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
@@ -35,6 +35,8 @@ from ..transport.trailer import payload_of
 from . import client, descent, failures, info, shutdown, standing
 
 _PR_SET_PDEATHSIG: Final = 1
+#: After so many seconds no worker is there any more whose owner has died.
+OUTLIVES_OWNER: Final = 3.0
 
 
 class Context:
@@ -88,6 +90,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     vars(main)["__torchwq_worker__"] = True
     _standard_streams(stdout, stderr)
     set_signal_handlers()
+    limits.hold_back_warnings(OUTLIVES_OWNER)
     gc.enable()
     client.born_with(server)
     context = Context(kinds.adopt(control))
