@@ -174,7 +174,6 @@ def warn_of_no_reuse(why: str) -> None:
 
 
 def hold_back_warnings(seconds: float) -> None:
-    """This process ends within less if the one that it works for has ended, and the table with that: then it has nothing
-    to say to anybody."""
+    """Let warnings wait for so long: this process ends within less if its owner has, and the table with that one."""
     global _held_back
     _held_back = seconds
