@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import torchwq
 from tests.conftest import wait_until
 from tests.queues import jobs
 from tests.queues.handles import worker_handle
+from torchwq.transport import descriptors, link, reactor
 
 
 def test_a_killed_worker_is_reported_within_a_second_with_what_it_had_in_hand() -> None:
@@ -322,3 +324,27 @@ def test_threads_that_write_together_keep_to_the_capacity(opened: bool, monkeypa
         assert got == set(range(12))
         assert most <= 3
         worker.close()
+
+
+def test_a_process_that_dies_while_it_asks_for_a_queue_is_no_worker_for_ever() -> None:
+    with torchwq.workqueue("asked for by one that dies") as owner:
+        ours, theirs = link.pair()
+        os.close(theirs)
+        reactor.get().call_later(0, lambda: owner._role.open_by_name(ours, os.getppid()))  # type: ignore[attr-defined]
+        with pytest.raises(torchwq.WorkerDied, match=str(os.getppid())):
+            owner.read(timeout=20)
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read(timeout=20)
+
+
+def test_a_process_that_could_not_be_answered_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fds: object) -> list[int]:
+        raise descriptors.exhausted(OSError(errno.EMFILE, "Too many open files"))
+
+    with torchwq.workqueue("not answered") as owner:
+        ours, theirs = link.pair()
+        monkeypatch.setattr(link.descriptors, "dup_all", refuse)
+        assert owner._role.open_by_name(ours, os.getppid())  # type: ignore[attr-defined]
+        assert ours.fileno() < 0
+        assert owner.statistics().handles == 0
+        os.close(theirs)

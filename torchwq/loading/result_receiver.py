@@ -11,11 +11,11 @@ Invariants:
 
 from __future__ import annotations
 
-import select
 import time
 from typing import Any, Final
 
 from ..marshalling import codec, exceptions
+from ..transport import polling
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from .messages import Failure
@@ -129,17 +129,15 @@ class ResultReceiver:
                         self._stats.waited += time.perf_counter_ns() - began
                     return worker, received
             began = began or time.perf_counter_ns()
-            poll = select.poll()
             for worker in self._workers:
                 worker.flush()
-            if wake is not None:
-                poll.register(wake.fileno(), select.POLLIN)
+            fds = [] if wake is None else [wake.fileno()]
             for worker in busy:
                 if worker.connection.fileno() < 0:
                     return worker, None
-                poll.register(worker.connection.fileno(), select.POLLIN)
+                fds.append(worker.connection.fileno())
             longest = _POLL_INTERVAL if busy else _IDLE_POLL_INTERVAL
             left = longest if deadline is None else min(longest, deadline - time.monotonic())
             if left <= 0:
                 return self._workers[0], None
-            poll.poll(left * 1000)
+            polling.readable(left, *fds)

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import functools
 import os
+import pickle
 import select
 import signal
 import threading
@@ -62,6 +63,8 @@ _PARENT_POLL_INTERVAL: Final = 0.1
 #: Descriptors that multiprocessing needs to fork. It leaves some of them open if there are not enough, so that is seen
 #: before.
 _PIPES: Final = 4
+#: Wakes a worker that is far enough ahead: it says nothing.
+_WAKE: Final = pickle.dumps(None)
 
 
 class _EndpointHandover:
@@ -315,12 +318,16 @@ class WorkerHandle:
             self._flow[GENERATION] = self._generation
 
     def send(self, message: Any) -> None:
-        """Send a message. One that is dead does not get it: that shows when its answer is waited for."""
+        """Send a message; None only wakes it.
+
+        One that is dead does not get it: that shows when its answer is waited for.
+        """
         with contextlib.suppress(BrokenPipeError):
             if isinstance(self.connection, LocalEndpoint):
                 self.connection.send(Letter(None, [message]))
                 return
-            self.connection.send(codec.encode_one(message, self.max_payload, "the sampler's index"))
+            payload = _WAKE if message is None else codec.encode_one(message, self.max_payload, "the sampler's index")
+            self.connection.send(payload)
 
     @property
     def has_answered(self) -> bool:

@@ -413,8 +413,7 @@ class Owner(SocketRole, worker.EndListener):
             self._is_opening = self.inside.box is not None
             try:
                 self._admit(link, pid, [*self._theirs.handover(), self.board.fd])
-            except (BrokenPipeError, ResourceError):
-                link.close()
+            except ResourceError:  # the link is closed, and who asks comes again
                 return True
         if self.inside.box is not None:
             cleanup.later(self._open_or_close)  # not in the reactor's thread, which pickles nothing
@@ -453,7 +452,13 @@ class Owner(SocketRole, worker.EndListener):
             if pid is not None:
                 self._arrive(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._lose, member))
-        link.send(Seat(number, self.capacity, sender, room).encode(), fds)
+        try:
+            link.send(Seat(number, self.capacity, sender, room).encode(), fds)
+        except BrokenPipeError:
+            pass  # its process is gone, of which the link tells
+        except BaseException:
+            self._remove(member)
+            raise
 
     def _arrive(self, member: Member, pid: int) -> None:
         member.pid = pid
@@ -530,7 +535,7 @@ class Owner(SocketRole, worker.EndListener):
         elif what == ADOPT and fds:
             try:
                 self._admit(Link(fds.pop()), None)
-            except (QueueClosed, ResourceError, BrokenPipeError):
+            except (QueueClosed, ResourceError):
                 pass  # the other end of that link sees it close
         elif what == LEAVING:
             with self._lock:
