@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from . import warning
 from .loading import autoscaling, internals, sampler_rng, state
 from .loading.in_process import InProcessIterator
-from .loading.iterator import Iterator, Options
+from .loading.iterator import Iterator
 from .loading.statistics import LoaderStatistics, StatsCollector
 from .transport.waiting import cores
 from .workers.backend import find
@@ -98,27 +98,10 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         backend: Literal["process", "thread"] = "process",
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
-        workers = find(backend)
-        if multiprocessing_context is not None and "multiprocessing_context" not in workers.options:
-            raise ValueError(f"multiprocessing_context is for processes: leave it out with backend={backend!r}")
         iterable = isinstance(dataset, IterableDataset)
-        most = 0
-        if isinstance(num_workers, str):
-            if num_workers != "auto":
-                raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
-            most = 0 if iterable else autoscaling.most(cores())
-            num_workers = cores() if iterable else 1
-        if on_worker_death not in ("raise", "restart"):
-            raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
-        if max_restarts < 0:
-            raise ValueError("max_restarts must not be negative")
-        if prefetch_across_epochs and (iterable or not persistent_workers or num_workers == 0):
-            raise ValueError(
-                "prefetch_across_epochs needs workers that stay (num_workers > 0, persistent_workers=True) and a "
-                "map-style dataset"
-            )
-        if prefetch_across_epochs and not in_order:
-            raise ValueError("prefetch_across_epochs needs in_order=True: batches of two epochs would be mixed")
+        num_workers, most_workers = _numbers_of_workers(num_workers, iterable)
+        _check(on_worker_death, max_restarts, backend, multiprocessing_context)
+        _check_prefetching(prefetch_across_epochs, num_workers > 0 and persistent_workers and not iterable, in_order)
         super().__init__(
             dataset,
             batch_size,
@@ -144,12 +127,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.prefetch_across_epochs = prefetch_across_epochs
         self.backend = backend
         self.snapshot_every_n_steps = snapshot_every_n_steps
-        self._most_workers = most
+        self._most_workers = most_workers
         self._snapshots = False
         self._loaded: state.State | None = None
         self._stats = StatsCollector(self.num_workers)
-        #: The last iterator: with workers, weakly; else as it is, for it costs nothing to keep.
-        self._last: Any = None
+        self._last: Any = None  # the last iterator: with workers, weakly; else as it is, for it costs nothing to keep
 
     def __reduce__(self) -> Any:
         """A copy has the arguments, not the workers.
@@ -182,16 +164,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         else:
             self.check_worker_number_rationality()
         self._stats.workers, self._stats.state = self.num_workers, None
-        options = Options(
-            restarts=self.max_restarts if self.on_worker_death == "restart" else 0,
-            prefetch_across_epochs=self.prefetch_across_epochs,
-            most_workers=self._most_workers,
-            cores=cores(),
-            snapshots=self._snapshots,
-            every=self.snapshot_every_n_steps or 0,
-            backend=find(self.backend),
-        )
-        iterator = Iterator(self, options, self._stats, loaded)
+        iterator = Iterator(self, self._stats, loaded)
         # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.
         self._last = weakref.ref(iterator)
         return iterator
@@ -262,3 +235,32 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         With ``num_workers=0`` nothing is counted.
         """
         return self._stats.read()
+
+
+def _check(on_worker_death: str, max_restarts: int, backend: str, multiprocessing_context: Any) -> None:
+    workers = find(backend)
+    if multiprocessing_context is not None and "multiprocessing_context" not in workers.options:
+        raise ValueError(f"multiprocessing_context is for processes: leave it out with backend={backend!r}")
+    if on_worker_death not in ("raise", "restart"):
+        raise ValueError(f"on_worker_death must be 'raise' or 'restart', not {on_worker_death!r}")
+    if max_restarts < 0:
+        raise ValueError("max_restarts must not be negative")
+
+
+def _numbers_of_workers(num_workers: int | str, iterable: bool) -> tuple[int, int]:
+    """How many workers there are at first, and, if that may change, how many there may be."""
+    if not isinstance(num_workers, str):
+        return num_workers, 0
+    if num_workers != "auto":
+        raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
+    return (cores(), 0) if iterable else (1, autoscaling.most(cores()))
+
+
+def _check_prefetching(prefetch_across_epochs: bool, stays: bool, in_order: bool) -> None:
+    if prefetch_across_epochs and not stays:
+        raise ValueError(
+            "prefetch_across_epochs needs workers that stay (num_workers > 0, persistent_workers=True) and a "
+            "map-style dataset"
+        )
+    if prefetch_across_epochs and not in_order:
+        raise ValueError("prefetch_across_epochs needs in_order=True: batches of two epochs would be mixed")

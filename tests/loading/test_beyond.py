@@ -48,7 +48,8 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
     import torchwq.dataloader
 
     monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 3)
-    monkeypatch.setattr(iterator, "_AUTOSCALING_PERIOD", 8)
+    monkeypatch.setattr(iterator, "cores", lambda: 3)
+    monkeypatch.setattr(autoscaling, "_BATCHES_PER_LOOK", 8)
     monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.5, True))
     with caplog.at_level(logging.INFO, "torchwq"):
         loader = torchwq.DataLoader(datasets.Plain(200), batch_size=2, num_workers="auto")
@@ -62,7 +63,7 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
 
 
 def test_an_automatic_number_of_workers_stays_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iterator, "_AUTOSCALING_PERIOD", 8)
+    monkeypatch.setattr(autoscaling, "_BATCHES_PER_LOOK", 8)
     monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.0, True))
     loader = torchwq.DataLoader(datasets.Plain(100), batch_size=2, num_workers="auto")
     list(loader)
@@ -96,7 +97,7 @@ def test_workers_have_the_next_epoch_ready() -> None:
         datasets.Plain(), 4, num_workers=1, persistent_workers=True, prefetch_across_epochs=True
     )
     list(loader)
-    assert loader._iterator._turns  # type: ignore[union-attr]
+    assert loader._iterator._dispatcher.under_way  # type: ignore[union-attr]
     assert len(list(loader)) == 10
 
 

@@ -17,7 +17,7 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from tests.interpreter import Interpreter
-from torchwq.loading import worker_loop, worker_pool
+from torchwq.loading import failure_place, worker_pool
 
 from . import datasets
 from .datasets import same
@@ -426,4 +426,4 @@ def test_the_index_that_failed_is_named_only_if_it_is_known(dataset: Any, place:
     """For Pythons whose comprehensions have no frame; on others it is known from there."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - only its traceback matters
         dataset[1]
-    assert worker_loop._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]
+    assert failure_place._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import torchwq
-from torchwq.loading import worker_pool
+from torchwq.loading.worker_handle import WorkerHandle
 
 from .pinned import Pinned
 
@@ -52,25 +52,25 @@ def test_the_epoch_after_an_interruption_is_whole(
     loader = _loader(20, pin_memory=pin_memory)
     iterator = iter(loader)
     next(iterator)
-    send, take = worker_pool.WorkerHandle.send, worker_pool.WorkerHandle.take
+    send, take = WorkerHandle.send, WorkerHandle.take
 
-    def interrupted_send(worker: worker_pool.WorkerHandle, message: Any) -> None:
+    def interrupted_send(worker: WorkerHandle, message: Any) -> None:
         if where == "after sending":
             send(worker, message)
         raise KeyboardInterrupt
 
-    def interrupted_take(worker: worker_pool.WorkerHandle) -> Any:
+    def interrupted_take(worker: WorkerHandle) -> Any:
         if take(worker) is not None:
             raise KeyboardInterrupt
 
     if where == "taking":
-        monkeypatch.setattr(worker_pool.WorkerHandle, "take", interrupted_take)
+        monkeypatch.setattr(WorkerHandle, "take", interrupted_take)
     else:
-        monkeypatch.setattr(worker_pool.WorkerHandle, "send", interrupted_send)
+        monkeypatch.setattr(WorkerHandle, "send", interrupted_send)
     with pytest.raises(KeyboardInterrupt):
         list(iterator)
-    monkeypatch.setattr(worker_pool.WorkerHandle, "take", take)
-    monkeypatch.setattr(worker_pool.WorkerHandle, "send", send)
+    monkeypatch.setattr(WorkerHandle, "take", take)
+    monkeypatch.setattr(WorkerHandle, "send", send)
     with pytest.raises(RuntimeError, match=r"KeyboardInterrupt has interrupted this iterator.*iter\(loader\)"):
         next(iterator)
     for _ in range(2):
@@ -83,33 +83,33 @@ def test_an_interruption_while_a_death_is_looked_into(monkeypatch: pytest.Monkey
     loader = _loader(20, on_worker_death="restart", pin_memory=pin_memory)
     iterator = iter(loader)
     next(iterator)
-    died = worker_pool.WorkerHandle.died
+    died = WorkerHandle.died
 
-    def interrupted(worker: worker_pool.WorkerHandle) -> Any:
-        died(worker)
+    def interrupted(worker: WorkerHandle, in_hand: str) -> Any:
+        died(worker, in_hand)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker_pool.WorkerHandle, "died", interrupted)
+    monkeypatch.setattr(WorkerHandle, "died", interrupted)
     iterator._handles[0].process.kill(signal.SIGKILL)
     with pytest.raises(KeyboardInterrupt):
         list(iterator)
-    monkeypatch.setattr(worker_pool.WorkerHandle, "died", died)
+    monkeypatch.setattr(WorkerHandle, "died", died)
     assert [int(batch) for batch in loader] == list(range(20))
 
 
 def test_a_reset_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = _loader(20)
     assert len(list(loader)) == 20
-    flush, count = worker_pool.WorkerHandle.flush, 0
+    flush, count = WorkerHandle.flush, 0
 
-    def interrupted(worker: worker_pool.WorkerHandle, at_least: int = 1) -> None:
+    def interrupted(worker: WorkerHandle) -> None:
         nonlocal count
         count += 1
         if count == 2:
             raise KeyboardInterrupt
-        flush(worker, at_least)
+        flush(worker)
 
-    monkeypatch.setattr(worker_pool.WorkerHandle, "flush", interrupted)
+    monkeypatch.setattr(WorkerHandle, "flush", interrupted)
     with pytest.raises(KeyboardInterrupt):
         iter(loader)
     monkeypatch.undo()

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -19,6 +20,7 @@ from tests.conftest import wait_until
 from torchwq.errors import ResourceError
 from torchwq.loading import internals, result_receiver, worker_pool
 from torchwq.loading.result_receiver import ResultReceiver
+from torchwq.marshalling import codec
 from torchwq.memory import recycling
 from torchwq.transport import reactor
 from torchwq.transport.waiting import Waiter
@@ -72,7 +74,7 @@ def test_leaving_early_ends_the_thread_that_pins(
     iterator = iter(loader)
     next(iterator)
     assert pinning.wait(30)
-    (last,) = [worker for worker in iterator._handles if worker.unreceived or worker._unsent]
+    (last,) = [worker for worker in iterator._handles if worker.unreceived or worker.unsent]
     last.flush()
     assert select.select([last.connection], [], [], 30)[0]
     del iterator
@@ -199,16 +201,16 @@ def test_closing_wakes_a_thread_that_waits_for_a_batch(monkeypatch: pytest.Monke
     iterator = iter(torchwq.DataLoader(slow, 1, num_workers=1, pin_memory=True))
     raised: list[BaseException] = []
     waits = threading.Event()
-    get = iterator._pinner._ready.get
+    get = iterator._pool._pinner._ready.get
 
     class Ready:
-        put = iterator._pinner._ready.put
+        put = iterator._pool._pinner._ready.put
 
         def get(self, timeout: float | None) -> Any:
             waits.set()
             return get(timeout=timeout)
 
-    monkeypatch.setattr(iterator._pinner, "_ready", Ready())
+    monkeypatch.setattr(iterator._pool._pinner, "_ready", Ready())
 
     def train() -> None:
         try:
@@ -230,13 +232,13 @@ def test_ctrl_c_while_the_thread_is_waited_for_leaves_no_worker(monkeypatch: pyt
     Pinned(monkeypatch)
     iterator = iter(torchwq.DataLoader(datasets.Plain(), 4, num_workers=2, pin_memory=True))
     next(iterator)
-    join = iterator._pinner._thread.join
+    join = iterator._pool._pinner._thread.join
 
     def interrupted(timeout: float) -> None:
         join(timeout)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(iterator._pinner._thread, "join", interrupted)
+    monkeypatch.setattr(iterator._pool._pinner._thread, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
         iterator._shutdown_workers()
     assert all(worker.process.exitcode is not None for worker in iterator._handles)
@@ -254,14 +256,13 @@ class Cycle:
 def test_garbage_is_closed_without_waiting_where_others_wait(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     Pinned(monkeypatch)
     decoding, go_on = threading.Event(), threading.Event()
-    unpack = ResultReceiver.unpack
 
-    def slow_unpack(*arguments: Any) -> Any:
+    def slow_decode(*arguments: Any) -> Any:
         decoding.set()
         assert go_on.wait(30)
-        return unpack(*arguments)
+        return codec.decode(*arguments)
 
-    monkeypatch.setattr(ResultReceiver, "unpack", slow_unpack)
+    monkeypatch.setattr(result_receiver, "codec", SimpleNamespace(decode=slow_decode))
     collected = threading.Event()
 
     def collect() -> None:

@@ -20,11 +20,12 @@ from typing import Final
 
 from .counters import BATCHES, BUSY, Counters
 from .statistics import StatsCollector
-from .worker_pool import WorkerHandle
+from .worker_handle import WorkerHandle
 
 log = logging.getLogger("torchwq")
 
-#: Seconds after which it is looked at again, if so many batches have not come until then.
+#: It is looked at again after so many batches, or after so many seconds, if these have not come until then.
+_BATCHES_PER_LOOK: Final = 64
 _PERIOD: Final = 0.25
 #: The part of the time that is too long a wait for the consumer.
 _TOO_LONG: Final = 0.1
@@ -67,9 +68,9 @@ class Autoscaler:
         self.has_ended = False
         stats.since_last_look()  # from now on
 
-    def is_due(self, every: int, yielded: int) -> bool:
-        """Whether it is time to look, ``every`` so many batches or after a while."""
-        return not self.has_ended and (yielded % every == 0 or time.monotonic() - self._looked > _PERIOD)
+    def is_due(self, yielded: int) -> bool:
+        """Whether it is time to look, when so many batches were handed out."""
+        return yielded % _BATCHES_PER_LOOK == 0 or time.monotonic() - self._looked > _PERIOD
 
     def look(self, workers: Sequence[WorkerHandle]) -> int:
         """How many workers to add now."""

@@ -9,7 +9,6 @@ A worker that is a thread shares that map with its process: there the entry does
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -20,7 +19,6 @@ from ..memory import sharing, storages
 from ..memory.block import Block, Geometry
 from ..memory.packing import SMALL
 from ..memory.recycling import block_of
-from ..transport.process import reset_in_child
 from . import internals
 
 #: The blocks that this worker, a process, has stacked a batch's tensors into, since it was cleared. Nobody else has
@@ -28,14 +26,6 @@ from . import internals
 made: set[Block] = set()
 
 _whole_process = False
-_of_thread = threading.local()
-
-
-@reset_in_child
-def _forget() -> None:
-    vars(_of_thread).clear()
-
-
 #: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
 _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
 _MOST_STACKS: Final = 1024
@@ -44,10 +34,7 @@ _MOST_STACKS: Final = 1024
 def install(*, in_thread: bool) -> None:
     """From now on default collation in this process, which is a worker, makes shared tensors; or in this thread."""
     global _whole_process
-    if in_thread:
-        _of_thread.is_worker = True
-    else:
-        _whole_process = True
+    _whole_process = _whole_process or not in_thread
     if internals.default_collate_fn_map.get(torch.Tensor) is internals.collate_tensor_fn:
         internals.default_collate_fn_map[torch.Tensor] = collate_tensor
 
@@ -55,7 +42,7 @@ def install(*, in_thread: bool) -> None:
 def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> Any:
     """Stack tensors as torch's default collation does."""
     first = batch[0]
-    if not (_whole_process or getattr(_of_thread, "is_worker", False)):
+    if not (_whole_process or internals.is_worker_thread()):
         return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)
     if type(first) is not torch.Tensor or is_unusual(first):
         return internals.collate_tensor_fn(batch, collate_fn_map=collate_fn_map)

@@ -41,6 +41,7 @@ class Counters(SharedWords):
         return more
 
     def sum(self, word: int) -> int:
+        """What all workers together have counted in this word."""
         return sum(self.column(word))
 
 

@@ -7,15 +7,12 @@ drawn meanwhile from the global generator was never drawn, unless a dataset sets
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections import deque
 from typing import Any
 
-from . import internals, sampler_rng
-from .messages import Snapshot
-from .plain import after, detached, is_stateful, skip, taken
-from .sampler_cursor import SamplerCursor
+from . import generators, internals, sampler_rng
+from .plain import detached
+from .sampler_cursor import SamplerCursor, skip
+from .snapshots import SnapshotRecorder
 from .state import State
 
 
@@ -29,8 +26,6 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         self._failed = self._failing = 0
         #: None until the first index is drawn.
         self._sampler_rng: sampler_rng.SamplerRng | None = None
-        #: Indices that come before the sampler's next.
-        self._pending: deque[Any] = deque()
         self._cursor = SamplerCursor(loader._index_sampler)
         if resume is not None:
             self._give_state_to_dataset(loader.dataset, resume)
@@ -43,22 +38,29 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
                 self._sampler_rng = sampler_rng.now(sampler, loader.generator)
             super().__init__(loader)
             self._cursor.begin(self._sampler_iter)
-            self._sampler_iter: Any = self._cursor.indices
-            return
+        else:
+            self._resume(loader, resume)
+        self._sampler_iter: Any = self._cursor.indices
+
+    def _resume(self, loader: Any, resume: State) -> None:
         # Nothing was drawn yet, and the dataset, perhaps, has set the global generator to what it was.
         undrawn = "digest" in resume.draws and sampler_rng.is_current(resume.draws)
-        with sampler_rng.kept():
+        with generators.unmoved():
             super().__init__(loader)
         if resume.begins:
             resume = resume.at_beginning()
         self._base_seed = resume.base_seed
         self._num_yielded = resume.yielded
         if undrawn:
-            sampler_rng.restore_own(self._index_sampler, self._loader_generator, resume.draws)
+            sampler_rng.restore_own(self._index_sampler, loader.generator, resume.draws)
             self._cursor.go_on(resume.sampler, 0)
-            self._sampler_iter = self._cursor.indices
         else:
-            self._go_on(resume)
+            self._sampler_rng = sampler_rng.SamplerRng.of(resume.draws)
+            self._failed = resume.position - resume.yielded - len(resume.pending or ())
+            iterable = self._dataset_kind == internals.ITERABLE
+            with sampler_rng.again(self._index_sampler, loader.generator, resume.draws):
+                position = 0 if iterable else resume.position
+                self._cursor.go_on(resume.sampler, position, resume.pending or (), draws_next=not iterable)
         self._give_state_to_samples(resume, loader.batch_size or 1)
 
     def _give_state_to_dataset(self, dataset: Any, resume: State) -> None:
@@ -67,20 +69,6 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             dataset.load_state_dict(detached(snapshot.dataset))
         if resume.begins and snapshot.iterator is not None:
             iter(dataset).load_state_dict(detached(snapshot.iterator))
-
-    def _go_on(self, resume: State) -> None:
-        samples = getattr(self._dataset_fetcher, "dataset_iter", None)
-        self._sampler_rng = sampler_rng.SamplerRng.of(resume.draws)
-        self._pending.extend(resume.pending or ())
-        self._failed = resume.position - resume.yielded - len(self._pending)
-        ahead: list[Any] = []
-        with sampler_rng.again(self._index_sampler, self._loader_generator, resume.draws):
-            self._cursor.go_on(resume.sampler, 0 if samples is not None else resume.position)
-            # Without a state, the next one is drawn now, while the random numbers are those of that time.
-            if samples is None and self._cursor.state() is None:
-                with contextlib.suppress(StopIteration):
-                    ahead.append(next(self._cursor.indices))
-        self._sampler_iter = after(itertools.chain(taken(self._pending), ahead), self._cursor.indices)
 
     def _give_state_to_samples(self, resume: State, batch_size: int) -> None:
         samples, snapshot = getattr(self._dataset_fetcher, "dataset_iter", None), resume.snapshots[0]
@@ -111,33 +99,25 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     def capture(self) -> State:
         """From where the loader can go on after the batch that was handed out last. Raises what ``state_dict`` does."""
         cursor, told = self._cursor, self._told_draws()
+        recorder = SnapshotRecorder(self._dataset_kind, 1, None, copies=True)
+        recorder.begin(self._dataset, self._dataset_fetcher)
         cursor.start()
         return State(
             iterable=self._dataset_kind == internals.ITERABLE,
             num_workers=0,
             base_seed=self._base_seed,
             yielded=self._num_yielded,
-            position=self._num_yielded + self._failed + len(self._pending),
+            position=self._num_yielded + self._failed + len(cursor.pending),
             finished=self.finished,
             begins=self.finished,
             draws=told,
             sampler=cursor.end() if self.finished else cursor.state() if cursor.watches else None,
-            snapshots=[self._snapshot()],
+            snapshots=[recorder.read(self._num_yielded)],
             active=[True],
-            pending=list(self._pending) or None,
+            pending=list(cursor.pending) or None,
         )
 
     def _told_draws(self) -> dict[str, Any]:
         if self._sampler_rng is not None:
             return self._sampler_rng.to_plain()
         return sampler_rng.of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)
-
-    def _snapshot(self) -> Snapshot:
-        samples = getattr(self._dataset_fetcher, "dataset_iter", None)
-        snapshot = Snapshot(self._num_yielded, self._num_yielded)
-        snapshot.ended = bool(getattr(self._dataset_fetcher, "ended", False))
-        if samples is not None and is_stateful(samples):
-            snapshot.iterator = detached(samples.state_dict())
-        if is_stateful(self._dataset) and self._dataset is not samples:
-            snapshot.dataset = detached(self._dataset.state_dict())
-        return snapshot

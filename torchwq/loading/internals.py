@@ -53,7 +53,8 @@ try:
         }
     )
     _WorkerInfo: Any = _worker.WorkerInfo
-    _profiler_enabled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+    #: Whether torch's profiler records what runs now.
+    is_profiled: Any = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
     AVAILABLE = True
 except (ImportError, AttributeError):
     BaseIterator = SingleProcessIterator = object
@@ -70,11 +71,6 @@ def make_fetcher(kind: int, dataset: Any, auto_collation: bool, collate_fn: Any,
     return _kinds.create_fetcher(kind, dataset, auto_collation, collate_fn, drop_last)
 
 
-def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:
-    """What ``torch.utils.data.get_worker_info()`` gives in this process from now on."""
-    _worker._worker_info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
-
-
 _of_thread = threading.local()
 
 
@@ -84,16 +80,25 @@ def _forget() -> None:
     vars(_of_thread).clear()
 
 
-def set_worker_info_of_thread(worker_id: int, num_workers: int, seed: int, dataset: Any) -> None:
-    """The same, in this thread only.
+def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any, *, in_thread: bool) -> None:
+    """What ``torch.utils.data.get_worker_info()`` gives from now on in this process, or ``in_thread``, in this thread.
 
     ``get_worker_info`` looks into a variable of its module. Users have it imported under names of their own, so what
-    can be replaced is its code.
+    can be replaced for one thread is its code.
     """
+    info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+    if not in_thread:
+        _worker._worker_info = info
+        return
     if _worker.get_worker_info.__code__ is not _get_worker_info.__code__:
         vars(_worker)["_torchwq_of_thread"] = _of_thread
         _worker.get_worker_info.__code__ = _get_worker_info.__code__
-    _of_thread.info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
+    _of_thread.info = info
+
+
+def is_worker_thread() -> bool:
+    """Whether this thread is a worker of a loader with ``backend="thread"``."""
+    return hasattr(_of_thread, "info")
 
 
 def _get_worker_info() -> Any:
@@ -123,11 +128,20 @@ def seeded(dataset: Any, shared_seed: int | None) -> Any:
     return settings.apply_random_seed(dataset, generator)
 
 
+def nested(sampler: Any) -> tuple[Any, Any]:
+    """A sampler, and the one that it draws from, if it has one."""
+    return sampler, getattr(sampler, "sampler", None)
+
+
+def _within(sampler: Any) -> Any:
+    """What torch's BatchSampler draws from; any other sampler itself."""
+    return sampler.sampler if type(sampler) is BatchSampler else sampler
+
+
 def can_be_drawn_ahead(sampler: Any) -> bool:
     """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and after its first
     index it draws from no random number generator that others use."""
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    sampler = _within(sampler)
     if type(sampler) is RandomSampler:
         return sampler.generator is None or (not sampler.replacement and sampler.num_samples < len(sampler.data_source))
     return type(sampler) in _DRAWN_AT_ONCE
@@ -135,15 +149,13 @@ def can_be_drawn_ahead(sampler: Any) -> bool:
 
 def takes_seed(sampler: Any) -> RandomSampler | None:
     """torch's RandomSampler, if ``sampler`` is one, or batches of one, that takes a seed from the global generator."""
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    sampler = _within(sampler)
     return sampler if type(sampler) is RandomSampler and sampler.generator is None else None
 
 
 def draws_nothing_global(sampler: Any) -> bool:
     """Whether ``sampler`` is known to draw nothing from torch's global generator, but for what ``takes_seed`` tells."""
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    sampler = _within(sampler)
     if type(sampler) in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
         return sampler.generator is not None
     return type(sampler) in _DRAWN_AT_ONCE or type(sampler) in (list, tuple, range)
@@ -151,8 +163,7 @@ def draws_nothing_global(sampler: Any) -> bool:
 
 def has_no_state(sampler: Any) -> bool:
     """Whether neither ``sampler`` nor its iterator can have a state that it tells."""
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    sampler = _within(sampler)
     return type(sampler) in (RandomSampler, list, tuple, range) or type(sampler) in _DRAWN_AT_ONCE
 
 
@@ -160,8 +171,3 @@ def may_have_state(kind: int, dataset: Any) -> bool:
     """Whether the iterator of a dataset may have a state that it tells. A generator has none."""
     iterate = getattr(type(dataset), "__iter__", None)
     return bool(kind == ITERABLE) and not inspect.isgeneratorfunction(iterate)
-
-
-def is_profiled() -> bool:
-    """Whether torch's profiler records what runs now."""
-    return bool(_profiler_enabled())

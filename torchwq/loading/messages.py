@@ -62,27 +62,33 @@ class NewEpoch:
 
 
 @dataclass(slots=True)
-class Batch:
-    """A batch, with from where to go on after it, if that was noted; the first of an epoch also with ``before``."""
+class Answer:
+    """An answer that is more than a batch. A batch with nothing else to tell goes as it is.
+
+    Attributes:
+        after: from where the worker would go on, if it tells that with this answer.
+        before: from where it has begun; only the first answer of an epoch tells that.
+    """
+
+    after: Snapshot | None = field(default=None, kw_only=True)
+    before: Snapshot | None = field(default=None, kw_only=True)
+
+
+@dataclass(slots=True)
+class Batch(Answer):
+    """A batch, and a snapshot."""
 
     data: Any
-    after: Snapshot | None
-    before: Snapshot | None = None
 
 
 @dataclass(slots=True)
-class End:
-    """The worker's part of an iterable dataset has come to its end."""
-
-    after: Snapshot = field(default_factory=Snapshot)
-    before: Snapshot | None = None
+class End(Answer):
+    """The worker's part of an iterable dataset has come to its end; or nobody wants this batch any more."""
 
 
 @dataclass(slots=True)
-class Failure:
+class Failure(Answer):
     """The dataset, or what was made of its samples, has raised; at this index, as far as that is known."""
 
     error: PackedException | BaseException
     where: str
-    after: Snapshot | None = None
-    before: Snapshot | None = None

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import base64
 import copy
-import random
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
-
-_WORDS_OF_PYTHON: Final = 625
 
 
 class StateDict(dict[str, Any]):
@@ -68,77 +64,3 @@ def detached(state: Any) -> Any:
         return copy.deepcopy(state)
     except Exception:
         return state  # it cannot be copied; then it is no plain data either
-
-
-def taken(indices: deque[Any]) -> Iterator[Any]:
-    """What is in ``indices``, which lose it."""
-    while indices:
-        yield indices.popleft()
-
-
-def skip(iterator: Any, count: int) -> None:
-    """Take and drop so many. Not by ``islice``: that asks for ``iter(iterator)``, with which some begin anew."""
-    for _ in range(count):
-        try:
-            next(iterator)
-        except StopIteration:
-            return
-
-
-def after(first: Iterator[Any], indices: Any) -> Iterator[Any]:
-    """``first``, and then ``indices``, of which nothing is asked but ``next``."""
-    yield from first
-    while True:
-        try:
-            index = next(indices)
-        except StopIteration:
-            return
-        yield index
-
-
-# The generators of a process
-
-
-def state_of_python() -> Any:
-    """The state of ``random``, as plain data."""
-    version, words, gauss = random.getstate()
-    return [version, text_of(np.array(words, "<u4").tobytes()), gauss]
-
-
-def set_state_of_python(state: Any) -> None:
-    version, words, gauss = state
-    random.setstate((version, tuple(np.frombuffer(bytes_of(words), "<u4").tolist()), gauss))
-
-
-def state_of_numpy() -> Any:
-    """The state of ``numpy.random``, as plain data."""
-    return _without_arrays(np.random.get_state(legacy=False))
-
-
-def set_state_of_numpy(state: Any) -> None:
-    np.random.set_state(_with_arrays(state))
-
-
-def state_of_torch() -> str:
-    """The state of torch's generator, as plain data."""
-    return text_of(torch.get_rng_state().numpy().tobytes())
-
-
-def set_state_of_torch(state: str) -> None:
-    torch.set_rng_state(tensor_of(state))
-
-
-def _without_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_arrays(each) for name, each in value.items()}
-    if isinstance(value, np.ndarray):
-        return {"dtype": value.dtype.str, "array": text_of(value.tobytes())}
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if "array" in value:
-            return np.frombuffer(bytes_of(value["array"]), value["dtype"]).copy()
-        return {name: _with_arrays(each) for name, each in value.items()}
-    return value

@@ -9,37 +9,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..workers import worker
 
+#: Seconds that a worker may take to end by itself, as with torch's DataLoader (``MP_STATUS_CHECK_INTERVAL``): to
+#: finish the sample that it is at, what its generators do finally, and its exit functions.
+END_TIMEOUT: Final = 5.0
 #: How long, in seconds, whoever asks for a pid waits for the fork server, which may import torch meanwhile.
 _START_TIMEOUT: Final = 60.0
-
-
-class Process(Protocol):
-    """A worker's process or thread, however it was started."""
-
-    #: What it is to its loader.
-    peer: Capabilities
-    #: Whether ``kill`` ends it, whatever it is at.
-    can_be_killed: bool
-
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    @property
-    def handle(self) -> Any: ...
-    def wait(self, seconds: float | None) -> bool: ...
-    def kill(self, number: signal.Signals) -> None: ...
 
 
 class Forked:
     """A process that multiprocessing has forked."""
 
-    peer = SAME_MACHINE
+    #: What it is to its loader, and whether ``kill`` ends it, whatever it is at.
+    peer: Capabilities = SAME_MACHINE
     can_be_killed = True
 
     def __init__(self, process: Any) -> None:
@@ -48,13 +34,16 @@ class Forked:
 
     @property
     def exitcode(self) -> int | None:
+        """Its exit code; None while it runs."""
         return self.handle.exitcode  # type: ignore[no-any-return]
 
     def wait(self, seconds: float | None) -> bool:
+        """Whether it has ended, or does within so many seconds; None: wait for as long as it takes."""
         self.handle.join(seconds)
         return self.handle.exitcode is not None
 
     def kill(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             if self.handle.exitcode is None and self.pid is not None:
                 os.kill(self.pid, number)
@@ -71,6 +60,7 @@ class Served:
 
     @property
     def handle(self) -> Served:
+        """What programs find in ``iterator._workers``."""
         return self
 
     @property
@@ -81,27 +71,38 @@ class Served:
 
     @property
     def ident(self) -> int | None:
+        """The same as ``pid``."""
         return self.pid
 
     @property
     def name(self) -> str:
+        """Its name, as a process of multiprocessing has one."""
         return f"torchwq-worker-{self._process.info.mapid}"
 
     @property
     def exitcode(self) -> int | None:
+        """Its exit code; None while it runs."""
         return self._process.exitcode
 
     def is_alive(self) -> bool:
+        """Whether it has not ended."""
         return not self._process.ended_event.is_set()
 
     def wait(self, seconds: float | None) -> bool:
+        """Whether it has ended, or does within so many seconds; None: wait for as long as it takes."""
         return self._process.wait(seconds)
 
     def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, ``timeout`` seconds at most."""
         self.wait(timeout)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send it a signal, if it still runs."""
         self._process.kill(number)
 
     def terminate(self) -> None:
+        """Ask it to end."""
         self.kill(signal.SIGTERM)
+
+
+Process = Forked | Served

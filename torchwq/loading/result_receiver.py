@@ -20,12 +20,10 @@ from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from .messages import Failure
 from .statistics import StatsCollector
-from .worker_pool import Gone, WorkerHandle
+from .worker_handle import Gone, WorkerHandle
 
-#: Whoever waits for any of several looks at least so often, in seconds.
+#: Whoever waits for any of several workers looks at all of them at least so often, in seconds.
 _POLL_INTERVAL: Final = 0.5
-#: The same while nobody has anything to do.
-_IDLE_POLL_INTERVAL: Final = 0.01
 
 
 class ResultReceiver:
@@ -60,64 +58,48 @@ class ResultReceiver:
         if self._wake is not None:
             self._wake.close()
 
-    def wait(self, worker: WorkerHandle) -> tuple[WorkerHandle, Any]:
-        """The next answer, unpickled. Raises Gone if a worker has ended, EOFError after ``stop``."""
-        found, received = self.receive(worker, None)
+    def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Any]:
+        """The next answer, and whose it is.
+
+        Args:
+            worker: whose answer is the next, in order.
+            deadline: when to stop waiting (time.monotonic); None for never.
+
+        Raises:
+            TimeoutError: after ``deadline``, and after ``stop``.
+            Gone: a worker has ended, and will not answer.
+        """
+        received = None
+        if self._in_order:
+            try:
+                received = worker.take() or self._wait(worker, deadline)
+            except EOFError:
+                raise Gone(worker) from None
+        else:
+            worker, received = self._wait_for_any(worker, deadline)
         if received is None:
-            raise EOFError
-        return found, self.unpack(received)
-
-    def unpack(self, received: Received) -> Any:
-        """The answer in a message. If it cannot be rebuilt here, that is a Failure."""
+            raise TimeoutError
         try:
-            return codec.decode(*received)
+            return worker, codec.decode(*received)
         except Exception as error:
-            return Failure(exceptions.pack(error), "where its batch could not be rebuilt in the loader's process")
+            where = "where its batch could not be rebuilt in the loader's process"
+            return worker, Failure(exceptions.pack(error), where)
 
-    def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
-        """The next answer that is not to be skipped; None after ``deadline`` (time.monotonic)."""
-        while True:
-            found, received = self._from_one(worker, deadline) if self._in_order else self._from_any(deadline)
-            if received is None or not found.to_skip:
-                return found, received
-            found.to_skip -= 1
-            found.consumed()
-            codec.discard(*received)
+    def _wait(self, worker: WorkerHandle, deadline: float | None) -> Received | None:
+        if not worker.unreceived:
+            worker.flush()  # so nobody waits for an answer to what was not asked
+        began = time.perf_counter_ns()
+        received = worker.wait(deadline)
+        self._stats.waited += time.perf_counter_ns() - began
+        return received
 
-    def receive_stale(self, deadline: float | None) -> None:
-        """Receive what is to be skipped, of all workers. Raises TimeoutError after ``deadline``, Gone."""
-        for worker in self._workers:
-            while worker.to_skip:
-                try:
-                    received = worker.take() or worker.wait(deadline)
-                except EOFError:
-                    raise Gone(worker) from None
-                if received is None:
-                    raise TimeoutError
-                worker.to_skip -= 1
-                worker.consumed()
-                codec.discard(*received)
-
-    def _from_one(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
-        try:
-            received = worker.take()
-            if received is None:
-                worker.flush()  # so nobody waits for an answer to what was not asked
-                began = time.perf_counter_ns()
-                received = worker.wait(deadline)
-                self._stats.waited += time.perf_counter_ns() - began
-        except EOFError:
-            raise Gone(worker) from None
-        return worker, received
-
-    def _from_any(self, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
+    def _wait_for_any(self, any_worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Received | None]:
         began = 0
-        wake = self._wake
         while True:
-            if wake is not None:
-                wake.clear()
+            if self._wake is not None:
+                self._wake.clear()
             if self.stopped:
-                return self._workers[0], None
+                return any_worker, None
             busy = [worker for worker in self._workers if worker.unreceived]
             for worker in busy:
                 try:
@@ -129,15 +111,16 @@ class ResultReceiver:
                         self._stats.waited += time.perf_counter_ns() - began
                     return worker, received
             began = began or time.perf_counter_ns()
-            for worker in self._workers:
-                worker.flush()
-            fds = [] if wake is None else [wake.fileno()]
-            for worker in busy:
-                if worker.connection.fileno() < 0:
-                    return worker, None
-                fds.append(worker.connection.fileno())
-            longest = _POLL_INTERVAL if busy else _IDLE_POLL_INTERVAL
-            left = longest if deadline is None else min(longest, deadline - time.monotonic())
-            if left <= 0:
-                return self._workers[0], None
-            polling.readable(left, *fds)
+            left = _POLL_INTERVAL if deadline is None else min(_POLL_INTERVAL, deadline - time.monotonic())
+            if left <= 0 or not self._poll(busy, left):
+                return any_worker, None
+
+    def _poll(self, busy: list[WorkerHandle], seconds: float) -> bool:
+        """Wait until one of these may have answered; False if the iterator was closed."""
+        fds = [] if self._wake is None else [self._wake.fileno()]
+        for worker in busy:
+            if worker.connection.fileno() < 0:
+                return False
+            fds.append(worker.connection.fileno())
+        polling.readable(seconds, *fds)
+        return True

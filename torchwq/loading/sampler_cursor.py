@@ -1,22 +1,24 @@
 """A cursor through a loader's sampler, which knows from where to go on after each index.
 
 The sampler is always ahead of the batches, so its state is noted with each index (each ``every``-th, if that is asked
-for) and told when the batch is handed out. State have, in this order: the batch sampler or the sampler in it, and the
-iterator of either, each if it has ``state_dict`` and ``load_state_dict``. Where none has, going on means to draw and
-drop.
+for) and told when the batch is handed out. Two may have a state: the batch sampler or else the sampler in it, and the
+iterator of either. They are asked if they have ``state_dict`` and ``load_state_dict``. Where none has, going on means
+to draw and drop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import BatchSampler
 
 from . import internals
-from .plain import detached, is_stateful, skip
+from .plain import detached, is_stateful
 
 
 @dataclass(slots=True)
@@ -31,6 +33,10 @@ class SamplerState:
     steps: int = 0
     error: Exception | None = None
 
+    def told(self) -> SamplerState | None:
+        """A copy, if anything was told."""
+        return None if self.sampler is None and self.iterator is None else replace(self)
+
 
 class SamplerCursor:
     """Indices of one epoch: ``next(cursor.indices)``."""
@@ -38,58 +44,72 @@ class SamplerCursor:
     def __init__(self, sampler: Any, every: int = 1) -> None:
         self._sampler = sampler
         self._every = every
-        inner = getattr(sampler, "sampler", None)
         #: What has a state and lives longer than the epoch.
-        self._source = next((each for each in (sampler, inner) if is_stateful(each)), None)
-        self._inner: Any = None
+        self._source = next((each for each in internals.nested(sampler) if is_stateful(each)), None)
+        #: What may have a state and ends with the epoch.
+        self._iterator: Any = None
         self._steps = 0
         #: Whether an index may have moved something that has a state.
         self.watches = not internals.has_no_state(sampler)
+        self._batches_here = self.watches and type(sampler) is BatchSampler
+        #: Indices that come before the sampler's next.
+        self.pending: deque[Any] = deque()
         self.indices: Iterator[Any] = iter(())
 
     def begin(self, iterator: Any = None) -> None:
         """Begin an epoch. ``iterator`` is one of the sampler that was made already."""
-        if type(self._sampler) is BatchSampler and self.watches:
+        if self._batches_here:
             self.indices = self._batches(self._sampler)
         else:
-            self.indices = iter(self._sampler) if iterator is None else iterator
+            self.indices = self._iterator = iter(self._sampler) if iterator is None else iterator
 
     def restore_source(self, resume: SamplerState | None) -> None:
         """Give what lives longer than an epoch its state."""
         if resume is not None and resume.sampler is not None and self._source is not None:
             self._source.load_state_dict(detached(resume.sampler))
 
-    def go_on(self, resume: SamplerState | None, position: int) -> None:
-        """Be where ``resume`` says; if it says nothing, ``position`` indices after the first."""
+    def go_on(
+        self, resume: SamplerState | None, position: int, pending: Iterable[Any] = (), *, draws_next: bool = False
+    ) -> None:
+        """Be where ``resume`` says; if it says nothing, ``position`` indices after the first.
+
+        Args:
+            resume: what the sampler has told.
+            position: how many indices had been drawn.
+            pending: indices that come before the next one.
+            draws_next: whether, if there is no state, the sampler's next index is drawn now and not when it is asked
+                for, because the random numbers are those of that time only now.
+        """
         resume = resume or SamplerState()
         self.restore_source(resume)
-        iterator: Any = None
-        if type(self._sampler) is BatchSampler and self.watches:
-            self.indices = self._batches(self._sampler)
-            self.start()
-            iterator = self._inner
-        else:
-            self.indices = iterator = iter(self._sampler)
+        self.begin()
+        self.start()
         if resume.iterator is not None:
-            iterator.load_state_dict(detached(resume.iterator))
+            self._iterator.load_state_dict(detached(resume.iterator))
         told = resume.iterator is not None or (resume.sampler is not None and self._source is not None)
         self._steps = resume.steps if told else 0
         skip(self.indices, resume.steps if told else position)
+        self.pending.extend(pending)
+        drawn: deque[Any] = deque()
+        if draws_next and self.state() is None:
+            with contextlib.suppress(StopIteration):
+                drawn.append(next(self.indices))
+        if self.pending or drawn:
+            self.indices = _joined(self.pending, drawn, self.indices)
 
     def start(self) -> None:
         """Call ``iter`` of the sampler in a batch sampler, which waits for the first index as with torch."""
-        if type(self._sampler) is BatchSampler and self.watches and self._inner is None:
-            self._inner = iter(self._sampler.sampler)
+        if self._batches_here and self._iterator is None:
+            self._iterator = iter(self._sampler.sampler)
 
     def _batches(self, sampler: BatchSampler) -> Iterator[list[Any]]:
         """As ``BatchSampler`` does it, with the sampler's iterator where it can be asked for its state."""
         self.start()
-        inner = self._inner
         if sampler.drop_last:
-            for batch in zip(*[inner] * sampler.batch_size, strict=False):
+            for batch in zip(*[self._iterator] * sampler.batch_size, strict=False):
                 yield list(batch)
             return
-        while batch_of_any := list(itertools.islice(inner, sampler.batch_size)):
+        while batch_of_any := list(itertools.islice(self._iterator, sampler.batch_size)):
             yield batch_of_any
 
     def note(self) -> SamplerState | None:
@@ -101,25 +121,43 @@ class SamplerCursor:
 
     def end(self) -> SamplerState | None:
         """The state between two epochs: without that of an iterator."""
-        if self._source is None:
-            return None
-        try:
-            return SamplerState(detached(self._source.state_dict()))
-        except Exception as error:
-            return SamplerState(error=error)
+        return None if self._source is None else _state_of(self._source, None)
 
     def state(self) -> SamplerState | None:
         """The state as it is now; None if there is nothing that has one."""
-        iterator: Any = self.indices if self._inner is None else self._inner
-        stateful = is_stateful(iterator)
-        if self._source is None and not stateful:
-            if self._inner is not None or type(self._sampler) is not BatchSampler:
-                self.watches = False
+        iterator = self._iterator if is_stateful(self._iterator) else None
+        if self._source is None and iterator is None:
+            self.watches = self._batches_here and self._iterator is None  # it has not begun
             return None
+        return _state_of(self._source, iterator)
+
+
+def _state_of(source: Any, iterator: Any) -> SamplerState:
+    try:
+        return SamplerState(
+            None if source is None else detached(source.state_dict()),
+            None if iterator is None else detached(iterator.state_dict()),
+        )
+    except Exception as error:
+        return SamplerState(error=error)
+
+
+def skip(iterator: Any, count: int) -> None:
+    """Take and drop so many. Not by ``islice``: that asks for ``iter(iterator)``, with which some begin anew."""
+    for _ in range(count):
         try:
-            return SamplerState(
-                detached(self._source.state_dict()) if self._source is not None else None,
-                detached(iterator.state_dict()) if stateful else None,
-            )
-        except Exception as error:
-            return SamplerState(error=error)
+            next(iterator)
+        except StopIteration:
+            return
+
+
+def _joined(pending: deque[Any], drawn: deque[Any], indices: Iterator[Any]) -> Iterator[Any]:
+    """What is in the queues, which lose it, and then ``indices``, of which nothing is asked but ``next``."""
+    while first := pending or drawn:
+        yield first.popleft()
+    while True:
+        try:
+            index = next(indices)
+        except StopIteration:
+            return
+        yield index

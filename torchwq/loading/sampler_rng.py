@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from . import internals
+from .generators import unmoved
 from .plain import is_stateful, tensor_of, text_of
 
 
@@ -104,7 +105,7 @@ def again(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]
     """Within it a sampler draws what it has drawn. The global generator is as before afterwards."""
     restore_own(sampler, generator, draws)
     seeded = internals.takes_seed(sampler) if "seed" in draws else None
-    with kept():
+    with unmoved():
         if "global" in draws:
             torch.set_rng_state(tensor_of(draws["global"]))
         if seeded is None:
@@ -117,23 +118,13 @@ def again(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]
             seeded.generator = None
 
 
-@contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """What is drawn within it from the global generator was never drawn."""
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-
-
 def _own(sampler: Any, generator: Any) -> list[torch.Generator]:
-    found = [getattr(each, "generator", None) for each in (sampler, getattr(sampler, "sampler", None))]
+    found = [getattr(each, "generator", None) for each in internals.nested(sampler)]
     return [each for each in (*found, generator) if isinstance(each, torch.Generator)]
 
 
 def _may_draw_globally(sampler: Any) -> bool:
-    if is_stateful(sampler) or is_stateful(getattr(sampler, "sampler", None)):
+    if any(map(is_stateful, internals.nested(sampler))):
         return False  # its own state says what it will draw
     return not internals.draws_nothing_global(sampler)
 

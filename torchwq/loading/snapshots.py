@@ -10,60 +10,14 @@ The first answer of an epoch also brings from where the worker began.
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import random
 from typing import Any
-
-import numpy as np
-import torch
 
 from ..marshalling import exceptions
 from ..marshalling.exceptions import PackedException
-from . import internals, plain
+from . import internals
+from .generators import GeneratorStates
 from .messages import Snapshot
-from .plain import is_stateful
-
-
-class GeneratorStates:
-    """The generators of random numbers of this process, compared with what they were when this was made."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._torch = torch.get_rng_state().numpy().tobytes()
-        self._numpy, self._words = _numpy_words()
-
-    def moved(self) -> dict[str, Any] | None:
-        """The states of those that were drawn from, as plain data."""
-        found: dict[str, Any] = {}
-        if random.getstate() != self._python:
-            found["python"] = plain.state_of_python()
-        if torch.get_rng_state().numpy().tobytes() != self._torch:
-            found["torch"] = plain.state_of_torch()
-        if self._numpy is None or _numpy_words() != (self._numpy, self._words):
-            found["numpy"] = plain.state_of_numpy()
-        return found or None
-
-
-def _numpy_words() -> tuple[Any, bytes]:
-    """numpy's generator and the memory of its state, which ``get_state`` would copy three times; None if unknown."""
-    if not hasattr(np.random, "get_bit_generator"):  # before numpy 1.24
-        return None, b""
-    generator = np.random.get_bit_generator()
-    if type(generator) is not np.random.MT19937:
-        return None, b""
-    # The words and the position in them: ``struct mt19937_state``. What is left of a normal number was drawn with them.
-    return generator, ctypes.string_at(generator.ctypes.state_address, 625 * 4)
-
-
-def set_generators(states: dict[str, Any]) -> None:
-    """Let generators of this process go on from where they were noted."""
-    if "python" in states:
-        plain.set_state_of_python(states["python"])
-    if "torch" in states:
-        plain.set_state_of_torch(states["torch"])
-    if "numpy" in states:
-        plain.set_state_of_numpy(states["numpy"])
+from .plain import detached, is_stateful
 
 
 class SnapshotRecorder:
@@ -94,19 +48,24 @@ class SnapshotRecorder:
         """Whether the worker's batch of this number brings a note, if there is anything to tell."""
         return bool(self._every) and batches % self._every == 0
 
+    def read(self, batches: int) -> Snapshot:
+        """From where the worker would go on now. Raises what ``state_dict`` raises."""
+        now = Snapshot(batches, noted=batches, ended=bool(getattr(self._fetcher, "ended", False)))
+        if self._with_iterator:
+            now.iterator = self._apart(self._fetcher.dataset_iter.state_dict())
+        if self._with_dataset:
+            now.dataset = self._apart(self._dataset.state_dict())
+        return now
+
     def take(self, batches: int) -> Snapshot:
-        """From where the worker would go on now."""
-        after = Snapshot(batches, noted=batches, ended=bool(getattr(self._fetcher, "ended", False)))
+        """The same, with the generators of random numbers; what ``state_dict`` raises is in it."""
         try:
-            if self._with_iterator:
-                after.iterator = self._apart(self._fetcher.dataset_iter.state_dict())
-            if self._with_dataset:
-                after.dataset = self._apart(self._dataset.state_dict())
+            now = self.read(batches)
         except Exception as error:
-            after.error = self._packed(error)
+            now = Snapshot(batches, noted=batches, error=self._packed(error))
         if self._generators is not None:
-            after.random = self._generators.moved()
-        return after
+            now.random = self._generators.moved()
+        return now
 
     def says_nothing(self, after: Snapshot) -> bool:
         """Whether a worker that is made anew would be there too, but for the sampler: then it is not worth a word.
@@ -124,4 +83,4 @@ class SnapshotRecorder:
         return self._error[1]
 
     def _apart(self, state: Any) -> Any:
-        return copy.deepcopy(state) if self._copies else state
+        return detached(state) if self._copies else state

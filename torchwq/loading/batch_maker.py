@@ -1,0 +1,169 @@
+"""Makes a worker's batches: from the dataset as a worker has it, from where it is to begin or to go on.
+
+It follows torch's ``_worker_loop`` step by step where users can see it: seeds, ``get_worker_info``, ``worker_init_fn``,
+fetchers, and that a failure is answered and the next index taken.
+
+Invariants:
+
+* Each index gets exactly one answer. What ``worker_init_fn`` or the beginning of an epoch raises is the first answer.
+* The first answer of an epoch brings the snapshot from before it, if there is anything to tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import collation, internals
+from .config import LoaderConfig, WorkerConfig
+from .failure_place import place_of
+from .generators import GeneratorStates, set_generators
+from .messages import Batch, End, Failure, Snapshot
+from .sampler_cursor import skip
+from .snapshots import SnapshotRecorder
+
+
+class BatchMaker:
+    """Makes the batches of one worker: of this process, or, ``in_thread``, of this thread."""
+
+    def __init__(self, config: LoaderConfig, own_config: WorkerConfig, in_thread: bool) -> None:
+        self._config = config
+        self._own_config = own_config
+        self._in_thread = in_thread
+        self._dataset = config.dataset
+        self._fetcher: Any = None
+        self._recorder = SnapshotRecorder(config.kind, config.every, None, copies=False)
+        #: What was raised before the first index came.
+        self._error: Exception | None = None
+        self._ended = False
+        self._batches = 0
+        #: From where this epoch began, until the first answer has told it.
+        self._before: Snapshot | None = None
+
+    def set_up(self) -> None:
+        """Make this process, or thread, a worker, and be where it is to begin.
+
+        Threads share the generators of random numbers, and the dataset's data, but not its attributes.
+        """
+        config, own_config = self._config, self._own_config
+        worker_id, seed = own_config.worker_id, config.base_seed + own_config.worker_id
+        if self._in_thread:
+            with contextlib.suppress(Exception):
+                self._dataset = copy.copy(config.dataset)
+        else:
+            torch.set_num_threads(1)
+            random.seed(seed)
+            torch.manual_seed(seed)
+            np.random.seed(internals.numpy_seed(config.base_seed, worker_id))
+        collation.install(in_thread=self._in_thread)
+        self._dataset = internals.seeded(self._dataset, own_config.shared_seed)
+        internals.set_worker_info(worker_id, own_config.num_workers, seed, self._dataset, in_thread=self._in_thread)
+        try:
+            if config.init_fn is not None:
+                config.init_fn(worker_id)
+            generators = GeneratorStates() if config.snapshots and not self._in_thread else None
+            self._recorder = SnapshotRecorder(config.kind, config.every, generators, copies=self._in_thread)
+            self._go_on(copy.deepcopy(own_config.resume) if self._in_thread else own_config.resume, own_config.begins)
+        except Exception as error:
+            self._error = error
+
+    def begin_epoch(self, shared_seed: int | None) -> None:
+        """Iterate anew. ``shared_seed`` is for datapipes."""
+        self._dataset = internals.seeded(self._dataset, shared_seed)
+        try:
+            self._make_fetcher()
+            self._note_beginning()
+        except Exception as error:
+            self._error = error
+
+    def make(self, index: Any) -> Any:
+        """The answer to an index: a batch, as it is if there is nothing else to tell, or a ``messages.Answer``."""
+        try:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            if self._ended:
+                raise StopIteration
+            data = self._fetcher.fetch(index)
+        except StopIteration as stop:
+            if self._config.kind != internals.ITERABLE:
+                return self.failure(stop, index)
+            self._ended = True
+            return End(after=self._snapshot(), before=self._beginning())
+        except Exception as error:
+            return self.failure(error, index)
+        self._batches += 1
+        recorder = self._recorder
+        if not recorder.watches:
+            return data
+        after = recorder.take(self._batches) if recorder.is_due(self._batches) else None
+        if self._before is None and (after is None or recorder.says_nothing(after)):
+            return data
+        return Batch(data, after=after, before=self._beginning())
+
+    def failure(self, error: Exception, index: Any) -> Failure:
+        """The answer to an index whose batch could not be made or sent, because of ``error``."""
+        after = self._recorder.take(self._batches) if self._recorder.watches else None
+        return Failure(error, place_of(error, index), after=after, before=self._beginning())
+
+    def _beginning(self) -> Snapshot | None:
+        before, self._before = self._before, None
+        return before
+
+    def _snapshot(self) -> Snapshot:
+        if self._recorder.watches:
+            return self._recorder.take(self._batches)
+        return Snapshot(self._batches, ended=bool(getattr(self._fetcher, "ended", False)))
+
+    def _make_fetcher(self) -> None:
+        config = self._config
+        self._fetcher = internals.make_fetcher(
+            config.kind, self._dataset, config.auto_collation, config.collate_fn, config.drop_last
+        )
+        self._ended = False
+        self._batches = 0
+
+    def _note_beginning(self) -> None:
+        self._recorder.begin(self._dataset, self._fetcher)
+        self._before = self._recorder.take(self._batches) if self._recorder.watches else None
+
+    def _go_on(self, resume: Snapshot, begins: bool) -> None:
+        """Be where a worker was; with ``begins``, and begin the next epoch there."""
+        if resume.dataset is not None:
+            self._dataset.load_state_dict(resume.dataset)
+        if not begins or resume.iterator is not None or resume.again:
+            self._make_fetcher()
+        iterator: Any = getattr(self._fetcher, "dataset_iter", None)
+        if resume.iterator is not None:
+            iterator.load_state_dict(resume.iterator)
+        elif not begins and self._config.kind == internals.ITERABLE and resume.dataset is None:
+            # What has no state of its own is iterated again up to where it was.
+            if resume.random is None:
+                resume.noted = resume.batches
+            samples = self._config.batch_size if self._config.auto_collation and self._config.batch_size else 1
+            skip(iterator, resume.noted * samples)
+        if resume.random is not None and not self._in_thread:
+            set_generators(resume.random)
+        if not begins or resume.again:
+            self._make_again(resume)
+        if begins:
+            self._make_fetcher()
+        self._note_beginning()
+
+    def _make_again(self, resume: Snapshot) -> None:
+        """Make and drop what was made after the rest of the snapshot was noted."""
+        self._batches = resume.batches
+        if resume.ended:
+            self._fetcher.ended = True
+        indices = resume.again
+        if indices is None and self._config.kind == internals.ITERABLE:
+            size = self._config.batch_size if self._config.auto_collation else None
+            indices = [None if size is None else [None] * size] * (resume.batches - resume.noted)
+        for index in indices or ():
+            with contextlib.suppress(Exception):  # it was raised, or will be
+                self._fetcher.fetch(index)

@@ -1,0 +1,80 @@
+"""What the workers of a loader are told when they start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import internals
+from .counters import Counters
+from .messages import Snapshot
+from .statistics import StatsCollector
+
+
+@dataclass
+class LoaderConfig:
+    """What all workers of a loader have in common.
+
+    Attributes:
+        kind, dataset, auto_collation, collate_fn, drop_last, base_seed, batch_size: as torch's loader has them.
+        init_fn: the ``worker_init_fn``.
+        snapshots: whether random numbers go on where they were, too.
+        every: after how many of its batches a worker sends a snapshot; 0 for never.
+        counters, flow: the shared words of all workers.
+        prefetch: how many batches a worker may make ahead.
+    """
+
+    kind: int
+    dataset: Any
+    auto_collation: bool
+    collate_fn: Any
+    drop_last: bool
+    base_seed: int
+    init_fn: Any
+    batch_size: int | None
+    snapshots: bool
+    every: int
+    counters: Counters
+    flow: Counters
+    prefetch: int
+
+    @classmethod
+    def of(cls, iterator: Any, loader: Any, stats: StatsCollector) -> LoaderConfig:
+        """What workers are told by an iterator of ``loader``, of which torch's base class has made its attributes."""
+        most, every = max(iterator._num_workers, loader._most_workers), loader.snapshot_every_n_steps or 0
+        restarts = loader.on_worker_death == "restart" and loader.max_restarts > 0
+        sharding = iterator._world_size, iterator._rank
+        return cls(
+            kind=iterator._dataset_kind,
+            dataset=iterator._dataset,
+            auto_collation=iterator._auto_collation,
+            collate_fn=iterator._collate_fn,
+            drop_last=iterator._drop_last,
+            base_seed=iterator._base_seed,
+            init_fn=internals.sharding_init(iterator._dataset, loader.worker_init_fn, *sharding),
+            batch_size=loader.batch_size,
+            snapshots=loader._snapshots or restarts,
+            every=1 if restarts else every and max(1, every // iterator._num_workers),
+            counters=stats.counters(most),
+            flow=Counters(most),
+            prefetch=loader.prefetch_factor,
+        )
+
+
+@dataclass
+class WorkerConfig:
+    """What one worker has for itself.
+
+    Attributes:
+        worker_id, num_workers, shared_seed: as torch's loader has them.
+        resume: from where it goes on.
+        begins: whether ``resume`` is the end of an epoch, and another one begins.
+        room: for how many of its blocks the loader has room: see Note [in-band promises].
+    """
+
+    worker_id: int
+    num_workers: int
+    shared_seed: int | None
+    resume: Snapshot = field(default_factory=Snapshot)
+    begins: bool = False
+    room: int = 0

@@ -1,0 +1,243 @@
+"""Which index is drawn when, and which worker makes its batch.
+
+torch's loader is the model: an index is drawn when it draws one, and goes to the workers in turn; those whose part of
+an iterable dataset has come to its end are left out. Where nobody can tell the difference, indices are drawn further
+ahead, and several go in one message.
+
+Invariants:
+
+* ``under_way`` has a task for each index of which the consumer has not taken the answer, in the order in which batches
+  are handed out. The tasks of one worker are in the order in which that worker answers.
+* Only the consumer's thread dispatches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from . import internals, sampler_rng
+from .sampler_cursor import SamplerCursor, SamplerState
+from .sampler_rng import SamplerRng
+from .state import State
+from .worker_handle import WorkerHandle
+
+#: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
+#: anyone: a message then brings several.
+_AHEAD: Final = 8
+#: Stands where a sampler has no more indices.
+_NONE_LEFT: Final = object()
+
+
+@dataclass
+class Epoch:
+    """What the indices of one epoch are drawn from, and what ``set_epoch`` had set when its first one was drawn."""
+
+    cursor: SamplerCursor
+    rng: SamplerRng
+    was_set: Any = None
+
+
+@dataclass(slots=True)
+class Task:
+    """An index under way: who makes its batch, of which epoch it is, and what the sampler has told after it."""
+
+    worker: WorkerHandle
+    index: Any
+    epoch: Epoch
+    told: SamplerState | None
+
+
+class Dispatcher:
+    """Draws indices of a loader's sampler and gives them to ``workers``, which may grow.
+
+    Args:
+        loader: the DataLoader.
+        workers: where indices go.
+        may_grow: whether workers may be added. Until they are, nothing is drawn further ahead than torch does: a new
+            worker would have to wait until what the others know of is done.
+        pins: whether a thread pins batches, which is told of each index by ``expect``.
+    """
+
+    def __init__(self, loader: Any, workers: list[WorkerHandle], may_grow: bool, pins: bool) -> None:
+        self._sampler = loader._index_sampler
+        self._generator = loader.generator
+        self.iterable = loader._dataset_kind == internals.ITERABLE
+        self._workers = workers
+        self._every: int = loader.snapshot_every_n_steps or 0
+        self._prefetch_across_epochs: bool = loader.prefetch_across_epochs
+        self._prefetch: int = loader.prefetch_factor
+        self._in_order: bool = loader.in_order
+        self._can_draw_ahead = self._in_order and not pins and internals.can_be_drawn_ahead(self._sampler)
+        # How many indices more than are needed now are drawn, and how many are sent in one message.
+        self._ahead_of_need, self._at_once = 0, 1
+        if not may_grow:
+            self._draw_ahead_from_now_on()
+        self.expect: Callable[[WorkerHandle], None] | None = None
+        self.under_way: deque[Task] = deque()
+
+    def _draw_ahead_from_now_on(self) -> None:
+        if self._can_draw_ahead:
+            self._ahead_of_need, self._at_once = _AHEAD, _AHEAD // 2
+
+    # Epochs
+
+    def begin(self, resume: State | None, draws: dict[str, Any] | None) -> None:
+        """Begin an epoch, and draw its first indices.
+
+        Args:
+            resume: from where; None: from the beginning.
+            draws: what the sampler draws again; None: it draws as ever.
+        """
+        self.under_way = deque()
+        self._next_worker = 0
+        #: Whether the sampler has no more indices, and with which state the next epoch begins then.
+        self.sampler_ended = False
+        self.sampler_end: SamplerState | None = None
+        #: The sampler's state after the last index whose batch was handed out.
+        self.sampler_state: SamplerState | None = None
+        #: Whether indices do not come back in the order in which they were drawn.
+        self.tells_pending = not self._in_order
+        cursor = SamplerCursor(self._sampler, self._every)
+        if resume is not None and resume.begins:
+            cursor.restore_source(resume.sampler)
+        rng = SamplerRng.of(draws) if draws is not None else sampler_rng.now(self._sampler, self._generator)
+        #: The epoch whose batches are handed out, and the one whose indices are drawn: this one or the next.
+        self.current = self._drawn = Epoch(cursor, rng)
+        with contextlib.ExitStack() as stack:
+            if draws is not None:
+                stack.enter_context(sampler_rng.again(self._sampler, self._generator, draws))
+            if resume is None or resume.begins:
+                cursor.begin()
+                cursor.start()
+            else:
+                self._next_worker = resume.next_worker
+                self.tells_pending = self.tells_pending or bool(resume.pending)
+                cursor.go_on(resume.sampler, 0 if self.iterable else resume.position, resume.pending or ())
+            if cursor.watches:
+                told = resume.sampler.told() if resume is not None and not resume.begins and resume.sampler else None
+                self.sampler_state = told or cursor.state()
+            for _ in range((self._prefetch + self._ahead_of_need) * len(self._workers)):
+                self.put()
+            self.flush()
+
+    def go_on_ahead(self) -> bool:
+        """Begin the epoch whose first indices are under way already, if it is the one that is wanted."""
+        ahead = self._drawn
+        if ahead is self.current or (self.under_way and self.under_way[0].epoch is self.current):
+            return False
+        if _epoch_of(self._sampler) != ahead.was_set:
+            return False  # set_epoch was called meanwhile
+        self.current = ahead
+        self.sampler_ended = False
+        self.sampler_state = self.sampler_end
+        return True
+
+    def abandon(self) -> None:
+        """Nobody wants what is under way any more: what will come of it is stale."""
+        for worker in self._workers:
+            worker.abandon_tasks(self._prefetch)
+
+    # Indices
+
+    def put(self) -> None:
+        """Draw the next index, if there is one, and give it to the worker whose turn it is."""
+        cursor = self._drawn.cursor
+        index = next(cursor.indices, _NONE_LEFT)
+        if index is not _NONE_LEFT:
+            self._assign(index, cursor.note() if cursor.watches else None)
+            return
+        self.flush()
+        if self._drawn is not self.current or self.sampler_ended:
+            return
+        self.sampler_ended = True
+        self.sampler_end = cursor.end()
+        if self._prefetch_across_epochs:
+            following = SamplerCursor(self._sampler, self._every)
+            self._drawn = Epoch(following, sampler_rng.now(self._sampler, self._generator), _epoch_of(self._sampler))
+            following.begin()
+            self.put()
+
+    def _assign(self, index: Any, told: SamplerState | None) -> None:
+        count = len(self._workers)
+        for _ in range(count):
+            worker = self._workers[self._next_worker]
+            self._next_worker = (self._next_worker + 1) % count
+            if worker.active and (self._in_order or worker.unanswered < self._share()):
+                break
+        else:
+            return
+        worker.unsent.append(index)
+        self.under_way.append(Task(worker, index, self._drawn, told))
+        if len(worker.unsent) >= self._at_once:
+            worker.flush()
+        if self.expect is not None:
+            self.expect(worker)
+
+    def _share(self) -> int:
+        """How many indices a worker may have where order does not matter."""
+        return self._prefetch * len(self._workers) // max(1, sum(worker.active for worker in self._workers))
+
+    def flush(self) -> None:
+        """Send workers the indices that they do not know of."""
+        for worker in self._workers:
+            worker.flush()
+
+    def feed(self, worker: WorkerHandle) -> None:
+        """Give a worker that was added as many indices as the others have."""
+        for _ in range(self._prefetch):
+            self._next_worker = worker.worker_id
+            self.put()
+
+    def stop_growing(self) -> None:
+        """No worker will be added any more."""
+        self._draw_ahead_from_now_on()
+        for _ in range(self._ahead_of_need * len(self._workers)):
+            self.put()
+
+    # What comes back
+
+    def take(self, worker: WorkerHandle) -> Task:
+        """The task that this worker's next answer belongs to. It is not under way any more."""
+        under_way = self.under_way
+        if under_way[0].worker is worker:
+            return under_way.popleft()
+        position = next(position for position, task in enumerate(under_way) if task.worker is worker)
+        task = under_way[position]
+        del under_way[position]
+        return task
+
+    def next_worker(self) -> WorkerHandle | None:
+        """Whose answer is the next; None if that may be anyone's."""
+        return self.under_way[0].worker if self._in_order and self.under_way else None
+
+    def indices_of(self, worker: WorkerHandle) -> list[Any]:
+        """The indices of this worker that are under way, in order."""
+        return [task.index for task in self.under_way if task.worker is worker]
+
+    def move_on(self, told: SamplerState | None) -> None:
+        """The consumer has come past an index after which the sampler has told this, or nothing."""
+        if told is not None:
+            self.sampler_state = told
+        elif self.sampler_state is not None:
+            self.sampler_state.steps += 1
+
+    def pending(self) -> list[Any]:
+        """Indices of this epoch that were drawn, and have not come back."""
+        under_way = [task.index for task in self.under_way if task.epoch is self.current]
+        return [*under_way, *self.current.cursor.pending]
+
+    def told_state(self) -> SamplerState | None:
+        """The sampler's state after the last batch that was handed out; None if it has none."""
+        if self.sampler_state is None:
+            return None
+        # Where indices come back in any order, the last one that was drawn counts.
+        return self.current.cursor.state() if self.tells_pending else replace(self.sampler_state)
+
+
+def _epoch_of(sampler: Any) -> Any:
+    """What ``set_epoch`` sets: of a batch sampler's sampler, or its own."""
+    return [getattr(each, "epoch", None) for each in internals.nested(sampler)]

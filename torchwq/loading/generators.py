@@ -1,0 +1,83 @@
+"""The generators of random numbers of a process, python's, numpy's and torch's, and their states as plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from .plain import bytes_of, tensor_of, text_of
+
+
+class GeneratorStates:
+    """The generators of this process, compared with what they were when this was made."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state().numpy().tobytes()
+        self._numpy, self._words = _numpy_words()
+
+    def moved(self) -> dict[str, Any] | None:
+        """The states of those that were drawn from, as plain data; None if none was."""
+        found: dict[str, Any] = {}
+        if (state := random.getstate()) != self._python:
+            version, words, gauss = state
+            found["python"] = [version, text_of(np.array(words, "<u4").tobytes()), gauss]
+        if (of_torch := torch.get_rng_state().numpy().tobytes()) != self._torch:
+            found["torch"] = text_of(of_torch)
+        if self._numpy is None or _numpy_words() != (self._numpy, self._words):
+            found["numpy"] = _without_arrays(np.random.get_state(legacy=False))
+        return found or None
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Let the generators of this process go on from where ``GeneratorStates.moved`` has found them."""
+    if "python" in states:
+        version, words, gauss = states["python"]
+        random.setstate((version, tuple(np.frombuffer(bytes_of(words), "<u4").tolist()), gauss))
+    if "torch" in states:
+        torch.set_rng_state(tensor_of(states["torch"]))
+    if "numpy" in states:
+        np.random.set_state(_with_arrays(states["numpy"]))
+
+
+@contextlib.contextmanager
+def unmoved() -> Iterator[None]:
+    """What is drawn within it from torch's generator was never drawn."""
+    before = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def _numpy_words() -> tuple[Any, bytes]:
+    """numpy's generator and the memory of its state, which ``get_state`` would copy three times; None if unknown."""
+    if not hasattr(np.random, "get_bit_generator"):  # before numpy 1.24
+        return None, b""
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        return None, b""
+    # The words and the position in them: ``struct mt19937_state``. What is left of a normal number was drawn with them.
+    return generator, ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+
+
+def _without_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_arrays(each) for name, each in value.items()}
+    if isinstance(value, np.ndarray):
+        return {"dtype": value.dtype.str, "array": text_of(value.tobytes())}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "array" in value:
+            return np.frombuffer(bytes_of(value["array"]), value["dtype"]).copy()
+        return {name: _with_arrays(each) for name, each in value.items()}
+    return value

@@ -1,0 +1,197 @@
+"""How the workers of a loader start, each with its end of the connection.
+
+Two ways to start a process. *Forked*, by multiprocessing, where torch would fork: the worker has the dataset as it is,
+with open files, locks and database handles. *Served*, by torchwq's warm fork server, where torch would spawn: the
+worker begins clean, and what it needs is marshalled once for all of them, tensors by reference. A worker may also be a
+thread, which gets the dataset as it is.
+
+A worker that still works when its loader closes finishes what it is at: only the loader ends it. A forked one whose
+owner has *died* ends by itself, within ``_GRACE`` (``_end_with_owner``); a served one is killed by the fork server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch.multiprocessing
+
+from ..errors import ResourceError
+from ..marshalling import codec, definitions, exceptions, reducers
+from ..marshalling.letter import Letter
+from ..memory import limits
+from ..memory.anonymous import Descriptor, exhausted
+from ..transport import descriptors, kinds
+from ..transport.connection import Connection
+from ..transport.descriptors import close_fds
+from ..transport.endpoint import Endpoint
+from ..transport.local import LocalEndpoint
+from ..workers import child, greenlets, starting
+from ..workers.backend import Backend
+from .config import LoaderConfig, WorkerConfig
+from .messages import Failure
+from .processes import Forked, Process, Served
+from .worker_handle import Start, connection_of
+from .worker_loop import WorkerLoop
+
+#: Seconds for which a worker whose owner has died may go on with what it is at; how often it asks who its parent is.
+_GRACE: Final = 1.5
+_PARENT_POLL_INTERVAL: Final = 0.1
+#: Descriptors that multiprocessing needs to fork. It leaves some of them open if there are not enough, so that is seen
+#: before.
+_PIPES: Final = 4
+
+
+def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
+    """How the workers of ``config`` are started: as torch would on this platform, or as the arguments say.
+
+    Args:
+        context: of multiprocessing; None for the platform's default.
+        config: what the workers have in common.
+        backend: starts them.
+
+    Raises:
+        MarshalError: they are to be served and something of the configuration cannot travel; its message names the
+            place.
+        RuntimeError: threads are green ones here.
+    """
+    greenlets.check("a DataLoader with workers")
+    held: list[Any] = []
+    if backend.peer.same_process:
+        return functools.partial(_serve, backend, Letter(None, [config]), held)
+    if "multiprocessing_context" in backend.options:
+        context = context or torch.multiprocessing
+        if context.get_start_method() == "fork":
+            return functools.partial(_fork, context, config)
+    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
+    return functools.partial(_serve, backend, payload, held)
+
+
+# Forked workers
+
+
+def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
+    definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
+    handover: list[int] = []
+    try:
+        for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
+            handover.append(descriptors.dup(fd))
+        close_fds(handover[-_PIPES:])
+        del handover[-_PIPES:]
+        process = context.Process(target=_forked_main, args=(config, own_config, handover, os.getpid()), daemon=True)
+        process.start()
+    except ResourceError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
+            message = f"worker {own_config.worker_id} could not be forked: {limit}"
+            raise ResourceError(error.errno, message) from error
+        raise exhausted(error) from error
+    finally:
+        close_fds(handover)
+    return Forked(process)
+
+
+def _forked_main(config: LoaderConfig, own_config: WorkerConfig, handover: Sequence[int], owner: int) -> None:
+    child.set_signal_handlers()
+    limits.hold_back_warnings(child.OUTLIVES_OWNER)
+    with contextlib.closing(Connection(kinds.adopt(handover))) as connection:
+        _end_with_owner(connection, owner)
+        WorkerLoop(config, own_config, connection, has_main=True).run()
+
+
+def _end_with_owner(connection: Connection, owner: int) -> None:
+    """End this process soon after its parent ``owner`` has died, even if it is busy then.
+
+    The event is the end of the connection, which comes also if the loader closes it: after that, this looks who is the
+    parent until the process ends, which it does soon.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), getattr(select, "POLLRDHUP", 0))
+
+    def watch() -> None:
+        poll.poll()
+        while os.getppid() == owner:
+            time.sleep(_PARENT_POLL_INTERVAL)
+        time.sleep(_GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()
+
+
+# Workers that a backend starts
+
+
+class _EndpointHandover:
+    """A worker's end on its way to the worker. Whoever unpickles it gets the endpoint."""
+
+    def __init__(self, end: Endpoint) -> None:
+        self.fds = [Descriptor(descriptors.dup(fd)) for fd in end.handover()]
+
+
+def _reduce_handover(encoder: reducers.Encoder, handover: _EndpointHandover) -> Any:
+    return _accept, ([encoder.attach(each.fd, each) for each in handover.fds],)
+
+
+def _accept(indices: Sequence[int]) -> Endpoint:
+    return kinds.adopt([reducers.take_inbound_fd(index) for index in indices])
+
+
+reducers.register(_EndpointHandover, _reduce_handover)
+
+
+def _serve(
+    backend: Backend, config: codec.Encoded, held: list[Any], own_config: WorkerConfig, end: Endpoint | LocalEndpoint
+) -> Process:
+    own: codec.Encoded
+    if isinstance(end, LocalEndpoint):
+        own = Letter(None, [(own_config, end)])
+    else:
+        own = codec.encode((own_config, _EndpointHandover(end)), codec.CALL_LIMIT, upvalues=True)
+    (process,) = starting.start(
+        1,
+        f"{__name__}:served_main",
+        lambda process, data, fds: exceptions.discard_answer(data, fds),
+        lambda process: None,
+        backend=backend,
+        first_mapid=own_config.worker_id,
+        of=own_config.num_workers,
+    )
+    process.holds = held
+    try:
+        process.send(own)
+        process.send(config)
+    except BaseException:  # it would wait for what it does not get
+        process.kill(signal.SIGKILL)
+        raise
+    return Served(process)
+
+
+def served_main(context: child.Context) -> int:
+    """Entry of a worker that a backend has started. Returns its exit code."""
+    own_config, end = codec.decode(*context.receive())
+    with contextlib.closing(connection_of(end)) as connection:
+        try:
+            config = codec.decode(*context.receive())
+        except Exception as error:
+            failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
+            connection.send(codec.encode(failure, end.max_payload, upvalues=True))
+            if isinstance(connection, Connection):
+                connection.outbox.wait_empty()
+            return 1
+        try:
+            WorkerLoop(config, own_config, connection).run()
+        except SystemExit as stop:
+            if not context.peer.same_process:
+                raise
+            return int(stop.code) if isinstance(stop.code, int) else 1
+    return 0
