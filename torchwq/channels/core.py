@@ -4,26 +4,22 @@ A channel begins *here*: its items wait in a mailbox, and its tensors stay where
 to another process, a line is made, and what waits here goes on it. From then on every thread of this process uses the
 line too, so that there is one order, and one way.
 
-Whom a reader waits for is told by ``vigil``. Items that are there come before any news. A reader that has waited for a
-moment is woken by whatever there may be to tell: what other processes do is told by ``peers.monitor``, what happens in
-this one by whoever does it. Only these are found by looking every ``LOOK_EVERY`` seconds: a thread of the user's that
-ends, or a handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle in a message; a
-bundle that its receiver took into its death; and what the monitor's events do not cover.
+How it is read says ``reading``; whom a reader waits for is told by ``vigil``. A reader that has waited for a moment is
+woken by whatever there may be to tell: what other processes do is told by ``peers.monitor``, what happens in this one
+by whoever does it. Only these are found by looking every ``LOOK_EVERY`` seconds: a thread of the user's that ends, or a
+handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle in a message; a bundle that
+its receiver took into its death; and what the monitor's events do not cover.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
-from ..errors import QueueClosed, WorkerDied
+from ..errors import QueueClosed
 from ..peers.monitor import LOOK_EVERY, PeerMonitor
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
@@ -33,14 +29,10 @@ from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
-from ..workers import shutdown
 from .here import Here
 from .line import Line, open_lines
 from .state import ChannelState, Way
-from .vigil import READS, WRITES, Seen, Vigil
-
-#: For so many seconds a reader waits as if nothing could be wrong: mostly the next item is on its way.
-_FIRST_WAIT: Final = 0.25
+from .vigil import READS, WRITES, Vigil
 
 FORKED: Final = (
     "this channel was made before a fork and belongs to the parent process: pass it to workers started by torchwq"
@@ -60,9 +52,9 @@ class Core:
         self.forked = False
         #: Those that are to be given up when this object is gone.
         self._lines: list[tuple[Line, PeerMonitor]] = []
-        self._monitor: PeerMonitor | None = None
+        self.monitor: PeerMonitor | None = None
         #: How often there may have been something to tell.
-        self._changes = 0
+        self.changes = 0
         self._will_look_on = False
         self.vigil = Vigil(self)
         self._trouble = Alarm()
@@ -79,82 +71,13 @@ class Core:
 
     def _use(self, line: Line) -> None:
         line.on_wait_for_room = _weakly(self._wait_for_room)
-        monitor = self._monitor = PeerMonitor(line.table, _weakly(self._peers_changed))
+        monitor = self.monitor = PeerMonitor(line.table, _weakly(self._peers_changed))
         self._lines.append((line, monitor))
         self.line = self.way = line
         if self._readiness.is_watched:
             monitor.open()
 
     # Waiting
-
-    def wait(self, reader: Any, nonblocking: bool, timeout: float | None) -> Received | None:
-        """The next item, after ``take`` has found none; None if there is none and ``nonblocking``, or none will come.
-
-        Raises queue.Empty, WorkerDied.
-        """
-        try:
-            return self._wait(reader, nonblocking, timeout)
-        except (QueueClosed, WorkerDied):
-            shutdown.hold_daemon()
-            raise
-
-    def _wait(self, reader: Any, nonblocking: bool, timeout: float | None) -> Received | None:
-        self.check_fork()
-        if nonblocking:
-            seen = reader.seen()
-            self.vigil.raise_news(seen, READS)
-            if seen.nobody_left:
-                seen.nobody_left = False
-                self.vigil.raise_if_alone(reader, READS)
-            if self.way.state() is ChannelState.DRAINED:
-                self.vigil.raise_failed_closing(seen)
-            return None
-        now = time.monotonic()
-        deadline = None if timeout is None else now + timeout
-        received = self.way.sleep(now + _FIRST_WAIT if deadline is None else min(now + _FIRST_WAIT, deadline))
-        if received is not None:
-            return received
-        with contextlib.ExitStack() as waiting:
-            waiting.enter_context(self.vigil.waiting(reader, READS))
-            return self._wait_long(reader, timeout, deadline, waiting)
-
-    def _wait_long(
-        self, reader: Any, timeout: float | None, deadline: float | None, waiting: contextlib.ExitStack
-    ) -> Received | None:
-        seen, monitor, changes = reader.seen(), None, self._changes
-        until = time.monotonic()  # the first look is at once
-        while True:
-            if monitor is not self._monitor and (deadline is None or until < deadline):
-                monitor = self._monitor
-                assert monitor is not None
-                waiting.enter_context(monitor.watching())
-            way = self.way
-            received = way.sleep(
-                until if deadline is None else min(until, deadline), partial(self._has_changed, changes)
-            )
-            if received is not None:
-                return received
-            self.check_fork()
-            if way is self.way and way.state() is ChannelState.DRAINED:
-                received = way.take()
-                if received is None:
-                    self.vigil.raise_news(seen, READS)
-                    self.vigil.raise_failed_closing(seen)
-                return received
-            changes = self._changes  # before the look: of what comes later this is told again
-            self.look(reader, seen)
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                raise queue.Empty(f"no item came within {timeout} s: the channel is open, and empty")
-            until = now + self.vigil.sure_in(LOOK_EVERY)
-
-    def look(self, reader: Any, seen: Seen) -> None:
-        """Raise WorkerDied if someone who waits to read is to be told of something, unless there are items."""
-        if self.line is not None:
-            self.line.finish_closing()
-        self.vigil.raise_news(seen, READS)
-        self.vigil.show_waiting(reader, READS)
-        self.vigil.raise_if_alone(reader, READS)
 
     def _wait_for_room(self) -> None:
         writer = self.vigil.writer()
@@ -164,13 +87,10 @@ class Core:
 
     def wake_all(self) -> None:
         """Have everybody who waits here look at the others."""
-        self._changes += 1
+        self.changes += 1
         self.here.box.wake_all()
         if self.line is not None:
             self.line.wake_all()
-
-    def _has_changed(self, changes: int) -> bool:
-        return self._changes != changes
 
     def _peers_changed(self) -> None:
         """Something has happened in the table of peers. Called by the reactor."""
@@ -224,8 +144,8 @@ class Core:
         if not self._readiness.is_watched:
             self._watch()
             self._readiness.fileno()
-            if self._monitor is not None:
-                self._monitor.open()
+            if self.monitor is not None:
+                self.monitor.open()
             self._look_on()
         return self._readiness.fileno()
 
@@ -235,16 +155,6 @@ class Core:
         else:
             self._readiness.set(self.line.outlet(), self._trouble.fileno())
 
-    def is_ready(self, reader: Any) -> bool:
-        """Whether ``read`` would not have to wait; looks at the others, too."""
-        if self.forked or self.way.can_take() or self.way.state() is ChannelState.DRAINED:
-            return True
-        if self.line is not None:
-            self.line.finish_closing()
-        seen = reader.seen()
-        seen.nobody_left = self.vigil.is_alone(reader, READS)
-        return seen.nobody_left or self.vigil.has_news(seen, READS)
-
     def _look_on(self) -> None:
         """Let deaths show in the descriptor."""
         if self.forked or not self._readiness.is_watched:
@@ -253,7 +163,7 @@ class Core:
             self._trouble.set()
         else:
             self._trouble.clear()
-        if self._monitor is not None and not self._monitor.sees_all and not self._will_look_on:
+        if self.monitor is not None and not self.monitor.sees_all and not self._will_look_on:
             self._will_look_on = True
             reactor.get().call_later(LOOK_EVERY, _weakly(self._look_on_again))
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, final
 
-from ..errors import QueueClosed
-from ..futures import TimedOut
+from ..handles.reading import END, Ended, ReadableHandle
 from ..marshalling import codec, invitation, reducers
-from ..transport import awaiting
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
 from .core import Core
+from .reading import Reader
 from .state import ChannelState
-from .vigil import READS, WRITES, Seen
+from .vigil import WRITES, Seen
 
-#: How long, in seconds, a task waits before it looks by itself: what it would find shows in the descriptor.
-_ASYNC_SLICE: Final = 5.0
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
 
@@ -45,7 +40,7 @@ class ChannelStatistics:
 
 
 @final
-class Channel:
+class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     """Carries items from any number of writers to any number of readers. Made by :func:`torchwq.channel`.
 
     Writers and readers may be in any process and any thread. Each item is read once, first in, first out; the items of
@@ -170,37 +165,14 @@ class Channel:
         found = core.way.read()
         if found is not None:
             return found
-        received = core.wait(self, nonblocking, timeout)
-        return (core.way.state(), None) if received is None else self._open(received)
+        try:
+            received = Reader(core, self).wait(nonblocking, timeout)
+        except Ended:
+            return self._ended()
+        return (core.way.state(), None) if received is None else self._opened(received)
 
-    def _open(self, received: Received) -> tuple[ChannelState, Any]:
+    def _opened(self, received: Received) -> tuple[ChannelState, Any]:
         return _CLOSED if self._core.way.is_closed else _OPEN, codec.decode(*received)
-
-    async def aread(self, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
-        """Read the next item on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
-
-        A task that is cancelled takes nothing from the channel.
-
-        Raises:
-            TimeoutError: nothing came within ``timeout`` seconds. (It is an ``asyncio.TimeoutError``, too.)
-            WorkerDied, QueueClosed: as for :meth:`read`; but not that nobody is left, for another task may write.
-        """
-        core = self._core
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            found = core.way.read()
-            if found is not None:
-                return found
-            core.check_fork()
-            if core.way.state() is ChannelState.DRAINED:
-                core.vigil.raise_news(self.seen(), READS)
-                core.vigil.raise_failed_closing(self.seen())
-                return ChannelState.DRAINED, None
-            core.vigil.raise_news(self.seen(), READS)
-            left = _ASYNC_SLICE if deadline is None else min(_ASYNC_SLICE, deadline - time.monotonic())
-            if left <= 0:
-                raise TimedOut(f"nothing came within {timeout} s")
-            await awaiting.readable(core.fileno(), left)
 
     def close(self) -> None:
         """Close the channel, for everybody. May be called again.
@@ -225,49 +197,30 @@ class Channel:
         """How many items have been written and not read. While others write or read, it is a guess."""
         return self._core.way.num_items()
 
-    def fileno(self) -> int:
-        """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.
-
-        With several readers another may be faster: read with ``nonblocking=True``. The channel closes it.
-        """
-        return self._core.fileno()
-
     def statistics(self) -> ChannelStatistics:
         """Count what has passed through the channel, as far as this process knows."""
         way = self._core.way
         return ChannelStatistics(*way.counts(), way.num_items())
 
-    def _is_ready(self) -> bool:
-        return self._core.is_ready(self)
-
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker, failed)
 
-    def __iter__(self) -> Iterator[Any]:
-        """Read until the channel is drained."""
-        while True:
-            state, item = self.read()
-            if state is ChannelState.DRAINED:
-                return
-            yield item
+    def _source(self) -> Reader:
+        return Reader(self._core, self)
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        """Read until the channel is drained, with :meth:`aread`."""
-        while True:
-            state, item = await self.aread()
-            if state is ChannelState.DRAINED:
-                return
-            yield item
+    def _ended(self) -> tuple[ChannelState, Any]:
+        return ChannelState.DRAINED, None
 
-    def __enter__(self) -> Channel:
-        return self
+    def _item(self, found: tuple[ChannelState, Any]) -> Any:
+        state, item = found
+        return END if state is ChannelState.DRAINED else item
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # One that ends because what it read from was closed has not failed.
-        failed = error is not None and not isinstance(error, (QueueClosed, GeneratorExit))
+    @property
+    def _was_forked(self) -> bool:
+        return self._core.forked
+
+    def _leave(self, failed: bool) -> None:
         self._core.check_fork()
         self._core.close(failed=failed)
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pickle import dumps, loads
-from types import TracebackType
 from typing import Any, final
 
 from ..errors import QueueClosed
-from ..futures import TimedOut
+from ..handles.reading import END, ReadableHandle
 from ..marshalling import codec, reducers
 from ..marshalling.codec import encode, large
 from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
 from ..marshalling.wire import WITH_BLOCKS
 from ..memory.anonymous import Descriptor
-from ..transport import awaiting, cleanup
+from ..transport import cleanup
+from ..transport.endpoint import Received
 from ..transport.kinds import handover_size
 from ..transport.link import Link
 from ..transport.trailer import KIND
-from ..transport.waiting import SLICE
 from ..workers import shutdown
 from .owner import Owner
 from .role import Role, open_roles
@@ -47,7 +45,7 @@ class QueueStatistics:
 
 
 @final
-class WorkQueue:
+class WorkQueue(ReadableHandle[Any]):
     """A queue between one owner and its workers. Made by :func:`torchwq.workqueue`.
 
     The owner writes questions and reads answers; workers read questions and write answers. Each question is taken by
@@ -184,50 +182,10 @@ class WorkQueue:
             return data if type(data) in COPIES else codec.decode(data, fds)
         return loads(data) if data[KIND] not in WITH_BLOCKS else codec.decode(data, fds)
 
-    async def aread(self, *, timeout: float | None = None) -> Any:
-        """Read the next object on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
-
-        A task that is cancelled takes nothing from the queue.
-
-        Raises:
-            TimeoutError: nothing came within ``timeout`` seconds. (It is an ``asyncio.TimeoutError``, too.)
-            QueueClosed, WorkerDied: as for :meth:`read`.
-        """
-        role = self._role
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            received = role.take()
-            if received is not None:
-                return codec.decode(*received)
-            if role.closed:
-                raise QueueClosed(role.closed)
-            if role.is_troubled():
-                received = role.take()  # the last worker answers before it leaves
-                if received is not None:
-                    return codec.decode(*received)
-                role.raise_trouble()
-            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
-            if left <= 0:
-                raise TimedOut(f"nothing came within {timeout} s")
-            await awaiting.readable(role.fileno(), left)
-
-    def fileno(self) -> int:
-        """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.
-
-        With several readers another may be faster: read with ``nonblocking=True``. The queue closes it.
-
-        Raises:
-            QueueClosed: this handle is closed.
-        """
-        return self._role.fileno()
-
     def _tell_no_failures(self) -> None:
         """Do not tell the owner of workers that fail: who has made it for his own use hears of that otherwise."""
         assert isinstance(self._role, Owner)
         self._role.tells_failures = False
-
-    def _is_ready(self) -> bool:
-        return self._role.is_ready()
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every question written so far has its answer waiting here.
@@ -266,46 +224,27 @@ class WorkQueue:
             return QueueStatistics(written, written - untaken, role.unsent, handles)
         return QueueStatistics(role.written, role.last_taken, role.unsent, 0)
 
-    def __iter__(self) -> Iterator[Any]:
-        """Read until None or until the queue is closed.
+    def _source(self) -> Role:
+        return self._role
 
-        Raises:
-            QueueClosed: the handle was inherited by a fork.
-        """
-        while True:
-            try:
-                obj = self.read()
-            except QueueClosed:
-                if "fork" in self._role.closed:
-                    raise
-                return
-            if obj is None:
-                return
-            yield obj
+    def _opened(self, received: Received) -> Any:
+        return codec.decode(*received)
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        """Read until None or until the queue is closed, with :meth:`aread`."""
-        while True:
-            try:
-                obj = await self.aread()
-            except QueueClosed:
-                if "fork" in self._role.closed:
-                    raise
-                return
-            if obj is None:
-                return
-            yield obj
+    def _ended(self) -> None:
+        """None: a queue tells of its end by QueueClosed."""
 
-    def __enter__(self) -> WorkQueue:
-        return self
+    def _item(self, found: Any) -> Any:
+        return END if found is None else found
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(self._role, Owner) or error is None or isinstance(error, (QueueClosed, GeneratorExit)):
-            self._role.close()
-        else:
+    @property
+    def _was_forked(self) -> bool:
+        return "fork" in self._role.closed
+
+    def _leave(self, failed: bool) -> None:
+        if failed and not isinstance(self._role, Owner):
             self._role.close(in_doubt=True)  # the owner is told if that ends the worker
+        else:
+            self._role.close()
 
     def __repr__(self) -> str:
         role = "owner" if self.creator else "worker"

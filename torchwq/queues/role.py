@@ -1,14 +1,13 @@
-"""What all sides of a queue share: the loop of a blocking read, what a fork does, what the end of a thread does."""
+"""What all sides of a queue share: what a read is told, what a fork does, what the end of a thread does."""
 
 from __future__ import annotations
 
 import abc
-import queue
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import QueueClosed, WorkerDied
+from ..errors import QueueClosed
+from ..handles.reading import Source
 from ..memory.anonymous import Descriptor
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.connection import Connection
@@ -16,7 +15,7 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.outbox import Sent
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
-from ..workers import shutdown, threads
+from ..workers import threads
 
 ENDED: Final = "the queue is closed: its owner has closed it, or has ended"
 CLOSED_HERE: Final = "this handle is closed"
@@ -34,7 +33,7 @@ def _forget() -> None:
     open_roles.clear()
 
 
-class Role(abc.ABC):
+class Role(Source):
     """One handle's side of a queue. Safe to use from several threads.
 
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
@@ -59,22 +58,6 @@ class Role(abc.ABC):
         open_roles.add(self)
 
     @abc.abstractmethod
-    def take(self) -> Received | None:
-        """Take the next message if there is one."""
-
-    @abc.abstractmethod
-    def sleep(self, deadline: float | None) -> Received | None:
-        """The next message; None after ``deadline`` (time.monotonic), or if there may be trouble."""
-
-    @abc.abstractmethod
-    def is_troubled(self) -> bool:
-        """Whether there may be a reason to raise instead of waiting."""
-
-    @abc.abstractmethod
-    def raise_trouble(self) -> None:
-        """Called when there may be trouble and no message is there: raise it, or return to go on."""
-
-    @abc.abstractmethod
     def ticket(self) -> list[Descriptor]:
         """Descriptors of its own from which another process makes a worker's handle."""
 
@@ -94,44 +77,18 @@ class Role(abc.ABC):
     def unsent(self) -> int:
         """How many messages wait in this process."""
 
-    def wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
-        """The next message, after ``take`` has found none; None if ``nonblocking``. Raises queue.Empty."""
-        try:
-            return self._wait(nonblocking, timeout)
-        except (QueueClosed, WorkerDied):
-            shutdown.hold_daemon()
-            raise
-
-    def _wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
+    def found_nothing(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
-        if nonblocking:
-            self.settle()
-            return None
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            if self.is_troubled():
-                received = self.take()
-                if received is not None:
-                    return received
-                self.raise_trouble()
-            received = self.sleep(deadline)
-            if received is not None:
-                return received
-            if self.closed:
-                raise QueueClosed(self.closed)
-            if deadline is not None and time.monotonic() >= deadline and not self.is_troubled():
-                raise queue.Empty(f"{self.awaited()} came within {timeout} s")
+        self.settle()
 
     def awaited(self) -> str:
-        """What a read waits for, as the subject of a sentence."""
         return "no question"
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+    def settle(self) -> None:
         """Let the readiness show what there is, after somebody was told that there is something, and has looked."""
 
     def fileno(self) -> int:
-        """Readable when ``read`` would not have to wait."""
         if self.closed:
             raise QueueClosed(self.closed)
         if not self._readiness.is_watched:
@@ -139,7 +96,6 @@ class Role(abc.ABC):
         return self._readiness.fileno()
 
     def is_ready(self) -> bool:
-        """Whether ``read`` would not have to wait."""
         if self.closed or self.has_message():
             return True
         self.settle()
@@ -176,7 +132,7 @@ class SocketRole(Role):
         return self.connection.wait(self.take, deadline)
 
     def is_troubled(self) -> bool:
-        return self.alarm.is_set()
+        return bool(self.closed) or self.alarm.is_set()
 
     def has_message(self) -> bool:
         return self.connection.is_readable()

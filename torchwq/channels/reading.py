@@ -1,0 +1,120 @@
+"""What one reads a channel from: the way that its items take, and whoever may be gone.
+
+Asking who is gone costs, so the first wait goes as if nothing could be wrong: mostly the next item is on its way. After
+that the reader looks at the others each time it wakes, and what may have changed there wakes it (see ``core``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Final, Protocol
+
+from ..handles.reading import Ended, Source
+from ..peers.monitor import LOOK_EVERY, PeerMonitor
+from ..transport.endpoint import Received
+from .core import Core
+from .state import ChannelState
+from .vigil import READS, Seen
+
+#: For so many seconds a reader waits as if nothing could be wrong.
+_FIRST_WAIT: Final = 0.25
+
+
+class _Handle(Protocol):
+    def seen(self) -> Seen:
+        """What this thread has been told of."""
+        ...
+
+
+class Reader(Source):
+    """One read with a handle, in one thread."""
+
+    __slots__ = ("_changes", "_core", "_deadline", "_handle", "_is_drained", "_monitor", "_watching")
+
+    def __init__(self, core: Core, handle: _Handle) -> None:
+        self._core = core
+        self._handle = handle
+        self._is_drained = False
+        #: ``Core.changes`` as this has last looked at the others.
+        self._changes = 0
+        #: What watches the other processes while this blocks; None for a task, which the readiness wakes.
+        self._watching: contextlib.ExitStack | None = None
+        self._monitor: PeerMonitor | None = None
+        self._deadline = math.inf
+
+    def take(self) -> Received | None:
+        return self._core.way.take()
+
+    def wait_until(self, deadline: float | None, timeout: float | None) -> Received:
+        core = self._core
+        core.check_fork()
+        self._deadline = math.inf if deadline is None else deadline
+        received = core.way.sleep(min(time.monotonic() + _FIRST_WAIT, self._deadline))
+        if received is not None:
+            return received
+        with contextlib.ExitStack() as self._watching:
+            self._watching.enter_context(core.vigil.waiting(self._handle, READS))
+            return super().wait_until(deadline, timeout)
+
+    def sleep(self, deadline: float | None) -> Received | None:
+        until = time.monotonic() + self._core.vigil.sure_in(LOOK_EVERY)
+        return self._core.way.sleep(min(until, self._deadline), self._has_changed)
+
+    def _has_changed(self) -> bool:
+        return self._core.changes != self._changes
+
+    def is_troubled(self) -> bool:
+        core = self._core
+        core.check_fork()
+        monitor = core.monitor
+        if self._watching is not None and monitor is not self._monitor and time.monotonic() < self._deadline:
+            assert monitor is not None
+            self._monitor = monitor
+            self._watching.enter_context(monitor.watching())
+        self._changes = core.changes  # before the look: of what comes later this is told again
+        self._is_drained = core.way.state() is ChannelState.DRAINED
+        return True
+
+    def raise_trouble(self) -> None:
+        core, seen = self._core, self._handle.seen()
+        if self._is_drained:
+            core.vigil.raise_news(seen, READS)
+            core.vigil.raise_failed_closing(seen)
+            raise Ended
+        if self._watching is None:
+            core.vigil.raise_news(seen, READS)  # not that nobody is left: another task may write
+            return
+        if core.line is not None:
+            core.line.finish_closing()
+        core.vigil.raise_news(seen, READS)
+        core.vigil.show_waiting(self._handle, READS)
+        core.vigil.raise_if_alone(self._handle, READS)
+
+    def found_nothing(self) -> None:
+        core, seen = self._core, self._handle.seen()
+        core.check_fork()
+        core.vigil.raise_news(seen, READS)
+        if seen.nobody_left:
+            seen.nobody_left = False
+            core.vigil.raise_if_alone(self._handle, READS)
+        if core.way.state() is ChannelState.DRAINED:
+            core.vigil.raise_failed_closing(seen)
+
+    def awaited(self) -> str:
+        return "no item"
+
+    def fileno(self) -> int:
+        return self._core.fileno()
+
+    def is_ready(self) -> bool:
+        """Looks at the others, too."""
+        core = self._core
+        if core.forked or core.way.can_take() or core.way.state() is ChannelState.DRAINED:
+            return True
+        if core.line is not None:
+            core.line.finish_closing()
+        seen = self._handle.seen()
+        seen.nobody_left = core.vigil.is_alone(self._handle, READS)
+        return seen.nobody_left or core.vigil.has_news(seen, READS)
