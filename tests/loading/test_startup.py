@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,3 +39,25 @@ def test_a_plan_that_cannot_be_sent_is_an_error_and_no_worker_waits_for_it(tmp_p
     wait_until(lambda: not worker.living(), what="the end of the workers")
     block.fd = fd
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_the_memory_of_batches_is_used_again_in_a_program_that_does_nothing_else(run_script: Any, context: str) -> None:
+    """No queue and no map has made the tree's folder, and so the table that says when memory is free, before."""
+    run_script(
+        f"""
+        import torch, torchwq
+
+        class Numbers(torch.utils.data.Dataset):
+            def __len__(self):
+                return 400
+
+            def __getitem__(self, index):
+                return torch.full((4,), index), index
+
+        for batch in torchwq.DataLoader(Numbers(), batch_size=4, num_workers=1, multiprocessing_context="{context}"):
+            pass
+        stats = torchwq.memory_stats()
+        assert stats.misses < 20 < 60 < stats.hits, stats
+        """
+    )

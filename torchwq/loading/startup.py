@@ -27,7 +27,7 @@ import torch.multiprocessing
 from ..errors import ResourceError
 from ..marshalling import codec, definitions, exceptions, reducers
 from ..marshalling.letter import Letter
-from ..memory import limits
+from ..memory import ledger, limits
 from ..memory.anonymous import Descriptor, exhausted
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
@@ -80,6 +80,7 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
 
 def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
     definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
+    ledger.current()  # of a table that it made itself, the worker's blocks would mean nothing here
     handover: list[int] = []
     try:
         for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
