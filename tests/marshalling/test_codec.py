@@ -162,7 +162,7 @@ def test_many_bytes_are_copied_once_and_into_shared_memory(obj: Any) -> None:
     channel = torchwq.channel()
     channel._core.open_to_processes()
     with torchwq.workqueue() as q:
-        for ticket in q._role.ticket():  # type: ignore[union-attr]
+        for ticket in q._role.handle_descriptors():  # type: ignore[union-attr]
             ticket.close()  # as if a process had one
         for write in (functools.partial(codec.encode, limit=LIMIT), q.write, channel.write):
             tracemalloc.start()

@@ -82,8 +82,8 @@ def test_a_handle_that_is_gone_or_waits_is_no_other_handle() -> None:
     assert handles.any_but({mine})
     del other
     assert not handles.any_but({mine})
-    handles.send(1)
+    handles.count_pending(1)
     assert handles.any_but({mine})
-    handles.send(-1)
+    handles.count_pending(-1)
     assert not handles.any_but({mine})
     assert handles.any_ever

@@ -47,7 +47,7 @@ def worker_handle(owner: torchwq.WorkQueue, backend: str) -> torchwq.WorkQueue:
     """A worker's handle as a worker of this kind would get it, in this process."""
     if backend == "thread":
         return in_thread(lambda: torchwq.workqueue(owner.name))
-    fds = [ticket.detach() for ticket in owner._role.ticket()]
+    fds = [ticket.detach() for ticket in owner._role.handle_descriptors()]
     return torchwq.WorkQueue(accept(fds[:-1], Link(fds[-1])), owner.name)
 
 

@@ -93,7 +93,7 @@ def test_blocked_threads_follow_the_questions() -> None:
     with torchwq.workqueue() as q:
         threads = torchwq.map(3, jobs.echo, q, backend="thread")
         wait_until(lambda: q.statistics().handles == 3)
-        for ticket in q._role.ticket():  # type: ignore[union-attr]
+        for ticket in q._role.handle_descriptors():  # type: ignore[union-attr]
             ticket.close()
         q.write(*range(30))
         assert sorted(q.read(timeout=20) for _ in range(30)) == list(range(30))

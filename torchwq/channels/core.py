@@ -99,14 +99,14 @@ class Core:
 
     # Handles
 
-    def ticket(self) -> list[Any]:
+    def handle_descriptors(self) -> list[Any]:
         """Descriptors for another process. Raises ResourceError; or MarshalError, for an item that cannot go there."""
         self.open_to_processes()
         assert self.line is not None
-        return self.line.ticket()
+        return self.line.handle_descriptors()
 
     def open_to_processes(self) -> None:
-        """Have a line, and let what waits here go on it. Raises as ``ticket``, and changes nothing then."""
+        """Have a line, and let what waits here go on it. Raises as ``handle_descriptors``, and changes nothing then."""
         self.check_fork()
         with self.here.lock:
             if self.line is not None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from ..handles.reading import END, Ended, ReadableHandle
-from ..marshalling import codec, invitation, reducers
+from ..handles.reference import HandleRef, Target, travels
+from ..marshalling import codec
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
@@ -256,54 +257,30 @@ def channel(capacity: int | None = None) -> Channel:
     return Channel(cores.new(capacity))
 
 
-class _Invitation(invitation.Invitation):
-    """A handle under way within this process."""
+class _Target(Target):
+    def __init__(self, core: Core, seen: Seen) -> None:
+        super().__init__(core.vigil.handles.count_pending)  # not the core's: what waits there may have this in it
+        self._core = core
+        self._seen = seen
 
-    def __init__(self, core: Core, seen: Seen | None = None) -> None:
-        self.core = core
-        self.seen = seen or core.vigil.now()
-        super().__init__(core.vigil.handles.send)
+    def make_handle(self) -> Channel:
+        return Channel(self._core, self._seen.copy())
 
-    def accept(self) -> Channel:
-        handle = Channel(self.core, self.seen.copy())
-        self.settle()
-        return handle
-
-
-def _reduce(encoder: reducers.Encoder, handle: Channel) -> Any:
-    core = handle._core
-    core.check_fork()
-    if encoder.peer.same_process:
-        return _accept, (encoder.enclose(_Invitation(core)),)
-    return _rebuild, _description(encoder, core)
+    def describe(self) -> Any:
+        core = self._core
+        fds = core.handle_descriptors()
+        return _receive, (core.name, core.capacity, list(core.vigil.dead())), fds
 
 
-def _description(encoder: reducers.Encoder, core: Core) -> tuple[Any, ...]:
-    indices = [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()]
-    return core.name, core.capacity, list(core.vigil.dead()), indices
+def _target_of(handle: Channel) -> Target:
+    handle._core.check_fork()
+    return _Target(handle._core, handle._core.vigil.now())
 
 
-def _reduce_invitation(encoder: reducers.Encoder, invited: _Invitation) -> Any:
-    if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(_Invitation(invited.core, invited.seen)),)
-    return _rebuild_invitation, _description(encoder, invited.core)
+def _receive(fds: list[int], name: bytes, capacity: int | None, dead: Sequence[int]) -> HandleRef:
+    core = cores.open_(name, capacity, fds)
+    return HandleRef(_Target(core, Seen(set(dead), core.vigil.now().thread_failures)))
 
 
-def _accept(index: int) -> Channel:
-    invited: _Invitation = reducers.enclosed(index)
-    return invited.accept()
-
-
-def _rebuild(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> Channel:
-    core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
-    return Channel(core, Seen(set(dead), core.vigil.now().thread_failures))
-
-
-def _rebuild_invitation(name: bytes, capacity: int | None, dead: Sequence[int], indices: Sequence[int]) -> _Invitation:
-    core = cores.open_(name, capacity, [reducers.take_inbound_fd(index) for index in indices])
-    return _Invitation(core, Seen(set(dead), core.vigil.now().thread_failures))
-
-
-reducers.register(Channel, _reduce)
-reducers.register(_Invitation, _reduce_invitation)
+travels(Channel, _target_of)
 shutdown.at_close(lambda: cores.leave_all(shutdown.failed))

@@ -51,7 +51,6 @@ from ..marshalling.codec import encode
 from ..marshalling.copies import SCALARS, only_scalars
 from ..marshalling.wire import Bundle
 from ..memory import anonymous, fences, recycling
-from ..memory.parcel import Ticket
 from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
 from ..transport import cleanup, descriptors, kinds, polling
 from ..transport.capabilities import SAME_MACHINE
@@ -104,7 +103,7 @@ def _forget() -> None:
 
 
 class Line:
-    """One process's part of it. Takes over ``fds``: those of ``ticket``, or none to make a new one.
+    """One process's part of it. Takes over ``fds``: those of ``handle_descriptors``, or none to make a new one.
 
     Raises ResourceError if descriptors or memory have run out.
     """
@@ -485,16 +484,12 @@ class Line:
 
     # Coming and going
 
-    def ticket(self) -> list[anonymous.Descriptor]:
+    def handle_descriptors(self) -> list[anonymous.Descriptor]:
         """Descriptors from which another process makes its part."""
         fds = [*self._connection.handover(), *self.table.handover()]
         if self._room >= 0:
             fds.append(self._room)
-        try:
-            first = Ticket(descriptors.dup(fds[0]), self.table.count_issued)
-            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in fds[1:])]
-        except OSError as error:
-            raise anonymous.exhausted(error) from error
+        return anonymous.duplicates(fds, self.table.count_issued)
 
     def retire(self) -> None:
         """Leave as soon as there is no backlog."""

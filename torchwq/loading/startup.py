@@ -25,10 +25,11 @@ from typing import Any, Final
 import torch.multiprocessing
 
 from ..errors import ResourceError
-from ..marshalling import codec, definitions, exceptions, reducers
+from ..handles.reference import HandleRef, Target, travels
+from ..marshalling import codec, definitions, exceptions
 from ..marshalling.letter import Letter
 from ..memory import ledger, limits
-from ..memory.anonymous import Descriptor, exhausted
+from ..memory.anonymous import Descriptor, duplicates, exhausted
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
@@ -132,22 +133,29 @@ def _end_with_owner(connection: Connection, owner: int) -> None:
 # Workers that a backend starts
 
 
-class _EndpointHandover:
-    """A worker's end on its way to the worker. Whoever unpickles it gets the endpoint."""
+class _WorkersEnd(Target):
+    """A worker's end of its connection, which arrives as an endpoint."""
 
-    def __init__(self, end: Endpoint) -> None:
-        self.fds = [Descriptor(descriptors.dup(fd)) for fd in end.handover()]
+    def __init__(self, fds: list[Descriptor]) -> None:
+        super().__init__()
+        self._fds = fds
+
+    def make_handle(self) -> Endpoint:
+        return kinds.adopt([each.detach() for each in self._fds])
+
+    def describe(self) -> Any:
+        return _receive, (), self._fds
 
 
-def _reduce_handover(encoder: reducers.Encoder, handover: _EndpointHandover) -> Any:
-    return _accept, ([encoder.attach(each.fd, each) for each in handover.fds],)
+def _target_of(end: _WorkersEnd) -> Target:
+    return end
 
 
-def _accept(indices: Sequence[int]) -> Endpoint:
-    return kinds.adopt([reducers.take_inbound_fd(index) for index in indices])
+def _receive(fds: list[int]) -> HandleRef:
+    return HandleRef(_WorkersEnd([Descriptor(fd) for fd in fds]))
 
 
-reducers.register(_EndpointHandover, _reduce_handover)
+travels(_WorkersEnd, _target_of)
 
 
 def _serve(
@@ -157,7 +165,7 @@ def _serve(
     if isinstance(end, LocalEndpoint):
         own = Letter(None, [(own_config, end)])
     else:
-        own = codec.encode((own_config, _EndpointHandover(end)), codec.CALL_LIMIT, upvalues=True)
+        own = codec.encode((own_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
         1,
         f"{__name__}:served_main",

@@ -11,12 +11,11 @@ from typing import Final
 
 from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
-from ..memory.parcel import Ticket
 from ..peers.failures import SeenFailures, tenancies_of_the_dead
 from ..peers.handles import Handles
 from ..peers.monitor import PeerMonitor
 from ..peers.table import PeerTable
-from ..transport import cleanup, descriptors
+from ..transport import cleanup
 from ..transport.descriptors import close_fds
 from ..transport.process import closed_in_child, reset_in_child
 from ..workers import shutdown
@@ -41,7 +40,7 @@ def _forget() -> None:
 
 
 class Core:
-    """Takes over ``fds``: those of a ``ticket``, or none to make a new mutex."""
+    """Takes over ``fds``: those of ``handle_descriptors``, or none to make a new mutex."""
 
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
@@ -109,19 +108,14 @@ class Core:
 
     # Coming and going
 
-    def ticket(self) -> list[anonymous.Descriptor]:
+    def handle_descriptors(self) -> list[anonymous.Descriptor]:
         self.check()
-        try:
-            fds = [*self.table.handover(), *self._events]
-            first = Ticket(descriptors.dup(fds[0]), self.table.count_issued)
-            return [first, *(anonymous.Descriptor(descriptors.dup(fd)) for fd in fds[1:])]
-        except OSError as error:
-            raise anonymous.exhausted(error) from error
+        return anonymous.duplicates([*self.table.handover(), *self._events], self.table.count_issued)
 
-    def invite(self, number: int) -> None:
-        """So many more handles are under way within this process."""
+    def count_pending(self, number: int) -> None:
+        """See ``HandleRef``."""
         with _guard:
-            self.handles.send(number)
+            self.handles.count_pending(number)
         if number < 0:
             leave_later(self)
 

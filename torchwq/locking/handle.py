@@ -5,12 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 import weakref
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, final
 
 from ..errors import WorkerDied
-from ..marshalling import invitation, reducers
+from ..handles.reference import HandleRef, Target, travels
 from ..peers.failures import SeenFailures
 from ..transport.descriptors import close_fds
 from ..workers import threads
@@ -144,48 +143,33 @@ def mutex() -> Mutex:
     return Mutex(Core(secrets.token_bytes(16)), SeenFailures())
 
 
-class _Invitation(invitation.Invitation):
-    """A handle under way within this process."""
+class _Target(Target):
+    def __init__(self, core: Core, seen: SeenFailures) -> None:
+        super().__init__(core.count_pending)
+        self._core = core
+        self._seen = seen
 
-    def __init__(self, core: Core, seen: SeenFailures | None = None) -> None:
-        self.core = core
-        self.seen = seen or core.seen_by_new_handle()
-        super().__init__(core.invite)
+    def make_handle(self) -> Mutex:
+        return Mutex(self._core, self._seen.copy())
 
-    def accept(self) -> Mutex:
-        handle = Mutex(self.core, self.seen.copy())
-        self.settle()
-        return handle
-
-
-def _reduce(encoder: reducers.Encoder, handle: Mutex) -> Any:
-    return _accept, (_Invitation(handle._core),)
+    def describe(self) -> Any:
+        seen = list(self._seen.deaths), self._seen.thread_failures
+        return _receive, (self._core.name, seen), self._core.handle_descriptors()
 
 
-def _accept(invitation: _Invitation) -> Mutex:
-    return invitation.accept()
+def _target_of(mutex: Mutex) -> Target:
+    return _Target(mutex._core, mutex._core.seen_by_new_handle())
 
 
-def _reduce_invitation(encoder: reducers.Encoder, invitation: _Invitation) -> Any:
-    core = invitation.core
-    core.check()
-    if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(_Invitation(core, invitation.seen)),)
-    seen = list(invitation.seen.deaths), invitation.seen.thread_failures
-    return _rebuild, (core.name, seen, [encoder.attach(ticket.fd, ticket) for ticket in core.ticket()])
-
-
-def _rebuild(name: bytes, seen: tuple[list[int], int], indices: Sequence[int]) -> _Invitation:
+def _receive(fds: list[int], name: bytes, seen: tuple[list[int], int]) -> HandleRef:
     failures = SeenFailures(set(seen[0]), seen[1])
-    fds = [reducers.take_inbound_fd(index) for index in indices]
     with found(name) as core:
         if core is None:
-            return _Invitation(Core(name, fds), failures)
-        invitation = _Invitation(core, failures)
+            return HandleRef(_Target(Core(name, fds), failures))
+        ref = HandleRef(_Target(core, failures))
     close_fds(fds)
     core.table.count_redeemed()
-    return invitation
+    return ref
 
 
-reducers.register(Mutex, _reduce)
-reducers.register(_Invitation, _reduce_invitation)
+travels(Mutex, _target_of)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ..transport import descriptors
@@ -88,12 +88,17 @@ def map_private(fd: int, nbytes: int | None = None) -> memoryview:
 
 
 class Descriptor:
-    """Owns one descriptor, of a block or of anything else that travels, until it is garbage."""
+    """Owns one descriptor, of a block or of anything else that travels, until it is garbage.
 
-    __slots__ = ("__weakref__", "_closing", "fd")
+    Args:
+        count_sent: called with 1 when a message leaves with it, and with -1 if that was not sent after all.
+    """
 
-    def __init__(self, fd: int) -> None:
+    __slots__ = ("__weakref__", "_closing", "count_sent", "fd")
+
+    def __init__(self, fd: int, count_sent: Callable[[int], None] | None = None) -> None:
         self.fd = fd
+        self.count_sent = count_sent
         self._closing = descriptors.close_with(self, fd)
 
     def detach(self) -> int:
@@ -105,3 +110,12 @@ class Descriptor:
     def close(self) -> None:
         self.fd = -1
         self._closing()
+
+
+def duplicates(fds: Sequence[int], count_sent: Callable[[int], None] | None = None) -> list[Descriptor]:
+    """Another descriptor for each of ``fds``; ``count_sent`` is the first one's. Raises ResourceError."""
+    try:
+        copies = descriptors.dup_all(fds)
+    except OSError as error:
+        raise exhausted(error) from error
+    return [Descriptor(fd, count_sent if place == 0 else None) for place, fd in enumerate(copies)]

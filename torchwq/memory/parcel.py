@@ -17,26 +17,10 @@ from . import recycling
 from .anonymous import Descriptor, exhausted
 
 
-class Ticket(Descriptor):
-    """A descriptor of something whose maker wants to know how many are under way.
-
-    It calls ``count(1)`` when its message leaves, and ``count(-1)`` if that was not sent after all.
-    """
-
-    __slots__ = ("_count",)
-
-    def __init__(self, fd: int, count: Callable[[int], None]) -> None:
-        super().__init__(fd)
-        self._count = count
-
-    def note_departure(self, number: int) -> None:
-        self._count(number)
-
-
 class Parcel:
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_tickets", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
+    __slots__ = ("_counts_sent", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
 
     def __init__(
         self,
@@ -56,9 +40,9 @@ class Parcel:
         self.numbers = numbers
         #: Whether ``fds`` are those of its blocks and nothing else.
         self.only_blocks = only_blocks
-        self._tickets: Sequence[Ticket] = ()
+        self._counts_sent: Sequence[Callable[[int], None]] = ()
         if fds and not only_blocks:
-            self._tickets = [each for each in keep if isinstance(each, Ticket)]
+            self._counts_sent = [each.count_sent for each in keep if isinstance(each, Descriptor) and each.count_sent]
         #: Of the message and of all that it refers to.
         self.nbytes = len(data)
 
@@ -66,14 +50,14 @@ class Parcel:
         """Call this before it can be received: the ledger counts its references."""
         if self.numbers:
             recycling.count_sent(self.numbers)
-        for ticket in self._tickets:
-            ticket.note_departure(1)
+        for count_sent in self._counts_sent:
+            count_sent(1)
 
     def come_back(self) -> None:
         """It was not sent after ``depart``."""
         recycling.note_lost(self.numbers)
-        for ticket in self._tickets:
-            ticket.note_departure(-1)
+        for count_sent in self._counts_sent:
+            count_sent(-1)
 
     def copy(self) -> tuple[bytes, list[int]]:
         """The message as its reader would get it, with descriptors of its own. Raises ResourceError."""

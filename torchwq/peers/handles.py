@@ -20,8 +20,8 @@ class Handles(Generic[H]):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._handles: weakref.WeakSet[H] = weakref.WeakSet()
-        #: How many are under way within this process.
-        self.under_way = 0
+        #: How many are on their way to threads of this process.
+        self.pending = 0
         #: Whether any ever was.
         self.any_ever = False
 
@@ -38,12 +38,12 @@ class Handles(Generic[H]):
         with self._lock:
             return list(self._handles)
 
-    def send(self, number: int) -> None:
-        """So many more are under way within this process; they have arrived, or were dropped, if negative."""
+    def count_pending(self, number: int) -> None:
+        """So many more are pending; they have come, or were dropped, if negative."""
         with self._lock:
             self.any_ever = self.any_ever or number > 0
-            self.under_way += number
+            self.pending += number
 
     def any_but(self, handles: Container[H]) -> bool:
-        """Whether there is another one than these, or one under way."""
-        return self.under_way > 0 or any(each not in handles for each in self.all())
+        """Whether there is another one than these, or a pending one."""
+        return self.pending > 0 or any(each not in handles for each in self.all())

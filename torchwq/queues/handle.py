@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pickle import dumps, loads
 from typing import Any, final
 
 from ..errors import QueueClosed
 from ..handles.reading import END, ReadableHandle
-from ..marshalling import codec, reducers
+from ..handles.reference import HandleRef, Target, travels
+from ..marshalling import codec
 from ..marshalling.codec import encode, large
 from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
 from ..marshalling.wire import WITH_BLOCKS
@@ -23,7 +23,7 @@ from ..transport.trailer import KIND
 from ..workers import shutdown
 from .owner import Owner
 from .role import Role, open_roles
-from .thread import Invitation, ThreadSide
+from .thread import ThreadSide
 from .worker import WorkerSide, accept
 
 
@@ -267,77 +267,69 @@ def _close_later(role: Role) -> None:
         cleanup.later(role.close)
 
 
-def _reduce(encoder: reducers.Encoder, handle: WorkQueue) -> Any:
-    """Whoever unpickles this gets a worker's handle."""
-    role = handle._role
-    if role.closed:
-        raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
-    if encoder.peer.same_process:
-        inside = role.owner if isinstance(role, ThreadSide) else role
-        invitation = Invitation(inside) if isinstance(inside, Owner) else _Ticket(inside.ticket(), inside)
-        return _accept_here, (encoder.enclose(invitation), handle._name)
-    indices = [encoder.attach(ticket.fd, ticket) for ticket in role.ticket()]
-    return _rebuild, (indices, handle._name)
+class _OwnedHere(Target):
+    """A queue whose owner is in this process. A handle on one that was closed meanwhile still reads what is left."""
+
+    def __init__(self, owner: Owner, name: str | None) -> None:
+        super().__init__(owner.count_pending)
+        self._owner = owner
+        self._name = name
+
+    def make_handle(self) -> WorkQueue:
+        return WorkQueue(ThreadSide(self._owner), self._name)
+
+    def describe(self) -> Any:
+        return _receive, (self._name,), self._owner.handle_descriptors()
 
 
-def _rebuild(indices: Sequence[int], name: str | None) -> WorkQueue:
-    fds = [reducers.take_inbound_fd(index) for index in indices]
-    assert len(fds) == handover_size() + 2
-    return WorkQueue(accept(fds[:-1], Link(fds[-1])), name)
+class _OwnedElsewhere(Target):
+    """A queue whose owner is in another process.
 
-
-class _Ticket:
-    """The handle of a worker, which has its owner in another process, under way within this one.
-
-    It was made when the message was written, so that it holds although the handle may be closed meanwhile.
+    It has descriptors from when the message was written, so that it holds although the handle may be closed meanwhile.
+    They make one handle, or go to one other process. More than that needs an open handle: the one that was sent, or the
+    first one made from it.
     """
 
-    def __init__(self, fds: list[Descriptor], role: WorkerSide | None) -> None:
+    def __init__(self, fds: list[Descriptor], role: WorkerSide | None, name: str | None) -> None:
+        super().__init__()
         self._fds = fds
         self._role = role
+        self._name = name
 
-    def accept(self) -> WorkerSide:
-        """May be called again, as long as the handle that it was made from, or the first one made from it, is open.
+    def make_handle(self) -> WorkQueue:
+        fds = [each.detach() for each in self._take()]
+        role = accept(fds[:-1], Link(fds[-1]))
+        self._role = self._role or role
+        return WorkQueue(role, self._name)
 
-        Raises QueueClosed.
-        """
-        fds = [ticket.detach() for ticket in self.take()]
-        side = accept(fds[:-1], Link(fds[-1]))
-        self._role = self._role or side
-        return side
+    def describe(self) -> Any:
+        return _receive, (self._name,), self._take()
 
-    def take(self) -> list[Descriptor]:
+    def _take(self) -> list[Descriptor]:
         fds, self._fds = self._fds, []
         if fds:
             return fds
         if self._role is None or self._role.closed:
             raise QueueClosed("the handle that was sent is closed")
-        return self._role.ticket()
+        return self._role.handle_descriptors()
 
 
-def _accept_here(index: int, name: str | None) -> WorkQueue:
-    return WorkQueue(reducers.enclosed(index).accept(), name)
+def _target_of(handle: WorkQueue) -> Target:
+    """Whoever gets it has a worker's handle."""
+    role = handle._role
+    if role.closed:
+        raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
+    if isinstance(role, WorkerSide):
+        return _OwnedElsewhere(role.handle_descriptors(), role, handle._name)
+    return _OwnedHere(role if isinstance(role, Owner) else role.owner, handle._name)
 
 
-def _reduce_ticket(encoder: reducers.Encoder, ticket: _Ticket) -> Any:
-    if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(ticket),)
-    return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in ticket.take()],)
+def _receive(fds: list[int], name: str | None) -> HandleRef:
+    assert len(fds) == handover_size() + 2
+    return HandleRef(_OwnedElsewhere([Descriptor(fd) for fd in fds], None, name))
 
 
-def _rebuild_ticket(indices: Sequence[int]) -> _Ticket:
-    return _Ticket([Descriptor(reducers.take_inbound_fd(index)) for index in indices], None)
-
-
-def _reduce_invitation(encoder: reducers.Encoder, invitation: Invitation) -> Any:
-    if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(Invitation(invitation.owner)),)
-    return _rebuild_ticket, ([encoder.attach(each.fd, each) for each in invitation.owner.ticket()],)
-
-
-reducers.register(WorkQueue, _reduce)
-reducers.register(Invitation, _reduce_invitation)
-reducers.register(_Ticket, _reduce_ticket)
+travels(WorkQueue, _target_of)
 
 
 def _close_all() -> None:

@@ -41,7 +41,7 @@ class Side(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One open handle. ``pid`` is None as long as the handle is a ticket that nobody has used yet, and for a thread of
+    """One open handle. ``pid`` is None as long as the handle is pending, and for a thread of
     the owner's process, which has no link either."""
 
     number: int

@@ -6,7 +6,7 @@ Invariants:
   write never fails for want of a worker, and questions wait for the first one.
 * Each worker's handle is a :class:`Member`: a liveness link and a slot on the board. A link that ends without a
   goodbye is a death. It is reported once, by a blocking call, after the answers that are there were handed out.
-* "No worker is left" means: some had come, all have gone, no ticket for a handle is under way, and no worker
+* "No worker is left" means: some had come, all have gone, no handle is pending, and no worker
   of this process was started so recently that it may still come.
 * Answers are sent before a goodbye, and the kernel keeps both. So when a member is known to be gone, every answer
   it gave is in the socket.
@@ -39,10 +39,10 @@ from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
 from ..marshalling.wire import References
 from ..memory import recycling
-from ..memory.anonymous import Descriptor
+from ..memory.anonymous import Descriptor, duplicates
 from ..memory.board import SLOTS, Board
 from ..memory.promises import KeptBlocks, Leaving
-from ..transport import cleanup, descriptors, kinds, reactor
+from ..transport import cleanup, kinds, reactor
 from ..transport import link as links
 from ..transport.capabilities import SAME_MACHINE, SAME_PROCESS
 from ..transport.endpoint import Received
@@ -101,8 +101,8 @@ class Owner(SocketRole, worker.EndListener):
         self._admitted: set[object] = set()
         self._admissions = 0
         self._waiting_for_room = 0
-        #: Handles under way to threads of this process, and those that they have.
-        self.invited = 0
+        #: Handles on their way to threads of this process, and those that they have.
+        self.pending_handles = 0
         self.sides: weakref.WeakSet[Side] = weakref.WeakSet()
         self._last_side = 0
         self._is_released = False
@@ -392,18 +392,18 @@ class Owner(SocketRole, worker.EndListener):
 
     # Members
 
-    def ticket(self) -> list[Descriptor]:
+    def handle_descriptors(self) -> list[Descriptor]:
         self.open_to_processes()
         ours, theirs = links.pair()
-        ticket = [Descriptor(theirs)]
+        made = [Descriptor(theirs)]
         with self._lock:
             try:
-                ticket[:0] = [Descriptor(descriptors.dup(fd)) for fd in (*self._theirs.handover(), self.board.fd)]
+                made[:0] = duplicates([*self._theirs.handover(), self.board.fd])
             except BaseException:
                 ours.close()
                 raise
             self._admit(ours, None)
-        return ticket
+        return made
 
     def open_by_name(self, link: Link, pid: int) -> bool:
         """Hand a worker's handle to the process that asks on ``link``; False if the queue cannot be had any more."""
@@ -498,14 +498,14 @@ class Owner(SocketRole, worker.EndListener):
     def _open_inner(self, wanted: bool = False) -> None:
         """Let threads of this process, if there are any, read from the socket."""
         with self._lock:
-            wanted = wanted or self.invited > 0 or any(number < 0 for number in self._members)
+            wanted = wanted or self.pending_handles > 0 or any(number < 0 for number in self._members)
         if wanted:
             self.inside.open_end(self._theirs.handover())
 
-    def invite(self, number: int) -> None:
-        """So many more handles are under way to threads of this process."""
+    def count_pending(self, number: int) -> None:
+        """See ``HandleRef``."""
         with self.taking:
-            self.invited += number
+            self.pending_handles += number
             if number > 0 and self.inside.box is None and not self.closed:
                 self._open_inner()
             if number < 0:
@@ -514,7 +514,7 @@ class Owner(SocketRole, worker.EndListener):
     def see_off(self) -> None:
         """Let go of what only threads of this process need, if none of them is left."""
         with self.taking, self._lock:
-            if self.invited or any(number < 0 for number in self._members):
+            if self.pending_handles or any(number < 0 for number in self._members):
                 return
             self.inside.close(bool(self.closed))
             if self._is_released and self.board.fd >= 0:
@@ -678,7 +678,7 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
 
     def _nobody_left(self) -> bool:
-        if not self._came or self._ending or self._members or self.invited or self._is_in_doubt():
+        if not self._came or self._ending or self._members or self.pending_handles or self._is_in_doubt():
             return False
         return not self._expected()
 
@@ -713,7 +713,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def close(self) -> None:
         questions = self.inside.box
-        may_go = self.invited or any(not each.peer.same_process for each in worker.living())
+        may_go = self.pending_handles or any(not each.peer.same_process for each in worker.living())
         if not self.closed and questions and may_go:
             try:
                 self.open_to_processes()  # one that is on its way to it may be a process, or go on to one
@@ -764,7 +764,7 @@ class Owner(SocketRole, worker.EndListener):
         """Close what late comers could still have been handed, as soon as none is under way in this process."""
         with self._lock:
             self._is_released = True
-            if self.invited:
+            if self.pending_handles:
                 return
             self._to_itself.end()
             self._theirs.close()

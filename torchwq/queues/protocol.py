@@ -58,7 +58,7 @@ _SEAT: Final = struct.Struct("=cQqQQ")
 
 
 class Hello:
-    """From a handle that came as a ticket: its process id."""
+    """From a handle that has come in a message: its process id."""
 
     KIND: ClassVar = b"H"
     _FORMAT: ClassVar = struct.Struct("=cQ")

@@ -143,7 +143,7 @@ def _create(name: str, capacity: int | None) -> WorkQueue:
             _owned[name] = _Owned(owner, weakref.ref(threading.current_thread()), weakref.ref(handle))
             closed = _closed.pop(name, None)
         if closed is not None:
-            closed[1].invite(-1)
+            closed[1].count_pending(-1)
         here.publish(name, owner.open_by_name)
     return handle
 
@@ -155,7 +155,7 @@ def _withdraw(name: str, owner: Owner) -> None:
             del _owned[name]
         if any(each.peer.same_process for each in worker.living()) and name not in _closed:
             _closed[name] = time.monotonic(), owner
-            owner.invite(1)  # until none of them can come any more
+            owner.count_pending(1)  # until none of them can come any more
     here = directory.existing()
     if here is None:
         owner.release()
@@ -185,7 +185,7 @@ class _Janitor(worker.EndListener):
                 for name in closed:
                     del _closed[name]
             for _, owner in closed.values():
-                owner.invite(-1)
+                owner.count_pending(-1)
         here = directory.existing()
         if here is None or worker.living():
             return

@@ -58,7 +58,7 @@ class Role(Source):
         open_roles.add(self)
 
     @abc.abstractmethod
-    def ticket(self) -> list[Descriptor]:
+    def handle_descriptors(self) -> list[Descriptor]:
         """Descriptors of its own from which another process makes a worker's handle."""
 
     @abc.abstractmethod

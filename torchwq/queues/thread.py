@@ -15,7 +15,7 @@ from _thread import get_ident
 from typing import Any
 
 from ..errors import QueueClosed
-from ..marshalling import codec, invitation
+from ..marshalling import codec
 from ..memory.anonymous import Descriptor
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
@@ -96,8 +96,8 @@ class ThreadSide(Role):
         if self.closed:
             raise QueueClosed(self.closed)
 
-    def ticket(self) -> list[Descriptor]:
-        return self.owner.ticket()
+    def handle_descriptors(self) -> list[Descriptor]:
+        return self.owner.handle_descriptors()
 
     def has_message(self) -> bool:
         return self.owner.inside.has_question()
@@ -139,17 +139,3 @@ class ThreadSide(Role):
     def last_taken(self) -> int:
         """Which of the owner's questions this handle has taken last; they count from 1."""
         return self.notes.number
-
-
-class Invitation(invitation.Invitation):
-    """A worker's handle under way to a thread of the owner's process."""
-
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
-        super().__init__(owner.invite)
-
-    def accept(self) -> ThreadSide:
-        """A handle; on a queue that was closed meanwhile it still reads what is left."""
-        side = ThreadSide(self.owner)
-        self.settle()
-        return side

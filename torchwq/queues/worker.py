@@ -22,10 +22,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..errors import QueueClosed
-from ..memory.anonymous import Descriptor
+from ..memory.anonymous import Descriptor, duplicates
 from ..memory.board import ASKED, BUSY, Board
 from ..memory.promises import SentBlocks
-from ..transport import descriptors, kinds
+from ..transport import kinds
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -132,7 +132,7 @@ class WorkerSide(SocketRole):
             self.closed = ENDED
             self.alarm.set()
 
-    def ticket(self) -> list[Descriptor]:
+    def handle_descriptors(self) -> list[Descriptor]:
         """Another worker's handle; the owner learns of it over this one's link."""
         ours, fd = links.pair()
         theirs = Descriptor(fd)
@@ -143,7 +143,7 @@ class WorkerSide(SocketRole):
         finally:
             ours.close()
         with self._taking:
-            fds = [Descriptor(descriptors.dup(fd)) for fd in (*self.end.handover(), self._board.fd)]
+            fds = duplicates([*self.end.handover(), self._board.fd])
         return [*fds, theirs]
 
     def worker_failed(self, failure: Failure) -> None:
@@ -204,7 +204,7 @@ class WorkerSide(SocketRole):
 
 
 def accept(fds: Sequence[int], link: Link) -> WorkerSide:
-    """Make a worker's side from a ticket's descriptors. Takes all of them over.
+    """Make a worker's side from the descriptors of ``handle_descriptors``. Takes all of them over.
 
     Raises QueueClosed if the owner is gone without having answered.
     """

@@ -16,8 +16,8 @@ A backend for other machines (Ray, say) is one more module and one more such lin
   (namespace, limits, descriptors) stays on this machine; what is left of it (``sys.path``, environment, filters, seed,
   ``info``) goes along.
 * ``connect``: two ends with the methods of :class:`~torchwq.transport.endpoint.Endpoint`; and what stands for the
-  second in a message to the worker, as ``loading.crew._Ticket`` does for one that consists of descriptors: over TCP an
-  address and a secret.
+  second in a message to the worker, as ``loading.startup._WorkersEnd`` does for one that consists of descriptors:
+  over TCP an address and a secret.
 * Before a byte from there is unpickled, proof that the sender is one of ours: there are no peer credentials over TCP.
 
 Handles on queues and channels are descriptors, so a worker over there is refused one, until a handle can also travel

@@ -68,7 +68,7 @@ def others_may_come(handles: Handles[H], table: PeerTable | None, waits: Callabl
         table: of those who have the thing open; None if no other process can have it.
         waits: whether the process of a slot waits for the same.
     """
-    if handles.under_way:
+    if handles.pending:
         return True
     if table is None:
         return False

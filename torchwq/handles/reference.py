@@ -1,0 +1,112 @@
+"""How a handle travels: a reference goes in its place, from which whoever opens the message makes a handle of its own.
+
+Queues, channels, mutexes and the loader differ in what a :class:`Target` says: how to make the descriptors for another
+process, and what makes the handle over there. Invariants:
+
+* Within a process, a reference counts as a pending handle from its making until it is accepted; or, if that does not
+  come, until it is garbage. So nobody is told that nobody is left while a handle is on its way to a thread.
+* To another process go descriptors of the message's own, so that the sender may close its handle at once. A descriptor
+  that has a ``count_sent`` counts as it leaves, and back if the message was not sent after all.
+* A message may be opened more than once (see ``torchwq.marshal``), here or elsewhere, so a reference may be accepted
+  more than once. Each time makes another handle; only the first one ends the counting.
+* The finalizer only appends to a list: it runs at any moment, in any thread, with any lock held.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from ..marshalling import reducers
+from ..memory.anonymous import Descriptor
+from ..transport import cleanup
+
+H = TypeVar("H")
+
+
+class Target(abc.ABC):
+    """What a reference refers to.
+
+    Args:
+        count_pending: called with 1 for each handle that is pending in this process from now on, and with -1 when it
+            has come, or was dropped. What it refers to is kept alive while one is pending.
+    """
+
+    def __init__(self, count_pending: Callable[[int], None] | None = None) -> None:
+        self.count_pending = count_pending
+
+    @abc.abstractmethod
+    def make_handle(self) -> Any:
+        """A new handle in this process."""
+
+    @abc.abstractmethod
+    def describe(self) -> tuple[Callable[..., HandleRef], tuple[Any, ...], list[Descriptor]]:
+        """For another process: ``(receive, args, fds)``. There, ``receive(fds, *args)`` makes a reference; it takes
+        ``fds`` over."""
+
+
+class HandleRef:
+    """Stands for a handle in a message."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        count_pending = target.count_pending
+        if count_pending is not None:
+            count_pending(1)
+            self._pending = weakref.finalize(self, _drop_later, count_pending)
+            self._pending.atexit = False
+
+    def accept(self) -> Any:
+        """Make a handle."""
+        handle = self.target.make_handle()
+        count_pending = self.target.count_pending
+        if count_pending is not None and self._pending.detach() is not None:
+            count_pending(-1)
+        return handle
+
+
+def _drop_later(count_pending: Callable[[int], None]) -> None:
+    cleanup.later(functools.partial(count_pending, -1))
+
+
+def travels(cls: type[H], target_of: Callable[[H], Target]) -> None:
+    """Let objects of exactly ``cls`` travel as references to what ``target_of`` gives; they arrive as handles."""
+
+    def reduce(encoder: reducers.Encoder, handle: H) -> Any:
+        target = target_of(handle)
+        if encoder.peer.same_process:
+            return _accept_enclosed, (encoder.enclose(HandleRef(target)),)
+        return _accept_received, _attached(encoder, target)
+
+    reducers.register(cls, reduce)
+
+
+def _reduce(encoder: reducers.Encoder, ref: HandleRef) -> Any:
+    """A reference in a message that has not been opened goes on, and arrives as a reference."""
+    if encoder.peer.same_process:
+        return reducers.enclosed, (encoder.enclose(HandleRef(ref.target)),)
+    return _receive, _attached(encoder, ref.target)
+
+
+def _attached(encoder: reducers.Encoder, target: Target) -> tuple[Any, ...]:
+    receive, args, fds = target.describe()
+    return receive, args, [encoder.attach(each.fd, each) for each in fds]
+
+
+def _receive(receive: Callable[..., HandleRef], args: tuple[Any, ...], indices: Sequence[int]) -> HandleRef:
+    return receive([reducers.take_inbound_fd(index) for index in indices], *args)
+
+
+def _accept_received(receive: Callable[..., HandleRef], args: tuple[Any, ...], indices: Sequence[int]) -> Any:
+    return _receive(receive, args, indices).accept()
+
+
+def _accept_enclosed(index: int) -> Any:
+    ref: HandleRef = reducers.enclosed(index)
+    return ref.accept()
+
+
+reducers.register(HandleRef, _reduce)
