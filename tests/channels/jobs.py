@@ -11,6 +11,7 @@ import torch
 
 import torchwq
 from torchwq import Channel, ChannelState
+from torchwq.transport import cleanup
 
 OPEN = ChannelState.OPEN
 
@@ -142,3 +143,15 @@ def produce_plain_then_tensors(channel: Channel, count: int, mapid: int) -> None
 
 def consume_kinds(channel: Channel) -> list[tuple[int, int]]:
     return [(mapid, int(number)) for mapid, number in channel]
+
+
+def write_to_what_comes_again(outer: Channel, count: int) -> list[ChannelState]:
+    """Each channel comes twice, and is dropped in between."""
+    states = []
+    for _ in range(count):
+        outer.read()
+        channel = outer.read()[1]
+        cleanup.finish()
+        states.append(channel.write("item"))
+        del channel
+    return states

@@ -285,6 +285,14 @@ def test_the_same_channel_comes_back_as_itself() -> None:
     assert again._core is channel._core
 
 
+def test_a_channel_that_is_dropped_and_comes_again_at_once_is_still_open() -> None:
+    outer, channel = torchwq.channel(), torchwq.channel()
+    outer.write(*[channel] * 10)
+    worker = torchwq.map(1, jobs.write_to_what_comes_again, outer, 5)
+    assert worker.join(20) == [[OPEN] * 5]
+    assert channel.num_items() == 5
+
+
 def test_tensors_go_by_reference_through_a_pipeline(backend: str) -> None:
     source, sink = torchwq.channel(), torchwq.channel()
     worker = torchwq.map(1, jobs.add_one, source, sink, backend=backend)

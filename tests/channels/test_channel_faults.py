@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import queue
+import resource
 import signal
 import threading
 import time
@@ -20,8 +21,9 @@ from tests.channels import jobs
 from tests.channels.parts import another, write_and_die
 from tests.conftest import wait_until
 from torchwq import ChannelState
+from torchwq.channels import core as cores
 from torchwq.peers import table
-from torchwq.transport import reactor
+from torchwq.transport import cleanup, reactor
 
 OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
 
@@ -373,3 +375,44 @@ def test_a_class_that_cannot_be_hashed_is_named(process: bool) -> None:
             with pytest.raises(torchwq.MarshalError, match=r"args\[0\]"):
                 write([odd])
     assert channel.num_items() == 0
+
+
+def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
+    channel = torchwq.channel(capacity=3)
+    channel._core.open_to_processes()
+    line = channel._core.line
+    assert line is not None
+    reactor.get()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    failures = 0
+    while True:
+        gc.collect()
+        cleanup.finish()
+        before = open_descriptors()
+        fds = [os.dup(fd) for fd in (*line._connection.handover(), *line.table.handover(), line._room)]
+        free = [fd for fd in range(1024) if fd not in open_descriptors()]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[failures], limits[1]))
+        try:
+            core = cores.open_(b"of another process", 3, fds)
+        except torchwq.ResourceError:
+            failures += 1
+        else:
+            break
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert open_descriptors() == before, f"{failures - 1} were free"
+        assert not list(line.table.others())
+    assert failures > 1
+    del core
+
+
+def open_descriptors() -> set[int]:
+    return {fd for fd in range(1024) if is_open(fd)}
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..errors import QueueClosed
+from ..errors import QueueClosed, ResourceError
 from ..peers.monitor import LOOK_EVERY, PeerMonitor
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
@@ -257,12 +257,22 @@ def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
             # One that all handles have dropped may still have something to send, which must come first.
             line = next((each for each in list(open_lines) if each.name == name and each.revive()), None)
         if line is None or line.left:
-            return Core(name, capacity, Line(name, fds, capacity))
-        if core is None:
-            core = Core(name, capacity, line)
-    close_fds(fds)
+            return _with_line(name, capacity, Line(name, fds, capacity))
+        try:
+            if core is None:
+                core = _with_line(name, capacity, line)
+        finally:
+            close_fds(fds)
     line.table.count_redeemed()
     return core
+
+
+def _with_line(name: bytes, capacity: int | None, line: Line) -> Core:
+    try:
+        return Core(name, capacity, line)
+    except ResourceError:  # before the part was told to give it up
+        line.retire()
+        raise
 
 
 def leave_all(failed: bool) -> None:

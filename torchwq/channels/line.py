@@ -115,7 +115,8 @@ class Line:
         size = kinds.handover_size()
         self.capacity = capacity
         with contextlib.ExitStack() as opened:  # what is to be closed again if the rest cannot be had
-            opened.callback(close_fds, fds[2 * size + 2 :])
+            rest = list(fds[2 * size :])
+            opened.callback(close_fds, rest)
             if fds:
                 self._in, self._out = kinds.adopt(fds[:size]), kinds.adopt(fds[size : 2 * size])
             else:
@@ -129,9 +130,10 @@ class Line:
                 emptied=self._emptied,
             )
             opened.callback(self._connection.close)
-            self.table = PeerTable(fds[2 * size : 2 * size + 2], states=(BACKLOG, WAITS))
+            fds_of_table, rest[:2] = rest[:2], []
+            self.table = PeerTable(fds_of_table, states=(BACKLOG, WAITS))
             opened.callback(self.table.leave)
-            room = next(iter(fds[2 * size + 2 :]), None) if fds else descriptors.eventfd() if capacity else None
+            room = next(iter(rest), None) if fds else descriptors.eventfd() if capacity else None
             #: Readable when there may be room again.
             self._room = -1 if room is None else room
             opened.pop_all()
@@ -165,7 +167,8 @@ class Line:
         #: How many items had been taken when a writer that waits for room looked last.
         self._taken_then = 0
         self._at_end = False
-        self._retiring = False
+        #: How many parts of the channel (``core.Core``) use this; a part that is garbage does until it is given up.
+        self._users = 1
         #: Whether what was written before the closing is being passed on.
         self._forwards = False
         #: Bundles under way and items taken as they were last seen, while nothing else was, and since when.
@@ -318,13 +321,12 @@ class Line:
         """The backlog has left, or nobody can receive it. Called by the reactor, which must not wait for a lock that
         another process holds."""
         self._flows = self._send_bare is not None
-        if not self.left and (self._words[CLOSED] or self._retiring):
+        if not self.left and (self._words[CLOSED] or not self._users):
             cleanup.later(self._go_on_ending)
 
     def _go_on_ending(self) -> None:
         self.finish_closing()
-        if self._retiring:
-            self.retire()
+        self._leave_if_unused()
 
     # Reading
 
@@ -492,16 +494,20 @@ class Line:
         return anonymous.duplicates(fds, self.table.count_issued)
 
     def retire(self) -> None:
-        """Leave as soon as there is no backlog."""
+        """One part does not use it any more: leave if it was the last, as soon as there is no backlog."""
         with self.table.locked():
-            self._retiring = True
-            if not len(self._outbox):
+            self._users -= 1
+            self._leave_if_unused()
+
+    def _leave_if_unused(self) -> None:
+        with self.table.locked():
+            if not self._users and not len(self._outbox):
                 self.leave(failed=shutdown.failed)
 
     def revive(self) -> bool:
-        """Do not leave after all; False if it is too late."""
+        """One more part uses it, so that it does not leave; False if it is too late."""
         with self.table.locked():
-            self._retiring = False
+            self._users += 1
             return not self.left
 
     def leave(self, *, failed: bool = False, at_exit: bool = False) -> None:
