@@ -270,7 +270,9 @@ class Owner(SocketRole, worker.EndListener):
         with self._receiving:
             if self._inbox:
                 return self._inbox.popleft()
-            return self.answers.take() or self._take_from_socket()
+            if self._last_side and (answer := self.answers.take()) is not None:  # threads have, or had, handles
+                return answer
+            return self._take_from_socket()
 
     def sleep(self, deadline: float | None) -> Received | None:
         if self.inside.box is None:
