@@ -9,6 +9,8 @@ import time
 from typing import Any
 
 import torchwq
+from torchwq.queues.protocol import TOOK
+from torchwq.queues.worker import WorkerSide
 
 
 def echo(name_or_queue: Any) -> int:
@@ -100,7 +102,7 @@ def square_or_fail(where: torchwq.WorkQueue | str, how: str) -> None:
         _square_or_fail(queue)
     finally:
         if how == "other handle":
-            time.sleep(0.1)
+            time.sleep(0.6)
 
 
 def _square_or_fail(queue: torchwq.WorkQueue) -> None:
@@ -125,3 +127,27 @@ def exit_with(status: int, queue: torchwq.WorkQueue, hard: bool = False) -> None
     if hard:
         os._exit(status)
     sys.exit(status)
+
+
+def leave_by_a_full_link(queue: torchwq.WorkQueue, signals: torchwq.Channel) -> None:
+    """Leave when as much has been said over the link as it takes."""
+    side = queue._role
+    assert isinstance(side, WorkerSide)
+    signals.read()
+    while not side._link.unsent:
+        side._link.send(TOOK)
+    queue.close()
+
+
+def be_slow_to_leave(queue: torchwq.WorkQueue) -> None:
+    """Leave with more answers than the socket takes; the goodbye comes a moment after the last."""
+    leave = WorkerSide._leave
+
+    def leave_later(side: WorkerSide) -> None:
+        for _ in range(120):  # a callback that sleeps for long would be told of
+            time.sleep(0.01)
+        leave(side)
+
+    WorkerSide._leave = leave_later  # type: ignore[method-assign]
+    for _ in range(1000):
+        queue.write("x" * 2000)

@@ -45,6 +45,33 @@ def test_a_killed_worker_is_reported_within_a_second_with_what_it_had_in_hand() 
             workers.join(20)
 
 
+def test_a_worker_says_goodbye_although_its_link_is_full() -> None:
+    with torchwq.workqueue() as owner:
+        signals = torchwq.channel()
+        workers = torchwq.map(1, jobs.leave_by_a_full_link, owner, signals)
+        wait_until(lambda: owner._role._pids)  # type: ignore[attr-defined]
+        (member,) = owner._role._members.values()  # type: ignore[attr-defined]
+        connection = member.link._connection
+        connection.watch(None)
+        signals.write("go")
+        with pytest.raises(TimeoutError):
+            workers.join(1.0)  # the goodbye is still to leave
+        connection.watch(member.link._ready)
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read(timeout=20)
+        workers.join(20)
+
+
+def test_a_worker_does_not_end_between_its_last_answer_and_its_goodbye() -> None:
+    with torchwq.workqueue() as owner:
+        workers = torchwq.map(1, jobs.be_slow_to_leave, owner)
+        for _ in range(1000):
+            owner.read(timeout=20)
+        with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
+            owner.read(timeout=20)
+        workers.join(20)
+
+
 def test_the_others_go_on_after_a_death() -> None:
     with torchwq.workqueue() as owner, torchwq.workqueue() as victim:
         torchwq.map(1, jobs.die_while_reading, victim)

@@ -333,13 +333,13 @@ travels(WorkQueue, _target_of)
 
 
 def _close_all() -> None:
-    """At exit: owners close, workers' answers leave."""
+    """At exit: owners close, workers' answers and goodbyes leave."""
     roles = list(open_roles)
     for role in roles:
         role.close()
     for role in roles:
         if isinstance(role, WorkerSide):
-            role.outbox.wait_empty()
+            role.wait_sent()
 
 
 shutdown.at_close(_close_all)

@@ -9,7 +9,8 @@ Invariants:
   Note [Statements that nothing interrupts], and looked at afresh after each call.
 * A thread of this handle is *busy* from taking a question until an answer of its has left for the socket, or it takes
   another question, or it ends. The slot says how many are.
-* A goodbye is sent on the link after the last answer has left, never before.
+* A goodbye is sent on the link after the last answer has left, never before. The link ends when the goodbye has left:
+  one that ends without it is a death to the owner.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, H
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 _REPLY_SECONDS = 30.0
+#: How long, in seconds, the end of the process waits for the thread that has sent the last answer to say goodbye.
+_LAST_PATIENCE = 2.0
 
 
 class WorkerSide(SocketRole):
@@ -68,6 +71,9 @@ class WorkerSide(SocketRole):
         self._failures = threads.failures_here()
         self._failures.add(self)
         self._is_in_doubt = False
+        #: Held until it has left.
+        self._here = threading.Lock()
+        self._here.acquire()
         self._opened()
 
     def take(self) -> Received | None:
@@ -156,7 +162,7 @@ class WorkerSide(SocketRole):
         if self._is_in_doubt:
             self._is_in_doubt = False
             if self._board.fd < 0:  # it has left already
-                self._link.close()
+                self._link.close_when_sent(self._retire)
 
     def _tell_untold(self) -> None:
         while self._untold:
@@ -183,15 +189,19 @@ class WorkerSide(SocketRole):
     def _leave(self) -> None:
         """Called as soon as the last answer has left."""
         self._tell_untold()
-        if self._is_in_doubt:
-            self._tell(IN_DOUBT)
-        else:
-            self._tell(GOODBYE)
-            self._link.close()
+        self._tell(IN_DOUBT if self._is_in_doubt else GOODBYE)
         with self._taking:
             self.connection.close()
             self._board.close()
-        self._retire()
+        if not self._is_in_doubt:
+            self._link.close_when_sent(self._retire)
+        self._here.release()
+
+    def wait_sent(self) -> None:
+        """Wait until all that the owner has to be told has left. Called when it is closed."""
+        self.outbox.wait_empty()
+        self._here.acquire(timeout=_LAST_PATIENCE)
+        self._link.wait_sent()
 
     def abandon(self) -> None:
         super().abandon()

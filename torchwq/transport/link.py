@@ -79,8 +79,21 @@ class Link:
     def fileno(self) -> int:
         return self._connection.fileno()
 
+    def wait_sent(self) -> None:
+        """Wait until nothing waits in this process, because it was sent or because the other end is gone."""
+        self._connection.outbox.wait_empty()
+
+    def close_when_sent(self, then: Callable[[], None]) -> None:
+        """Take nothing more to be sent; end it and call ``then`` as soon as what waits here was sent."""
+
+        def close() -> None:
+            self.close()
+            then()
+
+        self._connection.close_when_sent(close)
+
     def close(self) -> None:
-        """End it. The other end still gets what was sent before; what waits here is given up."""
+        """End it at once. The other end still gets what was sent before; what waits here is given up."""
         self._is_watched = False
         self._connection.close()
 
