@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 from collections import deque
@@ -19,7 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import torchwq
 from tests.conftest import wait_until
+from tests.injection import in_the_middle
 from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, started_peer
+from tests.queues.handles import worker_handle
 from torchwq.marshalling.wire import References
 from torchwq.memory import ledger, promises, recycling
 from torchwq.memory.anonymous import Descriptor
@@ -336,3 +339,92 @@ def test_descriptors_are_closed_with_what_keeps_them() -> None:
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_an_answer_that_is_read_in_the_middle_of_reading_another_has_what_that_one_has_brought() -> None:
+    """A signal handler reads; the first message brings the descriptor, the second does without."""
+
+    def take() -> None:
+        received = queue._role.take()
+        if received is not None:
+            data, fds = received
+            if isinstance(fds, promises.Epoch):
+                taken.append(min(map(fds.descriptor, References.numbers(data))) >= 0)
+            else:
+                taken.append(True)
+                os.close(*fds)
+
+    with torchwq.workqueue() as queue, worker_handle(queue) as worker:
+        for at in itertools.count():
+            tensor = torch.full((16,), 1.0)
+            worker.write(tensor, tensor)
+            taken: list[bool] = []
+            more = in_the_middle(take, take, at)
+            while len(taken) < 2:
+                take()
+            assert all(taken), f"at place {at}"
+            if not more:
+                break
+        assert at > 20
+
+
+def test_waiting_for_an_answer_in_the_middle_of_reading_one_is_refused_and_loses_nothing() -> None:
+    got: list[int] = []
+    refused: list[str] = []
+
+    def read() -> None:
+        got.append(queue.read(timeout=10))
+
+    def read_in_the_middle() -> None:
+        try:
+            read()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    with torchwq.workqueue() as queue, worker_handle(queue) as worker:
+        for at in itertools.count():
+            worker.write(1, 2)
+            got.clear()
+            more = in_the_middle(read, read_in_the_middle, at)
+            while len(got) < 2:
+                read()
+            assert sorted(got) == [1, 2]
+            if not more:
+                break
+    assert refused
+    assert "nonblocking=True" in refused[0]
+
+
+def test_an_answer_that_is_taken_while_the_reader_closes_is_thrown_away() -> None:
+    kept = KeptBlocks(References)
+    sender, room = kept.admit()
+    assert room
+    data = message_with([7]).data
+    kept.look((data + trailer(sender, References.kind), [os.dup(0)]))
+    kept.close()
+    assert kept.look((data + trailer(0, References.kind), [])) is None
+
+
+def test_who_comes_to_a_closed_connection_takes_no_room_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "_granted", 0)
+    kept = KeptBlocks(References)
+    kept.close()
+    assert kept.admit()[1] == 0
+    assert promises._granted == 0
+
+
+class RecordingOutbox:
+    def __init__(self) -> None:
+        self.had_lock: list[bool] = []
+
+    def send_aside(self, message: Any) -> None:
+        self.had_lock.append(recycling.is_locked_here())
+
+
+def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
+    """Whoever sends sees to what others have handed in, and so waits for locks of theirs."""
+    outbox = RecordingOutbox()
+    sent = SentBlocks(1, 10, outbox.send_aside)
+    sent.note_promise(message_with([7]))
+    recycling.tick()
+    assert outbox.had_lock == [False]

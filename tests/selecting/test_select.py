@@ -18,6 +18,7 @@ import torchwq
 from tests.channels import jobs as channel_jobs
 from tests.conftest import wait_until
 from tests.queues import jobs as queue_jobs
+from tests.queues.handles import worker_handle
 from torchwq import ChannelState
 
 
@@ -152,6 +153,21 @@ def test_fileno_of_a_queue(backend: str) -> None:
             q.read()
     with pytest.raises(torchwq.QueueClosed):
         q.fileno()
+
+
+def test_fileno_of_a_queue_shows_answers_that_were_taken_in_already() -> None:
+    """By the reactor, for a worker that leaves, or by ``drain``."""
+    with torchwq.workqueue() as queue, worker_handle(queue) as worker:
+        queue.fileno()
+        queue.write(1)
+        worker.write(worker.read(timeout=10) + 1)
+        queue.drain(10)
+        assert is_readable(queue.fileno())
+        queue._role._look_again()
+        assert is_readable(queue.fileno())
+        assert queue.read(nonblocking=True) == 2
+        assert queue.read(nonblocking=True) is None
+        assert not is_readable(queue.fileno())
 
 
 def test_a_death_shows_in_the_descriptor_of_a_channel() -> None:

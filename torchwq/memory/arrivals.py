@@ -364,9 +364,8 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
     return storage
 
 
-def _tick(now: float) -> bool:
+def _tick(now: float) -> None:
     recycling.give_up_idle(now - recycling.IDLE)
-    return False
 
 
 recycling.at_tick(_tick)

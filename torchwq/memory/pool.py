@@ -230,10 +230,9 @@ def _give_up_free(idle_since: float | None) -> None:
             del rings[size]
 
 
-def _tick(now: float) -> bool:
+def _tick(now: float) -> None:
     over = recycling.made_bytes > limits.memory_limit()
     _give_up_free(None if over else now - recycling.IDLE)
-    return False
 
 
 recycling.at_tick(_tick)

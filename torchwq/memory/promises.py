@@ -14,6 +14,7 @@ The order of the connection is all that this rests on. No clock and no shared wo
   message is in the socket, and takes it back by a FORGET message, whose content is chosen when it is sent. Only who has
   claimed the outbox does either, so the reader learns of both in the order in which they were done.
 * The reader makes and ends promises while it takes messages, in their order, under the lock that it takes them under.
+  A signal handler or a finalizer that reads in the middle of that, in the same thread, takes nothing.
 * A sender that is gone says nothing. When the reader knows of that, it sends LEFT over the same connection, of which it
   has both ends: all that the sender had sent comes before.
 * A message that was taken and not decoded may refer to what a later message has ended, in another thread. So messages
@@ -116,11 +117,14 @@ class KeptBlocks:
         self._kept: dict[int, dict[int, Descriptor]] = {}
         self._rooms: dict[int, int] = {}
         self._epoch = Epoch(self._kept)
+        self._is_closed = False
         closed_in_child(self)
 
     def admit(self) -> tuple[int, int]:
-        """A new sender: its id, and for how many blocks it has room."""
+        """A new sender: its id, and for how many blocks it has room. After ``close`` it has none."""
         self._last_id += 1
+        if self._is_closed:
+            return self._last_id, 0
         self._rooms[self._last_id] = room = _grant()
         self._kept[self._last_id] = {}
         return self._last_id, room
@@ -137,6 +141,9 @@ class KeptBlocks:
                 for number, fd in zip(self._numbers_of(data), fds, strict=True):
                     kept.setdefault(number, Descriptor(fd))
                 self._look_later()
+            if self._is_closed:  # meanwhile: what it refers to is not kept any more
+                recycling.note_lost(self._numbers_of(data))
+                return None
             return data, self._epoch
         if kind in (FORGET, LEFT):
             sender, *numbers = (number for (number,) in _NUMBER.iter_unpack(payload_of(data)))
@@ -151,6 +158,7 @@ class KeptBlocks:
 
     def close(self) -> None:
         """Nothing more is taken. What was taken already can still be decoded."""
+        self._is_closed = True
         for sender in list(self._kept):
             self._give_up(sender, list(self._kept[sender]))
         self._kept.clear()
@@ -236,7 +244,7 @@ class SentBlocks:
         self._used: set[int] = set()
         #: Those to be forgotten, unless they are sent before that leaves.
         self._marked: set[int] = set()
-        _senders.add(self)
+        _senders.add(weakref.ref(self, _senders.discard))
 
     def choose(self, parcel: Parcel) -> tuple[Sequence[int], int]:
         """Which descriptors must go along with a message that is about to be sent, and what its trailer says."""
@@ -276,15 +284,17 @@ class SentBlocks:
         return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
 
 
-_senders: weakref.WeakSet[SentBlocks] = weakref.WeakSet()
+#: Plain references: while a ``WeakSet`` is looked through, another thread may not add to it.
+_senders: set[weakref.ref[SentBlocks]] = set()
 
 
-def _look_at_all(_: float) -> bool:
-    looks = [each.look() for each in list(_senders)]
+def _look_at_all() -> bool:
+    senders = [find() for find in list(_senders)]
+    looks = [each.look() for each in senders if each is not None]
     return any(looks)
 
 
-recycling.at_tick(_look_at_all)
+recycling.after_tick(_look_at_all)  # whoever sends sees to others' messages, too, which takes locks of theirs
 
 
 class _Aside:

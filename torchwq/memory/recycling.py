@@ -80,8 +80,10 @@ _ended = False
 _loss_at = _end_at = 0.0
 
 
-#: Called at every tick, under the lock, with the time; each says whether it has anything to look after.
-_on_tick: list[Callable[[float], bool]] = []
+#: Called at every tick, under the lock, with the time.
+_on_tick: list[Callable[[float], None]] = []
+#: Called after that, without the lock; each says whether it has anything to look after.
+_after_tick: list[Callable[[], bool]] = []
 
 
 @reset_in_child
@@ -391,10 +393,15 @@ def suspect_orphans() -> None:
 # Looking after what is there
 
 
-def at_tick(callback: Callable[[float], bool]) -> None:
-    """Call ``callback(time)`` under the lock, every TICK seconds while there are blocks, or while any such call has
-    returned True."""
+def at_tick(callback: Callable[[float], None]) -> None:
+    """Call ``callback(time)`` under the lock, every TICK seconds while there is anything to look after."""
     _on_tick.append(callback)
+
+
+def after_tick(callback: Callable[[], bool]) -> None:
+    """Call ``callback()`` behind that, without the lock: it may send. It returns whether there is anything to look
+    after although there may be no blocks."""
+    _after_tick.append(callback)
 
 
 def start_ticking() -> None:
@@ -416,7 +423,6 @@ def tick() -> None:
     with lock:
         if _ended:
             return
-        goes_on = False
         try:
             settle()
             look_at_all()
@@ -424,10 +430,13 @@ def tick() -> None:
             if now < max(_end_at, _loss_at) + _UNTIL_DEAD:
                 give_up_orphans()
             for callback in _on_tick:
-                goes_on = callback(now) or goes_on
+                callback(now)
         finally:
-            if open_blocks or table or goes_on:
+            if open_blocks or table:
                 start_ticking()
+    go_on = [callback() for callback in _after_tick]
+    if any(go_on):
+        start_ticking()
 
 
 def end() -> None:

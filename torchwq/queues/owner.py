@@ -114,6 +114,11 @@ class Owner(SocketRole, worker.EndListener):
         self._last_sent = 0
         self._history = History()
         self._inbox: deque[Received] = deque()
+        #: How many threads are in ``drain``, which looks at the alarm for other reasons than the inbox.
+        self._draining = 0
+        #: Whether the thread that has ``_receiving`` is just taking an answer out of the socket. What a finalizer or a
+        #: signal handler takes meanwhile may refer to what that answer has brought: they find nothing.
+        self._is_looking = False
         #: Of blocks that answers refer to without bringing them. Looked at with ``_receiving`` held.
         self._kept = KeptBlocks(References, self._look_aside)
         #: What the owner says to itself, in the order of the answers.
@@ -276,6 +281,12 @@ class Owner(SocketRole, worker.EndListener):
 
     def sleep(self, deadline: float | None) -> Received | None:
         if self.inside.box is None:
+            with self._receiving:
+                if self._is_looking:  # nobody else sees this, and that thread cannot go on before this call ends
+                    raise RuntimeError(
+                        "a finalizer or a signal handler waits for an answer in the middle of a read of the same "
+                        "thread: read with nonblocking=True there"
+                    )
             return super().sleep(deadline)
         return self.answers.wait(self.take, deadline, self._may_not_wait)
 
@@ -307,16 +318,22 @@ class Owner(SocketRole, worker.EndListener):
         self._readiness.set(*self.connection.filenos(), self.answers.bell().fileno())
 
     def _take_from_socket(self) -> Received | None:
-        while True:
-            try:
+        """The next answer. With ``_receiving`` held."""
+        if self._is_looking:  # further up this thread's stack: what it has in hand comes first
+            return None
+        self._is_looking = True
+        try:
+            while True:
                 received = self._receive()
-            except EOFError:
-                return None  # closed by another thread; the caller looks at that
-            if received is None or received[0][KIND] == BARE:
-                return received
-            answer = self._kept.look(received)
-            if answer is not None:
-                return answer
+                if received is None or received[0][KIND] == BARE:
+                    return received
+                answer = self._kept.look(received)
+                if answer is not None:
+                    return answer
+        except EOFError:
+            return None  # closed by another thread; the caller looks at that
+        finally:
+            self._is_looking = False
 
     def _absorb(self, most: float = math.inf) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
@@ -354,6 +371,16 @@ class Owner(SocketRole, worker.EndListener):
 
     def drain(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            self._draining += 1
+        try:
+            self._drain(timeout, deadline)
+        finally:
+            with self._lock:
+                self._draining -= 1
+                self._update_alarm()
+
+    def _drain(self, timeout: float | None, deadline: float | None) -> None:
         mark = self.outbox.number
         quiet_since = time.monotonic()
         while True:
@@ -708,8 +735,8 @@ class Owner(SocketRole, worker.EndListener):
             self.answers.wake_all()
         else:
             self.alarm.clear()
-            if self.inside.box is None and len(self.answers):
-                self.alarm.set()  # a thread's answer came in between
+            if (self._inbox and not self._draining) or (self.inside.box is None and len(self.answers)):
+                self.alarm.set()  # so the readiness shows what is here
 
     # Closing
 
