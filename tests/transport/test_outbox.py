@@ -122,3 +122,35 @@ def test_close_when_sent_waits_for_the_last_message(ends: tuple[Endpoint, Endpoi
     for _ in range(20_000):
         assert receive(b) == b"x."
     assert closed.wait(5)
+
+
+def test_the_reactor_sends_what_waits_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has others to see to. It calls again while there is room."""
+    a, b = kinds.pair()
+    outbox = Outbox(a)
+    written = 1000
+    while not outbox.pending:
+        outbox.send(b"x" * 100 + b".")
+        written += 1
+    for number in range(1000):
+        outbox.send(b"%d." % number)
+    waiting = len(outbox)
+    sent_in_a_call: list[int] = []
+    flush = outbox._flush
+
+    def counting() -> bool:
+        before = len(outbox.pending)
+        try:
+            return flush()
+        finally:
+            sent_in_a_call.append(before - len(outbox.pending))
+
+    monkeypatch.setattr(outbox, "_flush", counting)
+    got = 0
+    while got < written:
+        got += b.try_receive() is not None
+    assert outbox.wait_empty(20)
+    assert sum(sent_in_a_call) == waiting
+    assert max(sent_in_a_call) <= 256
+    a.close()
+    b.close()

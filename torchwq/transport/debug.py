@@ -35,11 +35,14 @@ from .process import reset_in_child
 #: What turns it on: 1, or the path of a file.
 VARIABLE: Final = "TORCHWQ_DEBUG"
 ON: Final = os.environ.get(VARIABLE, "0") not in ("", "0")
+#: By how much the limits are longer than they are on a machine that does nothing else.
+PATIENCE: Final = "TORCHWQ_DEBUG_PATIENCE"
+_PATIENCE: Final = max(1.0, float(os.environ.get(PATIENCE, "1")))
 #: How much of its thread's processor time, in seconds, a callback may take.
-LONG: Final = 0.05
+LONG: Final = 0.05 * _PATIENCE
 #: How often, in seconds, the one that watches comes by, and how often it must find a thread asleep to say so.
 _INTERVAL: Final = 0.01
-_LOOKS: Final = 20
+_LOOKS: Final = int(20 * _PATIENCE)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -42,6 +42,8 @@ Sent = Callable[[int, bytes], None]
 #: on.
 _PAUSE: Final = 0.001
 _MANY: Final = 256
+#: So many messages that waited are sent at a time.
+_AT_ONCE: Final = 256
 #: The tag of what concerns the connection only.
 _ASIDE: Final = -1
 #: How long, in seconds, who closes waits for the one that sends.
@@ -281,11 +283,16 @@ class Outbox:
         self._see_to_it()
 
     def _flush(self) -> bool:
-        """Returns whether nothing waits any more of what did."""
+        """Returns whether nothing waits any more of what did.
+
+        It sends some at a time: the reactor, which has others to see to, calls again as long as there is room.
+        """
         if not self.pending:
             return False
         try:
-            while self.pending:
+            for _ in range(_AT_ONCE):
+                if not self.pending:
+                    break
                 payload, tag = self.pending[0]
                 try:
                     data = self._transmit(payload, tag)
@@ -303,6 +310,8 @@ class Outbox:
         except BrokenPipeError:
             self._drop()
         else:
+            if self.pending:
+                return False
             self._stop_watching()
         return True
 
