@@ -97,3 +97,17 @@ def test_a_circle_is_found_wherever_its_imports_are(tmp_path: Path) -> None:
     assert circle(imports(tmp_path / "house")) == []
     (tmp_path / "house/lower.py").write_text("from . import live")
     assert circle(imports(tmp_path / "house")) == ["house", "house.upper.floor", "house.lower", "house"]
+
+
+def test_the_page_on_the_house_has_every_module_and_no_other() -> None:
+    package = Path(torchwq.__file__).parent
+    page = (package.parent / "docs" / "internals" / "house.md").read_text()
+    table = page.split("### What is in them")[1].split("\n## ")[0]
+    room, told = "", set()
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and "`" in cells[1]:
+            room = cells[0].strip("`") or room
+            told |= {f"{room}/{name.strip(' `')}" for name in cells[1].split(",")}
+    there = {f"{path.parent.name}/{path.stem}" for path in package.glob("*/*.py") if path.stem != "__init__"}
+    assert told == there
