@@ -252,6 +252,24 @@ def test_two_barriers_of_different_size_at_a_time_are_refused() -> None:
     thread.join(20)
 
 
+def test_a_forked_child_closes_nothing_that_a_mutex_has_given_up_already() -> None:
+    core = torchwq.mutex()._core
+    wait_until(lambda: core.left)
+    others = [fd for _ in range(8) for fd in os.pipe()]  # they get the numbers of what it has closed
+    pid = os.fork()
+    if pid == 0:
+        missing = 0
+        for fd in others:
+            try:
+                os.fstat(fd)
+            except OSError:
+                missing += 1
+        os._exit(missing)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for fd in others:
+        os.close(fd)
+
+
 def test_a_forked_child_cannot_use_it() -> None:
     mutex = torchwq.mutex()
     mutex.acquire()

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import select
 import threading
 import time
+from collections.abc import Callable
+
+import pytest
 
 from tests.conftest import wait_until
-from torchwq.transport import kinds
+from torchwq.transport import alarm as alarm_module
+from torchwq.transport import descriptors, kinds, polling
 from torchwq.transport.alarm import Alarm
 from torchwq.transport.waiting import SLICE, Waiter
 
@@ -83,6 +88,73 @@ def test_an_alarm_is_set_while_there_is_any_reason() -> None:
         assert not alarm.is_set()
         assert not select.select([alarm], [], [], 0)[0]
     alarm.close()
+
+
+class Interrupting:
+    """Stands for module os: calls something just before the next read or write, as a signal handler would."""
+
+    def __init__(self) -> None:
+        self.call: Callable[[], object] | None = None
+
+    def _run(self) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            call()
+
+    def read(self, fd: int, count: int) -> bytes:
+        self._run()
+        return os.read(fd, count)
+
+    def write(self, fd: int, data: bytes) -> int:
+        self._run()
+        return os.write(fd, data)
+
+
+@pytest.mark.parametrize("has_eventfd", [True, False])
+def test_an_alarm_that_a_signal_handler_changes_while_it_is_changed_shows_how_it_is(
+    monkeypatch: pytest.MonkeyPatch, has_eventfd: bool
+) -> None:
+    if not has_eventfd:
+        monkeypatch.setattr(descriptors, "eventfd", lambda: None)
+    interrupting = Interrupting()
+    monkeypatch.setattr(alarm_module, "os", interrupting)
+    alarm = Alarm()
+    for _ in range(3):
+        interrupting.call = alarm.clear
+        alarm.set()
+        assert (alarm.is_set(), polling.readable(0, alarm.fileno())) == (False, [])
+        alarm.set()
+        interrupting.call = alarm.set
+        alarm.clear()
+        assert (alarm.is_set(), polling.readable(0, alarm.fileno())) == (True, [alarm.fileno()])
+        alarm.clear()
+        assert (alarm.is_set(), polling.readable(0, alarm.fileno())) == (False, [])
+    alarm.close()
+
+
+def test_a_wait_that_ctrl_c_ends_as_it_begins_or_ends_is_not_woken_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waits(set[object]):
+        def add(self, wait: object) -> None:
+            super().add(wait)
+            raise KeyboardInterrupt
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    a, b = kinds.pair()
+    waiter = Waiter(b)
+    for name, value in (("_waits", Waits()), ("_leave", leave)):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(waiter, name, value)
+            waiter.wait(b.try_receive, time.monotonic())
+        if name == "_waits":
+            waiter._waits |= value  # type: ignore[arg-type, operator]
+        waiter.wake_all()
+        waiter.wait(b.try_receive, time.monotonic() + 0.05)
+        assert not waiter.alarm.is_set()
+    waiter.close()
+    a.close()
+    b.close()
 
 
 def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:

@@ -16,7 +16,7 @@ from ..peers.handles import Handles
 from ..peers.monitor import PeerMonitor
 from ..peers.table import PeerTable
 from ..transport import cleanup
-from ..transport.descriptors import close_fds
+from ..transport.descriptors import close_fds, close_with
 from ..transport.process import closed_in_child, reset_in_child
 from ..workers import shutdown
 from ..workers.presence import Presence
@@ -54,6 +54,7 @@ class Core:
         except BaseException:
             self.table.leave()
             raise
+        self._closing = close_with(self, *self._events)
         self._words = self.table.words
         self.slot = self.table.index(self.table.slot)
         self._lock = Lock(self.table)
@@ -136,14 +137,13 @@ class Core:
             self.left = True
             self._words[LEFT] += 1
         self.monitor.close()
-        close_fds(self._events)
+        self._closing()
         self.table.leave(failed=failed)
         _open.discard(self)
 
     def abandon(self) -> None:
         self.forked = True
-        close_fds(self._events)
-        self._events = []
+        self._closing()
 
 
 def _weakly_later(barrier: Barrier) -> Callable[[], None]:

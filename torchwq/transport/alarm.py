@@ -7,11 +7,16 @@ several reasons to be set: it is set while there is any.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from typing import Final
 
 from . import descriptors
 from .process import closed_in_child
+
+#: More than a pipe ever holds of it, in bytes.
+_ALL: Final = 4096
 
 
 class Alarm:
@@ -21,6 +26,7 @@ class Alarm:
         # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
         self._lock = threading.RLock()
         self._reasons: set[str] = set()
+        self._is_shown = False
         fd = descriptors.eventfd()
         self._read_fd, self._write_fd = descriptors.pipe() if fd is None else (fd, fd)
         self._closing = descriptors.close_with(self, *{self._read_fd, self._write_fd})
@@ -28,20 +34,28 @@ class Alarm:
 
     def set(self, reason: str = "state") -> None:
         with self._lock:
-            if not self._closing.alive:
-                return
-            if self._reasons:
+            if self._closing.alive and reason not in self._reasons:
                 self._reasons.add(reason)
-            else:
-                self._reasons.add(reason)
-                os.write(self._write_fd, (1).to_bytes(8, "little"))
+                self._show()
 
     def clear(self, reason: str = "state") -> None:
         with self._lock:
             if self._closing.alive and reason in self._reasons:
                 self._reasons.discard(reason)
-                if not self._reasons:
-                    os.read(self._read_fd, 8)
+                self._show()
+
+    def _show(self) -> None:
+        """Let the descriptor say whether it is set, whatever a signal handler does in the middle of this."""
+        while True:
+            is_set = bool(self._reasons)
+            if is_set and not self._is_shown:
+                os.write(self._write_fd, (1).to_bytes(8, "little"))
+            elif not is_set:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._read_fd, _ALL)
+            self._is_shown = is_set
+            if is_set == bool(self._reasons):
+                return
 
     def is_set(self) -> bool:
         return bool(self._reasons)

@@ -92,10 +92,8 @@ class Waiter:
         ``stop`` is asked when this wait has begun: who makes such a reason calls ``wake_all`` then.
         """
         wait = object()
-        if not self._enter(wait):
-            return attempt()
         try:
-            if stop():
+            if not self._enter(wait) or stop():
                 return attempt()
             if self._spin:
                 found = self._spin_for(attempt)
@@ -103,7 +101,8 @@ class Waiter:
                     return found
             return self._sleep_for(attempt, deadline)
         finally:
-            self._leave(wait)
+            self._waits.discard(wait)  # first: one that is left here by a Ctrl-C would be woken for ever
+            self._leave()
 
     def wake_all(self) -> None:
         """Have everybody who waits look at the state of things: ``wait`` returns None if there is nothing else."""
@@ -119,13 +118,11 @@ class Waiter:
             self._waits.add(wait)
             return True
 
-    def _leave(self, wait: object) -> None:
+    def _leave(self) -> None:
         with self._guard:
-            self._waits.discard(wait)
-            if self._to_wake:
-                self._to_wake.discard(wait)
-                if not self._to_wake:
-                    self.alarm.clear(_WAKE)
+            if self._to_wake and self._to_wake.isdisjoint(self._waits):
+                self.alarm.clear(_WAKE)
+                self._to_wake &= self._waits  # not all: a signal handler may just have woken some
             if self._closed and not self._waits:
                 self._release()
 
