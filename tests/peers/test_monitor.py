@@ -12,10 +12,11 @@ import pytest
 
 from tests.marshalling.support import descriptors as open_descriptors
 from tests.peers.test_table import Child, another, new_table
+from torchwq.errors import ResourceError
 from torchwq.peers import table as tables
 from torchwq.peers.monitor import PeerMonitor
 from torchwq.peers.table import FIRST_OF_SLOT, PeerTable
-from torchwq.transport import descriptors
+from torchwq.transport import descriptors, reactor
 
 WORD = FIRST_OF_SLOT
 
@@ -78,6 +79,40 @@ def test_while_nobody_waits_nothing_is_open_for_it() -> None:
             assert len(open_descriptors()) == len(before) + 2
         assert open_descriptors() == before
         child.end(b"l")
+
+
+def test_who_waits_need_not_have_descriptors_for_a_reactor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> reactor.Reactor:
+        raise ResourceError("no descriptor is free")
+
+    with new_table() as table:
+        child = Child(table)
+        before = open_descriptors()
+        changes = Changes(table)
+        with monkeypatch.context() as patched:
+            patched.setattr(reactor, "get", refuse)
+            with changes.monitor.watching():
+                assert not changes.monitor.sees_all
+                assert open_descriptors() == before
+        with changes.monitor.watching():
+            assert changes.monitor.sees_all
+        child.end(b"l")
+
+
+def test_a_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(slot: int) -> bool:
+        raise KeyboardInterrupt
+
+    with new_table() as table:
+        child = Child(table)
+        before = open_descriptors()
+        changes = Changes(table)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(table, "shares_process_ids", interrupt)
+            changes.monitor.open()
+        assert open_descriptors() == before
+        with changes.monitor.watching():
+            assert changes.after(lambda: child.end(signal.SIGKILL))
 
 
 @pytest.mark.parametrize("what", ["pidfd", "epoll", "eventfd", "another namespace"])

@@ -80,9 +80,15 @@ class PeerMonitor:
         """Have ``on_change`` called from now on, until ``close``."""
         with self._lock:
             self._watchers += 1
-            if self._watchers == 1 and not self._closed:
+            if self._watchers > 1 or self._closed:
+                return
+            try:
                 self._bell = self._watched_bell()
                 self._find_peers()
+            except BaseException:  # Ctrl-C: the next one finds the peers that this has not found
+                self._watchers -= 1
+                self._release()
+                raise
 
     def close(self) -> None:
         """Stop for good, before the table is left. May be called again."""
@@ -94,6 +100,7 @@ class PeerMonitor:
         if self._table.bell < 0:
             return None
         try:
+            reactor.get()  # which has to have descriptors, too
             bell = descriptors.epoll()
         except ResourceError:
             return None
@@ -134,6 +141,7 @@ class PeerMonitor:
 
     def _watched(self, slot: int, tenancy: int) -> int:
         try:
+            reactor.get()
             fd = descriptors.pidfd(self._table.pid(slot)) if self._table.shares_process_ids(slot) else None
         except (ProcessLookupError, ResourceError):
             fd = None
