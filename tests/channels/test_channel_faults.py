@@ -23,7 +23,7 @@ from tests.conftest import wait_until
 from torchwq import ChannelState
 from torchwq.channels import core as cores
 from torchwq.peers import table
-from torchwq.transport import cleanup, reactor
+from torchwq.transport import cleanup, polling, reactor
 
 OPEN, DRAINED = ChannelState.OPEN, ChannelState.DRAINED
 
@@ -293,6 +293,22 @@ def test_select_learns_that_nobody_is_left_whatever_the_reactor_looks_at_meanwhi
     channel.read(timeout=20)
     with contextlib.closing(Meanwhile()) as meanwhile:
         assert torchwq.select([channel, meanwhile], 20) == [channel]
+
+
+def test_the_descriptor_is_not_ready_for_what_only_an_unwatched_handle_has_not_been_told() -> None:
+    channel, carrier = torchwq.channel(), torchwq.channel()
+    carrier.write(channel)
+    other = carrier.read()[1]
+    torchwq.map(1, jobs.write_and_die, channel, signal.SIGKILL)
+    fd = other.fileno()
+    assert other.read(timeout=20)[0] is OPEN
+    wait_until(lambda: polling.readable(0, fd))
+    with pytest.raises(torchwq.WorkerDied, match="SIGKILL"):
+        other.read(timeout=20)
+    wait_until(lambda: not polling.readable(0, fd))
+    assert polling.readable(20, channel.fileno()), "this one has not been told"
+    with pytest.raises(torchwq.WorkerDied, match="SIGKILL"):
+        channel.read(timeout=20)
 
 
 def test_a_failed_closing_is_told_to_whoever_reads_the_end() -> None:

@@ -124,7 +124,7 @@ class Core:
     def leave(self, handle: Any, worker: Any, failed: bool) -> None:
         """A worker that is a thread has ended, and its handle with it."""
         if self.vigil.dismiss(handle, worker, failed):
-            self._trouble.set()
+            self._look_soon()
         self.wake_all()
 
     def check_fork(self) -> None:
@@ -138,15 +138,17 @@ class Core:
 
     # Readiness
 
-    def fileno(self) -> int:
-        """Readable when ``read`` would not have to wait."""
+    def fileno(self, handle: Any) -> int:
+        """Readable when ``read`` with ``handle`` would not have to wait."""
         self.check_fork()
         if not self._readiness.is_watched:
             self._watch()
             self._readiness.fileno()
             if self.monitor is not None:
                 self.monitor.open()
-            self._look_on()
+        if not handle.is_watched:
+            handle.is_watched = True
+            self._look_soon()
         return self._readiness.fileno()
 
     def _watch(self) -> None:
@@ -155,8 +157,12 @@ class Core:
         else:
             self._readiness.set(self.line.outlet(), self._trouble.fileno())
 
+    def _look_soon(self) -> None:
+        if self._readiness.is_watched:
+            reactor.get().call_later(0, _weakly(self._look_on))
+
     def _look_on(self) -> None:
-        """Let deaths show in the descriptor."""
+        """Let deaths show in the descriptor. Called by the reactor alone: who looked first must not clear last."""
         if self.forked or not self._readiness.is_watched:
             return
         if self.way.state() is ChannelState.DRAINED or any(map(self._has_to_tell, self.vigil.handles.all())):
@@ -173,15 +179,15 @@ class Core:
 
     def news_told(self) -> None:
         """Somebody has been told of something: what is watched may not be ready any more."""
-        if self._readiness.is_watched:
-            reactor.get().call_later(0, _weakly(self._look_on))
+        self._look_soon()
 
     def _has_to_tell(self, handle: Any) -> bool:
-        """Whether there is something that nobody has been told who reads with this handle.
+        """Whether there is something that nobody has been told who reads with this handle, if it is watched.
 
-        Not whether nobody is left: only one who waits knows that, for here it is not known who does.
+        Not whether nobody is left: only one who waits knows that, for here it is not known who does. One that is not
+        watched may never be read: what it is not told would keep those awake who watch another one.
         """
-        return all(self.vigil.has_news(seen, READS) for seen in handle.all_seen())
+        return handle.is_watched and all(self.vigil.has_news(seen, READS) for seen in handle.all_seen())
 
     def abandon(self) -> None:
         self._finalizer.detach()

@@ -63,7 +63,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     Source: torch-ipc's ``ipc.channel``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_seen", "_seen_at_first", "has_written")
+    __slots__ = ("__weakref__", "_core", "_seen", "_seen_at_first", "has_written", "is_watched")
 
     def __init__(self, core: Core, seen: Seen | None = None) -> None:
         self._core = core
@@ -71,6 +71,8 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         self._seen: dict[int, Seen] = {}
         #: Whether anything was written with this handle.
         self.has_written = False
+        #: Whether anybody has asked for its descriptor.
+        self.is_watched = False
         core.vigil.handles.add(self)
         threads.belongs_here(self)
 

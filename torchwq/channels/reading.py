@@ -23,6 +23,9 @@ _FIRST_WAIT: Final = 0.25
 
 
 class _Handle(Protocol):
+    #: Whether anybody has asked for its descriptor.
+    is_watched: bool
+
     def seen(self) -> Seen:
         """What this thread has been told of."""
         ...
@@ -106,7 +109,7 @@ class Reader(Source):
         return "no item"
 
     def fileno(self) -> int:
-        return self._core.fileno()
+        return self._core.fileno(self._handle)
 
     def is_ready(self) -> bool:
         """Looks at the others, too."""
