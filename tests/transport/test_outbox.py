@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.conftest import wait_until
 from torchwq.memory.parcel import Parcel
-from torchwq.transport import kinds
+from torchwq.transport import kinds, reactor
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.outbox import Outbox
 from torchwq.transport.sockets import NotSent
@@ -154,3 +154,51 @@ def test_the_reactor_sends_what_waits_some_at_a_time(monkeypatch: pytest.MonkeyP
     assert max(sent_in_a_call) <= 256
     a.close()
     b.close()
+
+
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_a_ctrl_c_as_the_first_message_waits_leaves_nothing_behind(
+    ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch, is_watched: bool
+) -> None:
+    a, b = ends
+    outbox = Outbox(a, numbered=True)
+    watcher = reactor.get()
+    watch = watcher.set_writer
+
+    def interrupt(fd: int, callback: Callable[[], None] | None) -> None:
+        if is_watched:
+            watch(fd, callback)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(watcher, "set_writer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                outbox.send(b"first.")
+    outbox.send(b"last.")
+    count = outbox.number
+    numbers = [number_of(receive(b)) for _ in range(count)]
+    assert numbers == list(range(1, count + 1))
+    wait_until(lambda: a.fileno() not in watcher._watched)
+
+
+def test_a_message_that_nobody_can_be_found_to_send_on_is_as_if_it_had_not_been_written(
+    ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = ends
+    outbox = Outbox(a, numbered=True)
+
+    def refuse(fd: int, callback: Callable[[], None] | None) -> None:
+        if callback is not None:
+            raise RuntimeError("can't start new thread")
+
+    count = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(reactor.get(), "set_writer", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            while True:
+                outbox.send(b"sent.")
+                count += 1
+    assert (outbox.number, len(outbox)) == (count, 0)
+    outbox.send(b"last.")
+    assert [number_of(receive(b)) for _ in range(count + 1)] == list(range(1, count + 2))

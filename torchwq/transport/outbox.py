@@ -107,6 +107,8 @@ class Outbox:
         self.handed_in: deque[tuple[bytes | Payload, int]] = deque()
         #: What waits here. Changed by this object only.
         self.pending: deque[tuple[bytes | Payload, int]] = deque()
+        #: Whether the reactor watches the socket.
+        self._is_watching = False
         #: Whether something other than a message has to be seen to: the socket may have room, or there is to be closed.
         self._has_to_look = False
         #: Whether nothing new is taken, and whether nobody can receive any more.
@@ -195,9 +197,25 @@ class Outbox:
                 return True
             if self._keeping is not None and not self._keeping(True):
                 return False
-            reactor.get().set_writer(self._endpoint.fileno(), self.flush)
         self.pending.append((payload, tag))
+        if not self._is_watching:
+            try:
+                self._watch()
+            except Exception:  # there are too many threads; after a Ctrl-C, the message waits
+                self.pending.pop()
+                if not self.pending:
+                    self._stop_watching()
+                if self._numbered:
+                    self.number = tag - 1
+                if not isinstance(payload, bytes):
+                    payload.come_back()
+                raise
         return True
+
+    def _watch(self) -> None:
+        """Have the reactor send on as soon as there is room. Where this was interrupted, it is done again."""
+        reactor.get().set_writer(self._endpoint.fileno(), self.flush)
+        self._is_watching = True
 
     def _transmit(self, payload: bytes | Payload, tag: int) -> bytes | None:
         """Put one message into the socket; None if it has no room. Returns the message's bytes."""
@@ -272,6 +290,7 @@ class Outbox:
         self._stop_watching()
 
     def _stop_watching(self) -> None:
+        self._is_watching = False
         if self._endpoint.fileno() >= 0:
             reactor.get().set_writer(self._endpoint.fileno(), None)
         if self._keeping is not None:
@@ -302,8 +321,10 @@ class Outbox:
                         payload.come_back()
                     _tell(error)
                     continue
-                if data is None or not self.pending:  # or a signal handler has closed it in the middle of this
+                if not self.pending:  # a signal handler has closed it in the middle of this
                     return False
+                if data is None:
+                    break
                 self.pending.popleft()
                 if self._sent is not None and tag != _ASIDE:
                     self._sent(tag, data)
@@ -311,6 +332,8 @@ class Outbox:
             self._drop()
         else:
             if self.pending:
+                if not self._is_watching:
+                    self._watch()
                 return False
             self._stop_watching()
         return True
@@ -333,6 +356,7 @@ class Outbox:
                 self.pending.append(self.handed_in.popleft())
             waiting = [_apart(payload) for payload, _ in self.pending]
             self.pending.clear()
+            self._is_watching = False
             if waiting and self._endpoint.fileno() >= 0:
                 reactor.get().set_writer(self._endpoint.fileno(), None)
         finally:
