@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from ..marshalling.wire import Bundle
 from ..transport.descriptors import close_with
 from ..transport.endpoint import Received
-from ..transport.outbox import Payload
+from ..transport.payload import Payload
 from ..transport.trailer import BARE, kind_of, payload_of
 
 

@@ -27,12 +27,13 @@ import threading
 import time
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from . import reactor
 from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
+from .payload import Payload, Promises
 from .sockets import NotSent
 from .trailer import PICKLE, trailer
 
@@ -48,26 +49,6 @@ _AT_ONCE: Final = 256
 _ASIDE: Final = -1
 #: How long, in seconds, who closes waits for the one that sends.
 _LAST_PATIENCE: Final = 2.0
-
-
-class Payload(Protocol):
-    """A payload that is more than bytes: see :class:`torchwq.memory.parcel.Parcel`."""
-
-    @property
-    def data(self) -> bytes: ...
-    @property
-    def kind(self) -> int: ...
-    @property
-    def fds(self) -> Sequence[int]: ...
-    def depart(self) -> None: ...
-    def come_back(self) -> None: ...
-
-
-class Promises(Protocol):
-    """Chooses which descriptors stay at home: see :class:`torchwq.memory.promises.SentBlocks`."""
-
-    def choose(self, parcel: Any) -> tuple[Sequence[int], int]: ...
-    def note_promise(self, parcel: Any) -> None: ...
 
 
 class Outbox:
