@@ -18,6 +18,7 @@ from tests.conftest import wait_until
 from tests.locking import jobs
 from torchwq.locking import barrier as barriers
 from torchwq.locking.words import WAITING
+from torchwq.transport import cleanup
 
 
 def test_only_one_at_a_time_has_it(backend: str) -> None:
@@ -250,6 +251,25 @@ def test_two_barriers_of_different_size_at_a_time_are_refused() -> None:
             break
     assert mutex.barrier(2) in (0, 1)
     thread.join(20)
+
+
+def test_a_mutex_may_go_while_its_barrier_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [torchwq.mutex()._core]
+    wait_until(lambda: kept[0].left)
+    table, look = kept[0].table, kept[0].monitor._on_change
+    locked = table.locked
+
+    def lose_it() -> contextlib.AbstractContextManager[None]:
+        kept.clear()
+        return locked()
+
+    monkeypatch.setattr(table, "locked", lose_it)
+    look()
+    cleanup.finish()
+    assert not kept
+    assert not capsys.readouterr().err
 
 
 def test_a_forked_child_closes_nothing_that_a_mutex_has_given_up_already() -> None:

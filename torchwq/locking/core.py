@@ -59,7 +59,7 @@ class Core:
         self.slot = self.table.index(self.table.slot)
         self._lock = Lock(self.table)
         self._barrier = Barrier(self, self._events)
-        self.monitor = PeerMonitor(self.table, _weakly_later(self._barrier))
+        self.monitor = PeerMonitor(self.table, _weakly_later(self))
         self._thread = threading.local()
         self.handles: Handles[object] = Handles()
         self.forked = self.left = False
@@ -146,14 +146,14 @@ class Core:
         self._closing()
 
 
-def _weakly_later(barrier: Barrier) -> Callable[[], None]:
-    """What has the barrier looked at in the background, if it is still there."""
-    look = weakref.WeakMethod(barrier.look)
+def _weakly_later(core: Core) -> Callable[[], None]:
+    """What has the barrier looked at in the background, if its part is still there, and stays so meanwhile."""
+    find = weakref.ref(core)
 
     def call() -> None:
-        bound = look()
-        if bound is not None:
-            bound()
+        found = find()
+        if found is not None:
+            found._barrier.look()
 
     return lambda: cleanup.later(call)
 
