@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import resource
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Wire(RuleBasedStateMachine):
     @rule()
     def enter(self) -> None:
         sender, _ = self.kept.admit()
-        self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_aside)
+        self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_aside, [0])
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data(), is_written_long_ago=st.booleans())
@@ -424,7 +425,33 @@ class RecordingOutbox:
 def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
     """Whoever sends sees to what others have handed in, and so waits for locks of theirs."""
     outbox = RecordingOutbox()
-    sent = SentBlocks(1, 10, outbox.send_aside)
+    sent = SentBlocks(1, 10, outbox.send_aside, [0])
     sent.note_promise(message_with([7]))
     recycling.tick()
     assert outbox.had_lock == [False]
+
+
+def test_what_a_lost_message_has_brought_is_brought_again() -> None:
+    with torchwq.workqueue() as queue:
+        worker = torchwq.map(1, answer_with_the_same_tensor, queue)
+        queue.write("question")
+        wait_until(lambda: queue._role.end.has_arrived(), what="the answer")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises(torchwq.ResourceError, match="a message was lost"):
+                queue.read(timeout=30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for _ in range(3):
+            queue.write("question")
+            assert (queue.read(timeout=30) == 3).all()
+        assert kept_by(queue) == 1
+        queue.write(None)
+        worker.join(20)
+
+
+def answer_with_the_same_tensor(queue: torchwq.WorkQueue) -> None:
+    tensor = torch.full((100,), 3.0)
+    for _ in queue:
+        queue.write(tensor)

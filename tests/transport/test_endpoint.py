@@ -118,6 +118,21 @@ def test_descriptors_ride_along(ends: tuple[Endpoint, Endpoint]) -> None:
     assert b.try_receive() == (b"none", [])
 
 
+def test_what_is_next_can_be_seen_and_stays(ends: tuple[Endpoint, Endpoint]) -> None:
+    a, b = ends
+    assert b.peek() is None
+    with tempfile.TemporaryFile() as file:
+        assert a.try_send(b"with a descriptor", [file.fileno()])
+    assert b.peek() == b.peek() == b"with a descriptor"
+    received = b.try_receive()
+    assert received is not None
+    data, fds = received
+    assert data == b"with a descriptor"
+    os.close(*fds)
+    a.close()
+    assert b.peek() == b""
+
+
 def test_what_was_sent_before_closing_is_still_received(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     b.try_send(b"unread by the one that closes")

@@ -16,8 +16,8 @@ from ..peers.words import SharedWords
 BUSY, WAITED, BATCHES, NBYTES = range(4)
 #: Words that govern the flow: how many of the worker's answers were taken; which tasks are still wanted, counted by how
 #: often others were abandoned; whether the worker sleeps until CONSUMED has grown; up to which of its answers it makes
-#: batches that nobody wants any more.
-CONSUMED, GENERATION, ASLEEP, LIMIT = range(4)
+#: batches that nobody wants any more; how many of its answers were lost: see Note [in-band promises].
+CONSUMED, GENERATION, ASLEEP, LIMIT, LOST = range(5)
 _WORDS: Final = 8  # a cache line for each worker
 
 

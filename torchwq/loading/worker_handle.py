@@ -37,7 +37,7 @@ from ..transport.local import LocalEndpoint
 from ..workers import deaths
 from ..workers.backend import Backend
 from .config import WorkerConfig
-from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT
+from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT, LOST
 from .messages import NewEpoch, Snapshot
 from .processes import END_TIMEOUT, Process
 
@@ -81,6 +81,8 @@ class WorkerHandle:
         self._own_config = own_config
         self._flow = flow
         self._fence = threading.RLock()
+        #: Held by who takes from the connection: mostly the thread that receives, now and then the reactor's.
+        self._receiving = threading.RLock()
         #: Indices that the worker does not know of before ``flush``.
         self.unsent: list[Any] = []
         self._generation = 0
@@ -107,7 +109,7 @@ class WorkerHandle:
                 opened.callback(setattr, self, "_closed", True)
                 self._kept: KeptBlocks | None = None
                 if not self._stays:
-                    self._kept = KeptBlocks(References)
+                    self._kept = KeptBlocks(References, self._look_aside)
                     opened.callback(self._kept.close)
                     _, self._own_config.room = self._kept.admit()
                 self.process: Process = self._start(self._own_config, theirs)
@@ -191,15 +193,28 @@ class WorkerHandle:
 
     def take(self) -> Received | None:
         """The next answer, if it is here. Raises EOFError if none will come."""
-        while True:
-            received = self.connection.take()
-            if received is not None and self._kept is not None:
-                received = self._kept.look(received)
-                if received is None:
-                    continue
-            if received is not None:
-                self._received += 1
-            return received
+        with self._receiving:
+            try:
+                while True:
+                    received = self.connection.take()
+                    if received is not None and self._kept is not None:
+                        received = self._kept.look(received)
+                        if received is None:
+                            continue
+                    if received is not None:
+                        self._received += 1
+                    return received
+            except EOFError:
+                raise
+            except BaseException:
+                self._flow[LOST] += 1  # so that what it may have brought is brought again
+                raise
+
+    def _look_aside(self) -> None:
+        """See ``KeptBlocks``. In the reactor's thread."""
+        with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
+            if self._kept is not None and isinstance(self.connection, Connection):
+                self._kept.pass_asides(self.connection.end)
 
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.

@@ -30,7 +30,7 @@ from ..transport.local import LocalEndpoint
 from . import collation
 from .batch_maker import BatchMaker
 from .config import LoaderConfig, WorkerConfig
-from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, NBYTES, WAITED
+from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, LOST, NBYTES, WAITED
 from .messages import Answer, Batch, End, Failure, NewEpoch
 
 #: How often a worker that is far enough ahead looks whether it still is before it sleeps.
@@ -68,7 +68,7 @@ class WorkerLoop:
         if isinstance(connection, Connection):
             self._limit = connection.to.max_payload
             outbox = connection.outbox
-            outbox.promises = SentBlocks(ONLY_SENDER, own_config.room, outbox.send_aside)
+            outbox.promises = SentBlocks(ONLY_SENDER, own_config.room, outbox.send_aside, self._flow, LOST)
 
     def run(self) -> None:
         """Answer until the loader closes the connection."""

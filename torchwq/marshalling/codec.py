@@ -38,6 +38,9 @@ UNLIMITED: Final = 1 << 62
 #: Text of more characters than this, or more bytes, is not pickled for this process: that would copy it twice.
 _LONG: Final = 4096
 
+_take_tensor_apart: Final = plain.take_tensor_apart
+_encode_tensor: Final = References.encode_tensor
+
 Payload = bytes | Parcel | Letter
 #: ``bytes | Parcel``, or, if it stays here, any ``Payload``, or what ``copies.copied`` gives.
 Encoded: TypeAlias = Any
@@ -115,9 +118,13 @@ def encode(
         found: Payload | None = None
         if here:
             found = plain.encode_here(obj) if fresh is None else None
-        elif peer.shares_memory:
-            parts = plain.take_apart(obj, fresh)
-            found = References.encode_plain(*parts, limit) if parts is not None else None
+        elif not peer.shares_memory:
+            pass
+        elif cls is Tensor:
+            if (alone := _take_tensor_apart(obj, fresh)) is not None:
+                found = _encode_tensor(*alone, limit)
+        elif (parts := plain.take_apart(obj, fresh)) is not None:
+            found = References.encode_plain(*parts, limit)
         if found is not None:
             return found
     try:

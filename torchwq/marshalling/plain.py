@@ -159,18 +159,23 @@ def encode_here(obj: Any) -> Letter | None:
 Parts = tuple[bytes, bool, list[Block], list[torch.UntypedStorage]]
 
 
-def take_apart(obj: Any, fresh: Container[Block] | None = None) -> Parts | None:
-    """A tensor, dict, list or tuple, for a message; None if it has to take the general way.
+def take_tensor_apart(
+    tensor: torch.Tensor, fresh: Container[Block] | None
+) -> tuple[bytes, Block, torch.UntypedStorage] | None:
+    """A tensor, as ``take_apart`` does it: the pickle, the block and its storage."""
+    found = _block_for(tensor, fresh)
+    if found is None:
+        return None
+    block, storage, where = found
+    shape: _Shape = (torch.Tensor, (), (where,), ())
+    return _pickles.get(shape) or _pickle_of(shape), block, storage
+
+
+def take_apart(obj: Any, fresh: Container[Block] | None) -> Parts | None:
+    """A dict, list or tuple, for a message; None if it has to take the general way.
 
     The tensors are shared then; or copied, unless they are on a block of ``fresh``, if that is given.
     """
-    if type(obj) is torch.Tensor:
-        found = _block_for(obj, fresh)
-        if found is None:
-            return None
-        block, storage, where = found
-        shape: _Shape = (torch.Tensor, (), (where,), ())
-        return _pickles.get(shape) or _pickle_of(shape), False, [block], [storage]
     content = _tensors_in(obj)
     if content is None:
         return None

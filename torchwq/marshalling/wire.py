@@ -34,6 +34,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
+import torch
+
 from ..memory import anonymous, content, pool, promises, recycling
 from ..memory.arrivals import Arrivals
 from ..memory.block import Block
@@ -58,6 +60,8 @@ _ONE: Final = struct.Struct("=QQI")
 _BUFFER: Final = 1 << 63
 #: Set in the number of references if there are rows before them.
 _PACKED: Final = 1 << 31
+
+_REFERENCES: Final = 1
 
 _REFERENCE_SIZE: Final = _REFERENCE.size
 _COUNT_SIZE: Final = _COUNT.size
@@ -124,7 +128,18 @@ class References(Kind):
     all of them, see Note [in-band promises]. What comes after the pickle is the message's *tail*.
     """
 
-    kind = 1
+    kind = _REFERENCES
+
+    @staticmethod
+    def encode_tensor(begin: bytes, block: Block, storage: torch.UntypedStorage, limit: int) -> Parcel | None:
+        """The same of one tensor."""
+        nbytes = block.nbytes
+        data = begin + _ONE.pack(block.number, nbytes, 1)
+        if len(data) > limit:
+            return None
+        parcel = Parcel(data, [block.fd], [storage], _REFERENCES, (block.number,), True)
+        parcel.nbytes += nbytes
+        return parcel
 
     @classmethod
     def encode_plain(
@@ -136,14 +151,6 @@ class References(Kind):
             begin: the pickle, and the rows behind it if it ``is_packed``.
             blocks: those that it refers to, with their ``storages``, which the payload keeps.
         """
-        if len(blocks) == 1:
-            block = blocks[0]
-            data = begin + _ONE.pack(block.number, block.nbytes, 1 | _PACKED if is_packed else 1)
-            if len(data) > limit:
-                return None
-            parcel = Parcel(data, [block.fd], storages, cls.kind, (block.number,), True)
-            parcel.nbytes += block.nbytes
-            return parcel
         fds, numbers, parts = [], [], [begin]
         nbytes = 0
         for block in blocks:

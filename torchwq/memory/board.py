@@ -23,6 +23,8 @@ SLOTS: Final = 4096
 BUSY: Final = 1 << 24
 #: Index of the word that says whether the owner waits for questions to be taken.
 ASKED: Final = 0
+#: Index of the word in which the owner counts the answers that it has lost: see Note [in-band promises].
+LOST: Final = 1
 _WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
 
 

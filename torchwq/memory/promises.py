@@ -6,7 +6,7 @@ blocks it has sent over it, and the reader keeps their descriptors.
 
 Note [in-band promises]
 ~~~~~~~~~~~~~~~~~~~~~~~
-The order of the connection is all that this rests on. No clock and no shared word is asked.
+The order of the connection is all that this rests on. No clock is asked, and no shared word but one: see the last item.
 
 * The reader gives each sender an id, used once, and says for how many blocks it has *room*. A message whose trailer has
   the sender's id makes a promise: the reader keeps the descriptors that came with it.
@@ -21,6 +21,9 @@ The order of the connection is all that this rests on. No clock and no shared wo
   carry the :class:`Epoch` in which they were taken. An epoch has the descriptors that were given up in it, and the next
   epoch; the connection has the last one. What a message refers to is therefore there until the message is gone, and
   closed with the last message that could refer to it.
+* A reader may lose a message, and what it promised: no descriptor was free, or a signal handler has raised an error
+  meanwhile. It counts such losses in a shared word, at which the senders look before they leave anything out: what they
+  have promised until then they send once more. Of what is under way by then, what needs the lost descriptor is lost.
 
 What a promise keeps is memory, not content: the reference table (``ledger``) says whether the memory may be written
 anew. The maker gives a block up when it likes. That ends its number, which the senders see at their next look.
@@ -35,7 +38,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from ..transport import reactor
-from ..transport.endpoint import Received
+from ..transport.endpoint import Endpoint, Received
 from ..transport.process import closed_in_child, reset_in_child
 from ..transport.trailer import KIND, number_of, payload_of
 from . import ledger, limits, recycling
@@ -102,9 +105,8 @@ class KeptBlocks:
 
     Args:
         references: the kind of message whose descriptors may stay at home.
-        look_aside: takes what was sent aside and is next, without waiting, and no more than one message beside. While
-            something is kept, the reactor calls it now and then: a program that does not read for an hour must not keep
-            the memory that its workers gave up, and only by reading a socket one sees what is next in it.
+        look_aside: calls ``pass_asides`` under that lock. While something is kept, the reactor calls it now and then: a
+            program that does not read for an hour must not keep the memory that its workers gave up.
     """
 
     def __init__(self, references: References, look_aside: Callable[[], object] | None = None) -> None:
@@ -155,6 +157,14 @@ class KeptBlocks:
                 _give_back(self._rooms.pop(sender, 0))
             return None
         return received
+
+    def pass_asides(self, end: Endpoint) -> bool:
+        """Take what was sent aside and is next. Returns whether a message is next then, or the end."""
+        while (data := end.peek()) and data[KIND] in (FORGET, LEFT):
+            received = end.try_receive()
+            if received is not None:
+                self.look(received)
+        return data is not None
 
     def close(self) -> None:
         """Nothing more is taken. What was taken already can still be decoded."""
@@ -233,15 +243,22 @@ class SentBlocks:
         sender: the id that the reader has given it.
         room: for how many blocks the reader has room.
         send_aside: sends a message of the protocol's own, without waiting.
+        words: memory that the reader shares, where it counts, in word ``lost``, the messages that it has lost.
     """
 
-    def __init__(self, sender: int, room: int, send_aside: Callable[[Any], None]) -> None:
+    def __init__(
+        self, sender: int, room: int, send_aside: Callable[[Any], None], words: Sequence[int], lost: int = 0
+    ) -> None:
         self.sender = sender
         self._room = room
         self._send_aside = weakref.WeakMethod(send_aside)
         self._sent: set[int] = set()
         #: Those that were sent since the last look.
         self._used: set[int] = set()
+        self._words, self._lost = words, lost
+        #: How many messages had been lost when this looked last, and what may have been in them.
+        self._losses = words[lost]
+        self._doubted: set[int] = set()
         #: Those to be forgotten, unless they are sent before that leaves.
         self._marked: set[int] = set()
         _senders.add(weakref.ref(self, _senders.discard))
@@ -251,7 +268,10 @@ class SentBlocks:
         numbers = parcel.numbers
         if not parcel.only_blocks:
             return parcel.fds, 0
-        if self._sent.issuperset(numbers):
+        if self._words[self._lost] != self._losses:
+            self._losses = self._words[self._lost]
+            self._doubted = set(self._sent)
+        if self._sent.issuperset(numbers) and (not self._doubted or self._doubted.isdisjoint(numbers)):
             self._used.update(numbers)
             return (), 0
         new = set(numbers) - self._sent
@@ -262,6 +282,7 @@ class SentBlocks:
     def note_promise(self, parcel: Parcel) -> None:
         """The message is in the socket, with a trailer that promises."""
         self._sent.update(parcel.numbers)
+        self._doubted.difference_update(parcel.numbers)
         self._used.update(parcel.numbers)
         recycling.start_ticking()
 
@@ -281,6 +302,7 @@ class SentBlocks:
         """What a FORGET message says that leaves now."""
         gone, self._marked = self._marked - self._used, set()
         self._sent -= gone
+        self._doubted -= gone
         return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
 
 

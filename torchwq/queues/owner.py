@@ -40,7 +40,7 @@ from ..marshalling import codec
 from ..marshalling.wire import References
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, duplicates
-from ..memory.board import SLOTS, Board
+from ..memory.board import LOST, SLOTS, Board
 from ..memory.promises import KeptBlocks, Leaving
 from ..transport import cleanup, kinds, reactor
 from ..transport import link as links
@@ -296,19 +296,13 @@ class Owner(SocketRole, worker.EndListener):
     def has_message(self) -> bool:
         if self._inbox or self.answers.has_message():
             return True
-        if super().has_message():  # which may be one that concerns the connection only
-            with self._receiving:
-                received = None if self._inbox else self._take_from_socket()
-                if received is not None:
-                    self._inbox.append(received)
-                    self.alarm.set()  # so the readiness still shows it
-        return bool(self._inbox)
+        return super().has_message() and self._look_aside()  # it may be one that concerns the connection only
 
-    def _look_aside(self) -> None:
-        """See ``KeptBlocks``. In the reactor's thread."""
-        with contextlib.suppress(OSError, ValueError):  # it has just been closed
-            if not self.closed:
-                self.has_message()
+    def _look_aside(self) -> bool:
+        """See ``KeptBlocks``."""
+        with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
+            return not self._is_looking and self._kept.pass_asides(self.end)
+        return True
 
     def settle(self) -> None:
         with self._lock:
@@ -332,6 +326,10 @@ class Owner(SocketRole, worker.EndListener):
                     return answer
         except EOFError:
             return None  # closed by another thread; the caller looks at that
+        except BaseException:
+            if not self.closed:
+                self.board.words[LOST] += 1  # so that what it may have brought is brought again
+            raise
         finally:
             self._is_looking = False
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor, duplicates
-from ..memory.board import ASKED, BUSY, Board
+from ..memory.board import ASKED, BUSY, LOST, Board
 from ..memory.promises import SentBlocks
 from ..transport import kinds
 from ..transport import link as links
@@ -75,6 +75,10 @@ class WorkerSide(SocketRole):
         self._here = threading.Lock()
         self._here.acquire()
         self._opened()
+
+    def promise(self, sender: int, room: int) -> None:
+        """Make promises from now on, see Note [in-band promises]."""
+        self.outbox.promises = SentBlocks(sender, room, self.outbox.send_aside, self._words, LOST)
 
     def take(self) -> Received | None:
         ident = get_ident()
@@ -245,5 +249,5 @@ def seated(fds: Sequence[int], link: Link, reply: bytes) -> WorkerSide:
             link.send(GOODBYE)  # nobody has died
         link.close()
         raise
-    side.outbox.promises = SentBlocks(seat.sender, seat.room, side.outbox.send_aside)
+    side.promise(seat.sender, seat.room)
     return side

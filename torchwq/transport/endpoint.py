@@ -54,6 +54,10 @@ class Endpoint(Protocol):
         descriptors than this process may hold."""
         ...
 
+    def peek(self) -> bytes | None:
+        """The bytes of the next message, which stays there; none of the end; None if there is nothing now."""
+        ...
+
     def unread(self) -> int | None:
         """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
         ...

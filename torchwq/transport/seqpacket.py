@@ -92,6 +92,12 @@ class SeqpacketEndpoint:
                 return data, NO_FDS
             raise EOFError
 
+    def peek(self) -> bytes | None:
+        try:
+            return self._socket.recv(MAX_MESSAGE, NO_WAIT | socket.MSG_PEEK)
+        except (BlockingIOError, ConnectionResetError):  # which was told now, and is not again: see ``try_receive``
+            return None
+
     def unread(self) -> int | None:
         if self._socket.fileno() < 0:
             return 0

@@ -184,6 +184,15 @@ class StreamEndpoint:
                     raise EOFError from None
                 raise
 
+    def peek(self) -> bytes | None:
+        with self._held(self._locks.reading, 1):
+            try:
+                head = self._socket.recv(_LENGTH.size, NO_WAIT | socket.MSG_PEEK)
+                size = _LENGTH.size + _LENGTH.unpack(head)[0] if head else 0
+                return self._socket.recv(size, NO_WAIT | socket.MSG_PEEK)[_LENGTH.size :] if head else b""
+            except (BlockingIOError, ConnectionResetError):
+                return None
+
     def unread(self) -> int | None:
         if self._socket.fileno() < 0:
             return 0
