@@ -267,16 +267,17 @@ def same(left: Any, right: Any) -> bool:
 
 
 class DyingStream(IterableDataset[Any]):
-    """40 numbers. Its worker dies at the first one if the file is there, and takes it away."""
+    """40 numbers. Its worker dies at one of them if the file is there, and takes it away."""
 
-    def __init__(self, flag: str) -> None:
-        self.flag = flag
+    def __init__(self, flag: str, at: int = 0) -> None:
+        self.flag, self.at = flag, at
 
     def __iter__(self) -> Iterator[Any]:
-        if os.path.exists(self.flag):
-            os.unlink(self.flag)
-            os._exit(3)
-        yield from range(40)
+        for number in range(40):
+            if number == self.at and os.path.exists(self.flag):
+                os.unlink(self.flag)
+                os._exit(3)
+            yield number
 
 
 class OneSlow(Plain):

@@ -111,6 +111,24 @@ def test_a_restarted_worker_makes_the_same_batches(tmp_path: Any, method: str, p
     assert loader.stats().restarts == 1
 
 
+def test_a_worker_that_is_restarted_in_the_epoch_after_a_loaded_one_goes_on_in_it(tmp_path: Any) -> None:
+    flag = tmp_path / "die"
+
+    def make() -> Any:
+        stream = datasets.DyingStream(str(flag), at=21)
+        return torchwq.DataLoader(stream, 4, num_workers=1, persistent_workers=True, on_worker_death="restart")
+
+    loader = make()
+    list(loader)
+    state = loader.state_dict()
+    expected = list(loader)
+    flag.touch()
+    resumed = make()
+    resumed.load_state_dict(state)
+    with pytest.warns(UserWarning, match="restarted"):
+        assert same(expected, list(resumed))
+
+
 def test_restarts_are_limited() -> None:
     loader = torchwq.DataLoader(
         datasets.Dying(9), batch_size=4, num_workers=2, on_worker_death="restart", max_restarts=2

@@ -269,6 +269,25 @@ def test_states_with_prefetching_across_epochs() -> None:
     )
 
 
+def test_a_failure_at_the_end_of_an_epoch_is_not_counted_in_the_next_one() -> None:
+    def make() -> Any:
+        failing = datasets.Failing({19})
+        return torchwq.DataLoader(failing, 4, num_workers=2, persistent_workers=True, prefetch_across_epochs=True)
+
+    loader = make()
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    with pytest.raises(KeyError):
+        next(iterator)
+    assert next(iterator, None) is None
+    iterator = iter(loader)
+    next(iterator)
+    resumed = make()
+    resumed.load_state_dict(saved(loader.state_dict()))
+    assert same(next(iterator), next(iter(resumed)))
+
+
 def test_an_automatic_number_of_workers_is_that_of_the_state() -> None:
     loader = torchwq.DataLoader(datasets.Plain(), 4, num_workers=2)
     state = state_after(loader, 1)

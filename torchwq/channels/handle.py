@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from ..handles.reading import END, Ended, ReadableHandle
+from ..handles.reading import END, NOTHING, Ended, ReadableHandle
 from ..handles.reference import HandleRef, Target, travels
 from ..marshalling import codec
 from ..transport.endpoint import Received
@@ -208,6 +208,9 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker, failed)
+
+    def _read_at_once(self) -> Any:
+        return self._core.way.read() or NOTHING
 
     def _source(self) -> Reader:
         return Reader(self._core, self)

@@ -32,20 +32,21 @@ class _Handle(Protocol):
 
 
 class Reader(Source):
-    """One read with a handle, in one thread."""
+    """One read with a handle, in one thread. What only a wait needs is set where it begins."""
 
     __slots__ = ("_changes", "_core", "_deadline", "_handle", "_is_drained", "_monitor", "_watching")
+
+    _is_drained: bool
+    #: ``Core.changes`` as this has last looked at the others.
+    _changes: int
+    _monitor: PeerMonitor | None
+    _deadline: float
 
     def __init__(self, core: Core, handle: _Handle) -> None:
         self._core = core
         self._handle = handle
-        self._is_drained = False
-        #: ``Core.changes`` as this has last looked at the others.
-        self._changes = 0
         #: What watches the other processes while this blocks; None for a task, which the readiness wakes.
         self._watching: contextlib.ExitStack | None = None
-        self._monitor: PeerMonitor | None = None
-        self._deadline = math.inf
 
     def take(self) -> Received | None:
         return self._core.way.take()
@@ -53,6 +54,7 @@ class Reader(Source):
     def wait_until(self, deadline: float | None, timeout: float | None) -> Received:
         core = self._core
         core.check_fork()
+        self._monitor = None
         self._deadline = math.inf if deadline is None else deadline
         received = core.way.sleep(min(time.monotonic() + _FIRST_WAIT, self._deadline))
         if received is not None:

@@ -14,6 +14,7 @@ Nobody owns a channel, and anybody may write. So it is told of what may be the r
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ..errors import WorkerDied
-from ..peers.failures import Concerning, SeenFailures, tenancies_of_the_dead
+from ..peers.failures import SeenFailures, tenancies_of_the_dead
 from ..peers.handles import Handles
 from ..peers.table import PeerTable
 from ..workers import threads
@@ -163,7 +164,7 @@ class Vigil:
         if self._next_failure(seen, kind) is not None:
             return True
         table = self._table()
-        return table is not None and seen.next_death(table, self._concerning(table, kind)) is not None
+        return table is not None and seen.next_death(table, functools.partial(_concerning, table, kind)) is not None
 
     def raise_news(self, seen: Seen, kind: int) -> None:
         """Raise WorkerDied if there is something to tell, unless there are items: what a dead one wrote comes first."""
@@ -178,7 +179,7 @@ class Vigil:
     def _raise_news(self, core: Part, seen: Seen, kind: int) -> None:
         items_first: Callable[[], bool] = core.way.can_take if kind == READS else _never
         known = len(self._failures)
-        number = self._next_failure(seen, kind)
+        number = self._next_failure(seen, kind) if known > seen.thread_failures else None
         if number is not None:
             if items_first():
                 return
@@ -187,7 +188,9 @@ class Vigil:
         seen.thread_failures = known
         table = self._table()
         if table is not None:
-            raise_next_death(seen, table, "this channel", self._concerning(table, kind), unless=items_first)
+            raise_next_death(
+                seen, table, "this channel", functools.partial(_concerning, table, kind), unless=items_first
+            )
 
     def _next_failure(self, seen: Seen, kind: int) -> int | None:
         """Which of the failures of threads is to be told next."""
@@ -195,26 +198,6 @@ class Vigil:
             if kind == WRITES or self._failures[number][1] or not any(each.has_written for each in self.handles.all()):
                 return number
         return None
-
-    def _concerning(self, table: PeerTable, kind: int) -> Concerning:
-        """Which deaths matter to one who waits to do ``kind``: see the invariants."""
-        does, does_before, other, other_before = (
-            (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
-        )
-
-        def has(slot: int, word: int, before: int) -> bool:
-            return table.shown(slot, word) > table.shown(slot, before)
-
-        def did(slot: int) -> bool:
-            return has(slot, does, does_before) or (kind == READS and bool(table.shown(slot, BACKLOG)))
-
-        def concerning(dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
-            gone = [slot for slot in dead if did(slot)]
-            if gone or any(map(did, living)):
-                return gone
-            return [slot for slot in dead if not has(slot, other, other_before)]
-
-        return concerning
 
     def raise_failed_closing(self, seen: Seen) -> None:
         core = self._core()
@@ -266,3 +249,21 @@ class Vigil:
         with self._lock:
             waiting = {each for (each, _), what in self._waiting.items() if what == kind}
         return not self.handles.any_but({handle, *waiting}) and not threads.of_user()
+
+
+def _concerning(table: PeerTable, kind: int, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
+    """Which deaths matter to one who waits to do ``kind``: see the invariants."""
+    does, does_before, other, other_before = (
+        (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
+    )
+
+    def has(slot: int, word: int, before: int) -> bool:
+        return table.shown(slot, word) > table.shown(slot, before)
+
+    def did(slot: int) -> bool:
+        return has(slot, does, does_before) or (kind == READS and bool(table.shown(slot, BACKLOG)))
+
+    gone = [slot for slot in dead if did(slot)]
+    if gone or any(map(did, living)):
+        return gone
+    return [slot for slot in dead if not has(slot, other, other_before)]

@@ -30,7 +30,8 @@ from ..workers import shutdown
 T = TypeVar("T")
 H = TypeVar("H", bound="ReadableHandle[Any]")
 
-#: What a handle's ``_item`` returns where iteration stops.
+#: What a handle's ``_read_at_once`` returns where no message is there, and its ``_item`` where iteration stops.
+NOTHING: Final[Any] = object()
 END: Final = object()
 
 
@@ -134,6 +135,10 @@ class ReadableHandle(abc.ABC, Generic[T]):
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> T: ...
 
     @abc.abstractmethod
+    def _read_at_once(self) -> Any:
+        """What ``read`` returns if a message is there; else NOTHING."""
+
+    @abc.abstractmethod
     def _source(self) -> Source:
         """What this thread reads from."""
 
@@ -174,9 +179,11 @@ class ReadableHandle(abc.ABC, Generic[T]):
             QueueClosed, WorkerDied: as for :meth:`read`; but a channel does not say that nobody is left, for another
                 task may write.
         """
-        source = self._source()
+        found: T = self._read_at_once()
+        if found is not NOTHING:
+            return found
         try:
-            return self._opened(source.take() or await source.wait_async(timeout))
+            return self._opened(await self._source().wait_async(timeout))
         except Ended:
             return self._ended()
 

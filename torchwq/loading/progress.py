@@ -63,7 +63,10 @@ class Progress:
 
     def go_on_ahead(self) -> None:
         """The next epoch begins, of which workers have made batches already."""
-        self._failed = 0
+        for task, after in self._failures:  # that ended the epoch before
+            if after is not None:
+                task.worker.snapshot = after
+        self._failures, self._failed = [], 0
 
     def learn(self, worker: WorkerHandle, answer: Any) -> None:
         """Take from a worker's first answer from where it has begun, if that is not known."""

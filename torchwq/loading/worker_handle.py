@@ -249,7 +249,9 @@ class WorkerHandle:
             indices: those of this epoch for which the consumer has not taken an answer, in order.
         """
         self._disconnect()
-        self._own_config.resume = self.received
+        own_config = self._own_config
+        own_config.begins = own_config.begins and self.received is own_config.resume
+        own_config.resume = self.received
         self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
         # What nobody wants any more is answered, too: whoever receives counts on it.
         here = self._received - self._consumed

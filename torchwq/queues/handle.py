@@ -8,7 +8,7 @@ from pickle import dumps, loads
 from typing import Any, final
 
 from ..errors import QueueClosed
-from ..handles.reading import END, ReadableHandle
+from ..handles.reading import END, NOTHING, ReadableHandle
 from ..handles.reference import HandleRef, Target, travels
 from ..marshalling import codec
 from ..marshalling.codec import encode, large
@@ -223,6 +223,10 @@ class WorkQueue(ReadableHandle[Any]):
             written, untaken, handles = role.counts()
             return QueueStatistics(written, written - untaken, role.unsent, handles)
         return QueueStatistics(role.written, role.last_taken, role.unsent, 0)
+
+    def _read_at_once(self) -> Any:
+        received = self._role.take()
+        return NOTHING if received is None else codec.decode(*received)
 
     def _source(self) -> Role:
         return self._role
