@@ -414,6 +414,15 @@ def test_who_comes_to_a_closed_connection_takes_no_room_away(monkeypatch: pytest
     assert promises._granted == 0
 
 
+def test_workers_that_come_and_go_while_nobody_reads_give_their_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycling, "TICK", 0.01)
+    with torchwq.workqueue() as queue:
+        before = promises._granted
+        for _ in range(3):
+            worker_handle(queue).close()
+        wait_until(lambda: promises._granted == before, what="the rooms to be given back")
+
+
 class RecordingOutbox:
     def __init__(self) -> None:
         self.had_lock: list[bool] = []

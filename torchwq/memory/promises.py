@@ -142,7 +142,7 @@ class KeptBlocks:
                     return received
                 for number, fd in zip(self._numbers_of(data), fds, strict=True):
                     kept.setdefault(number, Descriptor(fd))
-                self._look_later()
+                self.look_later()
             if self._is_closed:  # meanwhile: what it refers to is not kept any more
                 recycling.note_lost(self._numbers_of(data))
                 return None
@@ -179,11 +179,13 @@ class KeptBlocks:
         """Called by the reactor, with no lock held."""
         self._will_look = False
         look_aside = None if self._look_aside is None else self._look_aside()
-        if look_aside is not None and any(self._kept.values()):
+        if look_aside is not None:
             look_aside()
-            self._look_later()
+            if any(self._kept.values()):
+                self.look_later()
 
-    def _look_later(self) -> None:
+    def look_later(self) -> None:
+        """Let the reactor call ``look_aside`` in a while."""
         if not self._will_look and self._look_aside is not None:
             self._will_look = True
             reactor.get().call_later(recycling.TICK, functools.partial(_look_again, weakref.ref(self)))

@@ -597,6 +597,7 @@ class Owner(SocketRole, worker.EndListener):
             self._taken.notify_all()
         if member.sender:
             self._to_itself.send_aside(Leaving(member.sender))  # behind all that it has sent
+            self._kept.look_later()
         if member.link is not None and not keep_link:
             member.link.close()
         return in_hand
