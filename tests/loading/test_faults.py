@@ -111,6 +111,25 @@ def test_a_restarted_worker_makes_the_same_batches(tmp_path: Any, method: str, p
     assert loader.stats().restarts == 1
 
 
+def test_a_worker_restarted_after_an_epoch_that_was_broken_off_draws_the_same_numbers(tmp_path: Any) -> None:
+    mark = tmp_path / "0"
+
+    def run(dies: bool) -> Any:
+        torch.manual_seed(5)
+        mark.touch()
+        loader = torchwq.DataLoader(
+            datasets.Dying(0, str(tmp_path)), 4, num_workers=1, persistent_workers=True, on_worker_death="restart"
+        )
+        next(iter(loader))
+        if dies:
+            mark.unlink()
+        return list(loader)
+
+    expected = run(dies=False)
+    with pytest.warns(UserWarning, match="restarted"):
+        assert same(expected, run(dies=True))
+
+
 def test_a_worker_that_is_restarted_in_the_epoch_after_a_loaded_one_goes_on_in_it(tmp_path: Any) -> None:
     flag = tmp_path / "die"
 

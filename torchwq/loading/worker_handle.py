@@ -11,7 +11,8 @@ Invariants:
 * One thread gives a worker its indices and takes its answers off the count (``consumed``): the consumer's. Either that
   thread receives the answers, too, or another one, which pins them.
 * ``received`` is the snapshot after the last answer of this epoch that the consumer's thread has received, so also
-  after the last one before a death, which it hears of when everything before that has been received.
+  after the last one before a death, which it hears of when everything before that has been received. Before the first
+  one it says only what the random numbers are after the last answer, stale or not, of the epoch before.
 * Whoever starts a worker closes its descriptors of the worker's end as soon as the worker has them.
 """
 
@@ -38,7 +39,7 @@ from ..workers import deaths
 from ..workers.backend import Backend
 from .config import WorkerConfig
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT, LOST
-from .messages import NewEpoch, Snapshot
+from .messages import Answer, NewEpoch, Snapshot
 from .processes import END_TIMEOUT, Process
 
 Start = Callable[[WorkerConfig, Any], Process]
@@ -137,9 +138,11 @@ class WorkerHandle:
         if self._flow[ASLEEP]:
             self.send(None)
 
-    def drop_stale(self) -> None:
-        """The answer that was taken is one that nobody wants."""
+    def drop_stale(self, answer: Any) -> None:
+        """The answer that was taken is one that nobody wants, but for the random numbers after it."""
         self.stale -= 1
+        if isinstance(answer, Answer) and answer.after is not None:
+            self.received = Snapshot(random=answer.after.random)
         self.consumed()
 
     def abandon_tasks(self, prefetch: int) -> None:

@@ -100,7 +100,7 @@ class WorkerPool:
             else:
                 worker, answer = found
                 if worker.stale:
-                    worker.drop_stale()
+                    worker.drop_stale(answer)
                     return None
                 if isinstance(answer, Answer) and answer.after is not None:
                     worker.received = answer.after
