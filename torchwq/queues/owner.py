@@ -49,7 +49,7 @@ from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..transport.mailbox import Mailbox
 from ..transport.outbox import Outbox
-from ..transport.trailer import BARE, KIND
+from ..transport.trailer import BARE, KIND, PICKLE
 from ..workers import deaths, threads, worker
 from .failing import Failed, NeverCame
 from .history import History
@@ -280,15 +280,20 @@ class Owner(SocketRole, worker.EndListener):
             return self._take_from_socket()
 
     def sleep(self, deadline: float | None) -> Received | None:
-        if self.inside.box is None:
-            with self._receiving:
-                if self._is_looking:  # nobody else sees this, and that thread cannot go on before this call ends
-                    raise RuntimeError(
-                        "a finalizer or a signal handler waits for an answer in the middle of a read of the same "
-                        "thread: read with nonblocking=True there"
-                    )
-            return super().sleep(deadline)
-        return self.answers.wait(self.take, deadline, self._may_not_wait)
+        if self.inside.box is not None:
+            return self.answers.wait(self.take, deadline, self._may_not_wait)
+        with self._receiving:
+            is_nested = self._is_looking  # nobody but a call further up this thread's stack
+        return self.connection.wait(self._take_nested if is_nested else self.take, deadline)
+
+    def _take_nested(self) -> Received | None:
+        received = self.take()
+        if received is None and not self.closed and self.end.peek():  # the call further up goes on when this one ends
+            raise RuntimeError(
+                "a finalizer or a signal handler waits for a tensor in the middle of a read of the same thread: read "
+                "with nonblocking=True there"
+            )
+        return received
 
     def _may_not_wait(self) -> bool:
         return self.alarm.is_set() or bool(self.closed) or self.inside.box is None
@@ -313,8 +318,8 @@ class Owner(SocketRole, worker.EndListener):
 
     def _take_from_socket(self) -> Received | None:
         """The next answer. With ``_receiving`` held."""
-        if self._is_looking:  # further up this thread's stack: what it has in hand comes first
-            return None
+        if self._is_looking:
+            return self._take_past()
         self._is_looking = True
         try:
             while True:
@@ -332,6 +337,15 @@ class Owner(SocketRole, worker.EndListener):
             raise
         finally:
             self._is_looking = False
+
+    def _take_past(self) -> Received | None:
+        """The next answer, while a call further up this thread's stack may have another in hand that it has not looked
+        at: one that may need what that one brings stays where it is."""
+        try:
+            next_one = self.end.peek()
+        except (EOFError, OSError):  # it has been closed
+            return None
+        return self._receive() if next_one and next_one[KIND] in (BARE, PICKLE) else None
 
     def _absorb(self, most: float = math.inf) -> bool | None:
         """Move what is in the socket, or came from threads, to the inbox; True if there was anything."""
