@@ -201,7 +201,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
             captured = state.State.fresh(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
-        if captured.begins:  # with what is drawn from now on
+        if captured.begins and not captured.is_drawn:  # with what is drawn from now on
             draws_seed = not (captured.finished and self.persistent_workers)
             captured.draws = sampler_rng.of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
         return captured.to_dict()

@@ -269,6 +269,20 @@ def test_states_with_prefetching_across_epochs() -> None:
     )
 
 
+def test_the_state_between_two_epochs_has_the_order_that_was_drawn_ahead() -> None:
+    def make() -> Any:
+        return torchwq.DataLoader(
+            datasets.Plain(), 4, True, num_workers=1, persistent_workers=True, prefetch_across_epochs=True
+        )
+
+    loader = make()
+    list(loader)
+    state = saved(loader.state_dict())
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert same(list(loader), list(resumed))
+
+
 def test_a_failure_at_the_end_of_an_epoch_is_not_counted_in_the_next_one() -> None:
     def make() -> Any:
         failing = datasets.Failing({19})

@@ -136,6 +136,11 @@ class Dispatcher:
         self.sampler_state = self.sampler_end
         return True
 
+    def rng_ahead(self) -> SamplerRng | None:
+        """What the next epoch is drawn from, if its first indices are under way already."""
+        ahead = self._drawn
+        return None if ahead is self.current or _epoch_of(self._sampler) != ahead.was_set else ahead.rng
+
     def abandon(self) -> None:
         """Nobody wants what is under way any more: what will come of it is stale."""
         for worker in self._workers:

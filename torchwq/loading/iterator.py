@@ -317,6 +317,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._last_state = self._stats.state = self._progress.capture(
                 self._base_seed, self._num_yielded, self._finished
             )
+            self._last_state.is_drawn = False  # what was drawn ahead is lost
         self._closed = True
         self._stats.stop()
         self._dispatcher.under_way = deque()

@@ -121,6 +121,7 @@ class Progress:
         if dispatcher.tells_pending and not finished:
             pending = [*(task.index for task in failed), *dispatcher.pending()]
         first = next((task.worker for task in [*failed, *list(dispatcher.under_way)[:1]]), self._workers[0])
+        ahead = dispatcher.rng_ahead() if finished else None
         tells = self._persistent or not finished  # others begin the next epoch as they began this one
         return State(
             iterable=dispatcher.iterable,
@@ -130,7 +131,8 @@ class Progress:
             position=yielded + self._failed + len(pending or ()),
             finished=finished,
             begins=finished,
-            draws=dispatcher.current.rng.to_plain(),
+            draws=(ahead or dispatcher.current.rng).to_plain(),
+            is_drawn=ahead is not None,
             sampler=dispatcher.sampler_end if finished else dispatcher.told_state(),
             snapshots=[worker.snapshot.copied() if tells else Snapshot() for worker in self._workers],
             active=[worker.active for worker in self._workers],

@@ -37,6 +37,7 @@ class State:
         finished: whether the epoch's end was reached.
         begins: whether the state stands for the beginning of an epoch, the first or the one after this.
         draws: see ``sampler_rng``.
+        is_drawn: whether ``draws`` is of the next epoch already, because that was drawn from ahead.
         sampler: of the sampler.
         snapshots: of each worker, or of this process.
         active: which workers' parts of an iterable dataset had not come to their end.
@@ -57,6 +58,7 @@ class State:
     active: list[bool] = field(default_factory=list)
     next_worker: int = 0
     pending: list[Any] | None = None
+    is_drawn: bool = False
 
     @classmethod
     def fresh(cls, dataset: Any, iterable: bool, num_workers: int) -> State:
