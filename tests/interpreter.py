@@ -52,8 +52,10 @@ class Script:
     def __enter__(self) -> Script:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.communicate()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self.kill()  # or the test would wait for it, and not say what has failed
+        self.communicate(10)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit status, negative for a signal. Raises ``subprocess.TimeoutExpired``."""
@@ -179,6 +181,7 @@ def _serve(orders: socket.socket) -> dict[str, Any]:
 def _become(order: dict[str, Any]) -> CodeType:
     """Make this process what the order wants; returns the code of the script."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, has it ignored
     if order["session"]:
         os.setsid()
     os.chdir(order["cwd"])
