@@ -200,8 +200,3 @@ def reduce_received(obj: Any, seal: Callable[[Any], bytes]) -> Any:
 
 #: Called when the first definition has come to this process.
 on_first: list[Callable[[], None]] = []
-
-
-def any_received() -> bool:
-    """Whether a definition has come to this process."""
-    return not on_first

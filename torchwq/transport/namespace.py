@@ -210,11 +210,6 @@ def current() -> Namespace:
         return _current
 
 
-def made_here() -> str | None:
-    """Path of the folder, if this process has made one."""
-    return _current.path if _current is not None and _current.made else None
-
-
 def remove() -> None:
     """End the namespace, if this process has made it."""
     global _current
