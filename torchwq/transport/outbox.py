@@ -157,14 +157,8 @@ class Outbox:
         if not self.pending:
             if self._is_broken:
                 return False
-            data: bytes | None
             try:
-                if isinstance(payload, bytes):  # as ``_transmit`` does, without calling it
-                    data = payload + trailer(tag, PICKLE) if self._numbered else payload
-                    if not self._try_send(data):
-                        data = None
-                else:
-                    data = self._transmit(payload, tag)
+                data = self._transmit(payload, tag)
             except BrokenPipeError:  # any other error may be a signal handler's, after the message has left
                 self._drop()
                 return False
