@@ -57,7 +57,7 @@ class Wire(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = KeptBlocks(References)
+        self.kept = KeptBlocks(References, [0])
         #: Messages in the connection, with the numbers that each refers to.
         self.socket: deque[tuple[Received, list[int]]] = deque()
         self.senders: dict[int, SentBlocks] = {}
@@ -171,7 +171,7 @@ TestWire = Wire.TestCase
 
 
 def test_a_message_that_another_thread_has_taken_keeps_what_it_refers_to() -> None:
-    kept = KeptBlocks(References)
+    kept = KeptBlocks(References, [0])
     sender, _ = kept.admit()
     data = message_with([7]).data
     fd = os.dup(0)
@@ -284,7 +284,7 @@ def sum_of_kept() -> float:
 def test_rooms_of_all_senders_together_leave_descriptors_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises.limits, "descriptors", lambda: 200)
     monkeypatch.setattr(promises, "_granted", 0)
-    connections = [KeptBlocks(References) for _ in range(40)]
+    connections = [KeptBlocks(References, [0]) for _ in range(40)]
     rooms = [each.admit()[1] for each in connections]
     assert rooms[0] > rooms[5] > 0
     assert promises._granted == sum(rooms) <= 100
@@ -331,7 +331,7 @@ def stop_in_the_middle_of_sending() -> Any:
 
 
 def test_descriptors_are_closed_with_what_keeps_them() -> None:
-    kept = KeptBlocks(References)
+    kept = KeptBlocks(References, [0])
     sender, _ = kept.admit()
     fd = os.dup(0)
     kept.look((message_with([7]).data + trailer(sender, References.kind), [fd]))
@@ -399,7 +399,7 @@ def test_waiting_for_an_answer_in_the_middle_of_reading_one_loses_nothing(make: 
 
 
 def test_an_answer_that_is_taken_while_the_reader_closes_is_thrown_away() -> None:
-    kept = KeptBlocks(References)
+    kept = KeptBlocks(References, [0])
     sender, room = kept.admit()
     assert room
     data = message_with([7]).data
@@ -410,7 +410,7 @@ def test_an_answer_that_is_taken_while_the_reader_closes_is_thrown_away() -> Non
 
 def test_who_comes_to_a_closed_connection_takes_no_room_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises, "_granted", 0)
-    kept = KeptBlocks(References)
+    kept = KeptBlocks(References, [0])
     kept.close()
     assert kept.admit()[1] == 0
     assert promises._granted == 0

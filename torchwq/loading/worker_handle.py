@@ -110,7 +110,7 @@ class WorkerHandle:
                 opened.callback(setattr, self, "_closed", True)
                 self._kept: KeptBlocks | None = None
                 if not self._stays:
-                    self._kept = KeptBlocks(References, self._look_aside)
+                    self._kept = KeptBlocks(References, self._flow, LOST, self._look_aside)
                     opened.callback(self._kept.close)
                     _, self._own_config.room = self._kept.admit()
                 self.process: Process = self._start(self._own_config, theirs)
@@ -197,21 +197,11 @@ class WorkerHandle:
     def take(self) -> Received | None:
         """The next answer, if it is here. Raises EOFError if none will come."""
         with self._receiving:
-            try:
-                while True:
-                    received = self.connection.take()
-                    if received is not None and self._kept is not None:
-                        received = self._kept.look(received)
-                        if received is None:
-                            continue
-                    if received is not None:
-                        self._received += 1
-                    return received
-            except EOFError:
-                raise
-            except BaseException:
-                self._flow[LOST] += 1  # so that what it may have brought is brought again
-                raise
+            take = self.connection.take
+            received = take() if self._kept is None else self._kept.take(take)
+            if received is not None:
+                self._received += 1
+            return received
 
     def _look_aside(self) -> None:
         """See ``KeptBlocks``. In the reactor's thread."""

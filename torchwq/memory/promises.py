@@ -40,7 +40,7 @@ from typing import Any, Final, Protocol
 from ..transport import reactor
 from ..transport.endpoint import Endpoint, Received
 from ..transport.process import closed_in_child, reset_in_child
-from ..transport.trailer import KIND, number_of, payload_of
+from ..transport.trailer import BARE, KIND, number_of, payload_of
 from . import ledger, limits, recycling
 from .anonymous import Descriptor
 from .ledger import UNTRACKED
@@ -105,11 +105,19 @@ class KeptBlocks:
 
     Args:
         references: the kind of message whose descriptors may stay at home.
+        words: memory that the senders share, where this counts, in word ``lost``, the messages that it has lost.
         look_aside: calls ``pass_asides`` under that lock. While something is kept, the reactor calls it now and then: a
             program that does not read for an hour must not keep the memory that its workers gave up.
     """
 
-    def __init__(self, references: References, look_aside: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        references: References,
+        words: memoryview | list[int],
+        lost: int = 0,
+        look_aside: Callable[[], object] | None = None,
+    ) -> None:
+        self._words, self._lost = words, lost
         self._kind = references.kind
         self._numbers_of = references.numbers
         self._look_aside = None if look_aside is None else weakref.WeakMethod(look_aside)
@@ -130,6 +138,26 @@ class KeptBlocks:
         self._rooms[self._last_id] = room = _grant()
         self._kept[self._last_id] = {}
         return self._last_id, room
+
+    def take(self, receive: Callable[[], Received | None]) -> Received | None:
+        """What ``receive`` gives, as it is to be decoded, but for what is meant for this object. Raises as that.
+
+        If a message is lost by an error, the senders bring again what it may have brought.
+        """
+        try:
+            while True:
+                received = receive()
+                if received is None or received[0][KIND] == BARE:
+                    return received
+                answer = self.look(received)
+                if answer is not None:
+                    return answer
+        except EOFError:
+            raise
+        except BaseException:
+            if not self._is_closed:
+                self._words[self._lost] += 1
+            raise
 
     def look(self, received: Received) -> Received | None:
         """A message that was just taken, as it is to be decoded; None if it was meant for this object."""
@@ -267,9 +295,9 @@ class SentBlocks:
 
     def choose(self, parcel: Parcel) -> tuple[Sequence[int], int]:
         """Which descriptors must go along with a message that is about to be sent, and what its trailer says."""
-        numbers = parcel.numbers
         if not parcel.only_blocks:
             return parcel.fds, 0
+        numbers = parcel.numbers
         if self._words[self._lost] != self._losses:
             self._losses = self._words[self._lost]
             self._doubted = set(self._sent)
@@ -324,14 +352,8 @@ recycling.after_tick(_look_at_all)  # whoever sends sees to others' messages, to
 class _Aside:
     """A message of the protocol's own. It has no descriptors, and nobody counts it."""
 
-    kind = FORGET
     fds: Final[list[int]] = []
-    numbers: Final[Sequence[int]] = ()
     only_blocks = False
-
-    @property
-    def data(self) -> bytes:
-        raise NotImplementedError
 
     def depart(self) -> None: ...
 
@@ -341,15 +363,14 @@ class _Aside:
 class _Forgetting(_Aside):
     """Takes promises back. Which, is chosen when it is sent, and stays so if the socket has no room."""
 
+    kind = FORGET
+
     def __init__(self, blocks: SentBlocks) -> None:
         self._blocks = blocks
-        self._data: bytes | None = None
 
-    @property
+    @functools.cached_property
     def data(self) -> bytes:
-        if self._data is None:
-            self._data = self._blocks.forget()
-        return self._data
+        return self._blocks.forget()
 
 
 class Leaving(_Aside):
@@ -358,8 +379,4 @@ class Leaving(_Aside):
     kind = LEFT
 
     def __init__(self, sender: int) -> None:
-        self._data = _NUMBER.pack(sender)
-
-    @property
-    def data(self) -> bytes:
-        return self._data
+        self.data = _NUMBER.pack(sender)

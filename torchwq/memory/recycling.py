@@ -79,7 +79,6 @@ _ticking = False
 _ended = False
 _loss_at = _end_at = 0.0
 
-
 #: Called at every tick, under the lock, with the time.
 _on_tick: list[Callable[[float], None]] = []
 #: Called after that, without the lock; each says whether it has anything to look after.

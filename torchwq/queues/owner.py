@@ -120,7 +120,7 @@ class Owner(SocketRole, worker.EndListener):
         #: signal handler takes meanwhile may refer to what that answer has brought: they find nothing.
         self._is_looking = False
         #: Of blocks that answers refer to without bringing them. Looked at with ``_receiving`` held.
-        self._kept = KeptBlocks(References, self._look_aside)
+        self._kept = KeptBlocks(References, self.board.words, LOST, self._look_aside)
         #: What the owner says to itself, in the order of the answers.
         self._to_itself = Outbox(self._theirs)
         self._members: dict[int, Member] = {}
@@ -322,19 +322,9 @@ class Owner(SocketRole, worker.EndListener):
             return self._take_past()
         self._is_looking = True
         try:
-            while True:
-                received = self._receive()
-                if received is None or received[0][KIND] == BARE:
-                    return received
-                answer = self._kept.look(received)
-                if answer is not None:
-                    return answer
+            return self._kept.take(self._receive)
         except EOFError:
             return None  # closed by another thread; the caller looks at that
-        except BaseException:
-            if not self.closed:
-                self.board.words[LOST] += 1  # so that what it may have brought is brought again
-            raise
         finally:
             self._is_looking = False
 
