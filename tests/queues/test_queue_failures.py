@@ -94,3 +94,26 @@ def test_an_exit_status_is_told(hard: bool) -> None:
         assert waiting.join(40) == [None]
         assert told(lambda: workers.join(40)).exitcode == 3
         assert other.read(True) is None
+
+
+def test_no_reader_finds_nobody_left_before_a_handle_that_an_error_has_closed_is_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reactor forgets the handle and notes the doubt; a reader may look in between."""
+    with torchwq.workqueue() as owner:
+        role: Any = owner._role
+        remove = role._remove
+        seen: list[bool] = []
+
+        def remove_and_look(*args: Any, **kwargs: Any) -> Any:
+            found = remove(*args, **kwargs)
+            seen.append(role._nobody_left())
+            return found
+
+        monkeypatch.setattr(role, "_remove", remove_and_look)
+        workers = torchwq.map(1, jobs.square_or_fail, owner, "with")
+        owner.write(3)
+        assert type(told(lambda: owner.read(timeout=40)).__cause__) is jobs.Unfit
+        assert seen[0] is False
+        with pytest.raises(jobs.Unfit):
+            workers.join(40)

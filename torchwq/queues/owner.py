@@ -575,8 +575,8 @@ class Owner(SocketRole, worker.EndListener):
         elif what == GOODBYE:
             self._remove(member)
         elif what == IN_DOUBT:
+            self.doubt(member)  # first: else a reader finds, in between, that nobody is left
             member.in_hand = self._remove(member, keep_link=True)
-            self.doubt(member)
         elif what == FunctionFailed.KIND and member.pid is not None:
             in_hand = member.in_hand or self.in_hand_of(member.number, member)
             self.note_failure(Failed(worker.find(member.pid), member.pid, in_hand, FunctionFailed.decode(data)))
