@@ -101,8 +101,8 @@ def test_what_goes_to_another_process_has_descriptors_of_its_own_and_is_counted_
 def test_what_was_not_sent_after_all_is_not_counted(thing: Thing) -> None:
     payload = codec.encode(Handle(thing), codec.CALL_LIMIT)
     assert not isinstance(payload, bytes)
-    payload.depart()
-    payload.come_back()
+    payload.on_send()
+    payload.on_send_failed()
     assert thing.sent == 0
 
 

@@ -26,11 +26,11 @@ class Watched:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def depart(self) -> None:
-        self.notes.append("departed")
+    def on_send(self) -> None:
+        self.notes.append("on_send")
 
-    def come_back(self) -> None:
-        self.notes.append("came back")
+    def on_send_failed(self) -> None:
+        self.notes.append("on_send_failed")
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_what_waits_comes_back_when_the_connection_is_closed(both: tuple[Connect
     payload = Watched()
     ours.send(payload)
     ours.close()
-    assert payload.notes == ["departed", "came back"]
+    assert payload.notes == ["on_send", "on_send_failed"]
     with pytest.raises(BrokenPipeError):
         ours.send(b"late.")
     ours.close()

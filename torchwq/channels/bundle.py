@@ -47,8 +47,8 @@ class Forwarded:
         """It is not sent: the descriptors stay the item's."""
         self._closing.detach()
 
-    def depart(self) -> None:
+    def on_send(self) -> None:
         """It was counted by the ledger when its writer sent it."""
 
-    def come_back(self) -> None:
+    def on_send_failed(self) -> None:
         pass

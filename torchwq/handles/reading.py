@@ -24,7 +24,7 @@ from ..errors import QueueClosed, WorkerDied
 from ..futures import TimedOut
 from ..transport import awaiting
 from ..transport.endpoint import Received
-from ..transport.waiting import SLICE
+from ..transport.waiting import MAX_SLEEP
 from ..workers import shutdown
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Source(abc.ABC):
         """The same on asyncio's event loop, which goes on meanwhile. Raises TimedOut in place of queue.Empty."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+            left = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
             received = self._look()
             if received is None:
                 if left <= 0:

@@ -46,15 +46,15 @@ class Parcel:
         #: Of the message and of all that it refers to.
         self.nbytes = len(data)
 
-    def depart(self) -> None:
+    def on_send(self) -> None:
         """Call this before it can be received: the ledger counts its references."""
         if self.numbers:
             recycling.count_sent(self.numbers)
         for count_sent in self._counts_sent:
             count_sent(1)
 
-    def come_back(self) -> None:
-        """It was not sent after ``depart``."""
+    def on_send_failed(self) -> None:
+        """It was not sent after ``on_send``."""
         recycling.note_lost(self.numbers)
         for count_sent in self._counts_sent:
             count_sent(-1)
@@ -68,7 +68,7 @@ class Parcel:
         except OSError as error:
             close_fds(fds)
             raise exhausted(error) from error
-        self.depart()
+        self.on_send()
         return self.data + trailer(0, self.kind), fds
 
 

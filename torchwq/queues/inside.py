@@ -16,7 +16,7 @@ from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
 from ..transport.trailer import number_of
-from ..transport.waiting import SLICE
+from ..transport.waiting import MAX_SLEEP
 
 
 class Inside:
@@ -70,7 +70,7 @@ class Inside:
             return box.wait(attempt, deadline, lambda: box is not self.box or stop())
         if connection is None or self._ended:
             return attempt()
-        glance = time.monotonic() + SLICE
+        glance = time.monotonic() + MAX_SLEEP
         return connection.wait(attempt, glance if deadline is None else min(glance, deadline))
 
     def wake(self, closed: bool) -> None:

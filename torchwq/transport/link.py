@@ -108,10 +108,10 @@ class _WithDescriptors:
         self.fds = fds
         descriptors.close_with(self, *fds)
 
-    def depart(self) -> None:
+    def on_send(self) -> None:
         """Nobody counts them."""
 
-    def come_back(self) -> None:
+    def on_send_failed(self) -> None:
         pass
 
 

@@ -13,8 +13,8 @@ Invariants:
   afterwards. So one of them sees to it.
 * Messages leave in the order of ``send``: as long as something was handed in, everything is.
 * While something waits, the reactor watches the socket and sends on; nobody has to call anything for that.
-* A payload is told before it can be received (``depart``), and if it was not sent after all (``come_back``). What goes
-  along with it is chosen in the moment in which it is sent, and so in the order of the messages (``promises``).
+* A payload is told before it can be received (``on_send``), and if it was not sent after all (``on_send_failed``). What
+  goes along with it is chosen in the moment in which it is sent, and so in the order of the messages (``promises``).
 * A waiting message keeps alive whatever its descriptors belong to, and no longer than until it is sent.
 * ``sent(tag, data)`` is called exactly once per message that the socket took, in order, but for those sent aside.
 * When the other side is gone, all that waits is dropped, and every later ``send`` is refused.
@@ -123,7 +123,7 @@ class Outbox:
         """
         parcel = None if isinstance(payload, bytes) else payload
         if parcel is not None:
-            parcel.depart()
+            parcel.on_send()
         me = get_ident()
         if self.sender or self.handed_in:
             self._hand_in(payload, parcel, me)
@@ -133,11 +133,11 @@ class Outbox:
             # What is refused by now came later than the end.
             if self._refuses or not self._send(payload, me):
                 if parcel is not None:
-                    parcel.come_back()
+                    parcel.on_send_failed()
                 raise self._refusal()
         except NotSent:
             if parcel is not None:
-                parcel.come_back()
+                parcel.on_send_failed()
             raise
         finally:
             self.sender = 0
@@ -183,7 +183,7 @@ class Outbox:
                 if self._numbered:
                     self.number = tag - 1
                 if not isinstance(payload, bytes):
-                    payload.come_back()
+                    payload.on_send_failed()
                 raise
         return True
 
@@ -213,7 +213,7 @@ class Outbox:
         """Another thread sends, or this one does, further down its stack: let it send this, too."""
         if self._refuses:
             if parcel is not None:
-                parcel.come_back()
+                parcel.on_send_failed()
             raise self._refusal()
         self.handed_in.append((payload, ident))
         self._see_to_it()
@@ -237,7 +237,7 @@ class Outbox:
                         is_on_its_way = False
                         _tell(error)
                     if not is_on_its_way and parcel is not None:
-                        parcel.come_back()
+                        parcel.on_send_failed()
                 else:
                     self._has_to_look = False
                     was_emptied = self._flush()
@@ -260,7 +260,7 @@ class Outbox:
         self._refuses = self._is_broken = self._has_to_look = True
         for payload, _ in self.pending:
             if not isinstance(payload, bytes):
-                payload.come_back()
+                payload.on_send_failed()
         self.pending.clear()
         self._stop_watching()
 
@@ -293,7 +293,7 @@ class Outbox:
                 except NotSent as error:
                     self.pending.popleft()
                     if not isinstance(payload, bytes):
-                        payload.come_back()
+                        payload.on_send_failed()
                     _tell(error)
                     continue
                 if not self.pending:  # a signal handler has closed it in the middle of this
@@ -347,7 +347,7 @@ class Outbox:
             while self.handed_in:
                 payload, _ = self.handed_in.popleft()
                 if not isinstance(payload, bytes):
-                    payload.come_back()
+                    payload.on_send_failed()
             if self.pending:
                 self._drop()
             self._is_broken = True

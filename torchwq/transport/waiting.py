@@ -9,7 +9,7 @@ Invariants:
 * The shared end of a queue is watched with EPOLLEXCLUSIVE where the system has it: one message wakes one of the
   sleeping processes, not all of them. It is watched while somebody sleeps, and not longer: whoever sends would pay
   for it with each message. Each who falls asleep sees to it, and so makes good what an interruption has left.
-* That process may be killed between waking and taking the message. So no sleep is longer than ``SLICE``; after
+* That process may be killed between waking and taking the message. So no sleep is longer than ``MAX_SLEEP``; after
   each the message is tried for again, by everyone.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
 * ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
@@ -35,7 +35,7 @@ from .alarm import Alarm
 T = TypeVar("T")
 
 #: Longest sleep in seconds before a message is tried for again.
-SLICE: Final = 0.5
+MAX_SLEEP: Final = 0.5
 _MAX_SPIN: Final = 100_000  # nanoseconds
 _MIN_SPIN: Final = 10_000
 _LOOKS_PER_YIELD: Final = 4
@@ -129,7 +129,7 @@ class Waiter:
     def _sleep_for(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
         asleep_since = time.monotonic_ns()
         while True:
-            remaining = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+            remaining = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
             alarmed = self._sleep(max(remaining, 0.0))
             found = attempt()
             if found is not None:
