@@ -29,7 +29,7 @@ from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
 from .transport import cleanup, reactor
 from .transport.capabilities import SAME_PROCESS
-from .transport.process import reset_in_child
+from .transport.fork import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import find
 

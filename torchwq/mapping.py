@@ -17,7 +17,7 @@ from typing import Any, final
 from .errors import QueueClosed
 from .marshalling import codec, exceptions
 from .transport import cleanup, reactor
-from .transport.process import reset_in_child
+from .transport.fork import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import Backend, find
 from .workers.starting import check_number

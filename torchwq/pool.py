@@ -35,7 +35,7 @@ from typing import Any, Final, TypeVar, final
 from .errors import QueueClosed
 from .mapping import exit_status
 from .marshalling import codec, exceptions
-from .transport.process import reset_in_child
+from .transport.fork import reset_in_child
 from .transport.waiting import cores
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import Backend, find

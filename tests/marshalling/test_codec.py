@@ -548,7 +548,7 @@ class FailsOnArrival:
         lambda: [torch.ones(1), np.zeros(100_000), FailsOnArrival()],
         lambda: [FailsOnArrival(), *(torch.ones(1) for _ in range(600))],
     ],
-    ids=["tensor", "array", "bag", "mixed", "tensor-fails", "block-fails", "bag-fails"],
+    ids=["tensor", "array", "bundle", "mixed", "tensor-fails", "block-fails", "bundle-fails"],
 )
 def test_no_descriptor_is_left_once_a_message_has_been_read_and_dropped(make: Any) -> None:
     before = descriptors()

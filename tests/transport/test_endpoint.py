@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from torchwq.errors import ResourceError
-from torchwq.transport import bag, kinds, seqpacket, stream
+from torchwq.transport import fd_bundle, kinds, seqpacket, stream
 from torchwq.transport.descriptors import close_fds
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.sockets import NotSent, check_sendable, received_fds
@@ -57,9 +57,9 @@ def test_a_message_that_cannot_be_sent_is_not_taken_for_a_peer_that_is_gone(ends
         a.try_send(b"x")
 
 
-def test_a_bag_that_cannot_be_packed_says_why() -> None:
+def test_an_fd_bundle_that_cannot_be_packed_says_why() -> None:
     with pytest.raises(NotSent, match="Bad file descriptor"):
-        bag.pack([-1])
+        fd_bundle.pack([-1])
 
 
 def test_an_error_of_a_signal_handler_comes_out_as_it_is(ends: tuple[Endpoint, Endpoint]) -> None:
@@ -253,9 +253,9 @@ def test_the_environment_chooses_the_kind(monkeypatch: pytest.MonkeyPatch) -> No
         kinds.kind()
 
 
-def test_a_bag_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fd_bundle_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(os.devnull) as file:
-        sack = bag.pack([file.fileno()] * 400)
+        carrier = fd_bundle.pack([file.fileno()] * 400)
     taken: list[list[int]] = []
 
     def fail_at_the_second(ancillary: Any, flags: int) -> list[int]:
@@ -265,9 +265,9 @@ def test_a_bag_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: pytest.M
         taken.append(received_fds(ancillary, flags))
         return taken[0]
 
-    monkeypatch.setattr(bag, "received_fds", fail_at_the_second)
+    monkeypatch.setattr(fd_bundle, "received_fds", fail_at_the_second)
     with pytest.raises(ResourceError, match="too many"):
-        bag.unpack(sack.detach())
+        fd_bundle.unpack(carrier.detach())
     assert taken
     for fd in taken[0]:
         with pytest.raises(OSError, match="Bad file"):

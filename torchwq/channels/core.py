@@ -26,8 +26,8 @@ from ..transport.alarm import Alarm
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
+from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.mailbox import Mailbox
-from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from .here import Here
 from .line import Line, open_lines

@@ -57,7 +57,7 @@ from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
-from ..transport.process import closed_in_child, reset_in_child
+from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.seqpacket import MAX_MESSAGE
 from ..transport.sockets import BROKEN, BUSY, NO_WAIT
 from ..transport.waiting import never

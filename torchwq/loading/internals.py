@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 
 AVAILABLE: bool
 try:

@@ -37,7 +37,7 @@ from .. import warning
 from ..marshalling import exceptions
 from ..memory import recycling
 from ..transport import reactor
-from ..transport.process import closed_in_child
+from ..transport.fork import closed_in_child
 from ..transport.waiting import cores
 from ..workers import shutdown
 from . import generators, internals, sampler_rng

@@ -17,7 +17,7 @@ from ..peers.monitor import PeerMonitor
 from ..peers.table import PeerTable
 from ..transport import cleanup
 from ..transport.descriptors import close_fds, close_with
-from ..transport.process import closed_in_child, reset_in_child
+from ..transport.fork import closed_in_child, reset_in_child
 from ..workers import shutdown
 from ..workers.presence import Presence
 from .barrier import Barrier, new_events

@@ -11,7 +11,8 @@ object, ``discard`` gives back what a message holds that nobody decodes, and ``d
 in it. To add a kind, write its class and add it to ``KINDS``.
 
 A *reference* is the number and the size of a block of shared memory. A *row* is a slice of such a block: see
-:class:`~torchwq.memory.packing.Row`. A *bag* is a socket with descriptors in it: see :mod:`torchwq.transport.bag`.
+:class:`~torchwq.memory.packing.Row`. An *fd bundle* is a socket with descriptors in it: see
+:mod:`torchwq.transport.fd_bundle`.
 
 What stays within a process is not laid down in bytes: see :mod:`~torchwq.marshalling.letter` and
 :mod:`~torchwq.marshalling.copies`. What a queue's owner and its workers say beside the queue is in
@@ -43,7 +44,7 @@ from ..memory.content import Buffer
 from ..memory.ledger import UNTRACKED
 from ..memory.packing import Row, rows_ending_at, rows_to_bytes
 from ..memory.parcel import Parcel
-from ..transport import bag
+from ..transport import fd_bundle
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.trailer import BARE, KIND, PICKLE, SIZE, size_of_payload, trailer
@@ -220,7 +221,7 @@ class InBlock(Kind):
     """What is too large, or has too many descriptors: a head, and one reference to the block that has the rest.
 
     In there is what ``References`` has before the trailer. The head says how long that is, and whether the descriptors
-    that it needs are in a bag. The message's descriptors are those, or the bag's one, and then the block's.
+    that it needs are in an fd bundle. The message's descriptors are those, or the bundle's one, and then the block's.
     """
 
     kind = 2
@@ -233,19 +234,19 @@ class InBlock(Kind):
         fds: list[int],
         keep: list[Any],
         blocks: Iterable[Block | Buffer],
-        in_bag: bool,
+        in_bundle: bool,
     ) -> Parcel:
         """The payload of ``chunks``, a pickle with its ``tail``. Raises ResourceError.
 
         Args:
             fds: the descriptors that it needs, those of its ``blocks`` last.
             keep: the owners of ``fds``.
-            in_bag: whether they are too many for one message.
+            in_bundle: whether they are too many for one message.
         """
         size = sum(map(len, chunks))
-        if in_bag:
-            sack = bag.pack(fds)
-            fds, keep = [sack.fileno()], [*keep, sack]
+        if in_bundle:
+            carrier = fd_bundle.pack(fds)
+            fds, keep = [carrier.fileno()], [*keep, carrier]
         found = content.block_with(chunks, pool.capacity_for(size))
         if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
             fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
@@ -254,7 +255,7 @@ class InBlock(Kind):
             block, storage = found
             fd, number, nbytes = block.fd, block.number, block.nbytes
             keep.append(storage)
-        data = cls._HEAD.pack(size, in_bag) + _ONE.pack(number, nbytes, 1)
+        data = cls._HEAD.pack(size, in_bundle) + _ONE.pack(number, nbytes, 1)
         numbers = [*(block.number for block in blocks), number]
         parcel = Parcel(data, [*fds, fd], keep, cls.kind, numbers)
         parcel.nbytes += size + sum(block.nbytes for block in blocks)
@@ -262,19 +263,19 @@ class InBlock(Kind):
 
     @classmethod
     def _opened(cls, data: bytes, fds: list[int]) -> tuple[Arrivals, memoryview, bool]:
-        """The block, for which ``done`` is to be called; what is in it; whether the first descriptor is a bag."""
-        size, in_bag = cls._HEAD.unpack_from(data)
+        """The block, for which ``done`` is to be called; what is in it; whether the first descriptor is a bundle."""
+        size, in_bundle = cls._HEAD.unpack_from(data)
         block = _arrivals(data, size_of_payload(data), fds)
-        return block, block.memory(0)[:size], in_bag
+        return block, block.memory(0)[:size], in_bundle
 
     @classmethod
     def decode(cls, data: bytes, fds: list[int]) -> Any:
         try:
-            block, inside, in_bag = cls._opened(data, fds)
+            block, inside, in_bundle = cls._opened(data, fds)
             try:
-                if in_bag:
-                    sack, fds[0] = fds[0], -1
-                    fds[:1] = bag.unpack(sack)
+                if in_bundle:
+                    carrier, fds[0] = fds[0], -1
+                    fds[:1] = fd_bundle.unpack(carrier)
                 return _loads(inside, _arrivals(inside, len(inside), fds, behind=1), fds)
             finally:
                 block.done()
@@ -300,8 +301,8 @@ class InBlock(Kind):
 class Bundle(Kind):
     """Many messages as one, the *items*: what a process that leaves hands on, however much it is. There are no bytes.
 
-    The one descriptor is a bag. Its first is memory with the items, pickled, each with how many descriptors it has;
-    those follow.
+    The one descriptor is an fd bundle. Its first is memory with the items, pickled, each with how many descriptors it
+    has; those follow.
     """
 
     kind = 3
@@ -319,8 +320,8 @@ class Bundle(Kind):
             fds += own
             parts.append((data, len(own)))
         fd = anonymous.fill([pickle.dumps(parts)])
-        with contextlib.closing(anonymous.Descriptor(fd)), bag.pack([fd, *fds]) as sack:
-            yield trailer(0, cls.kind), sack.fileno()
+        with contextlib.closing(anonymous.Descriptor(fd)), fd_bundle.pack([fd, *fds]) as carrier:
+            yield trailer(0, cls.kind), carrier.fileno()
 
     @classmethod
     def is_one(cls, data: bytes) -> bool:
@@ -330,7 +331,7 @@ class Bundle(Kind):
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> deque[Received]:
         """The items, in order."""
-        inside = bag.unpack(fds.pop())
+        inside = fd_bundle.unpack(fds.pop())
         with contextlib.closing(anonymous.Descriptor(inside.pop(0))) as memory:
             parts = pickle.loads(anonymous.map_private(memory.fd))
         items: deque[Received] = deque()

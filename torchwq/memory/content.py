@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import pool, recycling
 from .block import MADE, Block
 

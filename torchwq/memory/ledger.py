@@ -72,7 +72,7 @@ from ..errors import NamespaceError
 from ..peers.locks import RecordLocks
 from ..transport import descriptors, namespace
 from ..transport.atomic import HAS_GIL
-from ..transport.process import closed_in_child, reset_in_child
+from ..transport.fork import closed_in_child, reset_in_child
 from .rows import CHUNK, Rows
 
 SLOTS: Final = 512

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from ..errors import ResourceError
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import anonymous, limits, recycling, storages
 from .block import MADE, Block
 

@@ -39,7 +39,7 @@ from typing import Any, Final, Protocol
 
 from ..transport import reactor
 from ..transport.endpoint import Endpoint, Received
-from ..transport.process import closed_in_child, reset_in_child
+from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.trailer import BARE, KIND, number_of, payload_of
 from . import ledger, limits, recycling
 from .anonymous import Descriptor

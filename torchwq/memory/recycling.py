@@ -35,7 +35,7 @@ from typing import Any, Final
 import torch
 
 from ..transport import reactor
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import ledger, limits, storages
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
 from .ledger import FREE, GIVEN_AWAY, HELD, IN_FLIGHT, PINNED, UNTRACKED

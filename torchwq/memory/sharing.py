@@ -23,7 +23,7 @@ import torch.multiprocessing
 from torch.multiprocessing import reductions
 
 from ..errors import ResourceError
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import limits, pool, recycling, storages
 from .block import MAPPED, Block, Geometry
 from .slices import aligned, cut_shared, slice_of

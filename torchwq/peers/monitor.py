@@ -33,7 +33,7 @@ from typing import Final
 
 from ..errors import ResourceError
 from ..transport import descriptors, reactor
-from ..transport.process import closed_in_child
+from ..transport.fork import closed_in_child
 from .table import PeerTable
 
 #: Seconds between two looks of one who waits at what no event covers.

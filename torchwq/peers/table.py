@@ -32,7 +32,7 @@ from typing import Final
 from ..errors import ResourceError
 from ..transport import descriptors
 from ..transport.atomic import HAS_GIL
-from ..transport.process import closed_in_child
+from ..transport.fork import closed_in_child
 from .locks import RecordLocks, lockable_memory, opened_again
 from .words import WORD, SharedWords
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from ..errors import QueueClosed
 from ..transport import cleanup, directory
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from ..workers import threads, worker
 from .handle import WorkQueue
 from .owner import Owner

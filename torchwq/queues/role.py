@@ -12,8 +12,8 @@ from ..memory.anonymous import Descriptor
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
+from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.outbox import Sent
-from ..transport.process import closed_in_child, reset_in_child
 from ..transport.readiness import Readiness
 from ..workers import threads
 

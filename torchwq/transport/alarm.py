@@ -13,7 +13,7 @@ import threading
 from typing import Final
 
 from . import descriptors
-from .process import closed_in_child
+from .fork import closed_in_child
 
 #: More than a pipe ever holds of it, in bytes.
 _ALL: Final = 4096

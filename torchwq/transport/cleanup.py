@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from . import reactor
-from .process import reset_in_child
+from .fork import reset_in_child
 
 #: How long, in seconds, the end of the process waits for what the thread is just at.
 _MOMENT: Final = 1.0

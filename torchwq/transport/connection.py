@@ -36,8 +36,8 @@ from typing import TypeVar
 from . import polling, reactor
 from .alarm import Alarm
 from .endpoint import Endpoint, Received
+from .fork import closed_in_child
 from .outbox import Outbox, Sent
-from .process import closed_in_child
 from .waiting import Waiter, never
 
 T = TypeVar("T")

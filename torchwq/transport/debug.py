@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from .process import reset_in_child
+from .fork import reset_in_child
 
 #: What turns it on: 1, or the path of a file.
 VARIABLE: Final = "TORCHWQ_DEBUG"

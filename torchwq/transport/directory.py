@@ -31,8 +31,8 @@ from ..errors import NamespaceError, ResourceError
 from . import descriptors, namespace, reactor
 from .descriptors import close_fds
 from .endpoint import Received
+from .fork import closed_in_child, reset_in_child
 from .link import Link, socket_type
-from .process import closed_in_child, reset_in_child
 from .sockets import peer_uid
 
 _REQUEST: Final = struct.Struct("=cQQ")

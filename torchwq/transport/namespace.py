@@ -30,7 +30,7 @@ from typing import Final
 
 from ..errors import NamespaceError, ResourceError
 from . import descriptors
-from .process import closed_in_child, reset_in_child
+from .fork import closed_in_child, reset_in_child
 
 VARIABLE: Final = "TORCHWQ_NAMESPACE"
 _PREFIX: Final = "torchwq-"

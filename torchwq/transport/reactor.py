@@ -30,7 +30,7 @@ from typing import Final
 
 from . import debug, descriptors
 from .alarm import Alarm
-from .process import closed_in_child, reset_in_child
+from .fork import closed_in_child, reset_in_child
 
 Callback = Callable[[], None]
 #: How long, in seconds, a thread that may have been started is waited for.

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..errors import ResourceError
 from . import descriptors
-from .process import closed_in_child
+from .fork import closed_in_child
 
 _EPOLL: Final = hasattr(select, "epoll")
 _IN: Final = select.EPOLLIN if _EPOLL else selectors.EVENT_READ

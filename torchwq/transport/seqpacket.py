@@ -17,7 +17,7 @@ from typing import Final
 
 from . import descriptors, polling, trailer
 from .endpoint import NO_FDS, ReceiveBare, Received, SendBare
-from .process import closed_in_child
+from .fork import closed_in_child
 from .sockets import (
     ANCILLARY_SIZE,
     CLOEXEC,

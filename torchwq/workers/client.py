@@ -31,7 +31,7 @@ from typing import Final, Protocol
 from ..errors import TorchwqError, WorkerStartError
 from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
-from ..transport.process import closed_in_child, reset_in_child
+from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.sockets import is_broken, rights
 from . import executable, server, standing, streams
 

@@ -15,7 +15,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import info
 
 

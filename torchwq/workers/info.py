@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 
 
 @dataclass(frozen=True, slots=True)

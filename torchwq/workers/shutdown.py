@@ -22,7 +22,7 @@ from typing import Final
 
 from ..memory import recycling
 from ..transport import cleanup, directory, namespace
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import client, worker
 
 #: How long, in seconds, workers may take to end by themselves after their queues were closed, and after SIGTERM.

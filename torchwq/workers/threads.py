@@ -29,8 +29,8 @@ from typing import Any, Final, Protocol
 from ..errors import Interrupted
 from ..transport import local
 from ..transport.capabilities import SAME_PROCESS
+from ..transport.fork import reset_in_child
 from ..transport.local import LocalEndpoint
-from ..transport.process import reset_in_child
 from . import failures, info
 from .backend import Backend, Ends
 from .child import Context

@@ -25,7 +25,7 @@ from typing import TypeVar
 from .. import futures
 from ..errors import QueueClosed, TorchwqError
 from ..transport import cleanup
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import shutdown
 from .worker import Worker
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import WorkerDied
 from ..memory import recycling
 from ..transport.capabilities import Capabilities
-from ..transport.process import reset_in_child
+from ..transport.fork import reset_in_child
 from . import deaths
 from .info import WorkerInfo
 

@@ -37,16 +37,16 @@ def pack(fds: Sequence[int]) -> socket.socket:
 
 
 def unpack(fd: int) -> list[int]:
-    """All the descriptors in the bag; takes over and closes ``fd``.
+    """All the descriptors in the bundle; takes over and closes ``fd``.
 
     Raises ResourceError if they are more than this process may have; none is left open then.
     """
     fds: list[int] = []
-    with socket.socket(fileno=fd) as bag:
+    with socket.socket(fileno=fd) as carrier:
         try:
             while True:
                 try:
-                    data, ancillary, flags, _ = bag.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
+                    data, ancillary, flags, _ = carrier.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
                 except (BlockingIOError, ConnectionError):
                     return fds
                 if not data:
