@@ -6,50 +6,43 @@ and puts or takes itself, waits for nobody.
 
 Invariants:
 
-* A sleeper is in ``_asleep`` before it looks for the last time, at the messages and at its reasons not to wait; whoever
-  puts a message, or makes such a reason, looks there afterwards. So one of them sees the other.
-* Whoever takes a sleeper out of ``_asleep`` wakes it. One that was woken and does not take the message that is there
-  wakes the next one.
+* Who waits sleeps in a :class:`~torchwq.transport.parking.ParkingLot`, whose invariants hold.
 * The bell, once there is one, is rung while there are messages: after each change, whoever made it looks again.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from .alarm import Alarm
+from .parking import ParkingLot
 from .waiting import never
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-#: Nobody sleeps longer without looking, in seconds.
-_LONGEST: Final = 1.0
-
-
 class Mailbox(Generic[T]):
     """A first-in-first-out queue for any number of threads. Its messages must not be None."""
 
     def __init__(self) -> None:
-        self._messages: deque[T] = deque()
-        self._asleep: deque[threading.Lock] = deque()
+        #: What waits here. Whoever is in a hurry looks here whether there is something.
+        self.messages: deque[T] = deque()
+        self._lot = ParkingLot(self.messages.__len__)
         self._bell: Alarm | None = None
         self._ended = False
         #: Gives the next message. Raises IndexError if there is none.
-        self.pop: Callable[[], T] = self._messages.popleft
+        self.pop: Callable[[], T] = self.messages.popleft
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self.messages)
 
     def put(self, message: T) -> None:
-        self._messages.append(message)
-        if self._asleep:
-            self._wake_one()
+        self.messages.append(message)
+        if self._lot.asleep:
+            self._lot.wake_one()
         bell = self._bell
         if bell is not None:
             self._ring_or_hush(bell)
@@ -67,11 +60,11 @@ class Mailbox(Generic[T]):
         bell = self._bell
         if bell is not None:
             self._ring_or_hush(bell)
-        return bool(self._messages)
+        return bool(self.messages)
 
     def _pop_with_bell(self) -> T:
         try:
-            return self._messages.popleft()
+            return self.messages.popleft()
         finally:
             bell = self._bell
             if bell is not None:
@@ -86,34 +79,11 @@ class Mailbox(Generic[T]):
 
         A KeyboardInterrupt that ends the wait takes nothing.
         """
-        latch = threading.Lock()
-        latch.acquire()
-        self._asleep.append(latch)
-        try:
-            found = attempt()
-            if found is None and not stop():
-                left = _LONGEST if deadline is None else deadline - time.monotonic()
-                latch.acquire(timeout=max(0.0, min(left, _LONGEST)))
-        finally:
-            try:
-                self._asleep.remove(latch)
-                chosen = False
-            except ValueError:
-                chosen = True
-            if chosen and found is not None and self._messages:
-                self._wake_one()
-        if found is None:
-            try:
-                found = attempt()
-            finally:
-                if chosen and self._messages:
-                    self._wake_one()
-        return found
+        return self._lot.wait(attempt, deadline, stop)
 
     def wake_all(self) -> None:
         """Let everyone who waits look at the state of things."""
-        for _ in range(len(self._asleep)):
-            self._wake_one()
+        self._lot.wake_all()
 
     def end(self) -> None:
         """No more will come: wake everyone, and let the bell ring for ever."""
@@ -121,13 +91,6 @@ class Mailbox(Generic[T]):
         if self._bell is not None:
             self._ring_or_hush(self._bell)
         self.wake_all()
-
-    def _wake_one(self) -> None:
-        try:
-            latch = self._asleep.popleft()
-        except IndexError:
-            return
-        latch.release()
 
     def bell(self) -> Alarm:
         """An alarm that is set while there are messages."""
@@ -138,8 +101,8 @@ class Mailbox(Generic[T]):
         return self._bell
 
     def _ring_or_hush(self, bell: Alarm) -> None:
-        while bool(self._messages or self._ended) != bell.is_set():
-            if self._messages or self._ended:
+        while bool(self.messages or self._ended) != bell.is_set():
+            if self.messages or self._ended:
                 bell.set()
             else:
                 bell.clear()
@@ -149,6 +112,6 @@ class Mailbox(Generic[T]):
     def close(self) -> None:
         """Give up the bell's descriptor."""
         bell, self._bell = self._bell, None
-        self.pop = self._messages.popleft  # refers to this object no more: what is in it goes with it
+        self.pop = self.messages.popleft  # refers to this object no more: what is in it goes with it
         if bell is not None:
             bell.close()

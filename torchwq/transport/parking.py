@@ -1,0 +1,83 @@
+"""Where threads of one process sleep until another thread of it wakes them.
+
+A sleeper looks for what it wants after it has lain down, so a waker that looks for sleepers afterwards cannot miss it.
+Neither takes a lock: a finalizer that runs in the middle of either may wait or wake, too.
+
+Invariants:
+
+* A sleeper is in ``asleep`` before it looks for the last time, at what it wants and at its reasons not to wait. Whoever
+  brings what it wants, or makes such a reason, looks at ``asleep`` afterwards. So one of them sees the other.
+* Whoever takes a sleeper out of ``asleep`` wakes it. A sleeper that was chosen and leaves something for others wakes
+  the next one, whether it found what it wanted or was interrupted.
+
+Source: trio's parking lot (``trio.lowlevel.ParkingLot``), for threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+R = TypeVar("R")
+
+#: Nobody sleeps longer without looking, in seconds.
+_MAX_SLEEP: Final = 1.0
+
+
+class ParkingLot:
+    """Any number of threads that wait for the same thing, woken in the order in which they came.
+
+    Args:
+        is_left: whether something is left of what the sleepers wait for.
+    """
+
+    def __init__(self, is_left: Callable[[], object]) -> None:
+        self._is_left = is_left
+        #: Those who wait. A waker that is in a hurry looks here first.
+        self.asleep: deque[threading.Lock] = deque()
+
+    def wait(self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object]) -> R | None:
+        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or if there
+        is a reason to ``stop``, or for no reason: the caller looks at the state of things and waits again.
+
+        A KeyboardInterrupt that ends the wait takes nothing.
+        """
+        latch = threading.Lock()
+        latch.acquire()
+        self.asleep.append(latch)
+        try:
+            found = attempt()
+            if found is None and not stop():
+                left = _MAX_SLEEP if deadline is None else deadline - time.monotonic()
+                latch.acquire(timeout=max(0.0, min(left, _MAX_SLEEP)))
+        finally:
+            try:
+                self.asleep.remove(latch)
+                chosen = False
+            except ValueError:
+                chosen = True
+            if chosen and found is not None and self._is_left():
+                self.wake_one()
+        if found is None:
+            try:
+                found = attempt()
+            finally:
+                if chosen and self._is_left():
+                    self.wake_one()
+        return found
+
+    def wake_one(self) -> None:
+        """Wake the one who has waited longest."""
+        try:
+            latch = self.asleep.popleft()
+        except IndexError:
+            return
+        latch.release()
+
+    def wake_all(self) -> None:
+        """Let everyone who waits look at the state of things."""
+        for _ in range(len(self.asleep)):
+            self.wake_one()
