@@ -48,7 +48,7 @@ def test_a_backlog_that_the_reactor_sends_at_the_last_moment_leaves_no_bundle(
         assert len(taken) == count
         assert other.num_items() == 0
         assert not other._words[BUNDLES]
-        assert not other.table.shown(line.table.slot, BACKLOG)
+        assert not other.table.get_word(line.table.slot, BACKLOG)
     assert capfd.readouterr().err == ""
 
 

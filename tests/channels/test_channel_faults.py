@@ -46,7 +46,7 @@ def test_a_reader_is_told_of_a_writers_death_within_a_second_after_its_items() -
 def test_a_death_is_told_once_while_others_can_still_write() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.others()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
     torchwq.map(1, jobs.write_and_die, channel, signal.SIGSEGV)
     assert channel.read(timeout=20)[0] is OPEN
     with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
@@ -58,8 +58,8 @@ def test_a_death_is_told_once_while_others_can_still_write() -> None:
 
 
 def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "REUSED_AFTER", 2)
-    monkeypatch.setattr(table, "SLOTS", 4)
+    monkeypatch.setattr(table, "REUSE_AFTER", 2)
+    monkeypatch.setattr(table, "MAX_PEERS", 4)
     channel = torchwq.channel()
     channel._core.open_to_processes()
     line = channel._core.line
@@ -77,7 +77,7 @@ def test_a_channel_that_too_many_have_says_so_and_leaves_nothing(monkeypatch: py
     channel._core.open_to_processes()
     line = channel._core.line
     assert line is not None
-    monkeypatch.setattr(table, "SLOTS", 1)
+    monkeypatch.setattr(table, "MAX_PEERS", 1)
     with pytest.raises(torchwq.ResourceError, match="more than 1 processes"):
         another(line)
 
@@ -183,7 +183,7 @@ def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
     channel = torchwq.channel()
     for _ in range(3):
         workers = torchwq.map(1, jobs.read_until_closed, channel)
-        wait_until(lambda: any(lives for _, lives in channel._core.line.table.others()))  # type: ignore[union-attr]
+        wait_until(lambda: any(lives for _, lives in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
         os.kill(wait_until(lambda workers=workers: workers.pids[0]), signal.SIGKILL)
         with pytest.raises(torchwq.WorkerDied):
             workers.join(20)
@@ -417,7 +417,7 @@ def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert open_descriptors() == before, f"{failures - 1} were free"
-        assert not list(line.table.others())
+        assert not list(line.table.other_slots())
     assert failures > 1
     del core
 

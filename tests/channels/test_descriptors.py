@@ -102,8 +102,8 @@ def test_nor_for_one_who_has_left() -> None:
     torchwq.map(1, jobs.leave_receiving, channel).join(20)
     line = line_of(channel)
     workers = torchwq.map(1, jobs.read_when_asked, channel, asked := torchwq.channel())
-    slot = wait_until(lambda: [slot for slot, lives in line.table.others() if lives])[0]
-    assert line.table.shown(slot, TRIED) == 1, "it has the slot of the one who has left"
+    slot = wait_until(lambda: [slot for slot, lives in line.table.other_slots() if lives])[0]
+    assert line.table.get_word(slot, TRIED) == 1, "it has the slot of the one who has left"
     started = time.monotonic()
     channel.write(torch.arange(3))
     assert time.monotonic() - started < 2

@@ -23,7 +23,7 @@ NEVER = 1000.0
 
 @pytest.fixture(autouse=True)
 def _nobody_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "LOOK_EVERY", NEVER)
+    monkeypatch.setattr(cores, "POLL_INTERVAL", NEVER)
 
 
 def is_waiting(channel: torchwq.Channel) -> bool:
@@ -64,7 +64,7 @@ def test_a_reader_is_woken_by_a_death() -> None:
 def test_a_reader_is_woken_by_the_death_of_one_who_came_while_it_waited() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.others()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
     thread = soon(channel, lambda: torchwq.map(1, jobs.die, channel))
     started = time.monotonic()
     with pytest.raises(torchwq.WorkerDied, match="SIGKILL"):
@@ -78,7 +78,7 @@ def test_a_reader_is_woken_by_the_death_of_one_who_came_while_it_waited() -> Non
 def test_a_reader_is_woken_when_the_last_writer_leaves() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.others()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
     thread = soon(channel, lambda: gate.write("go"))
     started = time.monotonic()
     with pytest.raises(torchwq.WorkerDied, match="nobody is left"):

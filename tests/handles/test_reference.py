@@ -9,7 +9,7 @@ import pytest
 
 import torchwq
 from tests.conftest import wait_until
-from torchwq.handles.reference import HandleRef, Target, travels
+from torchwq.handles.reference import HandleRef, Target, register_handle
 from torchwq.marshalling import codec
 from torchwq.memory.anonymous import duplicates
 from torchwq.transport.capabilities import SAME_PROCESS
@@ -26,7 +26,7 @@ class Thing(Target):
     def make_handle(self) -> Handle:
         return Handle(self)
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         return receive, (), duplicates([self.fd, self.fd], self.count_sent)
 
     def count(self, number: int) -> None:
@@ -50,7 +50,7 @@ def receive(fds: list[int]) -> HandleRef:
     return HandleRef(Thing(fds[0]))
 
 
-travels(Handle, target_of)
+register_handle(Handle, target_of)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torchwq
 from tests.conftest import wait_until
 from tests.locking import jobs
 from torchwq.locking import barrier as barriers
-from torchwq.locking.words import WAITING
+from torchwq.locking.layout import NUM_WAITING
 from torchwq.transport import cleanup
 
 
@@ -182,13 +182,13 @@ def test_a_worker_that_will_not_come_breaks_the_barrier(end: object, backend: st
 def test_one_who_waits_at_a_barrier_is_woken_by_a_death_and_by_one_who_leaves(
     end: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(barriers, "LOOK_EVERY", 1000.0)  # nobody finds it by looking now and then
+    monkeypatch.setattr(barriers, "POLL_INTERVAL", 1000.0)  # nobody finds it by looking now and then
     mutex, gate = torchwq.mutex(), torchwq.channel()
     worker = torchwq.map(1, jobs.when_told, gate, end, mutex)
 
     def tell() -> None:
-        core = mutex._core
-        wait_until(lambda: core.table.shown(core.table.slot, WAITING))
+        state = mutex._state
+        wait_until(lambda: state.table.get_word(state.table.slot, NUM_WAITING))
         time.sleep(0.6)  # the first look is over
         gate.write("go")
 
@@ -256,8 +256,8 @@ def test_two_barriers_of_different_size_at_a_time_are_refused() -> None:
 def test_a_mutex_may_go_while_its_barrier_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = [torchwq.mutex()._core]
-    wait_until(lambda: kept[0].left)
+    kept = [torchwq.mutex()._state]
+    wait_until(lambda: kept[0].closed)
     table, look = kept[0].table, kept[0].monitor._on_change
     locked = table.locked
 
@@ -273,8 +273,8 @@ def test_a_mutex_may_go_while_its_barrier_is_looked_at(
 
 
 def test_a_forked_child_closes_nothing_that_a_mutex_has_given_up_already() -> None:
-    core = torchwq.mutex()._core
-    wait_until(lambda: core.left)
+    state = torchwq.mutex()._state
+    wait_until(lambda: state.closed)
     others = [fd for _ in range(8) for fd in os.pipe()]  # they get the numbers of what it has closed
     pid = os.fork()
     if pid == 0:

@@ -9,7 +9,7 @@ import pytest
 from torchwq.errors import WorkerDied
 from torchwq.peers import table as tables
 from torchwq.peers.failures import SeenFailures
-from torchwq.peers.handles import Handles
+from torchwq.peers.local_handles import LocalHandles
 from torchwq.peers.table import PeerTable
 from torchwq.workers.losses import raise_next_death
 
@@ -46,8 +46,8 @@ def test_what_was_told_before_a_copy_is_not_told_to_it() -> None:
     die(table)
     with pytest.raises(WorkerDied):
         raise_next_death(seen, table, "this thing")
-    assert copy.next_death(table) is not None
-    assert seen.next_death(table) is None
+    assert copy.next_unseen_death(table) is not None
+    assert seen.next_unseen_death(table) is None
     table.leave()
 
 
@@ -63,7 +63,7 @@ def test_a_death_waits_for_what_comes_first_and_for_who_it_concerns() -> None:
 
 
 def test_deaths_that_nobody_sees_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "REUSED_AFTER", 4)
+    monkeypatch.setattr(tables, "REUSE_AFTER", 4)
     table = PeerTable()
     seen = SeenFailures()
     for _ in range(50):
@@ -75,15 +75,15 @@ def test_deaths_that_nobody_sees_any_more_are_forgotten(monkeypatch: pytest.Monk
 
 
 def test_a_handle_that_is_gone_or_waits_is_no_other_handle() -> None:
-    handles: Handles[Handle] = Handles()
+    handles: LocalHandles[Handle] = LocalHandles()
     mine, other = Handle(), Handle()
     handles.add(mine)
     handles.add(other)
-    assert handles.any_but({mine})
+    assert handles.any_other_than({mine})
     del other
-    assert not handles.any_but({mine})
+    assert not handles.any_other_than({mine})
     handles.count_pending(1)
-    assert handles.any_but({mine})
+    assert handles.any_other_than({mine})
     handles.count_pending(-1)
-    assert not handles.any_but({mine})
-    assert handles.any_ever
+    assert not handles.any_other_than({mine})
+    assert handles.ever_pending

@@ -15,10 +15,10 @@ from tests.peers.test_table import Child, another, new_table
 from torchwq.errors import ResourceError
 from torchwq.peers import table as tables
 from torchwq.peers.monitor import PeerMonitor
-from torchwq.peers.table import FIRST_OF_SLOT, PeerTable
+from torchwq.peers.table import FIRST_SLOT_WORD, PeerTable
 from torchwq.transport import descriptors, reactor
 
-WORD = FIRST_OF_SLOT
+WORD = FIRST_SLOT_WORD
 
 
 class Changes:
@@ -49,8 +49,8 @@ def test_it_tells_of_who_comes_leaves_and_shows_something() -> None:
     with watched() as (table, changes):
         came: list[PeerTable] = []
         assert changes.after(lambda: came.append(another(table)))
-        came[0].show(WORD, 3)
-        assert changes.after(came[0].ring)
+        came[0].set_word(WORD, 3)
+        assert changes.after(came[0].notify_all)
         assert changes.after(came[0].leave)
         assert changes.after(lambda: came.append(another(table)))
         assert changes.after(lambda: came[1].leave(failed=True))
@@ -65,8 +65,8 @@ def test_it_tells_of_a_death_before_and_after_it_has_begun(how: bytes | signal.S
             later = Child(table)
             for child in (later, before):
                 assert changes.after(lambda child=child: child.end(how))
-                assert (child.slot, False) in list(table.others())
-            assert changes.monitor.sees_all
+                assert (child.slot, False) in list(table.other_slots())
+            assert changes.monitor.covers_all_peers
         changes.monitor.close()
 
 
@@ -92,10 +92,10 @@ def test_who_waits_need_not_have_descriptors_for_a_reactor(monkeypatch: pytest.M
         with monkeypatch.context() as patched:
             patched.setattr(reactor, "get", refuse)
             with changes.monitor.watching():
-                assert not changes.monitor.sees_all
+                assert not changes.monitor.covers_all_peers
                 assert open_descriptors() == before
         with changes.monitor.watching():
-            assert changes.monitor.sees_all
+            assert changes.monitor.covers_all_peers
         child.end(b"l")
 
 
@@ -108,7 +108,7 @@ def test_a_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pyte
         before = open_descriptors()
         changes = Changes(table)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(table, "shares_process_ids", interrupt)
+            patched.setattr(table, "shares_pid_namespace", interrupt)
             changes.monitor.open()
         assert open_descriptors() == before
         with changes.monitor.watching():
@@ -118,17 +118,17 @@ def test_a_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pyte
 @pytest.mark.parametrize("what", ["pidfd", "epoll", "eventfd", "another namespace"])
 def test_where_an_event_cannot_tell_it_says_so(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "another namespace":
-        monkeypatch.setattr(tables, "_process_ids", lambda: os.getpid())
+        monkeypatch.setattr(tables, "_pid_namespace", lambda: os.getpid())
     else:
         monkeypatch.setattr(descriptors, what, lambda *args: None)
     with watched() as (table, changes):
         child = Child(table)
         with changes.monitor.watching():
-            assert changes.monitor.sees_all is False or what in ("pidfd", "another namespace")
-        changes.monitor._heard()
-        assert not changes.monitor.sees_all
+            assert changes.monitor.covers_all_peers is False or what in ("pidfd", "another namespace")
+        changes.monitor._on_event()
+        assert not changes.monitor.covers_all_peers
         child.end(signal.SIGKILL)
-        assert (child.slot, False) in list(table.others())
+        assert (child.slot, False) in list(table.other_slots())
 
 
 def test_a_process_id_that_was_given_again_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ import pytest
 from tests.conftest import wait_until
 from torchwq.errors import ResourceError
 from torchwq.peers import table as tables
-from torchwq.peers.table import FIRST_OF_SLOT, PeerTable
+from torchwq.peers.table import FIRST_SLOT_WORD, PeerTable
 
-WORD = FIRST_OF_SLOT
+WORD = FIRST_SLOT_WORD
 
 
 @contextlib.contextmanager
@@ -62,14 +62,14 @@ class Child:
 
 def test_each_part_has_a_slot_of_its_own() -> None:
     with new_table() as table:
-        assert (table.slot, table.others_came(), list(table.others())) == (0, False, [])
+        assert (table.slot, table.was_shared(), list(table.other_slots())) == (0, False, [])
         child = Child(table)
         assert child.slot == 1
-        assert list(table.others()) == [(1, True)]
+        assert list(table.other_slots()) == [(1, True)]
         assert table.pid(1) == child.pid
         child.end(b"l")
-        assert list(table.others()) == []
-        assert table.others_came()
+        assert list(table.other_slots()) == []
+        assert table.was_shared()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, b"x"], ids=["killed", "exits without leaving"])
@@ -77,7 +77,7 @@ def test_a_slot_that_was_not_left_is_a_dead_ones(how: bytes | signal.Signals) ->
     with new_table() as table:
         child = Child(table)
         child.end(how)
-        assert list(table.others()) == [(1, False)]
+        assert list(table.other_slots()) == [(1, False)]
         assert not table.has_failed(1)
         second = Child(table)
         assert second.slot == 2, "it stays so"
@@ -87,12 +87,12 @@ def test_a_slot_that_was_not_left_is_a_dead_ones(how: bytes | signal.Signals) ->
 def test_a_slot_that_was_left_is_taken_again_with_its_counts() -> None:
     with new_table() as table:
         part = another(table)
-        part.words[part.index(part.slot) + WORD] = 5
+        part.words[part.slot_offset(part.slot) + WORD] = 5
         part.leave()
         part = another(table)
         assert (part.slot, table.sum(WORD)) == (1, 5)
         part.leave(failed=True)
-        assert list(table.others()) == [(1, False)]
+        assert list(table.other_slots()) == [(1, False)]
         assert table.has_failed(1)
 
 
@@ -108,7 +108,7 @@ def test_a_forked_child_has_no_part_in_its_parents_slot() -> None:
         slot = part.slot
         part.words.release()
         part.abandon()  # as a process that ends without a word; its child lives on
-        wait_until(lambda: list(table.others()) == [(slot, False)], what="that the child has let go of the lock")
+        wait_until(lambda: list(table.other_slots()) == [(slot, False)], what="that the child has let go of the lock")
         os.close(hold)
         os.waitpid(pid, 0)
         os.close(held)
@@ -118,7 +118,7 @@ def test_a_forked_child_has_no_part_in_its_parents_slot() -> None:
 def test_a_counter_misses_nothing(has_gil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         monkeypatch.setattr(tables, "HAS_GIL", has_gil and tables.HAS_GIL)
-        table.words[table.index(table.slot) + WORD] = 7
+        table.words[table.slot_offset(table.slot) + WORD] = 7
         count = table.counter(WORD)
 
         def count_much() -> None:
@@ -130,7 +130,7 @@ def test_a_counter_misses_nothing(has_gil: bool, monkeypatch: pytest.MonkeyPatch
             thread.start()
         for thread in threads:
             thread.join()
-        assert table.words[table.index(table.slot) + WORD] == 7 + 80_000
+        assert table.words[table.slot_offset(table.slot) + WORD] == 7 + 80_000
 
 
 def test_the_head_is_locked_against_processes_and_threads() -> None:
@@ -158,47 +158,47 @@ def die(part: PeerTable) -> None:
 
 
 def test_slots_of_the_dead_are_taken_again_and_deaths_do_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "REUSED_AFTER", 64)
-    monkeypatch.setattr(tables, "SLOTS", 256)
+    monkeypatch.setattr(tables, "REUSE_AFTER", 64)
+    monkeypatch.setattr(tables, "MAX_PEERS", 256)
     with new_table() as table:
         told: set[int] = set()
-        for number in range(tables.SLOTS + 200):
+        for number in range(tables.MAX_PEERS + 200):
             part = another(table)
-            part.words[part.index(part.slot) + WORD] += 1
+            part.words[part.slot_offset(part.slot) + WORD] += 1
             die(part)
             if not number % 50:
-                told |= {tenancy for _, tenancy, lives in table.tenancies() if not lives}
-        told |= {tenancy for _, tenancy, lives in table.tenancies() if not lives}
-        assert len(told) == table.losses == table.sum(WORD) == tables.SLOTS + 200
-        assert len(table.claimed()) < tables.SLOTS
+                told |= {peer_id for _, peer_id, lives in table.other_peers() if not lives}
+        told |= {peer_id for _, peer_id, lives in table.other_peers() if not lives}
+        assert len(told) == table.num_deaths == table.sum(WORD) == tables.MAX_PEERS + 200
+        assert len(table.used_slots()) < tables.MAX_PEERS
 
 
 def test_a_slot_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     state = WORD + 1
-    monkeypatch.setattr(tables, "REUSED_AFTER", 3)
+    monkeypatch.setattr(tables, "REUSE_AFTER", 3)
     with new_table() as table:
         lasting = another(table)
         dead = [another(table) for _ in range(4)]
         for part in dead:
-            part.words[part.index(part.slot) + state] = 1
+            part.words[part.slot_offset(part.slot) + state] = 1
             die(part)
-        before = {tenancy for _, tenancy, lives in table.tenancies() if not lives}
+        before = {peer_id for _, peer_id, lives in table.other_peers() if not lives}
         assert len(before) == 4
-        heir = PeerTable([os.dup(fd) for fd in table.handover()], states=[state])
+        heir = PeerTable([os.dup(fd) for fd in table.handover()], reset_words=[state])
         assert heir.slot == dead[0].slot  # not that of the one who lasts
-        assert heir.words[heir.index(heir.slot) + state] == 0
-        assert [slot for slot, lives in table.others() if lives] == [lasting.slot, heir.slot]
-        assert table.losses == 4
+        assert heir.words[heir.slot_offset(heir.slot) + state] == 0
+        assert [slot for slot, lives in table.other_slots() if lives] == [lasting.slot, heir.slot]
+        assert table.num_deaths == 4
         die(heir)
-        new = {tenancy for _, tenancy, lives in table.tenancies() if not lives} - before
+        new = {peer_id for _, peer_id, lives in table.other_peers() if not lives} - before
         assert len(new) == 1
-        assert table.losses == 5
+        assert table.num_deaths == 5
         lasting.leave()
 
 
 def test_no_slot_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "REUSED_AFTER", 2)
-    monkeypatch.setattr(tables, "SLOTS", 4)
+    monkeypatch.setattr(tables, "REUSE_AFTER", 2)
+    monkeypatch.setattr(tables, "MAX_PEERS", 4)
     with new_table() as table:
         parts = [another(table) for _ in range(3)]
         with pytest.raises(ResourceError, match="more than 4 processes"):
@@ -214,21 +214,21 @@ def test_no_slot_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch)
 def test_one_who_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         leaver = another(table)
-        lives = table.lives
+        lives = table.is_alive
 
         def leave_first(slot: int) -> bool:
             leaver.leave()
             return lives(slot)
 
-        monkeypatch.setattr(table, "lives", leave_first)
-        assert list(table.others()) == []
+        monkeypatch.setattr(table, "is_alive", leave_first)
+        assert list(table.other_slots()) == []
 
 
 def test_one_who_comes_while_another_looks_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         leaver = another(table)
         came: list[PeerTable] = []
-        lives = table.lives
+        lives = table.is_alive
 
         def change(slot: int) -> bool:
             leaver.leave()
@@ -237,9 +237,9 @@ def test_one_who_comes_while_another_looks_lives(monkeypatch: pytest.MonkeyPatch
                 came.append(another(table))
             return held
 
-        monkeypatch.setattr(table, "lives", change)
+        monkeypatch.setattr(table, "is_alive", change)
         try:
-            assert list(table.others()) == [(came[0].slot, True)]
+            assert list(table.other_slots()) == [(came[0].slot, True)]
             assert came[0].slot == 1
         finally:
             came[0].leave()

@@ -6,9 +6,9 @@ line too, so that there is one order, and one way.
 
 How it is read says ``reading``; whom a reader waits for is told by ``vigil``. A reader that has waited for a moment is
 woken by whatever there may be to tell: what other processes do is told by ``peers.monitor``, what happens in this one
-by whoever does it. Only these are found by looking every ``LOOK_EVERY`` seconds: a thread of the user's that ends, or a
-handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle in a message; a bundle that
-its receiver took into its death; and what the monitor's events do not cover.
+by whoever does it. Only these are found by looking every ``POLL_INTERVAL`` seconds: a thread of the user's that ends,
+or a handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle in a message; a bundle
+that its receiver took into its death; and what the monitor's events do not cover.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError
-from ..peers.monitor import LOOK_EVERY, PeerMonitor
+from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.capabilities import SAME_PROCESS
@@ -169,9 +169,9 @@ class Core:
             self._trouble.set()
         else:
             self._trouble.clear()
-        if self.monitor is not None and not self.monitor.sees_all and not self._will_look_on:
+        if self.monitor is not None and not self.monitor.covers_all_peers and not self._will_look_on:
             self._will_look_on = True
-            reactor.get().call_later(LOOK_EVERY, _weakly(self._look_on_again))
+            reactor.get().call_later(POLL_INTERVAL, _weakly(self._look_on_again))
 
     def _look_on_again(self) -> None:
         self._will_look_on = False
@@ -269,7 +269,7 @@ def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
                 core = _with_line(name, capacity, line)
         finally:
             close_fds(fds)
-    line.table.count_redeemed()
+    line.table.count_handle_received()
     return core
 
 

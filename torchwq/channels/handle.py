@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from ..handles.reading import END, NOTHING, Ended, ReadableHandle
-from ..handles.reference import HandleRef, Target, travels
+from ..handles.readable import EMPTY, STOP, EndOfMessages, ReadableHandle
+from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
@@ -170,11 +170,11 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
             return found
         try:
             received = Reader(core, self).wait(nonblocking, timeout)
-        except Ended:
-            return self._ended()
-        return (core.way.state(), None) if received is None else self._opened(received)
+        except EndOfMessages:
+            return self._result_at_end()
+        return (core.way.state(), None) if received is None else self._result_of(received)
 
-    def _opened(self, received: Received) -> tuple[ChannelState, Any]:
+    def _result_of(self, received: Received) -> tuple[ChannelState, Any]:
         return _CLOSED if self._core.way.is_closed else _OPEN, codec.decode(*received)
 
     def close(self) -> None:
@@ -209,24 +209,24 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker, failed)
 
-    def _read_at_once(self) -> Any:
-        return self._core.way.read() or NOTHING
+    def _read_nowait(self) -> Any:
+        return self._core.way.read() or EMPTY
 
     def _source(self) -> Reader:
         return Reader(self._core, self)
 
-    def _ended(self) -> tuple[ChannelState, Any]:
+    def _result_at_end(self) -> tuple[ChannelState, Any]:
         return ChannelState.DRAINED, None
 
-    def _item(self, found: tuple[ChannelState, Any]) -> Any:
+    def _iteration_item(self, found: tuple[ChannelState, Any]) -> Any:
         state, item = found
-        return END if state is ChannelState.DRAINED else item
+        return STOP if state is ChannelState.DRAINED else item
 
     @property
     def _was_forked(self) -> bool:
         return self._core.forked
 
-    def _leave(self, failed: bool) -> None:
+    def _exit_context(self, failed: bool) -> None:
         self._core.check_fork()
         self._core.close(failed=failed)
 
@@ -271,7 +271,7 @@ class _Target(Target):
     def make_handle(self) -> Channel:
         return Channel(self._core, self._seen.copy())
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         core = self._core
         fds = core.handle_descriptors()
         return _receive, (core.name, core.capacity, list(core.vigil.dead())), fds
@@ -287,5 +287,5 @@ def _receive(fds: list[int], name: bytes, capacity: int | None, dead: Sequence[i
     return HandleRef(_Target(core, Seen(set(dead), core.vigil.now().thread_failures)))
 
 
-travels(Channel, _target_of)
+register_handle(Channel, _target_of)
 shutdown.at_close(lambda: cores.leave_all(shutdown.failed))

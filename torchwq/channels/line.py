@@ -51,7 +51,7 @@ from ..marshalling.codec import encode
 from ..marshalling.copies import SCALARS, only_scalars
 from ..marshalling.wire import Bundle
 from ..memory import anonymous, fences, recycling
-from ..peers.table import FIRST_OF_HEAD, FIRST_OF_SLOT, PeerTable
+from ..peers.table import FIRST_HEADER_WORD, FIRST_SLOT_WORD, PeerTable
 from ..transport import cleanup, descriptors, kinds, polling
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
@@ -68,13 +68,13 @@ from .state import ChannelState
 #: Words of the table's head: whether the channel is closed; whether a writer waits for room; bundles under way;
 #: whether it was closed by one that had failed; whether items bring descriptors; whether any of this has to be looked
 #: at when an item is received.
-CLOSED, ASKED, BUNDLES, FAILED, BRINGS, UNUSUAL = range(FIRST_OF_HEAD, FIRST_OF_HEAD + 6)
+CLOSED, ASKED, BUNDLES, FAILED, BRINGS, UNUSUAL = range(FIRST_HEADER_WORD, FIRST_HEADER_WORD + 6)
 #: What ``BRINGS`` is when nobody can lose them any more.
 SAFELY: Final = 2
 #: Words of a slot: items sent and taken, also by those who had it before; whether a backlog waits; ``SENT`` and
 #: ``TAKEN`` when it was claimed; whether all handles wait, and what for; how often it was tried to receive something,
 #: and how often there was nothing.
-SENT, TAKEN, BACKLOG, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED, MISSED = range(FIRST_OF_SLOT, FIRST_OF_SLOT + 8)
+SENT, TAKEN, BACKLOG, SENT_BEFORE, TAKEN_BEFORE, WAITS, TRIED, MISSED = range(FIRST_SLOT_WORD, FIRST_SLOT_WORD + 8)
 
 #: What may be under way, in bytes: normally, and when a bundle has to leave.
 _ROOM: Final = 160 * 1024
@@ -131,7 +131,7 @@ class Line:
             )
             opened.callback(self._connection.close)
             fds_of_table, rest[:2] = rest[:2], []
-            self.table = PeerTable(fds_of_table, states=(BACKLOG, WAITS))
+            self.table = PeerTable(fds_of_table, reset_words=(BACKLOG, WAITS))
             opened.callback(self.table.leave)
             room = next(iter(rest), None) if fds else descriptors.eventfd() if capacity else None
             #: Readable when there may be room again.
@@ -139,7 +139,7 @@ class Line:
             opened.pop_all()
         self.max_payload = self._in.max_payload
         self._words = self.table.words
-        self._first = first = self.table.index(self.table.slot)
+        self._first = first = self.table.slot_offset(self.table.slot)
         self._words[first + SENT_BEFORE] = self._words[first + SENT]
         self._words[first + TAKEN_BEFORE] = self._words[first + TAKEN]
         # One who had the slot before may have left it in the middle of a try.
@@ -180,7 +180,7 @@ class Line:
         closed_in_child(self)
         open_lines.add(self)
         if fds:
-            self.table.count_redeemed()
+            self.table.count_handle_received()
 
     # Writing
 
@@ -296,10 +296,10 @@ class Line:
             with table.locked():
                 words[BRINGS] = max(1, int(words[BRINGS]))
                 words[UNUSUAL] = 1
-                slots = [table.slot, *(slot for slot, lives in table.others() if lives)]
+                slots = [table.slot, *(slot for slot, lives in table.other_slots() if lives)]
             if words[BRINGS] != SAFELY:
                 fences.everywhere()
-                self._wait_for_tries({table.index(slot): slot for slot in slots})
+                self._wait_for_tries({table.slot_offset(slot): slot for slot in slots})
                 words[BRINGS] = SAFELY
         self._can_lose = False
 
@@ -312,7 +312,7 @@ class Line:
 
         until = time.monotonic() + _LAST_PATIENCE  # a try takes microseconds; but its process may have been stopped
         while True:
-            slots = {first: slot for first, slot in slots.items() if is_trying(first) and self.table.lives(slot)}
+            slots = {first: slot for first, slot in slots.items() if is_trying(first) and self.table.is_alive(slot)}
             if not slots or time.monotonic() > until:
                 return
             time.sleep(_INSTANT)
@@ -452,7 +452,8 @@ class Line:
 
     def _has_backlog(self) -> bool:
         return any(
-            self._words[self.table.index(slot) + BACKLOG] and self.table.lives(slot) for slot in self.table.claimed()
+            self._words[self.table.slot_offset(slot) + BACKLOG] and self.table.is_alive(slot)
+            for slot in self.table.used_slots()
         )
 
     @property
@@ -491,7 +492,7 @@ class Line:
         fds = [*self._connection.handover(), *self.table.handover()]
         if self._room >= 0:
             fds.append(self._room)
-        return anonymous.duplicates(fds, self.table.count_issued)
+        return anonymous.duplicates(fds, self.table.count_handles_sent)
 
     def retire(self) -> None:
         """One part does not use it any more: leave if it was the last, as soon as there is no backlog."""
@@ -555,7 +556,7 @@ class Line:
                 sent = self._send_at_last(message, fd)
         except OSError:
             pass  # nobody can receive it, or there are no descriptors left to send it with
-        if not sent and any(lives for _, lives in self.table.others()):
+        if not sent and any(lives for _, lives in self.table.other_slots()):
             print(
                 f"torchwq: {len(backlog)} items of a channel are lost: nobody has made room for them", file=sys.stderr
             )
@@ -575,7 +576,7 @@ class Line:
                 if self._in.try_send(message, [fd]):
                     return True
             until = time.monotonic() + _LAST_PATIENCE
-            while time.monotonic() < until and any(lives for _, lives in self.table.others()):
+            while time.monotonic() < until and any(lives for _, lives in self.table.other_slots()):
                 polling.writable(_GLANCE, self._in.fileno())
                 if self._in.try_send(message, [fd]):
                     return True

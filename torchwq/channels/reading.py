@@ -11,8 +11,8 @@ import math
 import time
 from typing import Final, Protocol
 
-from ..handles.reading import Ended, Source
-from ..peers.monitor import LOOK_EVERY, PeerMonitor
+from ..handles.readable import EndOfMessages, MessageSource
+from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..transport.endpoint import Received
 from .core import Core
 from .state import ChannelState
@@ -31,7 +31,7 @@ class _Handle(Protocol):
         ...
 
 
-class Reader(Source):
+class Reader(MessageSource):
     """One read with a handle, in one thread. What only a wait needs is set where it begins."""
 
     __slots__ = ("_changes", "_core", "_deadline", "_handle", "_is_drained", "_monitor", "_watching")
@@ -64,13 +64,13 @@ class Reader(Source):
             return super().wait_until(deadline, timeout)
 
     def sleep(self, deadline: float | None) -> Received | None:
-        until = time.monotonic() + self._core.vigil.sure_in(LOOK_EVERY)
+        until = time.monotonic() + self._core.vigil.sure_in(POLL_INTERVAL)
         return self._core.way.sleep(min(until, self._deadline), self._has_changed)
 
     def _has_changed(self) -> bool:
         return self._core.changes != self._changes
 
-    def is_troubled(self) -> bool:
+    def may_raise(self) -> bool:
         core = self._core
         core.check_fork()
         monitor = core.monitor
@@ -82,12 +82,12 @@ class Reader(Source):
         self._is_drained = core.way.state() is ChannelState.DRAINED
         return True
 
-    def raise_trouble(self) -> None:
+    def raise_failure(self) -> None:
         core, seen = self._core, self._handle.seen()
         if self._is_drained:
             core.vigil.raise_news(seen, READS)
             core.vigil.raise_failed_closing(seen)
-            raise Ended
+            raise EndOfMessages
         if self._watching is None:
             core.vigil.raise_news(seen, READS)  # not that nobody is left: another task may write
             return
@@ -97,7 +97,7 @@ class Reader(Source):
         core.vigil.show_waiting(self._handle, READS)
         core.vigil.raise_if_alone(self._handle, READS)
 
-    def found_nothing(self) -> None:
+    def on_empty(self) -> None:
         core, seen = self._core, self._handle.seen()
         core.check_fork()
         core.vigil.raise_news(seen, READS)

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ..errors import WorkerDied
-from ..peers.failures import SeenFailures, tenancies_of_the_dead
-from ..peers.handles import Handles
+from ..peers.failures import SeenFailures, dead_peer_ids
+from ..peers.local_handles import LocalHandles
 from ..peers.table import PeerTable
 from ..workers import threads
 from ..workers.losses import others_may_come, raise_next_death
@@ -82,7 +82,7 @@ class Vigil:
     def __init__(self, core: Part) -> None:
         self._core = weakref.ref(core)
         self._lock = threading.RLock()
-        self.handles: Handles[Any] = Handles()
+        self.handles: LocalHandles[Any] = LocalHandles()
         #: What each thread waits for with which handle.
         self._waiting: dict[tuple[Any, int], int] = {}
         #: Workers that were threads and have failed, with whether they had written.
@@ -119,7 +119,7 @@ class Vigil:
     def dead(self) -> set[int]:
         """The deaths that there are to tell now, of processes."""
         table = self._table()
-        return set() if table is None else tenancies_of_the_dead(table)
+        return set() if table is None else dead_peer_ids(table)
 
     def writer(self) -> Any:
         """The handle with which this thread waits for room."""
@@ -153,9 +153,9 @@ class Vigil:
         core = self._core()
         if kind != self._shown and core is not None and core.line is not None:
             self._shown = kind
-            core.line.table.show(WAITS, kind)
+            core.line.table.set_word(WAITS, kind)
             if kind:
-                core.line.table.ring()  # perhaps all wait now
+                core.line.table.notify_all()  # perhaps all wait now
 
     # News
 
@@ -164,7 +164,9 @@ class Vigil:
         if self._next_failure(seen, kind) is not None:
             return True
         table = self._table()
-        return table is not None and seen.next_death(table, functools.partial(_concerning, table, kind)) is not None
+        return (
+            table is not None and seen.next_unseen_death(table, functools.partial(_concerning, table, kind)) is not None
+        )
 
     def raise_news(self, seen: Seen, kind: int) -> None:
         """Raise WorkerDied if there is something to tell, unless there are items: what a dead one wrote comes first."""
@@ -240,15 +242,15 @@ class Vigil:
         table = self._table()
         if not self._all_wait(handle, kind):
             return False
-        if others_may_come(self.handles, table, lambda slot: table is not None and table.shown(slot, WAITS) == kind):
+        if others_may_come(self.handles, table, lambda slot: table is not None and table.get_word(slot, WAITS) == kind):
             return False
-        return self.handles.any_ever or (table is not None and (table.others_came() or table.any_issued()))
+        return self.handles.ever_pending or (table is not None and (table.was_shared() or table.any_handle_sent()))
 
     def _all_wait(self, handle: Any, kind: int) -> bool:
         """Whether all handles of this process wait for the same, and nobody else could use this one."""
         with self._lock:
             waiting = {each for (each, _), what in self._waiting.items() if what == kind}
-        return not self.handles.any_but({handle, *waiting}) and not threads.of_user()
+        return not self.handles.any_other_than({handle, *waiting}) and not threads.of_user()
 
 
 def _concerning(table: PeerTable, kind: int, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
@@ -258,10 +260,10 @@ def _concerning(table: PeerTable, kind: int, dead: Sequence[int], living: Sequen
     )
 
     def has(slot: int, word: int, before: int) -> bool:
-        return table.shown(slot, word) > table.shown(slot, before)
+        return table.get_word(slot, word) > table.get_word(slot, before)
 
     def did(slot: int) -> bool:
-        return has(slot, does, does_before) or (kind == READS and bool(table.shown(slot, BACKLOG)))
+        return has(slot, does, does_before) or (kind == READS and bool(table.get_word(slot, BACKLOG)))
 
     gone = [slot for slot in dead if did(slot)]
     if gone or any(map(did, living)):

@@ -43,7 +43,7 @@ class Target(abc.ABC):
         """A new handle in this process."""
 
     @abc.abstractmethod
-    def describe(self) -> tuple[Callable[..., HandleRef], tuple[Any, ...], list[Descriptor]]:
+    def for_other_process(self) -> tuple[Callable[..., HandleRef], tuple[Any, ...], list[Descriptor]]:
         """For another process: ``(receive, args, fds)``. There, ``receive(fds, *args)`` makes a reference; it takes
         ``fds`` over."""
 
@@ -56,7 +56,7 @@ class HandleRef:
         count_pending = target.count_pending
         if count_pending is not None:
             count_pending(1)
-            self._pending = weakref.finalize(self, _drop_later, count_pending)
+            self._pending = weakref.finalize(self, _count_dropped_later, count_pending)
             self._pending.atexit = False
 
     def accept(self) -> Any:
@@ -68,18 +68,18 @@ class HandleRef:
         return handle
 
 
-def _drop_later(count_pending: Callable[[int], None]) -> None:
+def _count_dropped_later(count_pending: Callable[[int], None]) -> None:
     cleanup.later(functools.partial(count_pending, -1))
 
 
-def travels(cls: type[H], target_of: Callable[[H], Target]) -> None:
+def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
     """Let objects of exactly ``cls`` travel as references to what ``target_of`` gives; they arrive as handles."""
 
     def reduce(encoder: reducers.Encoder, handle: H) -> Any:
         target = target_of(handle)
         if encoder.peer.same_process:
-            return _accept_enclosed, (encoder.enclose(HandleRef(target)),)
-        return _accept_received, _attached(encoder, target)
+            return _accept_local, (encoder.enclose(HandleRef(target)),)
+        return _accept_received, _attach_fds(encoder, target)
 
     reducers.register(cls, reduce)
 
@@ -88,11 +88,11 @@ def _reduce(encoder: reducers.Encoder, ref: HandleRef) -> Any:
     """A reference in a message that has not been opened goes on, and arrives as a reference."""
     if encoder.peer.same_process:
         return reducers.enclosed, (encoder.enclose(HandleRef(ref.target)),)
-    return _receive, _attached(encoder, ref.target)
+    return _receive, _attach_fds(encoder, ref.target)
 
 
-def _attached(encoder: reducers.Encoder, target: Target) -> tuple[Any, ...]:
-    receive, args, fds = target.describe()
+def _attach_fds(encoder: reducers.Encoder, target: Target) -> tuple[Any, ...]:
+    receive, args, fds = target.for_other_process()
     return receive, args, [encoder.attach(each.fd, each) for each in fds]
 
 
@@ -104,7 +104,7 @@ def _accept_received(receive: Callable[..., HandleRef], args: tuple[Any, ...], i
     return _receive(receive, args, indices).accept()
 
 
-def _accept_enclosed(index: int) -> Any:
+def _accept_local(index: int) -> Any:
     ref: HandleRef = reducers.enclosed(index)
     return ref.accept()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ..marshalling import reducers
-from ..peers.words import SharedWords
+from ..peers.shared_words import SharedWords
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
 BUSY, WAITED, BATCHES, NBYTES = range(4)
@@ -31,7 +31,7 @@ class Counters(SharedWords):
         """The words of one worker."""
         if worker_id >= self.slots:
             raise IndexError(f"worker {worker_id} has no counters: there are {self.slots}")
-        first = self.first_of(worker_id)
+        first = self.slot_offset(worker_id)
         return self.words[first : first + _WORDS]
 
     def grown(self, workers: int) -> Counters:

@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch.multiprocessing
 
 from ..errors import ResourceError
-from ..handles.reference import HandleRef, Target, travels
+from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
 from ..marshalling.letter import Letter
 from ..memory import ledger, limits
@@ -143,7 +143,7 @@ class _WorkersEnd(Target):
     def make_handle(self) -> Endpoint:
         return kinds.adopt([each.detach() for each in self._fds])
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         return _receive, (), self._fds
 
 
@@ -155,7 +155,7 @@ def _receive(fds: list[int]) -> HandleRef:
     return HandleRef(_WorkersEnd([Descriptor(fd) for fd in fds]))
 
 
-travels(_WorkersEnd, _target_of)
+register_handle(_WorkersEnd, _target_of)
 
 
 def _serve(

@@ -1,5 +1,6 @@
-"""The mutex: ``handle`` is what users hold, ``core`` what all handles of one process share, ``lock`` and ``barrier``
-what it can do."""
+"""The mutex: ``handle`` is what users hold, ``state`` what all handles of one process share.
+
+``robust_lock`` and ``barrier`` are what it can do; ``layout`` says which shared word means what."""
 
 from .handle import Mutex, mutex
 

@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, final
 
 from ..errors import WorkerDied
-from ..handles.reference import HandleRef, Target, travels
+from ..handles.reference import HandleRef, Target, register_handle
 from ..peers.failures import SeenFailures
 from ..transport.descriptors import close_fds
 from ..workers import threads
-from .core import Core, found, leave_later
+from .state import MutexState, close_when_unused, find_state
 
 
 @final
@@ -38,13 +38,13 @@ class Mutex:
     Source: torch-ipc's ``ipc.mutex``; the interface of ``threading.Lock``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_seen")
+    __slots__ = ("__weakref__", "_seen", "_state")
 
-    def __init__(self, core: Core, seen: SeenFailures) -> None:
-        self._core = core
+    def __init__(self, state: MutexState, seen: SeenFailures) -> None:
+        self._state = state
         self._seen = seen
-        core.handles.add(self)
-        weakref.finalize(self, leave_later, core).atexit = False
+        state.handles.add(self)
+        weakref.finalize(self, close_when_unused, state).atexit = False
         threads.belongs_here(self)
 
     def acquire(self, timeout: float | None = None) -> bool:
@@ -61,7 +61,7 @@ class Mutex:
 
         Source: torch-ipc's ``m:lock``; ``threading.Lock.acquire``.
         """
-        return self._core.acquire(None if timeout is None else time.monotonic() + timeout)
+        return self._state.acquire(None if timeout is None else time.monotonic() + timeout)
 
     def release(self) -> None:
         """Give the lock to the next one.
@@ -71,12 +71,12 @@ class Mutex:
 
         Source: torch-ipc's ``m:unlock``; ``threading.Lock.release``.
         """
-        self._core.release()
+        self._state.release()
 
     @property
     def abandoned(self) -> WorkerDied | None:
         """While the lock is held: how the last holder died, if it died with the lock held; else None."""
-        return self._core.abandoned
+        return self._state.abandoned
 
     def barrier(self, n: int, *, timeout: float | None = None) -> int:
         """Wait until ``n`` threads, in whatever processes, wait here.
@@ -102,28 +102,28 @@ class Mutex:
         """
         if n < 1:
             raise ValueError(f"a barrier needs at least 1 to come, not {n}")
-        return self._core.wait_at_barrier(n, timeout, self._seen)
+        return self._state.wait_at_barrier(n, timeout, self._seen)
 
     def __enter__(self) -> WorkerDied | None:
-        self._core.acquire(None)
-        return self._core.abandoned
+        self._state.acquire(None)
+        return self._state.abandoned
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._core.release()
+        self._state.release()
 
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``."""
-        self._core.handles.discard(self)
-        self._core.thread_ended_with_handle(failed)
+        self._state.handles.discard(self)
+        self._state.worker_thread_ended(failed)
 
     def __repr__(self) -> str:
-        core = self._core
-        if core.forked:
+        state = self._state
+        if state.forked:
             return "<torchwq.Mutex, of another process>"
-        state = "closed" if core.left else "locked" if core.is_locked else "unlocked"
-        return f"<torchwq.Mutex, {state}>"
+        status = "closed" if state.closed else "locked" if state.is_locked else "unlocked"
+        return f"<torchwq.Mutex, {status}>"
 
     def __reduce__(self) -> Any:
         raise TypeError("a Mutex can only be sent by torchwq: as an argument of torchwq.map, or inside a message")
@@ -140,36 +140,36 @@ def mutex() -> Mutex:
 
     Source: torch-ipc's ``ipc.mutex``.
     """
-    return Mutex(Core(secrets.token_bytes(16)), SeenFailures())
+    return Mutex(MutexState(secrets.token_bytes(16)), SeenFailures())
 
 
 class _Target(Target):
-    def __init__(self, core: Core, seen: SeenFailures) -> None:
-        super().__init__(core.count_pending)
-        self._core = core
+    def __init__(self, state: MutexState, seen: SeenFailures) -> None:
+        super().__init__(state.count_pending)
+        self._state = state
         self._seen = seen
 
     def make_handle(self) -> Mutex:
-        return Mutex(self._core, self._seen.copy())
+        return Mutex(self._state, self._seen.copy())
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         seen = list(self._seen.deaths), self._seen.thread_failures
-        return _receive, (self._core.name, seen), self._core.handle_descriptors()
+        return _receive, (self._state.name, seen), self._state.handle_descriptors()
 
 
 def _target_of(mutex: Mutex) -> Target:
-    return _Target(mutex._core, mutex._core.seen_by_new_handle())
+    return _Target(mutex._state, mutex._state.failures_seen_by_new_handle())
 
 
 def _receive(fds: list[int], name: bytes, seen: tuple[list[int], int]) -> HandleRef:
     failures = SeenFailures(set(seen[0]), seen[1])
-    with found(name) as core:
-        if core is None:
-            return HandleRef(_Target(Core(name, fds), failures))
-        ref = HandleRef(_Target(core, failures))
+    with find_state(name) as state:
+        if state is None:
+            return HandleRef(_Target(MutexState(name, fds), failures))
+        ref = HandleRef(_Target(state, failures))
     close_fds(fds)
-    core.table.count_redeemed()
+    state.table.count_handle_received()
     return ref
 
 
-travels(Mutex, _target_of)
+register_handle(Mutex, _target_of)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..peers.words import SharedWords
+from ..peers.shared_words import SharedWords
 
 SLOTS: Final = 4096
 #: The state word counts questions in multiples of this; what is below it counts busy threads.
@@ -35,7 +35,7 @@ class Board(SharedWords):
         super().__init__(_WORDS, SLOTS, _WORDS, fd)
 
     def slot(self, number: int) -> Slot:
-        return Slot(self.words, self.first_of(number))
+        return Slot(self.words, self.slot_offset(number))
 
     def set_asked(self, asked: bool) -> None:
         self.words[ASKED] = int(asked)

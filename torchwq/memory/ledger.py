@@ -33,7 +33,7 @@ Invariants:
 * What is opened by another process's descriptor is looked at before a byte of it is changed: that process may have
   ended, or begun another program, and its id or its descriptor's number may stand for something else now.
 
-The locks (``peers.locks``) belong to this process's own opening of the file, which a forked child closes at once.
+The locks (``peers.record_locks``) belong to this process's own opening of the file; a forked child closes it at once.
 
 Note [where the table lies]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -69,7 +69,7 @@ from typing import Final
 import numpy as np
 
 from ..errors import NamespaceError
-from ..peers.locks import RecordLocks
+from ..peers.record_locks import RecordLocks
 from ..transport import descriptors, namespace
 from ..transport.atomic import HAS_GIL
 from ..transport.fork import closed_in_child, reset_in_child

@@ -2,8 +2,8 @@
 
 Invariants:
 
-* What is remembered of a death is its tenancy, never the slot, which another process may claim.
-* A tenancy that the table does not show any more is forgotten when the next one is told: so the set stays small.
+* What is remembered of a death is its peer_id, never the slot, which another process may claim.
+* A peer_id that the table does not show any more is forgotten when the next one is told: so the set stays small.
 * Workers that are threads have no slot. How many of them had failed is a number that only grows, and what is remembered
   is how far this handle has been told.
 * A new handle begins with what there is to tell at the moment in which it is sent: that was told to others, or is none
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from .table import PeerTable
 
 #: Given the slots of those whose death is untold, and of the living: the dead that matter to whoever asks.
-Concerning = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+DeathFilter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 
 
-def all_dead(dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
+def every_death(dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
     """Every death matters."""
     return dead
 
 
-def tenancies_of_the_dead(table: PeerTable) -> set[int]:
+def dead_peer_ids(table: PeerTable) -> set[int]:
     """The deaths that a table shows now."""
-    return {tenancy for _, tenancy, lives in table.tenancies() if not lives}
+    return {peer_id for _, peer_id, lives in table.other_peers() if not lives}
 
 
 @dataclass(slots=True)
@@ -44,19 +44,19 @@ class SeenFailures:
         """The same for another handle, which is told of its own from now on."""
         return SeenFailures(set(self.deaths), self.thread_failures)
 
-    def next_death(self, table: PeerTable, concerning: Concerning = all_dead) -> tuple[int, int] | None:
-        """Slot and tenancy of a death that is still to be told; None if there is none."""
+    def next_unseen_death(self, table: PeerTable, relevant: DeathFilter = every_death) -> tuple[int, int] | None:
+        """Slot and peer id of a death that is still to be told; None if there is none."""
         untold: dict[int, int] = {}
         living: list[int] = []
-        for slot, tenancy, lives in table.tenancies():
+        for slot, peer_id, lives in table.other_peers():
             if lives:
                 living.append(slot)
-            elif tenancy not in self.deaths:
-                untold[slot] = tenancy
-        chosen = concerning(list(untold), living) if untold else ()
+            elif peer_id not in self.deaths:
+                untold[slot] = peer_id
+        chosen = relevant(list(untold), living) if untold else ()
         return next(((slot, untold[slot]) for slot in chosen), None)
 
-    def note_told(self, table: PeerTable, tenancy: int) -> None:
+    def mark_seen(self, table: PeerTable, peer_id: int) -> None:
         """A death is told now."""
-        self.deaths &= tenancies_of_the_dead(table)
-        self.deaths.add(tenancy)
+        self.deaths &= dead_peer_ids(table)
+        self.deaths.add(peer_id)

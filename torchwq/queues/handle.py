@@ -8,8 +8,8 @@ from pickle import dumps, loads
 from typing import Any, final
 
 from ..errors import QueueClosed
-from ..handles.reading import END, NOTHING, ReadableHandle
-from ..handles.reference import HandleRef, Target, travels
+from ..handles.readable import EMPTY, STOP, ReadableHandle
+from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec
 from ..marshalling.codec import encode, large
 from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
@@ -224,27 +224,27 @@ class WorkQueue(ReadableHandle[Any]):
             return QueueStatistics(written, written - untaken, role.unsent, handles)
         return QueueStatistics(role.written, role.last_taken, role.unsent, 0)
 
-    def _read_at_once(self) -> Any:
+    def _read_nowait(self) -> Any:
         received = self._role.take()
-        return NOTHING if received is None else codec.decode(*received)
+        return EMPTY if received is None else codec.decode(*received)
 
     def _source(self) -> Role:
         return self._role
 
-    def _opened(self, received: Received) -> Any:
+    def _result_of(self, received: Received) -> Any:
         return codec.decode(*received)
 
-    def _ended(self) -> None:
+    def _result_at_end(self) -> None:
         """None: a queue tells of its end by QueueClosed."""
 
-    def _item(self, found: Any) -> Any:
-        return END if found is None else found
+    def _iteration_item(self, found: Any) -> Any:
+        return STOP if found is None else found
 
     @property
     def _was_forked(self) -> bool:
         return "fork" in self._role.closed
 
-    def _leave(self, failed: bool) -> None:
+    def _exit_context(self, failed: bool) -> None:
         if failed and not isinstance(self._role, Owner):
             self._role.close(in_doubt=True)  # the owner is told if that ends the worker
         else:
@@ -282,7 +282,7 @@ class _OwnedHere(Target):
     def make_handle(self) -> WorkQueue:
         return WorkQueue(ThreadSide(self._owner), self._name)
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         return _receive, (self._name,), self._owner.handle_descriptors()
 
 
@@ -306,7 +306,7 @@ class _OwnedElsewhere(Target):
         self._role = self._role or role
         return WorkQueue(role, self._name)
 
-    def describe(self) -> Any:
+    def for_other_process(self) -> Any:
         return _receive, (self._name,), self._take()
 
     def _take(self) -> list[Descriptor]:
@@ -333,7 +333,7 @@ def _receive(fds: list[int], name: str | None) -> HandleRef:
     return HandleRef(_OwnedElsewhere([Descriptor(fd) for fd in fds], None, name))
 
 
-travels(WorkQueue, _target_of)
+register_handle(WorkQueue, _target_of)
 
 
 def _close_all() -> None:

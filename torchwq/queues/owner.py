@@ -238,7 +238,7 @@ class Owner(SocketRole, worker.EndListener):
                     if self.closed:
                         raise QueueClosed(self.closed)
                     if self.alarm.is_set():
-                        self.raise_trouble()
+                        self.raise_failure()
                     self.outbox.flush()  # the reactor cannot, if a finalizer that it runs is what waits here
                     self._taken.wait(_GLANCE)
             finally:
@@ -356,7 +356,7 @@ class Owner(SocketRole, worker.EndListener):
         if self._absorb(_AT_ONCE):
             self.alarm.set()
 
-    def raise_trouble(self) -> None:
+    def raise_failure(self) -> None:
         with self._lock:
             if self.closed:
                 raise QueueClosed(self.closed)
@@ -391,11 +391,11 @@ class Owner(SocketRole, worker.EndListener):
             if self._absorb():
                 quiet_since = time.monotonic()
             if self._deaths:
-                self.raise_trouble()
+                self.raise_failure()
             if self._is_drained(mark, time.monotonic() - quiet_since):
                 return
             if self.alarm.is_set():
-                self.raise_trouble()
+                self.raise_failure()
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"the queue was not drained within {timeout} s")

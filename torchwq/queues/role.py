@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import QueueClosed
-from ..handles.reading import Source
+from ..handles.readable import MessageSource
 from ..memory.anonymous import Descriptor
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.connection import Connection
@@ -33,7 +33,7 @@ def _forget() -> None:
     open_roles.clear()
 
 
-class Role(Source):
+class Role(MessageSource):
     """One handle's side of a queue. Safe to use from several threads.
 
     ``closed`` says why the handle cannot be used any more; empty as long as it can.
@@ -77,7 +77,7 @@ class Role(Source):
     def unsent(self) -> int:
         """How many messages wait in this process."""
 
-    def found_nothing(self) -> None:
+    def on_empty(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
         self.settle()
@@ -99,7 +99,7 @@ class Role(Source):
         if self.closed or self.has_message():
             return True
         self.settle()
-        return self.is_troubled()
+        return self.may_raise()
 
     def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.Belonging``."""
@@ -131,7 +131,7 @@ class SocketRole(Role):
     def sleep(self, deadline: float | None) -> Received | None:
         return self.connection.wait(self.take, deadline)
 
-    def is_troubled(self) -> bool:
+    def may_raise(self) -> bool:
         return bool(self.closed) or self.alarm.is_set()
 
     def has_message(self) -> bool:

@@ -89,10 +89,10 @@ class ThreadSide(Role):
     def sleep(self, deadline: float | None) -> Received | None:
         return self.owner.inside.sleep(self.take, deadline, lambda: self.closed or self.owner.closed)
 
-    def is_troubled(self) -> bool:
+    def may_raise(self) -> bool:
         return bool(self.closed) or self.owner.inside.is_over(bool(self.owner.closed))
 
-    def raise_trouble(self) -> None:
+    def raise_failure(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
 

@@ -133,7 +133,7 @@ class WorkerSide(SocketRole):
         self._known.discard(ident)
         self._idle(ident)
 
-    def raise_trouble(self) -> None:
+    def raise_failure(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
 

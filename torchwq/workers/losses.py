@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import WorkerDied
-from ..peers.failures import Concerning, SeenFailures, all_dead
-from ..peers.handles import Handles
+from ..peers.failures import DeathFilter, SeenFailures, every_death
+from ..peers.local_handles import LocalHandles
 from ..peers.table import PeerTable
 from ..transport import reactor
 from . import deaths, info, worker
@@ -34,7 +34,7 @@ def raise_next_death(
     seen: SeenFailures,
     table: PeerTable,
     what: str,
-    concerning: Concerning = all_dead,
+    concerning: DeathFilter = every_death,
     *,
     unless: Callable[[], bool] = lambda: False,
     so: str = "",
@@ -44,20 +44,20 @@ def raise_next_death(
     Args:
         seen: what was told already.
         table: of those who have ``what`` open.
-        concerning: see :meth:`SeenFailures.next_death`.
+        concerning: see :meth:`SeenFailures.next_unseen_death`.
         unless: whether something comes first, such as what the dead one wrote; asked when the death was seen.
         so: what the death means for the one who is told, to begin the error with.
     """
-    found = seen.next_death(table, concerning)
+    found = seen.next_unseen_death(table, concerning)
     if found is not None and not unless():
-        slot, tenancy = found
-        seen.note_told(table, tenancy)
+        slot, peer_id = found
+        seen.mark_seen(table, peer_id)
         death = death_of(table, slot, what)
         death.args = (f"{so}{death}",)
         raise death
 
 
-def others_may_come(handles: Handles[H], table: PeerTable | None, waits: Callable[[int], bool]) -> bool:
+def others_may_come(handles: LocalHandles[H], table: PeerTable | None, waits: Callable[[int], bool]) -> bool:
     """Whether somebody in another place may still do what all handles of this process wait for.
 
     A handle under way may come: one within this process; and one that has left for another process, but in a message
@@ -72,6 +72,6 @@ def others_may_come(handles: Handles[H], table: PeerTable | None, waits: Callabl
         return True
     if table is None:
         return False
-    if any(lives and not waits(slot) for slot, lives in table.others()):
+    if any(lives and not waits(slot) for slot, lives in table.other_slots()):
         return True
-    return table.any_under_way() and bool(worker.living() or info.worker_info() is not None)
+    return table.any_handle_in_flight() and bool(worker.living() or info.worker_info() is not None)

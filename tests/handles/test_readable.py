@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from torchwq.errors import WorkerDied
-from torchwq.handles.reading import Ended, Source
+from torchwq.handles.readable import EndOfMessages, MessageSource
 from torchwq.transport.endpoint import Received
 
-Waits = Callable[[Source, "float | None"], Received]
+Waits = Callable[[MessageSource, "float | None"], Received]
 
 MESSAGE: Received = (b"message", [])
 
 
-class Scripted(Source):
+class Scripted(MessageSource):
     """Says what it is asked, and lets a test make things happen in between."""
 
     def __init__(self) -> None:
@@ -47,16 +47,16 @@ class Scripted(Source):
         os.write(self.writable, b"x")
         return self.readable
 
-    def is_troubled(self) -> bool:
+    def may_raise(self) -> bool:
         self._note("look")
         return self.trouble is not None
 
-    def raise_trouble(self) -> None:
+    def raise_failure(self) -> None:
         self._note("raise")
         if self.trouble is not None:
             raise self.trouble
 
-    def found_nothing(self) -> None:
+    def on_empty(self) -> None:
         self._note("found nothing")
 
     def awaited(self) -> str:
@@ -66,13 +66,13 @@ class Scripted(Source):
         return bool(self.messages)
 
 
-def block(source: Source, timeout: float | None) -> Received:
+def block(source: MessageSource, timeout: float | None) -> Received:
     received = source.wait(False, timeout)
     assert received is not None
     return received
 
 
-def await_(source: Source, timeout: float | None) -> Received:
+def await_(source: MessageSource, timeout: float | None) -> Received:
     return asyncio.run(source.wait_async(timeout))
 
 
@@ -118,8 +118,8 @@ def test_it_looks_once_more_when_the_time_is_over(wait: Waits, source: Scripted)
 
 
 def test_an_end_that_is_no_error_goes_the_way_of_trouble(wait: Waits, source: Scripted) -> None:
-    source.trouble = Ended()
-    with pytest.raises(Ended):
+    source.trouble = EndOfMessages()
+    with pytest.raises(EndOfMessages):
         wait(source, None)
 
 

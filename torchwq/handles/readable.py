@@ -30,16 +30,16 @@ from ..workers import shutdown
 T = TypeVar("T")
 H = TypeVar("H", bound="ReadableHandle[Any]")
 
-#: What a handle's ``_read_at_once`` returns where no message is there, and its ``_item`` where iteration stops.
-NOTHING: Final[Any] = object()
-END: Final = object()
+#: What a handle's ``_read_nowait`` returns where no message is there, and its ``_item`` where iteration stops.
+EMPTY: Final[Any] = object()
+STOP: Final = object()
 
 
-class Ended(Exception):
+class EndOfMessages(Exception):
     """No message will come, and who reads is to be told that in another way than by an error."""
 
 
-class Source(abc.ABC):
+class MessageSource(abc.ABC):
     """Where a handle takes its messages from. Subclasses say in what they differ; this class has the order."""
 
     __slots__ = ()
@@ -53,15 +53,15 @@ class Source(abc.ABC):
         """The next message; None after ``deadline`` (time.monotonic), if there may be trouble, or for no reason."""
 
     @abc.abstractmethod
-    def is_troubled(self) -> bool:
+    def may_raise(self) -> bool:
         """Whether there may be a reason to raise instead of waiting."""
 
     @abc.abstractmethod
-    def raise_trouble(self) -> None:
-        """Raise what there is to tell one who finds no message, or Ended; or return, to let it wait."""
+    def raise_failure(self) -> None:
+        """Raise what there is to tell one who finds no message, or EndOfMessages; or return, to let it wait."""
 
     @abc.abstractmethod
-    def found_nothing(self) -> None:
+    def on_empty(self) -> None:
         """A read that does not wait has found no message: raise what it is to be told."""
 
     @abc.abstractmethod
@@ -79,11 +79,11 @@ class Source(abc.ABC):
     def wait(self, nonblocking: bool, timeout: float | None) -> Received | None:
         """The next message, after ``take`` has found none; None if ``nonblocking``.
 
-        Raises queue.Empty, QueueClosed, WorkerDied, Ended.
+        Raises queue.Empty, QueueClosed, WorkerDied, EndOfMessages.
         """
         try:
             if nonblocking:
-                self.found_nothing()
+                self.on_empty()
                 return None
             return self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
         except (QueueClosed, WorkerDied):
@@ -94,7 +94,7 @@ class Source(abc.ABC):
         """The same, until ``deadline`` (time.monotonic), which is ``timeout`` seconds after the beginning."""
         while True:
             is_over = deadline is not None and time.monotonic() >= deadline
-            received = self._look()
+            received = self._take_or_raise()
             if received is None:
                 if is_over:
                     raise queue.Empty(f"{self.awaited()} came within {timeout} s")
@@ -107,7 +107,7 @@ class Source(abc.ABC):
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
-            received = self._look()
+            received = self._take_or_raise()
             if received is None:
                 if left <= 0:
                     raise TimedOut(f"nothing came within {timeout} s")
@@ -116,13 +116,13 @@ class Source(abc.ABC):
             if received is not None:
                 return received
 
-    def _look(self) -> Received | None:
+    def _take_or_raise(self) -> Received | None:
         """If there may be trouble, take once more; raise the trouble if that finds nothing."""
-        if not self.is_troubled():
+        if not self.may_raise():
             return None
         received = self.take()
         if received is None:
-            self.raise_trouble()
+            self.raise_failure()
         return received
 
 
@@ -135,24 +135,24 @@ class ReadableHandle(abc.ABC, Generic[T]):
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> T: ...
 
     @abc.abstractmethod
-    def _read_at_once(self) -> Any:
-        """What ``read`` returns if a message is there; else NOTHING."""
+    def _read_nowait(self) -> Any:
+        """What ``read`` returns if a message is there; else EMPTY."""
 
     @abc.abstractmethod
-    def _source(self) -> Source:
+    def _source(self) -> MessageSource:
         """What this thread reads from."""
 
     @abc.abstractmethod
-    def _opened(self, received: Received) -> T:
+    def _result_of(self, received: Received) -> T:
         """What ``read`` returns for a message."""
 
     @abc.abstractmethod
-    def _ended(self) -> T:
-        """What ``read`` returns where the source has raised Ended."""
+    def _result_at_end(self) -> T:
+        """What ``read`` returns where the source has raised EndOfMessages."""
 
     @abc.abstractmethod
-    def _item(self, found: T) -> Any:
-        """What iteration gives for what ``read`` has returned; END where it stops."""
+    def _iteration_item(self, found: T) -> Any:
+        """What iteration gives for what ``read`` has returned; STOP where it stops."""
 
     @property
     @abc.abstractmethod
@@ -160,7 +160,7 @@ class ReadableHandle(abc.ABC, Generic[T]):
         """Whether it was made before a fork, in the parent process."""
 
     @abc.abstractmethod
-    def _leave(self, failed: bool) -> None:
+    def _exit_context(self, failed: bool) -> None:
         """A ``with`` block has ended; ``failed``: by an error."""
 
     async def aread(self, *, timeout: float | None = None) -> T:
@@ -179,13 +179,13 @@ class ReadableHandle(abc.ABC, Generic[T]):
             QueueClosed, WorkerDied: as for :meth:`read`; but a channel does not say that nobody is left, for another
                 task may write.
         """
-        found: T = self._read_at_once()
-        if found is not NOTHING:
+        found: T = self._read_nowait()
+        if found is not EMPTY:
             return found
         try:
-            return self._opened(await self._source().wait_async(timeout))
-        except Ended:
-            return self._ended()
+            return self._result_of(await self._source().wait_async(timeout))
+        except EndOfMessages:
+            return self._result_at_end()
 
     def fileno(self) -> int:
         """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.
@@ -208,12 +208,12 @@ class ReadableHandle(abc.ABC, Generic[T]):
         """
         while True:
             try:
-                item = self._item(self.read())
+                item = self._iteration_item(self.read())
             except QueueClosed:
                 if self._was_forked:
                     raise
                 return
-            if item is END:
+            if item is STOP:
                 return
             yield item
 
@@ -221,12 +221,12 @@ class ReadableHandle(abc.ABC, Generic[T]):
         """The same with :meth:`aread`."""
         while True:
             try:
-                item = self._item(await self.aread())
+                item = self._iteration_item(await self.aread())
             except QueueClosed:
                 if self._was_forked:
                     raise
                 return
-            if item is END:
+            if item is STOP:
                 return
             yield item
 
@@ -237,4 +237,4 @@ class ReadableHandle(abc.ABC, Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # One that ends because what it read from was closed has not failed.
-        self._leave(error is not None and not isinstance(error, (QueueClosed, GeneratorExit)))
+        self._exit_context(error is not None and not isinstance(error, (QueueClosed, GeneratorExit)))

@@ -11,8 +11,8 @@ from typing import Final
 
 from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
-from ..peers.failures import SeenFailures, tenancies_of_the_dead
-from ..peers.handles import Handles
+from ..peers.failures import SeenFailures, dead_peer_ids
+from ..peers.local_handles import LocalHandles
 from ..peers.monitor import PeerMonitor
 from ..peers.table import PeerTable
 from ..transport import cleanup
@@ -20,15 +20,15 @@ from ..transport.descriptors import close_fds, close_with
 from ..transport.fork import closed_in_child, reset_in_child
 from ..workers import shutdown
 from ..workers.presence import Presence
-from .barrier import Barrier, new_events
-from .lock import Lock
-from .words import FAILURES, LEFT, WAITING
+from .barrier import Barrier, new_generation_events
+from .layout import HANDLES_CLOSED, NUM_WAITING, THREAD_FAILURES
+from .robust_lock import RobustLock
 
 _FORKED: Final = "this mutex was made before a fork and belongs to the parent process: pass it to workers of torchwq"
 
 #: What is open in this process. A part outlives its handles, until it is given up in the background.
-_open: set[Core] = set()
-_by_name: weakref.WeakValueDictionary[bytes, Core] = weakref.WeakValueDictionary()
+_open: set[MutexState] = set()
+_by_name: weakref.WeakValueDictionary[bytes, MutexState] = weakref.WeakValueDictionary()
 _guard = threading.RLock()
 
 
@@ -39,51 +39,51 @@ def _forget() -> None:
     _open.clear()
 
 
-class Core:
+class MutexState:
     """Takes over ``fds``: those of ``handle_descriptors``, or none to make a new mutex."""
 
     def __init__(self, name: bytes, fds: Sequence[int] = ()) -> None:
         self.name = name
         try:
-            self.table = PeerTable(fds[:2], states=(WAITING,))
+            self.table = PeerTable(fds[:2], reset_words=(NUM_WAITING,))
         except BaseException:
             close_fds(fds[2:])
             raise
         try:
-            self._events = list(fds[2:]) if fds else new_events()
+            self._events = list(fds[2:]) if fds else new_generation_events()
         except BaseException:
             self.table.leave()
             raise
         self._closing = close_with(self, *self._events)
         self._words = self.table.words
-        self.slot = self.table.index(self.table.slot)
-        self._lock = Lock(self.table)
+        self.slot = self.table.slot_offset(self.table.slot)
+        self._lock = RobustLock(self.table)
         self._barrier = Barrier(self, self._events)
-        self.monitor = PeerMonitor(self.table, _weakly_later(self))
+        self.monitor = PeerMonitor(self.table, _check_barrier_later(self))
         self._thread = threading.local()
-        self.handles: Handles[object] = Handles()
-        self.forked = self.left = False
+        self.handles: LocalHandles[object] = LocalHandles()
+        self.forked = self.closed = False
         if fds:
-            self.table.count_redeemed()
+            self.table.count_handle_received()
         closed_in_child(self)
         _open.add(self)
         _by_name[name] = self
 
-    def check(self) -> None:
+    def check_usable(self) -> None:
         if self.forked:
             raise MutexError(_FORKED)
-        if self.left:
+        if self.closed:
             shutdown.hold_daemon()
             raise MutexError("this process is ending, and has given up its mutexes")
 
     def acquire(self, deadline: float | None) -> bool:
-        self.check()
+        self.check_usable()
         if not hasattr(self._thread, "presence"):
             self._thread.presence = Presence(self, threading.get_ident())
         return self._lock.acquire(deadline)
 
     def release(self) -> None:
-        self.check()
+        self.check_usable()
         self._lock.release()
 
     @property
@@ -95,47 +95,47 @@ class Core:
         return self._lock.is_locked
 
     def thread_ended(self, ident: int) -> None:
-        if not self.left and not self.forked:
+        if not self.closed and not self.forked:
             self._lock.thread_ended(ident)
 
     def wait_at_barrier(self, n: int, timeout: float | None, seen: SeenFailures) -> int:
-        self.check()
+        self.check_usable()
         return self._barrier.wait(n, timeout, seen)
 
-    def seen_by_new_handle(self) -> SeenFailures:
+    def failures_seen_by_new_handle(self) -> SeenFailures:
         """What a handle that is sent now need not be told of: all that there is to tell now."""
-        self.check()
-        return SeenFailures(tenancies_of_the_dead(self.table), int(self._words[FAILURES]))
+        self.check_usable()
+        return SeenFailures(dead_peer_ids(self.table), int(self._words[THREAD_FAILURES]))
 
     # Coming and going
 
     def handle_descriptors(self) -> list[anonymous.Descriptor]:
-        self.check()
-        return anonymous.duplicates([*self.table.handover(), *self._events], self.table.count_issued)
+        self.check_usable()
+        return anonymous.duplicates([*self.table.handover(), *self._events], self.table.count_handles_sent)
 
     def count_pending(self, number: int) -> None:
         """See ``HandleRef``."""
         with _guard:
             self.handles.count_pending(number)
         if number < 0:
-            leave_later(self)
+            close_when_unused(self)
 
-    def thread_ended_with_handle(self, failed: bool) -> None:
-        if not self.left and not self.forked:
+    def worker_thread_ended(self, failed: bool) -> None:
+        if not self.closed and not self.forked:
             with self.table.locked():
-                self._words[LEFT] += 1
-                self._words[FAILURES] += int(failed)
-            self.table.ring()
+                self._words[HANDLES_CLOSED] += 1
+                self._words[THREAD_FAILURES] += int(failed)
+            self.table.notify_all()
 
-    def leave(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False) -> None:
         """Give up this process's part, and with it the lock. ``failed``: see ``PeerTable.leave``."""
         if self.forked:
             return
         with self.table.locked():
-            if self.left:
+            if self.closed:
                 return
-            self.left = True
-            self._words[LEFT] += 1
+            self.closed = True
+            self._words[HANDLES_CLOSED] += 1
         self.monitor.close()
         self._closing()
         self.table.leave(failed=failed)
@@ -146,41 +146,41 @@ class Core:
         self._closing()
 
 
-def _weakly_later(core: Core) -> Callable[[], None]:
+def _check_barrier_later(state: MutexState) -> Callable[[], None]:
     """What has the barrier looked at in the background, if its part is still there, and stays so meanwhile."""
-    find = weakref.ref(core)
+    find = weakref.ref(state)
 
     def call() -> None:
         found = find()
         if found is not None:
-            found._barrier.look()
+            found._barrier.check()
 
     return lambda: cleanup.later(call)
 
 
 @contextlib.contextmanager
-def found(name: bytes) -> Iterator[Core | None]:
+def find_state(name: bytes) -> Iterator[MutexState | None]:
     """The part that this process has already, if it has one; it does not leave meanwhile."""
     with _guard:
-        core = _by_name.get(name)
-        yield None if core is None or core.left else core
+        state = _by_name.get(name)
+        yield None if state is None or state.closed else state
 
 
-def leave_later(core: Core) -> None:
+def close_when_unused(state: MutexState) -> None:
     """Give up this process's part if no handle is left then."""
-    if not core.left and not core.forked:
-        cleanup.later(functools.partial(_leave_if_unused, core))
+    if not state.closed and not state.forked:
+        cleanup.later(functools.partial(_close_if_unused, state))
 
 
-def _leave_if_unused(core: Core) -> None:
+def _close_if_unused(state: MutexState) -> None:
     with _guard:
-        if not core.handles.any_but(()):
-            core.leave(shutdown.failed)
+        if not state.handles.any_other_than(()):
+            state.close(shutdown.failed)
 
 
-def _leave_all() -> None:
-    for core in list(_open):
-        core.leave(shutdown.failed)
+def _close_all() -> None:
+    for state in list(_open):
+        state.close(shutdown.failed)
 
 
-shutdown.at_close(_leave_all)
+shutdown.at_close(_close_all)

@@ -3,7 +3,7 @@
 It is a record lock of the kernel, on the table. A word beside it says who holds it; whoever gets the lock and finds
 somebody there knows that he died with it.
 
-Invariant: among the threads of a process ``_inside`` comes first, because a record lock is the process's.
+Invariant: among the threads of a process ``_thread_lock`` comes first, because a record lock is the process's.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .. import warning
 from ..errors import MutexError, WorkerDied
 from ..peers.table import PeerTable
 from ..workers import worker
-from .words import HOLDER
+from .layout import HOLDER
 
 #: How long one that must not block sleeps between two tries, in seconds: at first, and at most.
 _FIRST_SLEEP: Final = 0.0001
-_LONGEST_SLEEP: Final = 0.005
+_MAX_SLEEP: Final = 0.005
 
 
-class Lock:
+class RobustLock:
     """One process's part of it."""
 
     def __init__(self, table: PeerTable) -> None:
         self._table = table
         self._words = table.words
-        self._inside = threading.Lock()
+        self._thread_lock = threading.Lock()
         self._holder = 0
         #: See ``Mutex.abandoned``.
         self.abandoned: WorkerDied | None = None
@@ -44,20 +44,20 @@ class Lock:
         me = threading.get_ident()
         if self._holder == me:
             raise MutexError("this thread holds the mutex already: it would wait for itself")
-        if not self._inside.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+        if not self._thread_lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
             return False
         try:
-            if not self._acquire_between_processes(deadline):
-                self._inside.release()
+            if not self._acquire_record_lock(deadline):
+                self._thread_lock.release()
                 return False
         except BaseException:
-            self._inside.release()
+            self._thread_lock.release()
             raise
         before = int(self._words[HOLDER])
         try:
             self._words[HOLDER] = os.getpid()
             self._holder = me
-            self.abandoned = None if not before else self._successor_of(before)
+            self.abandoned = None if not before else self._report_dead_holder(before)
         except BaseException as error:
             # A warning that is an error has told; after Ctrl-C the next one is told.
             self._words[HOLDER] = 0 if isinstance(error, Warning) else before
@@ -65,19 +65,19 @@ class Lock:
             raise
         return True
 
-    def _acquire_between_processes(self, deadline: float | None) -> bool:
+    def _acquire_record_lock(self, deadline: float | None) -> bool:
         if deadline is None:
-            return self._table.lock_extra(wait=True)
+            return self._table.acquire_user_lock(wait=True)
         sleep = _FIRST_SLEEP
-        while not self._table.lock_extra(wait=False):
+        while not self._table.acquire_user_lock(wait=False):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             time.sleep(min(sleep, left))
-            sleep = min(2 * sleep, _LONGEST_SLEEP)
+            sleep = min(2 * sleep, _MAX_SLEEP)
         return True
 
-    def _successor_of(self, pid: int) -> WorkerDied:
+    def _report_dead_holder(self, pid: int) -> WorkerDied:
         text = "the last holder of this mutex"
         process = worker.find(pid)
         if pid == os.getpid():
@@ -105,8 +105,8 @@ class Lock:
     def _let_go(self) -> None:
         self._holder = 0
         self.abandoned = None
-        self._table.unlock_extra()
-        self._inside.release()
+        self._table.release_user_lock()
+        self._thread_lock.release()
 
     def thread_ended(self, ident: int) -> None:
         """If it has the lock, the next one gets it, and is told: HOLDER stays."""

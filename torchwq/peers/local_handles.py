@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 H = TypeVar("H")
 
 
-class Handles(Generic[H]):
+class LocalHandles(Generic[H]):
     """Safe to use from several threads."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Handles(Generic[H]):
         #: How many are on their way to threads of this process.
         self.pending = 0
         #: Whether any ever was.
-        self.any_ever = False
+        self.ever_pending = False
 
     def add(self, handle: H) -> None:
         with self._lock:
@@ -41,9 +41,9 @@ class Handles(Generic[H]):
     def count_pending(self, number: int) -> None:
         """So many more are pending; they have come, or were dropped, if negative."""
         with self._lock:
-            self.any_ever = self.any_ever or number > 0
+            self.ever_pending = self.ever_pending or number > 0
             self.pending += number
 
-    def any_but(self, handles: Container[H]) -> bool:
+    def any_other_than(self, handles: Container[H]) -> bool:
         """Whether there is another one than these, or a pending one."""
         return self.pending > 0 or any(each not in handles for each in self.all())

@@ -28,7 +28,7 @@ from ..errors import ResourceError
 from ..transport import descriptors, namespace
 
 #: Whether the system has locks of open file descriptions.
-OWN_FILE: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
+HAS_OFD_LOCKS: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
 _FLOCK: Final = struct.Struct("@hhqqi4x")
 _OPEN_FILES: Final = "/proc/self/fd"
 
@@ -47,7 +47,7 @@ class RecordLocks:
     def acquire(self, byte: int, *, wait: bool = False) -> bool:
         """Take the lock on a byte. Returns whether nobody else had it, which is sure after a ``wait``."""
         try:
-            if OWN_FILE:
+            if HAS_OFD_LOCKS:
                 command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
                 fcntl.fcntl(self._fd, command, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
             else:
@@ -60,14 +60,14 @@ class RecordLocks:
 
     def release(self, byte: int) -> None:
         """Give the lock on a byte back."""
-        if OWN_FILE:
+        if HAS_OFD_LOCKS:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
         else:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, byte)
 
     def is_held(self, byte: int) -> bool:
         """Whether another open file description, and so another process, has the lock on a byte."""
-        if OWN_FILE:
+        if HAS_OFD_LOCKS:
             asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             return bool(_FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
         with self._trying:
@@ -80,7 +80,7 @@ class RecordLocks:
 def lockable_memory(nbytes: int) -> int:
     """New memory that its receivers can open once more: where there is no /proc, by a name in the tree's folder, as
     long as that is there. Raises ResourceError."""
-    if not OWN_FILE or os.path.exists(_OPEN_FILES):
+    if not HAS_OFD_LOCKS or os.path.exists(_OPEN_FILES):
         return descriptors.memory("torchwq", nbytes)
     try:
         fd, path = tempfile.mkstemp(prefix="peers-", dir=namespace.current().path)
@@ -96,9 +96,9 @@ def _path_of(fd: int) -> str:
     return f"{namespace.current().path}/r-{os.fstat(fd).st_ino}"
 
 
-def opened_again(fd: int) -> int:
+def reopen(fd: int) -> int:
     """An open file description of this process's own of such memory. Raises ResourceError."""
-    if not OWN_FILE:
+    if not HAS_OFD_LOCKS:
         return descriptors.dup(fd)
     for path in (f"{_OPEN_FILES}/{fd}", _path_of(fd)):
         try:

@@ -8,18 +8,18 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.marshalling.support import descriptors
-from torchwq.peers import locks
-from torchwq.peers.locks import RecordLocks, lockable_memory, opened_again
-from torchwq.peers.words import SharedWords
+from torchwq.peers import record_locks
+from torchwq.peers.record_locks import RecordLocks, lockable_memory, reopen
+from torchwq.peers.shared_words import SharedWords
 
 
 def test_a_second_mapping_has_the_same_words_in_the_same_slots() -> None:
     mine = SharedWords(4, 10, 3)
     other = SharedWords(4, 10, 3, os.dup(mine.fd))
-    mine.words[mine.first_of(2) + 1] = 17
+    mine.words[mine.slot_offset(2) + 1] = 17
     assert list(other.column(1)) == [0, 0, 17, 0, 0, 0, 0, 0, 0, 0]
     assert list(other.column(1, 3)) == [0, 0, 17]
-    assert mine.first_of(0) == 4
+    assert mine.slot_offset(0) == 4
 
 
 def test_a_view_of_some_words_outlives_their_closing() -> None:
@@ -45,7 +45,9 @@ def test_words_that_cannot_be_mapped_leave_no_descriptor() -> None:
 @pytest.fixture(params=["of the open file", "of the process"])
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Memory for locks of either kind."""
-    monkeypatch.setattr(locks, "OWN_FILE", locks.OWN_FILE and request.param == "of the open file")
+    monkeypatch.setattr(
+        record_locks, "HAS_OFD_LOCKS", record_locks.HAS_OFD_LOCKS and request.param == "of the open file"
+    )
     return lockable_memory(100)
 
 
@@ -55,11 +57,11 @@ def test_a_lock_ends_with_the_process_that_holds_it(memory: int) -> None:
     pid = os.fork()
     if pid == 0:
         os.close(tell)
-        theirs = RecordLocks(opened_again(memory))
+        theirs = RecordLocks(reopen(memory))
         os.write(tells, b"1" if theirs.acquire(7) else b"0")
         os.read(told, 1)
         os._exit(0)
-    mine_fd = opened_again(memory)
+    mine_fd = reopen(memory)
     mine = RecordLocks(mine_fd)
     try:
         assert os.read(heard, 1) == b"1"

@@ -44,7 +44,7 @@ class SharedWords:
             self._closing()
             raise
 
-    def first_of(self, slot: int) -> int:
+    def slot_offset(self, slot: int) -> int:
         """Index of a slot's first word."""
         return self.head + slot * self.width
 
