@@ -73,7 +73,7 @@ LONGEST = [
     "marshalling/test_definitions.py",
     "transport/test_exhaustion.py",
     "workers/test_server.py",
-    "workers/test_descent.py",
+    "workers/test_multiprocessing_state.py",
     "mapping/test_map_ends.py",
     "mapping/test_errors_nobody_asks_for.py",
     "mapping/test_map_clean_environment.py",

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 _ENTRY: Final = "torchwq.background:run_worker"
 #: How long, in seconds, a producer may go on with the item it is at after its consumer has left.
-_GRACE: Final = 5.0
+_GRACE_PERIOD: Final = 5.0
 
 # What the producer writes: a kind and a value.
 _ITEM, _END, _ERROR, _NO_ITERATOR, _DIED = range(5)
@@ -108,7 +108,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 raise TypeError(f"a function, a Dataset or an iterable is needed, not {type(f).__name__}")
             if args:
                 raise TypeError("arguments are for a function; a Dataset or an iterable takes none")
-            self._length = _length(f)
+            self._length = _length_or_none(f)
         self._queue = workqueue()
         self._queue._tell_no_failures()  # the future does
         try:
@@ -135,7 +135,7 @@ class BackgroundTask(unretrieved.Future[T]):
         except BaseException:
             self._queue.close()
             raise
-        self._worker.holds = held
+        self._worker.keep_alive = held
         self._worker.send(payload)
         self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
         _unfinished.add(completion)
@@ -146,7 +146,7 @@ class BackgroundTask(unretrieved.Future[T]):
             self._queue.close()
             self._worker.kill(signal.SIGKILL)
             raise
-        weakref.finalize(self, _end_later, self._worker).atexit = False
+        weakref.finalize(self, _kill_later, self._worker).atexit = False
 
     def __iter__(self) -> Generator[Any, None, None]:
         """Yield what is left of the items. The producer is stopped when the loop is left early."""
@@ -193,7 +193,7 @@ class BackgroundTask(unretrieved.Future[T]):
         self._exhausted = True
         if kind == _DIED:
             try:
-                raise self._what_ended_it() or value
+                raise self._end_error() or value
             finally:
                 del value  # or the error would keep this frame, and that the error
         self.close()
@@ -202,10 +202,10 @@ class BackgroundTask(unretrieved.Future[T]):
             raise exceptions.unpack(value)
         raise StopIteration
 
-    def _what_ended_it(self) -> BaseException | None:
+    def _end_error(self) -> BaseException | None:
         """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
         try:
-            return self.exception(timeout=_GRACE)
+            return self.exception(timeout=_GRACE_PERIOD)
         except TimeoutError:
             return None
 
@@ -231,7 +231,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 self.ignore_error()  # of an item that its consumer did not want
             completion = self._completion()
             if completion is not None:
-                reactor.get().call_later(_GRACE, completion.end_producer)
+                reactor.get().call_later(_GRACE_PERIOD, completion.end_producer)
 
     def __repr__(self) -> str:
         state = {"RUNNING": "running", "FINISHED": "finished"}.get(self._state, self._state.lower())
@@ -239,13 +239,13 @@ class BackgroundTask(unretrieved.Future[T]):
         return f"<torchwq.BackgroundTask {self._name}, {state}{failed}>"
 
 
-def _end_later(process: worker.Worker) -> None:
+def _kill_later(process: worker.Worker) -> None:
     """A task is garbage: of an iterator, whose worker may still be at an item."""
     if not process.ended_event.is_set():
-        cleanup.later(lambda: reactor.get().call_later(_GRACE, lambda: process.kill(signal.SIGKILL)))
+        cleanup.later(lambda: reactor.get().call_later(_GRACE_PERIOD, lambda: process.kill(signal.SIGKILL)))
 
 
-def _length(source: Any) -> int | None:
+def _length_or_none(source: Any) -> int | None:
     try:
         return len(source)
     except TypeError:
@@ -285,7 +285,7 @@ class _Completion(threading.Thread):
             return
         value, error = outcome
         if error is not None and not (self.is_iterator and task._queue.closed and isinstance(error, WorkerDied)):
-            if not unretrieved.is_reported(self._process, error):
+            if not unretrieved.should_report(self._process, error):
                 task.ignore_error()
             task.set_exception(error, f"torchwq.BackgroundTask({self._name_of_task})", self._process)
         else:
@@ -303,7 +303,7 @@ class _Completion(threading.Thread):
                 _unfinished.discard(self)
             else:
                 outcome = (value, error)
-        return outcome or (None, self._process.died(f"the task {self._name_of_task}"))
+        return outcome or (None, self._process.death_error(f"the task {self._name_of_task}"))
 
 
 #: Plain tasks that exit waits for. Everything in it may yet turn out to be an iterator.
@@ -353,8 +353,8 @@ def run_worker(context: child.Context) -> int:
     except BaseException as error:
         failed = True
         packed = exceptions.pack_for(context.peer, error)
-        _tell(items, packed)
-        context.note_failure(packed)
+        _write_error(items, packed)
+        context.report_failure(packed)
         payload = exceptions.encode(packed, limit, context.peer)
     context.send(payload)
     return int(failed)
@@ -389,7 +389,7 @@ def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
     return None
 
 
-def _tell(items: WorkQueue | None, packed: exceptions.PackedException | BaseException) -> None:
+def _write_error(items: WorkQueue | None, packed: exceptions.PackedException | BaseException) -> None:
     """Let the consumer meet the error after the items before it."""
     if items is not None:
         if isinstance(packed, BaseException):  # of a thread

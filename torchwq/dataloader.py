@@ -99,7 +99,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
-        num_workers, most_workers = _numbers_of_workers(num_workers, iterable)
+        num_workers, max_workers = _numbers_of_workers(num_workers, iterable)
         _check(on_worker_death, max_restarts, backend, multiprocessing_context)
         _check_prefetching(prefetch_across_epochs, num_workers > 0 and persistent_workers and not iterable, in_order)
         super().__init__(
@@ -127,11 +127,12 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.prefetch_across_epochs = prefetch_across_epochs
         self.backend = backend
         self.snapshot_every_n_steps = snapshot_every_n_steps
-        self._most_workers = most_workers
+        self._max_workers = max_workers
         self._snapshots = False
-        self._loaded: state.State | None = None
+        self._loaded_state: state.State | None = None
         self._stats = StatsCollector(self.num_workers)
-        self._last: Any = None  # the last iterator: with workers, weakly; else as it is, for it costs nothing to keep
+        #: With workers, a weak reference to it: a reference would keep them alive.
+        self._last_iterator: Any = None
 
     def __reduce__(self) -> Any:
         """A copy has the arguments, not the workers.
@@ -144,7 +145,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             return copyreg.__newobj__, (type(self),), found  # type: ignore[attr-defined]
         kept = dict(found)
         if "_stats" in kept:
-            kept.update(_stats=StatsCollector(self.num_workers), _last=None, _iterator=None)
+            kept.update(_stats=StatsCollector(self.num_workers), _last_iterator=None, _iterator=None)
         return copyreg.__newobj__, (type(self),), kept  # type: ignore[attr-defined]
 
     def _get_iterator(self) -> Any:
@@ -155,22 +156,22 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
                     RuntimeWarning,
                 )
             return super()._get_iterator()
-        loaded, self._loaded = self._loaded, None
+        loaded, self._loaded_state = self._loaded_state, None
         if self.num_workers == 0:
-            self._last = InProcessIterator(self, loaded)
-            return self._last
-        if self._most_workers:
+            self._last_iterator = InProcessIterator(self, loaded)
+            return self._last_iterator
+        if self._max_workers:
             self.num_workers = max(self.num_workers, self._stats.workers)
         else:
             self.check_worker_number_rationality()
         self._stats.workers, self._stats.state = self.num_workers, None
         iterator = Iterator(self, self._stats, loaded)
         # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.
-        self._last = weakref.ref(iterator)
+        self._last_iterator = weakref.ref(iterator)
         return iterator
 
     def __iter__(self) -> Any:
-        if self._loaded is not None and self._iterator is not None:
+        if self._loaded_state is not None and self._iterator is not None:
             iterator: Any = self._iterator
             iterator._shutdown_workers()  # a state has been loaded: begin with new workers
             self._iterator = None
@@ -195,9 +196,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
         self._snapshots = True
-        if self._loaded is not None:
-            return self._loaded.to_dict()
-        iterator = self._last() if isinstance(self._last, weakref.ref) else self._last
+        if self._loaded_state is not None:
+            return self._loaded_state.to_dict()
+        iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
         captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
             captured = state.State.fresh(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
@@ -224,9 +225,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """
         loaded = state.State.from_dict(state_dict)
-        if self._most_workers and loaded.num_workers:
+        if self._max_workers and loaded.num_workers:
             self.num_workers = loaded.num_workers
-        self._loaded = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)
+        self._loaded_state = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)
         self._snapshots = True
 
     def stats(self) -> LoaderStatistics:
@@ -256,8 +257,8 @@ def _numbers_of_workers(num_workers: int | str, iterable: bool) -> tuple[int, in
     return (cores(), 0) if iterable else (1, autoscaling.most(cores()))
 
 
-def _check_prefetching(prefetch_across_epochs: bool, stays: bool, in_order: bool) -> None:
-    if prefetch_across_epochs and not stays:
+def _check_prefetching(prefetch_across_epochs: bool, persistent: bool, in_order: bool) -> None:
+    if prefetch_across_epochs and not persistent:
         raise ValueError(
             "prefetch_across_epochs needs workers that stay (num_workers > 0, persistent_workers=True) and a "
             "map-style dataset"

@@ -31,29 +31,29 @@ class _Outcomes:
     Invariants:
 
     * A worker's answer becomes its value or its error once, under the lock, in a thread where users' code may run.
-    * An error is in ``told``, and not here any more, before it is raised or printed. So it is never printed after it
-      was raised, and this object, which the finalizer keeps, does not keep the map by a raised error's traceback. The
-      owner of a queue may raise it as a cause: that is noted with the worker (``error_was_told``).
+    * An error leaves ``errors`` for ``retrieved`` before it is raised or printed. So it is never printed after it was
+      raised, and this object, which the finalizer keeps, does not keep the map by a raised error's traceback. The owner
+      of a queue may raise the error as a cause; the worker notes that (``error_was_retrieved``).
     """
 
     def __init__(self, n: int, name: str) -> None:
         self.n = n
         self.changed = threading.Condition()
-        self._settling = threading.RLock()  # unpickling may collect garbage that settles something
+        self._resolving = threading.RLock()  # unpickling may collect garbage that resolves another
         self.ended = 0
         self.workers: list[worker.Worker] = []
         self.values: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
-        self.told: set[int] = set()
+        self.retrieved: set[int] = set()
         self._name = name
         self._answers: dict[int, tuple[Any, list[int]]] = {}
         self._is_dropped = False
-        _known.add(self)
+        _pending.add(self)
 
     def start(self, payloads: list[Any], backend: Backend, held: list[Any]) -> None:
         self.workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
         for process, payload in zip(self.workers, payloads, strict=True):
-            process.holds = held
+            process.keep_alive = held
             process.send(payload)
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
@@ -68,7 +68,7 @@ class _Outcomes:
             is_over = self._is_dropped and self.ended == self.n
         if is_over:
             # After what else has come with the end: somebody who tells of an error says so.
-            reactor.get().call_later(0, lambda: cleanup.later(self._be_forgotten))
+            reactor.get().call_later(0, lambda: cleanup.later(self._finish))
 
     def drop(self) -> None:
         """Nobody can ask any more."""
@@ -76,34 +76,35 @@ class _Outcomes:
             self._is_dropped = True
             is_over = self.ended == self.n
         if is_over:
-            self._be_forgotten()
+            self._finish()
 
-    def _be_forgotten(self) -> None:
+    def _finish(self) -> None:
         """It is dropped, and all workers have ended."""
-        if any(self._has_to_tell(process) for process in self.workers):
+        if any(self._is_unretrieved(process) for process in self.workers):
             self.print_errors()
         else:
-            self._let_go()
+            self._discard()
 
-    def _has_to_tell(self, process: worker.Worker) -> bool:
+    def _is_unretrieved(self, process: worker.Worker) -> bool:
         mapid = process.info.mapid
-        failed = process.exitcode != 0 or (mapid not in self._answers and mapid not in self.values)
-        return failed and process.ended_event.is_set() and not process.error_was_told and mapid not in self.told
+        if mapid in self.retrieved or process.error_was_retrieved or not process.ended_event.is_set():
+            return False
+        return process.exitcode != 0 or (mapid not in self._answers and mapid not in self.values)
 
-    def _let_go(self) -> None:
-        _known.discard(self)
+    def _discard(self) -> None:
+        _pending.discard(self)
         answers, self._answers = self._answers, {}
         for unread in answers.values():
             exceptions.discard_answer(*unread)
 
-    def settle(self, process: worker.Worker) -> None:
+    def resolve(self, process: worker.Worker) -> None:
         """Turn what a worker that has ended sent last into its value or its error, once."""
         mapid = process.info.mapid
-        with self._settling:
-            if mapid in self.values or mapid in self.errors or mapid in self.told:
+        with self._resolving:
+            if mapid in self.values or mapid in self.errors or mapid in self.retrieved:
                 return
             answer = self._answers.pop(mapid, None)
-            value, error = (None, process.died()) if answer is None else exceptions.open_answer(*answer)
+            value, error = (None, process.death_error()) if answer is None else exceptions.open_answer(*answer)
             if error is None:
                 self.values[mapid] = value
                 return
@@ -111,49 +112,49 @@ class _Outcomes:
                 exceptions.add_note(error, f"raised here while reading what worker {mapid} returned")
             self.errors[mapid] = error
 
-    def hand_over(self, mapids: Iterable[int], errors: dict[int, BaseException]) -> None:
+    def move_errors(self, mapids: Iterable[int], errors: dict[int, BaseException]) -> None:
         """Put the errors of these workers into ``errors``, for one who raises them."""
-        with self._settling:
+        with self._resolving:
             for mapid in mapids:
                 if mapid in self.errors:
                     errors[mapid] = self.errors[mapid]
-                    self.told.add(mapid)
+                    self.retrieved.add(mapid)
                     del self.errors[mapid]
 
     def print_errors(self, at_exit: bool = False) -> None:
         """Print what nobody has asked for, and can ask for any more."""
-        for process in filter(self._has_to_tell, self.workers):
-            if process.error_will_be_told and not at_exit:
+        for process in filter(self._is_unretrieved, self.workers):
+            if process.error_will_be_retrieved and not at_exit:
                 return  # to one who reads from a queue; if not, then at exit
-            self.settle(process)
+            self.resolve(process)
             handed: dict[int, BaseException] = {}
-            self.hand_over([process.info.mapid], handed)
+            self.move_errors([process.info.mapid], handed)
             for mapid, error in handed.items():
-                if unretrieved.is_reported(process, error):
-                    unretrieved.tell(f"worker {mapid} of torchwq.map({self.n}, {self._name})", error)
-        self._let_go()
+                if unretrieved.should_report(process, error):
+                    unretrieved.log_error(f"worker {mapid} of torchwq.map({self.n}, {self._name})", error)
+        self._discard()
 
 
 def _error_of(find: Callable[[], _Outcomes | None], mapid: int) -> BaseException | None:
     outcomes = find()
     if outcomes is None:
         return None
-    outcomes.settle(outcomes.workers[mapid])
+    outcomes.resolve(outcomes.workers[mapid])
     return outcomes.errors.get(mapid)
 
 
 #: Those whose errors may still have to be printed.
-_known: set[_Outcomes] = set()
+_pending: set[_Outcomes] = set()
 
 
 @reset_in_child
 def _forget() -> None:
-    _known.clear()  # they are the parent's
+    _pending.clear()  # they are the parent's
 
 
 def _print_all() -> None:
     """At exit."""
-    for outcomes in list(_known):
+    for outcomes in list(_pending):
         outcomes.print_errors(at_exit=True)
 
 
@@ -202,11 +203,11 @@ class Map:
                 running = outcomes.n - outcomes.ended
                 raise TimeoutError(f"{running} of {outcomes.n} workers have not ended within {timeout} s")
         for process in outcomes.workers:
-            outcomes.settle(process)
-        outcomes.hand_over(range(outcomes.n), self._errors)
+            outcomes.resolve(process)
+        outcomes.move_errors(range(outcomes.n), self._errors)
         failed = [mapid for mapid in sorted(self._errors) if mapid not in self._consumed]
         if failed:
-            shutdown.hold_daemon()
+            shutdown.block_daemon_at_exit()
             error = self._errors[failed[0]]
             for other in failed[1:]:
                 if self._errors[other] is error:
@@ -216,8 +217,8 @@ class Map:
         asked = [mapid for mapid in range(outcomes.n) if mapid not in self._consumed]
         for mapid in asked:
             if mapid not in outcomes.values:  # its error was printed: the program ends
-                shutdown.hold_daemon()
-                raise outcomes.workers[mapid].died()
+                shutdown.block_daemon_at_exit()
+                raise outcomes.workers[mapid].death_error()
         return [outcomes.values[mapid] for mapid in asked]
 
     def check_errors(self) -> None:
@@ -234,8 +235,8 @@ class Map:
         for process in outcomes.workers:
             mapid = process.info.mapid
             if process.ended_event.is_set() and mapid not in self._consumed:
-                outcomes.settle(process)
-                outcomes.hand_over([mapid], self._errors)
+                outcomes.resolve(process)
+                outcomes.move_errors([mapid], self._errors)
                 if mapid in self._errors:
                     self._consumed.add(mapid)
                     raise self._errors[mapid]
@@ -357,7 +358,7 @@ def run_worker(context: child.Context) -> int:
     except BaseException as error:
         failed = True
         packed = exceptions.pack_for(context.peer, error)
-        context.note_failure(packed)
+        context.report_failure(packed)
         payload = exceptions.encode(packed, context.max_payload, context.peer)
     context.send(payload)
     return int(failed)

@@ -10,13 +10,13 @@ threads that asking the pool's thread would take cost many times what a small ta
 
 Invariants:
 
-* A task that a worker takes by itself is in its hand before it tells the result of the one before, and stays there
-  until the pool's thread has its result, or has learnt that the worker has ended. A hand is in the order in which the
-  worker does its tasks: the result that comes is that of the first. A worker is idle if its hand is empty then.
-* ``asks`` is set, under the lock, unless all workers that there may be are there and have tasks: then each of them
-  looks at ``waiting``, or is heard of, before the pool's thread needs to know of a new task.
-* A worker that is a thread may be interrupted (``ThreadWorker.force``), but not while it takes a task. What it has in
-  hand fails then, as with any worker that ends.
+* A task that a worker takes by itself is assigned to it before it sends the result of the one before, and stays so
+  until the pool's thread has its result, or has learnt that the worker has ended. The assigned tasks are in the
+  order in which the worker does them: the result that comes is that of the first. A worker that has none is idle.
+* ``wants_wakeup`` is set, under the lock, unless all ``n`` workers run and have tasks: then each of them looks at
+  ``waiting``, or sends a result, before the pool's thread needs to know of a new task.
+* A worker that is a thread may be interrupted (``ThreadWorker.terminate``), but not while it takes a task. The tasks
+  assigned to it fail then, as with any worker that ends.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Task:
     #: Whether its future is running already: a worker that was dead could not take it.
     started: bool = False
     #: Whether its error is printed if nobody asks for it.
-    is_reported: bool = True
+    should_report: bool = True
 
     def start(self) -> bool:
         """Whether it is to be done now, and cannot be cancelled any more."""
@@ -62,11 +62,11 @@ class _Task:
         return self.started
 
 
-class _Pool(threading.Thread):
+class _PoolThread(threading.Thread):
     """The pool itself. ``events`` brings it (kind, worker, message).
 
-    What is under ``lock``, others touch too; a worker that is a thread adds to its own hand. Everything else is only
-    this thread's.
+    What is under ``lock``, others touch too; a worker that is a thread adds to its own assigned tasks. Only this thread
+    touches the rest.
     """
 
     def __init__(self, n: int, setup: codec.Encoded, backend: Backend, held: list[Any]) -> None:
@@ -74,18 +74,18 @@ class _Pool(threading.Thread):
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
         # Reentrant, because a pool that is garbage may be collected by any thread, at any time.
-        self.lock = threading.RLock()  # over ``waiting``, ``closing``, ``broken`` and ``asks``
+        self.lock = threading.RLock()  # over ``waiting``, ``closing``, ``broken`` and ``wants_wakeup``
         self.waiting: deque[_Task] = deque()
         self.closing = False
         self.broken: BaseException | None = None
         #: Whether this thread is to be told of a new task.
-        self.asks = True
+        self.wants_wakeup = True
         self._setup = setup
         self._held = held  # what the setup needs as long as there are workers
         self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
-        self._hands: dict[int, deque[_Task]] = {}
+        self._assigned: dict[int, deque[_Task]] = {}
         self._starting: set[int] = set()
         self._is_killed = False
 
@@ -94,20 +94,20 @@ class _Pool(threading.Thread):
             while True:
                 kind, process, message = self.events.get()
                 if kind == "message":
-                    self._hear(process, *message)
+                    self._handle_message(process, *message)
                 elif kind == "end":
-                    self._lose(process)
-                self._hand_out()
-                if self.closing and not self.waiting and not any(self._hands.values()):
+                    self._handle_end(process)
+                self._assign_tasks()
+                if self.closing and not self.waiting and not any(self._assigned.values()):
                     break
-            self._dismiss()
+            self._stop_workers()
         finally:
             _pools.discard(self)
 
-    def _hand_out(self) -> None:
+    def _assign_tasks(self) -> None:
         while self.broken is None:
             with self.lock:
-                self.asks = bool(self._idle) or len(self._workers) < self.n
+                self.wants_wakeup = bool(self._idle) or len(self._workers) < self.n
                 if not self.waiting:
                     return
                 if not self._idle:
@@ -117,11 +117,11 @@ class _Pool(threading.Thread):
             if not task.start():
                 continue
             process = self._idle.popleft()
-            hand = self._hands[process.info.mapid]
-            hand.append(task)
+            assigned = self._assigned[process.info.mapid]
+            assigned.append(task)
             if not process.send(task.payload):
                 # It died idle: another one gets the task as soon as the end of this one is told.
-                hand.remove(task)
+                assigned.remove(task)
                 with self.lock:
                     self.waiting.appendleft(task)
         else:
@@ -136,10 +136,10 @@ class _Pool(threading.Thread):
                 1, _ENTRY, self._on_message, self._on_end, backend=self._backend, first_mapid=mapid, of=self.n
             )
         except Exception as error:  # whatever it is: those who wait for a task must hear of it
-            self._break(error)
+            self._mark_broken(error)
             return
         self._workers[mapid] = process
-        self._hands[mapid] = deque()
+        self._assigned[mapid] = deque()
         self._starting.add(mapid)
         process.send(self._setup)
 
@@ -147,7 +147,7 @@ class _Pool(threading.Thread):
         mapid = process.info.mapid
         following = None
         if process.peer.same_process and mapid not in self._starting:  # this is its own thread
-            following = self._take(self._hands[mapid])
+            following = self._next_task(self._assigned[mapid])
         self.events.put(("message", process, (data, fds)))
         if following is not None:
             process.send(following.payload)
@@ -155,49 +155,49 @@ class _Pool(threading.Thread):
     def _on_end(self, process: worker.Worker) -> None:
         self.events.put(("end", process, None))
 
-    def _take(self, hand: deque[_Task]) -> _Task | None:
-        """The next task, which is in that hand then."""
+    def _next_task(self, assigned: deque[_Task]) -> _Task | None:
+        """Take the next task and assign it."""
         while True:
             with self.lock:
                 if self.broken is not None or not self.waiting:
                     return None
                 task = self.waiting.popleft()
             if task.start():
-                hand.append(task)
+                assigned.append(task)
                 return task
 
-    def _hear(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
+    def _handle_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
         if mapid in self._starting:
             self._starting.discard(mapid)
             _, error = exceptions.open_answer(data, fds)
             if error is not None:
-                self._break(error)
+                self._mark_broken(error)
             else:
                 self._idle.append(process)
         else:
-            hand = self._hands[mapid]
-            task, value, error = hand.popleft(), *exceptions.open_answer(data, fds)
-            if not hand:
+            assigned = self._assigned[mapid]
+            task, value, error = assigned.popleft(), *exceptions.open_answer(data, fds)
+            if not assigned:
                 self._idle.append(process)
             _complete(task, value, error)
 
-    def _lose(self, process: worker.Worker) -> None:
+    def _handle_end(self, process: worker.Worker) -> None:
         mapid = process.info.mapid
         self._workers.pop(mapid, None)
         if process in self._idle:
             self._idle.remove(process)
-        for task in self._hands.pop(mapid, ()):
-            death = process.died(f"the task {task.name}")
-            task.is_reported = not self._is_killed and unretrieved.is_reported(process, death)
+        for task in self._assigned.pop(mapid, ()):
+            death = process.death_error(f"the task {task.name}")
+            task.should_report = not self._is_killed and unretrieved.should_report(process, death)
             _complete(task, None, death)
         if mapid in self._starting:
             # One that dies before it can work would be replaced for ever.
             self._starting.discard(mapid)
             if self.broken is None:
-                self._break(process.died("the pool's initializer"))
+                self._mark_broken(process.death_error("the pool's initializer"))
 
-    def _break(self, cause: BaseException) -> None:
+    def _mark_broken(self, cause: BaseException) -> None:
         """No worker can be had: fail what waits, refuse what comes."""
         with self.lock:
             self.broken = cause
@@ -211,7 +211,7 @@ class _Pool(threading.Thread):
         error.__cause__ = self.broken
         return error
 
-    def _dismiss(self) -> None:
+    def _stop_workers(self) -> None:
         finished = codec.encode(None, codec.CALL_LIMIT)
         for process in self._workers.values():
             process.send(finished)
@@ -232,20 +232,20 @@ class _Pool(threading.Thread):
     def kill(self) -> None:
         self._is_killed = True
         for process in list(self._workers.values()):
-            process.force(signal.SIGKILL)
+            process.terminate(signal.SIGKILL)
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has set it
         if error is not None:
-            if not task.is_reported:
+            if not task.should_report:
                 task.future.ignore_error()
             task.future.set_exception(error, f"the task {task.name} of a torchwq.BackgroundTaskPool")
         else:
             task.future.set_result(value)
 
 
-_pools: set[_Pool] = set()
+_pools: set[_PoolThread] = set()
 
 
 def _finish_all() -> None:
@@ -308,7 +308,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         setup = codec.encode_call(
             initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, peer=self._backend.peer, starting=held
         )
-        self._pool = _Pool(n, setup, self._backend, held)
+        self._pool = _PoolThread(n, setup, self._backend, held)
         _pools.add(self._pool)
         self._pool.start()
         self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
@@ -338,8 +338,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             if pool.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             pool.waiting.append(_Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__))
-            asks = pool.asks
-        if asks:
+            wants_wakeup = pool.wants_wakeup
+        if wants_wakeup:
             pool.events.put(("wake", None, None))
         return future
 
@@ -392,12 +392,12 @@ def run_worker(context: child.Context) -> int:
         except BaseException as error:
             payload = _failure(context, error)
         value = function = args = kwargs = call = None
-        context.note_success()
+        context.report_success()
         context.send(payload)
 
 
 def _failure(context: child.Context, error: BaseException) -> codec.Encoded:
     packed = exceptions.pack_for(context.peer, error)
     if not isinstance(error, QueueClosed):
-        context.note_failed_task(packed)
+        context.report_task_failure(packed)
     return exceptions.encode(packed, context.max_payload, context.peer)

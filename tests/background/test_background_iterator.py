@@ -225,7 +225,7 @@ def test_leaving_the_loop_stops_the_producer() -> None:
         if item == 3:
             break
     wait_until(lambda: int(made[1]) == 1, what="the producer's finally block")
-    wait_until(lambda: not worker.living(), 2.0, "the end of its process")
+    wait_until(lambda: not worker.active_workers(), 2.0, "the end of its process")
     assert int(made[0]) <= 6
 
 
@@ -257,7 +257,7 @@ def test_dropping_the_task_stops_the_producer() -> None:
     del task
     gc.collect()
     wait_until(lambda: int(made[1]) == 1, what="the producer's finally block")
-    wait_until(lambda: not worker.living(), 2.0, "the end of its process")
+    wait_until(lambda: not worker.active_workers(), 2.0, "the end of its process")
 
 
 def test_dropping_a_task_that_nobody_looked_at_stops_the_producer() -> None:

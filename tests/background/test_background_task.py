@@ -167,7 +167,7 @@ def test_a_closure_is_refused_by_the_constructor() -> None:
     data = torch.ones(5)
     with pytest.raises(torchwq.ClosureError, match="data"):
         torchwq.BackgroundTask(lambda: data.sum())
-    assert not worker.living()
+    assert not worker.active_workers()
     task = torchwq.BackgroundTask(lambda: float(data.sum()), upvalues=True)
     assert task.result() == 5.0
 
@@ -188,13 +188,13 @@ def test_a_closure_is_refused_by_the_constructor() -> None:
 def test_bad_calls_are_refused_by_the_constructor(f: Any, args: Any, keywords: Any, error: Any) -> None:
     with pytest.raises(error):
         torchwq.BackgroundTask(f, *args, **keywords)
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 def test_a_generator_object_is_refused_with_the_way_out() -> None:
     with pytest.raises(torchwq.MarshalError, match="generator function"):
         torchwq.BackgroundTask(jobs.count(3))
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 def test_a_plain_task_is_no_iterator() -> None:

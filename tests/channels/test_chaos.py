@@ -82,7 +82,7 @@ def run_chaos(seconds: float, capacity: int | None) -> Counter[str]:
     source.close()
     until = time.monotonic() + 20
     while True:
-        someone_lives = bool(worker.living())  # how long they take to end is the machine's affair
+        someone_lives = bool(worker.active_workers())  # how long they take to end is the machine's affair
         try:
             sink.read(timeout=5)
         except queue.Empty:

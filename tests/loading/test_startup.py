@@ -36,7 +36,7 @@ def test_a_plan_that_cannot_be_sent_is_an_error_and_no_worker_waits_for_it(tmp_p
     fd, block.fd = block.fd, -1
     with pytest.raises(torchwq.ResourceError, match="could not be sent"):
         iter(loader)
-    wait_until(lambda: not worker.living(), what="the end of the workers")
+    wait_until(lambda: not worker.active_workers(), what="the end of the workers")
     block.fd = fd
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3]]
 

@@ -94,7 +94,7 @@ def test_a_class_makes_an_object_in_each_worker() -> None:
 def test_arguments_that_do_not_fit_are_refused_by_the_call(f: Any, args: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match="cannot be called with these arguments"):
         torchwq.map(2, f, *args)
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_arguments_that_do_not_fit_are_refused_by_the_call(f: Any, args: tuple[A
 def test_bad_calls_are_refused_by_the_call(n: Any, f: Any, keywords: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         torchwq.map(n, f, **keywords)
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 def test_an_argument_that_cannot_travel_is_named_and_nothing_starts() -> None:
     with pytest.raises(torchwq.MarshalError, match=r"args\[1\]\['model'\]\[1\]"):
         torchwq.map(2, jobs.two_more, "fine", {"model": [0, threading.Lock()]})
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 # --- closures ---
@@ -133,7 +133,7 @@ def test_a_closure_is_refused_by_the_call_and_nothing_starts() -> None:
     with pytest.raises(torchwq.ClosureError, match="weights") as caught:
         torchwq.map(2, uses_weights)
     assert "upvalues=True" in str(caught.value)
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 def test_upvalues_take_a_closure_along() -> None:
@@ -457,7 +457,7 @@ def test_a_map_that_is_dropped_works_on() -> None:
 def test_a_map_that_is_never_joined_leaves_no_descriptor() -> None:
     for _ in range(3):
         workers = torchwq.map(2, jobs.set_and_return, flags(2))
-        wait_until(lambda: not worker.living())
+        wait_until(lambda: not worker.active_workers())
         del workers
     # The fixture that looks for what is left behind does the rest
 

@@ -11,7 +11,7 @@ from torchwq.peers import table as tables
 from torchwq.peers.failures import SeenFailures
 from torchwq.peers.local_handles import LocalHandles
 from torchwq.peers.table import PeerTable
-from torchwq.workers.losses import raise_next_death
+from torchwq.workers.deaths import raise_next_death
 
 
 class Handle:

@@ -46,7 +46,7 @@ def flags(n: int = 1) -> torch.Tensor:
 def test_bad_calls_are_refused_by_the_constructor(n: int, keywords: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         torchwq.BackgroundTaskPool(n, **keywords)
-    assert not worker.living()
+    assert not worker.active_workers()
 
 
 def test_a_closure_is_refused_by_submit() -> None:
@@ -56,7 +56,7 @@ def test_a_closure_is_refused_by_submit() -> None:
             pool.submit(lambda: data.sum())
         with pytest.raises(torchwq.MarshalError, match=r"args\[1\]"):
             pool.submit(jobs.take_all, 0, threading.Lock())
-        assert not worker.living()
+        assert not worker.active_workers()
         assert pool.submit(jobs.square, 3).result() == 9
 
 
@@ -205,10 +205,10 @@ def test_worker_info() -> None:
 def test_workers_start_when_tasks_need_them() -> None:
     gate, started = flags(), flags()
     with torchwq.BackgroundTaskPool(8) as pool:
-        assert not worker.living()
+        assert not worker.active_workers()
         future = pool.submit(jobs.gated, gate, "done", started)
         wait_until(lambda: bool(started[0]))
-        assert len(worker.living()) == 1
+        assert len(worker.active_workers()) == 1
         gate[0] = 1
         assert future.result() == "done"
 
@@ -222,7 +222,7 @@ def test_all_workers_start_for_as_many_tasks() -> None:
     gate, started = flags(), flags()
     with torchwq.BackgroundTaskPool(2) as pool:
         first = pool.submit(jobs.gated, gate, "first", started)
-        wait_until(lambda: len(worker.living()) == 1)
+        wait_until(lambda: len(worker.active_workers()) == 1)
         second = pool.submit(jobs.gated, gate, "second", started)
         wait_until(lambda: int(started[0]) == 2)
         gate[0] = 1
@@ -255,7 +255,7 @@ def test_a_dropped_pool_finishes_what_it_has_and_ends() -> None:
     gc.collect()
     gate[0] = 1
     assert [future.result(timeout=30) for future in futures] == [0, 1, 2]
-    wait_until(lambda: not worker.living(), what="the end of the workers")
+    wait_until(lambda: not worker.active_workers(), what="the end of the workers")
 
 
 def test_a_dropped_pool_that_was_never_used_ends() -> None:
@@ -271,7 +271,7 @@ def test_a_pool_in_a_cycle_ends() -> None:
     pool.itself = pool
     del pool
     gc.collect()
-    wait_until(lambda: not worker.living(), what="the end of the workers")
+    wait_until(lambda: not worker.active_workers(), what="the end of the workers")
 
 
 def test_results_do_not_stay_alive() -> None:

@@ -284,7 +284,7 @@ def test_every_future_ends_when_threads_are_interrupted() -> None:
             for mapid, worker in list(workers.items()):
                 if mapid not in pool._pool._starting and worker not in interrupted:
                     interrupted.add(worker)  # once: as Ctrl-C does
-                    worker.force(signal.SIGKILL)
+                    worker.terminate(signal.SIGKILL)
 
         for _ in range(100):
             futures = [pool.submit(jobs.count_up, 200) for _ in range(50)]

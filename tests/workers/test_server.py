@@ -62,7 +62,7 @@ def test_the_server_keeps_what_it_could_not_send_for_another_reason_than_that_it
 def test_an_order_that_cannot_be_sent_is_no_sign_of_a_dead_server() -> None:
     connection = client.connect()
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        connection.order(None, [-1])  # type: ignore[arg-type]
+        connection.request(None, [-1])  # type: ignore[arg-type]
     assert not isinstance(caught.value, BrokenPipeError)
     assert torchwq.map(1, os.getpid).join(20)[0] > 0
     assert client.connect() is connection
@@ -184,8 +184,8 @@ def test_a_program_ends_while_a_thread_of_it_warms_up(run_script: Callable[..., 
         from torchwq.workers import client
 
         begun = threading.Event()
-        order_preload = client.Connection.order_preload
-        client.Connection.order_preload = lambda self: (order_preload(self), begun.set())
+        request_preload = client.ServerConnection.request_preload
+        client.ServerConnection.request_preload = lambda self: (request_preload(self), begun.set())
         threading.Thread(target=torchwq.warm_up).start()
         begun.wait()
         """,

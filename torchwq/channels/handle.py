@@ -74,7 +74,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         #: Whether anybody has asked for its descriptor.
         self.is_watched = False
         core.vigil.handles.add(self)
-        threads.belongs_here(self)
+        threads.owned_by_this_worker(self)
 
     def seen(self) -> Seen:
         """What this thread has been told of; see ``vigil``."""
@@ -205,8 +205,8 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         way = self._core.way
         return ChannelStatistics(*way.counts(), way.num_items())
 
-    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
-        """See ``threads.Belonging``: the channel stays, this handle is not counted any more."""
+    def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.OwnedResource``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker, failed)
 
     def _read_nowait(self) -> Any:

@@ -28,7 +28,7 @@ from ..peers.failures import SeenFailures, dead_peer_ids
 from ..peers.local_handles import LocalHandles
 from ..peers.table import PeerTable
 from ..workers import threads
-from ..workers.losses import others_may_come, raise_next_death
+from ..workers.deaths import others_may_come, raise_next_death
 from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS, Line
 from .state import Way
 
@@ -250,7 +250,7 @@ class Vigil:
         """Whether all handles of this process wait for the same, and nobody else could use this one."""
         with self._lock:
             waiting = {each for (each, _), what in self._waiting.items() if what == kind}
-        return not self.handles.any_other_than({handle, *waiting}) and not threads.of_user()
+        return not self.handles.any_other_than({handle, *waiting}) and not threads.user_threads()
 
 
 def _concerning(table: PeerTable, kind: int, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:

@@ -87,7 +87,7 @@ class MessageSource(abc.ABC):
                 return None
             return self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
         except (QueueClosed, WorkerDied):
-            shutdown.hold_daemon()
+            shutdown.block_daemon_at_exit()
             raise
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> Received:

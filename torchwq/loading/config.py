@@ -41,7 +41,7 @@ class LoaderConfig:
     @classmethod
     def of(cls, iterator: Any, loader: Any, stats: StatsCollector) -> LoaderConfig:
         """What workers are told by an iterator of ``loader``, of which torch's base class has made its attributes."""
-        most, every = max(iterator._num_workers, loader._most_workers), loader.snapshot_every_n_steps or 0
+        most, every = max(iterator._num_workers, loader._max_workers), loader.snapshot_every_n_steps or 0
         restarts = loader.on_worker_death == "restart" and loader.max_restarts > 0
         sharding = iterator._world_size, iterator._rank
         return cls(

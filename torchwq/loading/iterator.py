@@ -79,7 +79,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         #: Whether workers may have to tell something of the dataset.
         self._tells = is_stateful(self._dataset) or internals.may_have_state(self._dataset_kind, self._dataset)
         self._config = LoaderConfig.of(self, loader, stats)
-        most = loader._most_workers
+        most = loader._max_workers
         self._autoscaler: Autoscaler | None = None
         if most > self._num_workers:
             self._autoscaler = Autoscaler(stats, self._config.counters, most, cores())
@@ -191,12 +191,12 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     def _next_data(self) -> Any:
         if self._broken is not None:
-            shutdown.hold_daemon()
+            shutdown.block_daemon_at_exit()
             raise _without_frames(self._broken)
         try:
             return self._next_batch()
         except Exception:
-            shutdown.hold_daemon()
+            shutdown.block_daemon_at_exit()
             raise
         except BaseException as error:
             self._break_off(error)

@@ -105,7 +105,7 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
 
 def _forked_main(config: LoaderConfig, own_config: WorkerConfig, handover: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
-    limits.hold_back_warnings(child.OUTLIVES_OWNER)
+    limits.hold_back_warnings(child.ORPHAN_TIMEOUT)
     with contextlib.closing(Connection(kinds.adopt(handover))) as connection:
         _end_with_owner(connection, owner)
         WorkerLoop(config, own_config, connection, has_main=True).run()
@@ -175,7 +175,7 @@ def _serve(
         first_mapid=own_config.worker_id,
         of=own_config.num_workers,
     )
-    process.holds = held
+    process.keep_alive = held
     try:
         process.send(own)
         process.send(config)

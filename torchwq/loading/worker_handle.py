@@ -35,8 +35,8 @@ from ..memory.promises import KeptBlocks
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
-from ..workers import deaths
 from ..workers.backend import Backend
+from ..workers.worker import death_error
 from .config import WorkerConfig
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT, LOST
 from .messages import Answer, NewEpoch, Snapshot
@@ -231,7 +231,7 @@ class WorkerHandle:
             self.process.kill(signal.SIGKILL)
             self.process.wait(END_TIMEOUT)
         pid, exitcode = self.process.pid, self.process.exitcode
-        death = deaths.died(mapid=self.worker_id, pid=pid, exitcode=exitcode, in_hand=in_hand)
+        death = death_error(mapid=self.worker_id, pid=pid, exitcode=exitcode, in_hand=in_hand)
         death.args = (f"{_as_torch_says(pid, exitcode)}DataLoader {death}",)
         return death
 

@@ -33,7 +33,7 @@ from ..peers.table import PeerTable
 from ..transport import descriptors
 from ..transport.descriptors import close_fds
 from ..workers import threads
-from ..workers.losses import others_may_come, raise_next_death
+from ..workers.deaths import others_may_come, raise_next_death
 from .layout import (
     BROKEN,
     GENERATION,
@@ -217,5 +217,5 @@ class Barrier:
             return False
         if len(self._state.handles.all()) > waiting:
             return False
-        known = {thread for thread in list(self._threads) if thread.is_alive()}.union(threads.of_user())
+        known = {thread for thread in list(self._threads) if thread.is_alive()}.union(threads.user_threads())
         return bool(self._words[HANDLES_CLOSED]) and len(known) <= max(1, waiting)

@@ -45,7 +45,7 @@ class Mutex:
         self._seen = seen
         state.handles.add(self)
         weakref.finalize(self, close_when_unused, state).atexit = False
-        threads.belongs_here(self)
+        threads.owned_by_this_worker(self)
 
     def acquire(self, timeout: float | None = None) -> bool:
         """Wait for the lock, and take it.
@@ -113,8 +113,8 @@ class Mutex:
     ) -> None:
         self._state.release()
 
-    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
-        """See ``threads.Belonging``."""
+    def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.OwnedResource``."""
         self._state.handles.discard(self)
         self._state.worker_thread_ended(failed)
 

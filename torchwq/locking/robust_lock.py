@@ -83,7 +83,7 @@ class RobustLock:
         if pid == os.getpid():
             death = WorkerDied(f"{text}, a thread of this process, ended without having released it", pid=pid)
         elif process is not None and process.ended_event.wait(1.0):
-            died = process.died()
+            died = process.death_error()
             death = WorkerDied(
                 f"{text} ended without having released it: {died}",
                 mapid=died.mapid,
@@ -108,7 +108,7 @@ class RobustLock:
         self._table.release_user_lock()
         self._thread_lock.release()
 
-    def thread_ended(self, ident: int) -> None:
+    def on_thread_exit(self, ident: int) -> None:
         """If it has the lock, the next one gets it, and is told: HOLDER stays."""
         if self._holder == ident:
             self._let_go()

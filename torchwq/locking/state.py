@@ -19,7 +19,7 @@ from ..transport import cleanup
 from ..transport.descriptors import close_fds, close_with
 from ..transport.fork import closed_in_child, reset_in_child
 from ..workers import shutdown
-from ..workers.presence import Presence
+from ..workers.thread_exit import ThreadExitHook
 from .barrier import Barrier, new_generation_events
 from .layout import HANDLES_CLOSED, NUM_WAITING, THREAD_FAILURES
 from .robust_lock import RobustLock
@@ -73,13 +73,13 @@ class MutexState:
         if self.forked:
             raise MutexError(_FORKED)
         if self.closed:
-            shutdown.hold_daemon()
+            shutdown.block_daemon_at_exit()
             raise MutexError("this process is ending, and has given up its mutexes")
 
     def acquire(self, deadline: float | None) -> bool:
         self.check_usable()
-        if not hasattr(self._thread, "presence"):
-            self._thread.presence = Presence(self, threading.get_ident())
+        if not hasattr(self._thread, "exit_hook"):
+            self._thread.exit_hook = ThreadExitHook(self, threading.get_ident())
         return self._lock.acquire(deadline)
 
     def release(self) -> None:
@@ -94,9 +94,9 @@ class MutexState:
     def is_locked(self) -> bool:
         return self._lock.is_locked
 
-    def thread_ended(self, ident: int) -> None:
+    def on_thread_exit(self, ident: int) -> None:
         if not self.closed and not self.forked:
-            self._lock.thread_ended(ident)
+            self._lock.on_thread_exit(ident)
 
     def wait_at_barrier(self, n: int, timeout: float | None, seen: SeenFailures) -> int:
         self.check_usable()

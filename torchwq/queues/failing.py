@@ -37,9 +37,9 @@ class Failed:
         cause = self._cause(failure)
         process = self.process
         if process is not None:
-            process.error_was_told = True
+            process.error_was_retrieved = True
             if cause is None and process.ended_event.is_set():
-                return process.died(self.in_hand)
+                return process.death_error(self.in_hand)
         exitcode = process.exitcode if process is not None and failure.ends else None
         text = self.summary() + (f", with {self.in_hand} in hand" if self.in_hand else "")
         if cause is not None:
@@ -67,13 +67,13 @@ class NeverCame:
     process: worker.Worker
 
     def summary(self) -> str:
-        return str(self.process.died())
+        return str(self.process.death_error())
 
     def error(self) -> WorkerDied:
         """What the read raises. Runs users' code."""
-        death, cause = self.process.died(), self.process.error()
+        death, cause = self.process.death_error(), self.process.error()
         if cause is not None and not isinstance(cause, WorkerDied):
-            self.process.error_was_told = True
+            self.process.error_was_retrieved = True
             death.__cause__ = cause
         death.args = (
             f"{death}. It had not opened this queue, and no other worker is there; join() of its map tells more",

@@ -64,8 +64,8 @@ def patience(came: Container[object], groups: Container[int]) -> float:
     now = time.monotonic()
     return max(
         (
-            (_WITH_ANOTHER if process.group in groups else _JUST_STARTED) - (now - process.ordered_at)
-            for process in worker.living()
+            (_WITH_ANOTHER if process.group in groups else _JUST_STARTED) - (now - process.requested_at)
+            for process in worker.active_workers()
             if process.identity not in came
         ),
         default=0.0,

@@ -50,7 +50,7 @@ from ..transport.link import Link
 from ..transport.mailbox import Mailbox
 from ..transport.outbox import Outbox
 from ..transport.trailer import BARE, KIND, PICKLE
-from ..workers import deaths, threads, worker
+from ..workers import threads, worker
 from .failing import Failed, NeverCame
 from .history import History
 from .inside import Inside
@@ -143,7 +143,7 @@ class Owner(SocketRole, worker.EndListener):
         self._told: deque[object] = deque(maxlen=_TOLD_LATELY)
         #: Handles that were closed by an error which may be a failure; until when that hinders "nobody is left".
         self._in_doubt: dict[Member | Side, float] = {}
-        worker.listen(self)
+        worker.add_end_listener(self)
         self._opened()
 
     # Writing
@@ -624,9 +624,9 @@ class Owner(SocketRole, worker.EndListener):
             return
         process = worker.find(member.pid)
         if process is None:
-            self._report(deaths.died(pid=member.pid, in_hand=in_hand))
+            self._report(worker.death_error(pid=member.pid, in_hand=in_hand))
         else:
-            process.when_ended(lambda ended: self._report(ended.died(in_hand)))
+            process.add_end_callback(lambda ended: self._report(ended.death_error(in_hand)))
 
     def _report(self, death: Exception) -> None:
         assert isinstance(death, WorkerDied)
@@ -676,10 +676,10 @@ class Owner(SocketRole, worker.EndListener):
         if process is None:
             self._tell_failure(failed)
             return
-        process.error_will_be_told = True
+        process.error_will_be_retrieved = True
         once = functools.partial(self._tell_failure, failed, deque([failed]))
         if failure.ends:
-            process.when_ended(lambda _: once())
+            process.add_end_callback(lambda _: once())
             reactor.get().call_later(_LONGEST_END, once)
         else:
             once()
@@ -697,14 +697,14 @@ class Owner(SocketRole, worker.EndListener):
             self._taken.notify_all()
         self.answers.wake_all()
 
-    def worker_ended(self, process: worker.Worker) -> None:
+    def on_worker_end(self, process: worker.Worker) -> None:
         """A worker that failed before it opened this queue, while no other has come or is there, will not answer."""
         with self._lock:
             self._pids.discard(process.identity)
             if self.closed:
                 return
             self._update_alarm()
-            if self._came or process.exitcode == 0 or worker.living():
+            if self._came or process.exitcode == 0 or worker.active_workers():
                 return
             self._deaths.append(NeverCame(process))
             self._update_alarm()
@@ -745,7 +745,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def close(self) -> None:
         questions = self.inside.box
-        may_go = self.pending_handles or any(not each.peer.same_process for each in worker.living())
+        may_go = self.pending_handles or any(not each.peer.same_process for each in worker.active_workers())
         if not self.closed and questions and may_go:
             try:
                 self.open_to_processes()  # one that is on its way to it may be a process, or go on to one

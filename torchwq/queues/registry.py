@@ -111,7 +111,7 @@ def _open_here(name: str) -> WorkQueue | None:
 def _open_closed(name: str) -> WorkQueue | None:
     """What a thread that is a worker, and late, can still have of a queue that was closed after it was started."""
     process = threads.current()
-    if process is None or name not in _closed or process.ordered_at > _closed[name][0]:
+    if process is None or name not in _closed or process.requested_at > _closed[name][0]:
         return None
     owner = _closed[name][1]
     if owner.inside.is_over(True):
@@ -153,14 +153,14 @@ def _withdraw(name: str, owner: Owner) -> None:
     with _guard:
         if name in _owned and _owned[name].owner is owner:
             del _owned[name]
-        if any(each.peer.same_process for each in worker.living()) and name not in _closed:
+        if any(each.peer.same_process for each in worker.active_workers()) and name not in _closed:
             _closed[name] = time.monotonic(), owner
             owner.count_pending(1)  # until none of them can come any more
     here = directory.existing()
     if here is None:
         owner.release()
         return
-    remember = bool(worker.living())
+    remember = bool(worker.active_workers())
     leftovers = remember and owner.has_leftovers()
     here.withdraw(name, owner.open_by_name, remember=remember, leftovers=owner.open_by_name if leftovers else None)
     if leftovers:
@@ -172,14 +172,14 @@ def _withdraw(name: str, owner: Owner) -> None:
 class _Janitor(worker.EndListener):
     """Forgets closed names once the last worker has ended that could still have asked for them."""
 
-    def worker_ended(self, process: worker.Worker) -> None:
-        if not worker.living() or process.peer.same_process:
+    def on_worker_end(self, process: worker.Worker) -> None:
+        if not worker.active_workers() or process.peer.same_process:
             # What is closed after this is for workers that are started after this, whoever lives now.
             now = time.monotonic_ns()
             cleanup.later(lambda: self._forget_closed(now))  # which waits for the lock of the names
 
     def _forget_closed(self, now: int) -> None:
-        if not any(each.peer.same_process for each in worker.living()):
+        if not any(each.peer.same_process for each in worker.active_workers()):
             with _guard:
                 closed = {name: (at, owner) for name, (at, owner) in _closed.items() if at < now / 1e9}
                 for name in closed:
@@ -187,7 +187,7 @@ class _Janitor(worker.EndListener):
             for _, owner in closed.values():
                 owner.count_pending(-1)
         here = directory.existing()
-        if here is None or worker.living():
+        if here is None or worker.active_workers():
             return
         here.forget_closed(now)
         for leftover in list(_leftovers):
@@ -197,9 +197,9 @@ class _Janitor(worker.EndListener):
 
 
 _janitor = _Janitor()
-worker.listen(_janitor)
+worker.add_end_listener(_janitor)
 
 
 @reset_in_child
 def _listen_again() -> None:
-    worker.listen(_janitor)
+    worker.add_end_listener(_janitor)

@@ -54,7 +54,7 @@ class Role(MessageSource):
     def _opened(self) -> None:
         """It is complete: from now on it is closed at exit, in the child of a fork, and when its worker ends."""
         closed_in_child(self)
-        threads.belongs_here(self)
+        threads.owned_by_this_worker(self)
         open_roles.add(self)
 
     @abc.abstractmethod
@@ -101,8 +101,8 @@ class Role(MessageSource):
         self.settle()
         return self.may_raise()
 
-    def let_go(self, worker: threads.ThreadWorker, failed: bool) -> None:
-        """See ``threads.Belonging``."""
+    def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
+        """See ``threads.OwnedResource``."""
         self.close()
 
     def closed_error(self) -> QueueClosed:

@@ -21,7 +21,7 @@ from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
 from ..workers import threads
 from ..workers.failures import Failure
-from ..workers.presence import Presence
+from ..workers.thread_exit import ThreadExitHook
 from .failing import Failed
 from .members import Notes
 from .owner import Owner
@@ -45,7 +45,7 @@ class ThreadSide(Role):
         super().__init__()
         self.number = owner.admit_here(self.notes)
         owner.sides.add(self)
-        self._failures = threads.failures_here()
+        self._failures = threads.current_failures()
         self._failures.add(self)
         self._is_in_doubt = False
         self._opened()
@@ -66,7 +66,7 @@ class ThreadSide(Role):
             self._busy.add(ident)
         if ident not in self._known:
             self._known.add(ident)
-            self._threads.presence = Presence(self, ident)
+            self._threads.exit_hook = ThreadExitHook(self, ident)
         if owner.someone_waits_for_room:
             owner.note_taken()
         return received
@@ -81,7 +81,7 @@ class ThreadSide(Role):
         self.written += 1
         self._busy.discard(get_ident())
 
-    def thread_ended(self, ident: int) -> None:
+    def on_thread_exit(self, ident: int) -> None:
         self._known.discard(ident)
         self._busy.discard(ident)
         self.owner.answers.wake_all()  # drain looks at who is busy
@@ -116,7 +116,7 @@ class ThreadSide(Role):
                 return
             self.closed = CLOSED_HERE
         self._failures.remove(self)
-        if in_doubt and self._failures.doubt(self):
+        if in_doubt and self._failures.mark_in_doubt(self):
             self._is_in_doubt = True
             self.owner.doubt(self)
         self.owner.dismiss_here(self.number)

@@ -33,7 +33,7 @@ from ..transport.link import Link
 from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
-from ..workers.presence import Presence
+from ..workers.thread_exit import ThreadExitHook
 from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, Hello, Seat
 from .role import CLOSED_HERE, ENDED, SocketRole
 
@@ -68,7 +68,7 @@ class WorkerSide(SocketRole):
         self._threads = threading.local()
         self._known: set[int] = set()
         self.written = 0
-        self._failures = threads.failures_here()
+        self._failures = threads.current_failures()
         self._failures.add(self)
         self._is_in_doubt = False
         #: Held until it has left.
@@ -113,7 +113,7 @@ class WorkerSide(SocketRole):
     def _meet(self, ident: int) -> None:
         """See to it that a thread which ends is not busy any more."""
         self._known.add(ident)
-        self._threads.presence = Presence(self, ident)
+        self._threads.exit_hook = ThreadExitHook(self, ident)
 
     def _answered(self, ident: int, data: bytes) -> None:
         """An answer of the thread ``ident`` has left."""
@@ -129,7 +129,7 @@ class WorkerSide(SocketRole):
             if not self.closed:
                 self._words[self._state_at] = self._state
 
-    def thread_ended(self, ident: int) -> None:
+    def on_thread_exit(self, ident: int) -> None:
         self._known.discard(ident)
         self._idle(ident)
 
@@ -177,7 +177,7 @@ class WorkerSide(SocketRole):
             return
         self.closed = CLOSED_HERE
         self.alarm.set()
-        self._is_in_doubt = in_doubt and self._failures.doubt(self)
+        self._is_in_doubt = in_doubt and self._failures.mark_in_doubt(self)
         self._failures.remove(self)
         if len(self.outbox):
             # The owner may be waiting for this worker to end, and not be reading.

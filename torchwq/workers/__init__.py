@@ -2,6 +2,6 @@
 
 ``backend`` says what a kind of workers has to offer, and has the table of them; ``processes`` and ``threads`` are two,
 and ``starting`` starts workers of any. ``server`` is the program that forks processes, ``client`` the connection to it,
-``worker`` a worker as its owner sees it, ``child`` what runs inside one, ``deaths`` how an end is put into words,
+``worker`` a worker as its owner sees it, ``child`` what runs inside one, ``deaths`` whose end a table of peers shows,
 ``shutdown`` what happens at exit.
 """

@@ -10,7 +10,7 @@ A backend for other machines (Ray, say) is one more module and one more such lin
   tensors go by value, in the message, and what needs a descriptor is refused with its place. ``on_message`` is called
   with ``(worker, bytes, [])`` for each message, then ``on_end`` once (see ``worker``), from one thread that blocks for
   nobody. The liveness is what the other system tells of an actor's end; it becomes ``exitcode`` or ``reason``, and then
-  ``_tell_end()``. ``pid`` stays None: it would be that of a process here. ``kill`` is the other system's.
+  ``_report_end()``. ``pid`` stays None: it would be that of a process here. ``kill`` is the other system's.
 * A ``Context`` (see ``child``) that runs ``entry`` over there: ``receive``, ``send``, ``finish``, and ``peer`` and
   ``max_payload`` as what leads back to the owner has them. What ``processes`` puts into the setup
   (namespace, limits, descriptors) stays on this machine; what is left of it (``sys.path``, environment, filters, seed,

@@ -32,11 +32,11 @@ from ..transport import directory, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
 from ..transport.trailer import payload_of
-from . import client, descent, failures, info, shutdown, standing
+from . import client, failures, info, multiprocessing_state, privileges, shutdown
 
 _PR_SET_PDEATHSIG: Final = 1
 #: After so many seconds no worker is there any more whose owner has died.
-OUTLIVES_OWNER: Final = 3.0
+ORPHAN_TIMEOUT: Final = 3.0
 
 
 class Context:
@@ -60,18 +60,18 @@ class Context:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
         self._connection.send(payload)
 
-    def note_failure(self, error: Any) -> None:
+    def report_failure(self, error: Any) -> None:
         """The worker will end, with this packed error: what it had open is left as by one that failed."""
         shutdown.failed = True
-        failures.of_process.fail(error, ends=True)
+        failures.process_state.fail(error, ends=True)
 
-    def note_failed_task(self, error: Any) -> None:
+    def report_task_failure(self, error: Any) -> None:
         """A task has failed, with this packed error; the worker goes on."""
-        failures.of_process.fail(error, ends=False)
+        failures.process_state.fail(error, ends=False)
 
-    def note_success(self) -> None:
+    def report_success(self) -> None:
         """A task has ended, and not failed."""
-        failures.of_process.succeed()
+        failures.process_state.succeed()
 
     def finish(self) -> None:
         """Wait until everything is sent."""
@@ -88,11 +88,11 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     # Empty: what comes along of the owner's is found in there by ``marshalling.namespaces``.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main = types.ModuleType("__main__")
     vars(main)["__torchwq_worker__"] = True
-    _standard_streams(stdout, stderr)
+    _redirect_streams(stdout, stderr)
     set_signal_handlers()
-    limits.hold_back_warnings(OUTLIVES_OWNER)
+    limits.hold_back_warnings(ORPHAN_TIMEOUT)
     gc.enable()
-    client.born_with(server)
+    client.adopt_connection(server)
     context = Context(kinds.adopt(control))
     code = 1
     try:
@@ -100,9 +100,9 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
         context.finish()
     finally:
         if code and not shutdown.failed:
-            context.note_failure(None)
+            context.report_failure(None)
         shutdown.failed = bool(code)
-        _end()
+        _run_exit_handlers()
         context.close()
     return code
 
@@ -124,7 +124,7 @@ def _die_with_the_server() -> None:
         os._exit(1)
 
 
-def _standard_streams(stdout: int, stderr: int) -> None:
+def _redirect_streams(stdout: int, stderr: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (stdout, 1), (stderr, 2)):
         os.dup2(source, target)
@@ -142,8 +142,8 @@ def _set_up(context: Context) -> Callable[[Context], int]:
         with contextlib.closing(anonymous.Descriptor(fds.pop())) as block:
             data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)
-    standing.take_on(setup["standing"])
-    descent.take_over(setup["key"], fds[0] if fds else None)
+    privileges.apply_settings(setup["settings"])
+    multiprocessing_state.adopt(setup["key"], fds[0] if fds else None)
     os.environ.clear()
     os.environ.update(setup["environment"])
     os.environ[namespace.VARIABLE] = setup["namespace"]
@@ -159,7 +159,7 @@ def _set_up(context: Context) -> Callable[[Context], int]:
         category = getattr(sys.modules.get(category_module), category_name, None)
         if isinstance(category, type):
             warnings.filterwarnings(action, text, category, module, line, append=True)
-    info.set_info(setup["info"])
+    info.set_process_info(setup["info"])
     _seed(setup["info"].seed)
     torch.set_num_threads(1)
     module_name, _, function = setup["entry"].partition(":")
@@ -173,7 +173,7 @@ def _seed(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _end() -> None:
+def _run_exit_handlers() -> None:
     """End as an interpreter does: other threads, exit functions, streams; the caller then leaves with ``os._exit``."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]

@@ -6,10 +6,10 @@ order starts another.
 
 Invariants:
 
-* A server that does not fit this process any more (see :mod:`.standing`) gets no order: the next order starts another
+* A server that does not fit this process any more (see :mod:`.privileges`) gets no order: the next order starts another
   one. The old one forks nothing more, and ends with its last worker.
 * A worker is ordered from one connection, and the same one tells of it and passes signals on.
-* What the server will not tell of any more is told as ended, once: whoever takes a worker out of ``_ordered`` or
+* What the server will not tell of any more is told as ended, once: whoever takes a worker out of ``_requested`` or
   ``_running`` tells it. Both are changed under the lock.
 """
 
@@ -33,7 +33,7 @@ from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.sockets import is_broken, rights
-from . import executable, server, standing, streams
+from . import executable, privileges, server, streams
 
 #: Absolute: the working directory may change.
 _SERVER: Final = os.path.abspath(server.__file__)
@@ -41,38 +41,38 @@ _SERVER: Final = os.path.abspath(server.__file__)
 _ENTRY: Final = f"{__package__}.child"
 
 
-class Ordered(Protocol):
+class RequestedWorker(Protocol):
     """A worker that was ordered from a server. Called in the reactor's thread; must not block."""
 
-    def started(self, pid: int) -> None: ...
+    def on_started(self, pid: int) -> None: ...
 
-    def ended(self, status: int | None, reason: str) -> None:
+    def on_ended(self, status: int | None, reason: str) -> None:
         """``status`` as of ``waitpid``; None if the worker was never started or nobody can tell."""
         ...
 
 
-class Connection:
+class ServerConnection:
     """A connection to one fork server. Safe to use from several threads.
 
     Args:
         sock: leads to the server; taken over.
         process: the server, if this process has started it.
-        guards: the namespace folder that the server will remove; empty if it has none.
-        stands: the standing that the server has.
+        guarded_folder: the namespace folder that the server will remove; empty if it has none.
+        server_privileges: those that the server has.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         process: subprocess.Popen[bytes] | None,
-        guards: str = "",
-        stands: tuple[Hashable, ...] | None = None,
+        guarded_folder: str = "",
+        server_privileges: tuple[Hashable, ...] | None = None,
     ) -> None:
         self._socket = sock
         self.process = process
-        self.guards = guards
-        self._stands = standing.standing() if stands is None else stands
-        self._hard_limits = standing.hard_limits()
+        self.guarded_folder = guarded_folder
+        self._privileges = privileges.current() if server_privileges is None else server_privileges
+        self._hard_limits = privileges.hard_limits()
         self._executable = executable.set_by_user()
         self.lost = False
         #: Why it was lost, if nobody here wanted that.
@@ -81,8 +81,8 @@ class Connection:
         self.warm = threading.Event()
         self._lock = threading.RLock()
         self._tokens = itertools.count(1)
-        self._ordered: dict[int, Ordered] = {}
-        self._running: dict[int, Ordered] = {}
+        self._requested: dict[int, RequestedWorker] = {}
+        self._running: dict[int, RequestedWorker] = {}
         self._buffer = b""
         closed_in_child(self)
         reactor.get().set_reader(sock.fileno(), self._ready)
@@ -91,31 +91,31 @@ class Connection:
         """Whether what the server forks would stand as a child of the calling thread does."""
         return (
             executable.set_by_user() in (None, self._executable)
-            and standing.allows(self._hard_limits)
-            and self._stands == standing.standing()
+            and privileges.allows(self._hard_limits)
+            and self._privileges == privileges.current()
         )
 
-    def order(self, worker: Ordered, fds: Sequence[int]) -> None:
+    def request(self, worker: RequestedWorker, fds: Sequence[int]) -> None:
         """Have a worker forked that gets ``fds``. Raises BrokenPipeError if the server is gone."""
         with self._lock:
             if self.lost:
                 raise BrokenPipeError(errno.EPIPE, "the fork server is gone")
             token = next(self._tokens)
-            self._ordered[token] = worker
+            self._requested[token] = worker
             try:
                 self._socket.sendmsg([server.FRAME.pack(b"F", 0, token)], rights(fds))
             except OSError as error:
-                del self._ordered[token]
+                del self._requested[token]
                 if is_broken(error, self._socket):
                     raise BrokenPipeError(error.errno, "the fork server is gone") from error
                 raise
 
     def retire(self, *, keep_folder: bool) -> None:
-        """Order nothing more: the server ends with its last worker. ``keep_folder``: another one guards that now."""
+        """Order nothing more: the server ends with its last worker. ``keep_folder``: another one guards it now."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.send(server.FRAME.pack(b"R", int(keep_folder), 0))
 
-    def order_preload(self) -> None:
+    def request_preload(self) -> None:
         """Have the imports done that the first worker needs; ``warm`` is set when they are."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.send(server.FRAME.pack(b"P", 0, 0))
@@ -133,37 +133,38 @@ class Connection:
         except OSError:
             data = b""
         if not data:
-            self._lose()
+            self._on_disconnect()
             return
         self._buffer += data
         while len(self._buffer) >= server.FRAME.size:
             op, number, token = server.FRAME.unpack_from(self._buffer)
             self._buffer = self._buffer[server.FRAME.size :]
-            self._handle(op, number, token)
+            self._dispatch(op, number, token)
 
-    def _handle(self, op: bytes, number: int, token: int) -> None:
+    def _dispatch(self, op: bytes, number: int, token: int) -> None:
         self._answered = True
         if op == b"S":
             with self._lock:
-                worker = self._ordered.pop(token, None)
+                worker = self._requested.pop(token, None)
                 if worker is not None:
                     self._running[number] = worker
             if worker is not None:
-                worker.started(number)
+                worker.on_started(number)
         elif op == b"E":
-            self._tell(self._ordered, token, None, f"it could not be started: {os.strerror(number)}{_limit(number)}")
+            reason = f"it could not be started: {os.strerror(number)}{_limit(number)}"
+            self._report_end(self._requested, token, None, reason)
         elif op == b"P":
             self.warm.set()
         elif op == b"X":
-            self._tell(self._running, number, token, "")
+            self._report_end(self._running, number, token, "")
 
-    def _tell(self, workers: dict[int, Ordered], key: int, status: int | None, reason: str) -> None:
+    def _report_end(self, workers: dict[int, RequestedWorker], key: int, status: int | None, reason: str) -> None:
         with self._lock:
             worker = workers.pop(key, None)
         if worker is not None:
-            worker.ended(status, reason)
+            worker.on_ended(status, reason)
 
-    def _lose(self) -> None:
+    def _on_disconnect(self) -> None:
         if self._answered or self.process is None:
             self.failure = "the fork server, which had started it, died, and its workers with it"
         else:
@@ -172,15 +173,15 @@ class Connection:
             self.lost = True
         self.warm.set()  # whoever waits for it must not wait for ever
         reactor.get().remove(self._socket.fileno())
-        self._tell_workers(self.failure)
+        self._report_all_ended(self.failure)
 
-    def _tell_workers(self, reason: str) -> None:
+    def _report_all_ended(self, reason: str) -> None:
         with self._lock:
-            workers = [*self._ordered.values(), *self._running.values()]
-            self._ordered.clear()
+            workers = [*self._requested.values(), *self._running.values()]
+            self._requested.clear()
             self._running.clear()
         for worker in workers:
-            worker.ended(None, reason)
+            worker.on_ended(None, reason)
 
     @property
     def is_over(self) -> bool:
@@ -195,8 +196,8 @@ class Connection:
         if self._socket.fileno() >= 0:
             reactor.get().remove(self._socket.fileno())
         self._socket.close()
-        if self._ordered or self._running:  # by a thread that starts workers while the interpreter ends
-            reactor.get().call_later(0, lambda: self._tell_workers("the process that had started it is ending"))
+        if self._requested or self._running:  # by a thread that starts workers while the interpreter ends
+            reactor.get().call_later(0, lambda: self._report_all_ended("the process that had started it is ending"))
         if self.process is not None:
             try:
                 self.process.wait(2)
@@ -220,9 +221,9 @@ def _limit(number: int) -> str:
     return ""
 
 
-_connection: Connection | None = None
+_connection: ServerConnection | None = None
 #: Connections to servers that did not fit any more, whose workers may still run.
-_retired: list[Connection] = []
+_retired: list[ServerConnection] = []
 _guard = threading.RLock()
 
 
@@ -233,7 +234,7 @@ def _forget() -> None:
     _retired.clear()
 
 
-def connect() -> Connection:
+def connect() -> ServerConnection:
     """The connection of this process, to a server that fits it; made now if there is none.
 
     Raises WorkerStartError if there is no program to start a server with, ResourceError if the system allows none.
@@ -248,14 +249,14 @@ def connect() -> Connection:
         return _launch(space.path if space.made else "")
 
 
-def _is_usable(connection: Connection) -> bool:
+def _is_usable(connection: ServerConnection) -> bool:
     return not connection.lost and connection.fits()
 
 
-def born_with(fd: int) -> None:
-    """Use the connection that this worker was given when it was forked, and stands as the server does."""
+def adopt_connection(fd: int) -> None:
+    """Use the connection that this worker was given when it was forked: it has the privileges of the server."""
     global _connection
-    _connection = Connection(socket.socket(fileno=fd), None)
+    _connection = ServerConnection(socket.socket(fileno=fd), None)
 
 
 def close() -> None:
@@ -268,7 +269,7 @@ def close() -> None:
         _retired.clear()
 
 
-def _launch(folder: str) -> Connection:
+def _launch(folder: str) -> ServerConnection:
     """Start a server that guards ``folder``, and use it from now on."""
     global _connection
     new = _start(folder)
@@ -277,17 +278,17 @@ def _launch(folder: str) -> Connection:
     if old is not None and old.lost:
         old.close()
     elif old is not None:
-        old.retire(keep_folder=old.guards == folder)
+        old.retire(keep_folder=old.guarded_folder == folder)
         _retired.append(old)
     return new
 
 
-def _start(folder: str) -> Connection:
+def _start(folder: str) -> ServerConnection:
     program = executable.find()
-    path, directory = _where_to_begin()
+    path, directory = _start_path_and_directory()
     settings = {"path": path, "namespace": folder, "entry": _ENTRY}
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    stands = standing.standing()
+    server_privileges = privileges.current()
     try:
         reactor.get()  # which the connection needs, and cannot do without once there is a server
         ours, theirs = descriptors.socketpair()
@@ -311,10 +312,10 @@ def _start(folder: str) -> Connection:
             raise WorkerStartError(
                 f"the fork server cannot be started: {program}: {error.strerror}, to user {os.geteuid()}"
             ) from error
-    return Connection(ours, process, folder, stands)
+    return ServerConnection(ours, process, folder, server_privileges)
 
 
-def _where_to_begin() -> tuple[list[str], str | None]:
+def _start_path_and_directory() -> tuple[list[str], str | None]:
     """``sys.path`` without what depends on the working directory, and the directory to begin in; None: this one.
 
     If this one was removed, nothing is found in it any more, and libraries that want to know where they are fail.

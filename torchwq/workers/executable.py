@@ -24,10 +24,10 @@ from ..errors import WorkerStartError
 #: Names of Pythons: python3.11, python3.13t, pypy3, mayapy, hython.
 _PYTHON: Final = re.compile(r"(ython|py)[0-9.]*[a-z]?(\.exe)?$", re.IGNORECASE)
 #: How long, in seconds, one may take to say what it is.
-_PATIENCE: Final = 30.0
+_PROBE_TIMEOUT: Final = 30.0
 #: Tells versions, builds and platforms apart whose modules do not fit each other.
-_KIND: Final = importlib.machinery.EXTENSION_SUFFIXES[0]
-_ASK: Final = "import importlib.machinery as m; print(m.EXTENSION_SUFFIXES[0])"
+_EXTENSION_SUFFIX: Final = importlib.machinery.EXTENSION_SUFFIXES[0]
+_PROBE: Final = "import importlib.machinery as m; print(m.EXTENSION_SUFFIXES[0])"
 _REMEDY: Final = "name this Python's interpreter with torchwq.set_executable(path)"
 
 _set_by_user: str | None = None
@@ -54,7 +54,7 @@ def set_executable(path: str | bytes | os.PathLike[str] | None) -> None:
         _set_by_user = _found = None
         return
     program = os.path.abspath(os.fsdecode(path))
-    fault = _fault(program) or _fault_when_asked(program)
+    fault = _fault(program) or _probe_fault(program)
     if fault:
         raise WorkerStartError(f"{program} cannot run workers: {fault}")
     _set_by_user = program
@@ -66,7 +66,7 @@ def find() -> str:
     if _set_by_user is not None:
         return _set_by_user
     if _found is None or _found[0] != sys.executable:
-        _found = sys.executable, _look()
+        _found = sys.executable, _search()
     return _found[1]
 
 
@@ -89,7 +89,7 @@ def for_multiprocessing() -> Iterator[None]:
         spawn.set_executable(before)
 
 
-def _look() -> str:
+def _search() -> str:
     faults: dict[str, str] = {}
     for candidate in _candidates():
         if candidate in faults:
@@ -98,7 +98,7 @@ def _look() -> str:
         if not fault and not _PYTHON.search(os.path.basename(candidate)):
             fault = "by its name it is another program"
         if not fault and not _is_running_here(candidate):
-            fault = _fault_when_asked(candidate)
+            fault = _probe_fault(candidate)
         if not fault:
             return candidate
         faults[candidate] = fault
@@ -111,7 +111,7 @@ def _look() -> str:
 
 def _candidates() -> Iterator[str]:
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    paths = [sys.executable, _of_multiprocessing(), getattr(sys, "_base_executable", None)]
+    paths = [sys.executable, _multiprocessing_executable(), getattr(sys, "_base_executable", None)]
     for prefix in (sys.exec_prefix, sys.base_exec_prefix):
         paths += [f"{prefix}/bin/python{version}{getattr(sys, 'abiflags', '')}", f"{prefix}/bin/python3"]
     for path in paths:
@@ -119,7 +119,7 @@ def _candidates() -> Iterator[str]:
             yield os.path.abspath(os.fsdecode(path))
 
 
-def _of_multiprocessing() -> str | bytes | None:
+def _multiprocessing_executable() -> str | bytes | None:
     """What the user has told multiprocessing to start."""
     return spawn.get_executable()  # type: ignore[no-any-return,unused-ignore]
 
@@ -142,21 +142,21 @@ def _fault(program: str) -> str:
     return ""
 
 
-def _fault_when_asked(program: str) -> str:
+def _probe_fault(program: str) -> str:
     """Why it is not this Python; empty if it is."""
     try:
         answer = subprocess.run(
-            [program, "-I", "-S", "-c", _ASK],
+            [program, "-I", "-S", "-c", _PROBE],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=_PATIENCE,
+            timeout=_PROBE_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return f"it has not said within {_PATIENCE:.0f} s which Python it is"
+        return f"it has not said within {_PROBE_TIMEOUT:.0f} s which Python it is"
     except OSError as error:
         return str(error.strerror)
     said = answer.stdout.decode(errors="replace").strip()
-    if said == _KIND:
+    if said == _EXTENSION_SUFFIX:
         return ""
-    return f"it is not the Python that runs here ({_KIND}): asked which one it is, it said {said[:80]!r}"
+    return f"it is not the Python that runs here ({_EXTENSION_SUFFIX}): asked which one it is, it said {said[:80]!r}"

@@ -49,7 +49,7 @@ class Listener(Protocol):
 _numbers: Final = itertools.count(1)
 
 
-class State:
+class FailureState:
     """Whether one worker's function has failed, and who is to be told."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class State:
     def remove(self, listener: Listener) -> None:
         self._listeners.discard(listener)
 
-    def doubt(self, listener: Listener) -> bool:
+    def mark_in_doubt(self, listener: Listener) -> bool:
         """It was closed by an error that may be that of the function. Returns whether it will be told which."""
         if info.worker_info() is None:
             return False
@@ -73,22 +73,22 @@ class State:
         """The function has failed."""
         known = info.worker_info()
         failure = Failure(next(_numbers), None if known is None else known.mapid, error, ends)
-        doubted, self._in_doubt = self._in_doubt, []
-        for listener in {*self._listeners, *doubted}:
+        in_doubt, self._in_doubt = self._in_doubt, []
+        for listener in {*self._listeners, *in_doubt}:
             listener.worker_failed(failure)
 
     def succeed(self) -> None:
         """The function has ended, and what it had opened may be used by the worker's next one."""
-        doubted, self._in_doubt = self._in_doubt, []
-        for listener in doubted:
+        in_doubt, self._in_doubt = self._in_doubt, []
+        for listener in in_doubt:
             listener.worker_succeeded()
 
 
 #: Of this process, if it is a worker.
-of_process = State()
+process_state = FailureState()
 
 
 @reset_in_child
 def _forget() -> None:
-    global of_process
-    of_process = State()
+    global process_state
+    process_state = FailureState()

@@ -25,15 +25,15 @@ class WorkerInfo:
     seed: int
 
 
-_info: WorkerInfo | None = None
-_of_thread = threading.local()
+_process_info: WorkerInfo | None = None
+_thread_local = threading.local()
 
 
 @reset_in_child
 def _forget() -> None:
     """The thread that has forked may be a worker; the child is none."""
-    global _of_thread
-    _of_thread = threading.local()
+    global _thread_local
+    _thread_local = threading.local()
 
 
 def worker_info() -> WorkerInfo | None:
@@ -44,14 +44,14 @@ def worker_info() -> WorkerInfo | None:
 
     Source: ``torch.utils.data.get_worker_info``.
     """
-    info: WorkerInfo | None = getattr(_of_thread, "info", _info)
+    info: WorkerInfo | None = getattr(_thread_local, "info", _process_info)
     return info
 
 
-def set_info_of_thread(info: WorkerInfo) -> None:
-    _of_thread.info = info
+def set_thread_info(info: WorkerInfo) -> None:
+    _thread_local.info = info
 
 
-def set_info(info: WorkerInfo | None) -> None:
-    global _info
-    _info = info
+def set_process_info(info: WorkerInfo | None) -> None:
+    global _process_info
+    _process_info = info

@@ -19,11 +19,11 @@ from ..memory.parcel import Parcel
 from ..transport import descriptors, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
-from . import client, descent, standing
+from . import client, multiprocessing_state, privileges
 from .backend import Backend, Ends
 from .info import WorkerInfo
 from .streams import is_stream
-from .worker import OnEnd, OnMessage, Worker, note_ended, note_ordered, note_started
+from .worker import OnEnd, OnMessage, Worker, register, register_pid, remember_ended
 
 
 class ProcessWorker(Worker):
@@ -36,45 +36,45 @@ class ProcessWorker(Worker):
         super().__init__(info, on_message, on_end, group)
         self._kill_at_start: signal.Signals | None = None
         #: The connection from which it was ordered.
-        self._server: client.Connection | None = None
+        self._server: client.ServerConnection | None = None
         ours, theirs = kinds.pair()
         self._connection = Connection(ours, waits=False)
         try:
             setup = _setup(info, entry, ours.max_payload)
             self._connection.watch(self._ready)
-            self._order(theirs)
+            self._request(theirs)
             self.send(setup)
         except BaseException:
-            self._give_up()
+            self._abandon()
             raise
         finally:
             theirs.close()
 
-    def _order(self, theirs: endpoint.Endpoint) -> None:
-        note_ordered(self)
+    def _request(self, theirs: endpoint.Endpoint) -> None:
+        register(self)
         null = descriptors.open_file(os.devnull, os.O_RDWR)
         try:
             streams_of_owner = [fd if is_stream(name, fd) else null for name, fd in (("stdout", 1), ("stderr", 2))]
             fds = [*theirs.handover(), *streams_of_owner]
             self._server = client.connect()
             try:
-                self._server.order(self, fds)
+                self._server.request(self, fds)
             except BrokenPipeError:
                 self._server = client.connect()  # the other one had died unnoticed
-                self._server.order(self, fds)
+                self._server.request(self, fds)
         except BaseException:
             self._server = None
             raise
         finally:
             os.close(null)
 
-    def _give_up(self) -> None:
+    def _abandon(self) -> None:
         """Nobody will know of it: it could not be ordered, or not be told what to do."""
-        self._silence()
+        self._drop_callbacks()
         if self._server is not None:
             self.kill(signal.SIGKILL)
             return
-        self._forget()
+        self._unregister()
         self._connection.close()
 
     def send(self, payload: bytes | Parcel) -> bool:
@@ -92,21 +92,21 @@ class ProcessWorker(Worker):
         if self._server is not None and not self.ended_event.is_set():
             self._server.kill(self.pid, number)
 
-    def started(self, pid: int) -> None:
+    def on_started(self, pid: int) -> None:
         with self._lock:
             self.pid = pid
         self.started_event.set()
-        note_started(self, pid)
+        register_pid(self, pid)
         if self._kill_at_start is not None:
             self.kill(self._kill_at_start)
 
-    def ended(self, status: int | None, reason: str) -> None:
+    def on_ended(self, status: int | None, reason: str) -> None:
         self._ready()  # what it said before it ended
         self.exitcode = None if status is None else os.waitstatus_to_exitcode(status)
         self.reason = reason
-        note_ended(self)
+        remember_ended(self)
         self._connection.close()
-        self._tell_end()
+        self._report_end()
 
     def _ready(self) -> None:
         while not self.ended_event.is_set():
@@ -138,9 +138,9 @@ class Processes(Backend):
         return kinds.pair()
 
     def warm_up(self, wait: bool) -> None:
-        descent.warm_up()
+        multiprocessing_state.start_tracker()
         connection = client.connect()
-        connection.order_preload()
+        connection.request_preload()
         if wait:
             connection.warm.wait()
             if connection.failure:
@@ -153,7 +153,7 @@ def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:
     Raises ResourceError.
     """
     environment = pickle.dumps(_environment(info, entry))
-    tracker = descent.tracker()
+    tracker = multiprocessing_state.tracker_descriptor()
     keep = [] if tracker is None else [tracker]
     if len(environment) > limit:
         keep.append(anonymous.Descriptor(anonymous.fill([environment])))
@@ -176,8 +176,8 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
         "path": list(sys.path),
         "argv": list(getattr(sys, "argv", [])),
         "started_ns": time.monotonic_ns(),
-        "key": descent.key(),
-        "standing": standing.taken_along(),
+        "key": multiprocessing_state.authkey(),
+        "settings": privileges.inheritable_settings(),
         "filters": _warning_filters(),
     }
 

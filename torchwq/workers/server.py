@@ -102,7 +102,7 @@ class Server:
                 if client.unsent:
                     client.flush()
             if self.first.retired and not self.workers and not self.first.unsent:
-                self.lose(self.first)
+                self.disconnect(self.first)
 
     def serve(self, client: Client) -> None:
         try:
@@ -117,7 +117,7 @@ class Server:
         for _, _, rights in ancillary:
             fds.frombytes(rights)
         if len(data) < FRAME.size:
-            self.lose(client)
+            self.disconnect(client)
             return
         op, number, token = FRAME.unpack(data)
         if op == b"P":
@@ -160,7 +160,7 @@ class Server:
             poll.register(self.first.connection, getattr(select, "POLLRDHUP", 0))
             poll.register(stop, select.POLLIN)
             if stop.fileno() not in [fd for fd, _ in poll.poll()]:
-                self.lose(self.first)
+                self.disconnect(self.first)
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -218,7 +218,7 @@ class Server:
             if client is not None:
                 client.send(b"X", pid, status)
 
-    def lose(self, client: Client) -> None:
+    def disconnect(self, client: Client) -> None:
         """The process behind ``client`` is gone: its workers go too."""
         first = client is self.first
         for pid, owner in self.workers.items():

@@ -62,12 +62,12 @@ def interrupted() -> bool:
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
 
 
-def hold_daemon() -> None:
+def block_daemon_at_exit() -> None:
     """Called where a call that has waited is about to raise: keep a daemon of the user's there if the process ends.
 
     What it would be told is only that this process ends. A daemon that waits for something else is not told either.
     """
-    if worker.owner_ends:
+    if worker.owner_is_exiting:
         thread = threading.current_thread()
         if thread.daemon and not thread.name.startswith("torchwq-"):
             threading.Event().wait()
@@ -83,7 +83,7 @@ def run() -> None:
     if not interrupted():
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends all that exit was waiting for
             _call_all(_finish)
-    worker.owner_ends = True
+    worker.owner_is_exiting = True
     _call_all(_close)
     end_workers(_GRACE)
     cleanup.finish()
@@ -105,10 +105,10 @@ def _call_all(callbacks: list[Callable[[], None]]) -> None:
 def end_workers(grace: float) -> None:
     """End all workers of this process: wait, ask, force; threads can only be asked."""
     for number in (None, signal.SIGTERM, signal.SIGKILL):
-        left = [each for each in worker.living() if each.can_be_killed or number is not signal.SIGKILL]
+        left = [each for each in worker.active_workers() if each.can_be_killed or number is not signal.SIGKILL]
         for each in left:
             if number is not None:
-                each.force(number)
+                each.terminate(number)
         until = time.monotonic() + (grace if number is not signal.SIGKILL else 2.0)
         for each in left:
             each.ended_event.wait(max(0.0, until - time.monotonic()))

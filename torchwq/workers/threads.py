@@ -35,24 +35,24 @@ from . import failures, info
 from .backend import Backend, Ends
 from .child import Context
 from .info import WorkerInfo
-from .worker import OnEnd, OnMessage, Worker, note_ordered
+from .worker import OnEnd, OnMessage, Worker, register
 
 #: Stands where descriptors would in a message that stays in this process; see ``marshalling.letter``.
-_STAYS: Final = [-1]
+_NO_DESCRIPTORS: Final = [-1]
 #: How long, in seconds, one who interrupts a thread waits for it to have told what it is telling.
-_PATIENCE: Final = 1.0
+_INTERRUPT_TIMEOUT: Final = 1.0
 #: How long, in seconds, a thread that has ended may take until it is gone.
-_LAST_STEPS: Final = 1.0
+_JOIN_TIMEOUT: Final = 1.0
 
 
-def _be_interrupted() -> None:
+def _raise_pending_interrupt() -> None:
     """What is to interrupt this thread does it here: it comes at the latest when a function is called."""
 
 
-class Belonging(Protocol):
+class OwnedResource(Protocol):
     """Something that a worker has opened."""
 
-    def let_go(self, worker: ThreadWorker, failed: bool) -> None:
+    def close_for_worker(self, worker: ThreadWorker, failed: bool) -> None:
         """Close it, or let go of it. ``failed``: the worker has ended with an error."""
         ...
 
@@ -66,12 +66,12 @@ class ThreadWorker(Worker):
     def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         super().__init__(info, on_message, on_end, group)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.belongings: weakref.WeakSet[Belonging] = weakref.WeakSet()
-        self.failures = failures.State()
+        self.owned_resources: weakref.WeakSet[OwnedResource] = weakref.WeakSet()
+        self.failures = failures.FailureState()
         #: Whether its function has failed, as far as it has said so.
         self.has_failed = False
         #: Held while the thread must not be interrupted, and by whoever interrupts it.
-        self._undisturbed = threading.Lock()
+        self._uninterruptible = threading.Lock()
         self.started_event.set()  # it has no pid
         self._is_ending = False
         self.thread = threading.Thread(
@@ -79,11 +79,11 @@ class ThreadWorker(Worker):
         )
         #: The functions that have come along with messages, and their globals: see ``marshalling.namespaces``.
         self.thread.torchwq_definitions = {}  # type: ignore[attr-defined]
-        note_ordered(self)
+        register(self)
         try:
             self.thread.start()
         except RuntimeError as error:
-            self._forget()
+            self._unregister()
             raise OSError(11, f"{error}: a limit on threads (RLIMIT_NPROC or the cgroup's pids.max)") from error
 
     @property
@@ -105,35 +105,35 @@ class ThreadWorker(Worker):
         if not super().wait(seconds):
             return False
         # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
-        self.thread.join(_LAST_STEPS)
+        self.thread.join(_JOIN_TIMEOUT)
         return True
 
-    def force(self, number: signal.Signals) -> None:
+    def terminate(self, number: signal.Signals) -> None:
         """Raise Interrupted, a SystemExit, in it, as soon as it executes Python code again.
 
         A daemon thread that comes back from torch's C++ code when the interpreter has ended would end the process by
         ``std::terminate``.
         """
-        if self.thread.ident is None or not self._undisturbed.acquire(timeout=_PATIENCE):
+        if self.thread.ident is None or not self._uninterruptible.acquire(timeout=_INTERRUPT_TIMEOUT):
             return
         try:
             if not self._is_ending:
                 set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 set_exception(ctypes.c_ulong(self.thread.ident), ctypes.py_object(Interrupted))
         finally:
-            self._undisturbed.release()
+            self._uninterruptible.release()
 
-    def tell(self, payload: Any) -> None:
+    def send_to_owner(self, payload: Any) -> None:
         """Tell the owner something. Called by the thread itself."""
-        with self._undisturbed:
-            _be_interrupted()
-            self._on_message(self, payload, _STAYS)
+        with self._uninterruptible:
+            _raise_pending_interrupt()
+            self._on_message(self, payload, _NO_DESCRIPTORS)
 
     def _run(self, entry: str) -> None:
         code = 1
         try:
             _current.worker = self
-            info.set_info_of_thread(self.info)
+            info.set_thread_info(self.info)
             module_name, _, function = entry.partition(":")
             run: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
             code = run(_ThreadContext(self))
@@ -145,24 +145,24 @@ class ThreadWorker(Worker):
         finally:
             while not self._is_ending:
                 try:
-                    self._begin_to_end()
+                    self._refuse_interrupts()
                 except SystemExit:  # it was interrupted while it ended
                     pass
             self._close(failed=bool(code))
             self.exitcode = code
-            self._tell_end()
+            self._report_end()
 
-    def _begin_to_end(self) -> None:
+    def _refuse_interrupts(self) -> None:
         """From now on it cannot be interrupted. Raises what it was interrupted by before, if that has not come yet."""
-        with self._undisturbed:
+        with self._uninterruptible:
             self._is_ending = True
-        _be_interrupted()
+        _raise_pending_interrupt()
 
     def _close(self, failed: bool) -> None:
         if failed and not self.has_failed:
             self.failures.fail(None, ends=False)
-        for each in list(self.belongings):
-            each.let_go(self, failed)
+        for each in list(self.owned_resources):
+            each.close_for_worker(self, failed)
 
 
 class _ThreadContext(Context):
@@ -174,19 +174,19 @@ class _ThreadContext(Context):
     def __init__(self, worker: ThreadWorker) -> None:
         self._worker = worker
         self._get = worker._inbox.get
-        self.send = worker.tell  # type: ignore[method-assign]
+        self.send = worker.send_to_owner  # type: ignore[method-assign]
 
     def receive(self) -> Any:
-        return self._get(), _STAYS
+        return self._get(), _NO_DESCRIPTORS
 
-    def note_failure(self, error: Any) -> None:
+    def report_failure(self, error: Any) -> None:
         self._worker.has_failed = True
         self._worker.failures.fail(error, ends=False)
 
-    def note_failed_task(self, error: Any) -> None:
+    def report_task_failure(self, error: Any) -> None:
         self._worker.failures.fail(error, ends=False)
 
-    def note_success(self) -> None:
+    def report_success(self) -> None:
         self._worker.failures.succeed()
 
     def finish(self) -> None:
@@ -225,13 +225,13 @@ def current() -> ThreadWorker | None:
     return worker
 
 
-def failures_here() -> failures.State:
+def current_failures() -> failures.FailureState:
     """Of the worker that this thread is; else of this process."""
     worker = current()
-    return failures.of_process if worker is None else worker.failures
+    return failures.process_state if worker is None else worker.failures
 
 
-def of_user() -> list[threading.Thread]:
+def user_threads() -> list[threading.Thread]:
     """The threads beside this one that could do with its things what it does: the main one, and those of the user.
 
     None for a worker, which has things of its own. Daemons are not counted: mostly they are some library's.
@@ -246,8 +246,8 @@ def of_user() -> list[threading.Thread]:
     ]
 
 
-def belongs_here(belonging: Belonging) -> None:
+def owned_by_this_worker(resource: OwnedResource) -> None:
     """What was opened in this thread is closed when the thread ends, if it is a worker."""
     worker = current()
     if worker is not None:
-        worker.belongings.add(belonging)
+        worker.owned_resources.add(resource)

@@ -69,12 +69,12 @@ def _forget() -> None:
     _pending.clear()  # they are the parent's to tell
 
 
-def tell(what: str, error: BaseException) -> None:
+def log_error(what: str, error: BaseException) -> None:
     """Print an error. Only where users' code may run."""
     log.error("%s: exception was never retrieved", what, exc_info=error)
 
 
-def is_reported(process: Worker, error: BaseException) -> bool:
+def should_report(process: Worker, error: BaseException) -> bool:
     """Whether an error with which a worker has ended is one to be told, if nobody asks for it."""
     if isinstance(error, QueueClosed):
         return False
@@ -87,14 +87,14 @@ def _print_later(report: Report) -> None:
 
 def _print(report: Report, at_exit: bool = False) -> None:
     process = report.process
-    if process is not None and process.error_will_be_told and not process.error_was_told and not at_exit:
+    if process is not None and process.error_will_be_retrieved and not process.error_was_retrieved and not at_exit:
         return  # to one who reads from a queue; if not, then at exit
     try:
         _pending.remove(report)
     except KeyError:
         return  # the end of the process was faster
-    if process is None or not process.error_was_told:
-        tell(report.what, report.error)
+    if process is None or not process.error_was_retrieved:
+        log_error(report.what, report.error)
 
 
 def _print_all() -> None:
@@ -118,7 +118,7 @@ class Future(futures.Future[T]):
             return super().result(timeout)
         except BaseException as error:
             if error is self._exception:
-                shutdown.hold_daemon()
+                shutdown.block_daemon_at_exit()
                 self.ignore_error()
             raise
         finally:

@@ -23,12 +23,12 @@ from . import executable
 _tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
 
 
-def key() -> bytes:
+def authkey() -> bytes:
     """The owner's."""
     return bytes(process.current_process().authkey)
 
 
-def tracker() -> Descriptor | None:
+def tracker_descriptor() -> Descriptor | None:
     """A duplicate of the descriptor by which this process talks to the tracker, which runs from now on.
 
     None where there is none to be had. Raises ResourceError if descriptors have run out.
@@ -51,14 +51,14 @@ def tracker() -> Descriptor | None:
         raise exhausted(error) from error
 
 
-def warm_up() -> None:
+def start_tracker() -> None:
     """Start the tracker now, if that is possible."""
     with contextlib.suppress(Exception), executable.for_multiprocessing():
         descriptors.fill()
         resource_tracker.ensure_running()
 
 
-def take_over(authkey: bytes, tracker_fd: int | None) -> None:
+def adopt(authkey: bytes, tracker_fd: int | None) -> None:
     """At the worker: have the owner's."""
     process.current_process().authkey = authkey
     if tracker_fd is not None and hasattr(_tracker, "_fd"):

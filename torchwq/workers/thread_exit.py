@@ -8,10 +8,10 @@ from typing import Protocol
 
 
 class _Side(Protocol):
-    def thread_ended(self, ident: int) -> None: ...
+    def on_thread_exit(self, ident: int) -> None: ...
 
 
-class Presence:
+class ThreadExitHook:
     """Lives in its thread's locals, and so as long as its thread: a thread that ends is not busy any more."""
 
     def __init__(self, side: _Side, ident: int) -> None:
@@ -21,4 +21,4 @@ class Presence:
 def _tell_end(find: Callable[[], _Side | None], ident: int) -> None:
     side = find()
     if side is not None:
-        side.thread_ended(ident)
+        side.on_thread_exit(ident)

@@ -5,7 +5,7 @@ would still have them. So the connection to a server remembers the standing that
 started, and each order compares: a server that does not fit any more is not used.
 
 What a process can change in itself without asking anybody (its limits, downwards, its cores, its umask, its niceness)
-is no part of the standing. A worker gets that of the thread that orders it, as a fork of it would: ``taken_along``.
+is not compared. A worker gets it from the thread that orders the worker, as a fork would: ``inheritable_settings``.
 
 The calling *thread's* is looked at: on Linux credentials, namespaces and cores belong to threads.
 """
@@ -22,17 +22,17 @@ from ..transport import descriptors
 
 _NAMESPACES: Final = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "time_for_children", "user", "uts")
 #: Lines of /proc/<pid>/status that tell what the kernel lets a process do.
-_STATUS: Final = ("Cap", "NoNewPrivs:", "Seccomp")
-_LONGEST: Final = 1 << 16
+_STATUS_FIELDS: Final = ("Cap", "NoNewPrivs:", "Seccomp")
+_MAX_FILE_SIZE: Final = 1 << 16
 _LIMITS: Final = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
 
-def standing() -> tuple[Hashable, ...]:
+def current() -> tuple[Hashable, ...]:
     """Credentials, capabilities, filters, namespaces, root and control group of the calling thread.
 
     What cannot be looked at, for want of /proc, is left out.
     """
-    return (*_credentials(), *_of_kernel())
+    return (*_credentials(), *_kernel_state())
 
 
 def _credentials() -> tuple[Hashable, ...]:
@@ -40,8 +40,8 @@ def _credentials() -> tuple[Hashable, ...]:
     return (*ids, tuple(sorted(os.getgroups())))
 
 
-def _of_kernel() -> tuple[Hashable, ...]:
-    lines = tuple(line for line in _read("status").splitlines() if line.startswith(_STATUS))
+def _kernel_state() -> tuple[Hashable, ...]:
+    lines = tuple(line for line in _read("status").splitlines() if line.startswith(_STATUS_FIELDS))
     links = []
     for name in _NAMESPACES:
         try:
@@ -58,7 +58,7 @@ def _read(name: str) -> str:
     except OSError:
         return ""
     try:
-        return os.read(fd, _LONGEST).decode(errors="replace")
+        return os.read(fd, _MAX_FILE_SIZE).decode(errors="replace")
     except OSError:
         return ""
     finally:
@@ -79,7 +79,7 @@ def _at_most(limit: int, other: int) -> bool:
     return other == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= other)
 
 
-def taken_along() -> dict[str, Any]:
+def inheritable_settings() -> dict[str, Any]:
     """What a worker takes over from the thread that orders it: limits, cores, umask, niceness."""
     return {
         "limits": [(number, *resource.getrlimit(number)) for number in _LIMITS],
@@ -99,14 +99,14 @@ def _umask() -> int:
     return mask
 
 
-def take_on(taken: dict[str, Any]) -> None:
-    """Take over, in a worker, what its owner's ``taken_along`` gave. Raises OSError or ValueError if it is refused."""
-    os.umask(taken["umask"])
-    for number, soft, hard in taken["limits"]:
+def apply_settings(settings: dict[str, Any]) -> None:
+    """Take over, in a worker, its owner's ``inheritable_settings``. Raises OSError or ValueError if that is refused."""
+    os.umask(settings["umask"])
+    for number, soft, hard in settings["limits"]:
         if resource.getrlimit(number) != (soft, hard):
             resource.setrlimit(number, (soft, hard))
-    if taken["cores"] is not None and os.sched_getaffinity(0) != taken["cores"]:
-        os.sched_setaffinity(0, taken["cores"])
-    if os.getpriority(os.PRIO_PROCESS, 0) != taken["nice"]:
+    if settings["cores"] is not None and os.sched_getaffinity(0) != settings["cores"]:
+        os.sched_setaffinity(0, settings["cores"])
+    if os.getpriority(os.PRIO_PROCESS, 0) != settings["nice"]:
         with contextlib.suppress(PermissionError):  # to a lower niceness: it was given to the owner by somebody else
-            os.setpriority(os.PRIO_PROCESS, 0, taken["nice"])
+            os.setpriority(os.PRIO_PROCESS, 0, settings["nice"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import torchwq
-from torchwq.workers import client, standing
+from torchwq.workers import client, privileges
 
 
 def test_workers_have_the_limits_cores_umask_and_niceness_of_the_order(run_script: Callable[..., object]) -> None:
@@ -112,15 +112,16 @@ def test_every_part_of_the_standing_counts(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     for name, replacement in changed:
         with monkeypatch.context() as patched:
-            patched.setattr(standing.os, name, replacement)
+            patched.setattr(privileges.os, name, replacement)
             assert not connection.fits(), name
-    read = standing._read
+    read = privileges._read
     for file in ("status", "cgroup"):
         with monkeypatch.context() as patched:
-            patched.setattr(standing, "_read", lambda name, file=file: read(name).replace("0", "1") * (name != file))
+            patched.setattr(privileges, "_read", lambda name, file=file: read(name).replace("0", "1") * (name != file))
             assert not connection.fits(), file
     with monkeypatch.context() as patched:
-        patched.setattr(standing, "hard_limits", lambda: [standing.resource.RLIM_INFINITY] * len(standing._LIMITS))
-        assert connection.fits() == all(limit == standing.resource.RLIM_INFINITY for limit in connection._hard_limits)
+        unlimited = privileges.resource.RLIM_INFINITY
+        patched.setattr(privileges, "hard_limits", lambda: [unlimited] * len(privileges._LIMITS))
+        assert connection.fits() == all(limit == unlimited for limit in connection._hard_limits)
     assert connection.fits()
     assert torchwq.map(1, os.getuid).join(40) == [os.getuid()]
