@@ -31,7 +31,7 @@ import pytest
 
 import torchwq
 from tests.interpreter import Interpreter
-from torchwq.memory import arrivals, ledger, pool, recycling
+from torchwq.memory import pool, received_blocks, recycling, ref_table
 from torchwq.transport import debug, directory, namespace
 from torchwq.workers import client
 
@@ -97,7 +97,7 @@ def _services() -> None:
     with torchwq.workqueue("warm-up"):
         pass
     directory.here()
-    ledger.current()
+    ref_table.current()
     # torch's own heap need not be looked through each time that garbage is collected.
     gc.collect()
     gc.freeze()
@@ -166,12 +166,12 @@ def _descriptors() -> set[tuple[str, str]]:
 def trim() -> None:
     """Memory that is kept for use again is no leak; memory that something uses is not given up by this."""
     pool.trim()
-    arrivals.trim()
+    received_blocks.trim()
 
 
 def let_memory_go() -> None:
     """Give up at once, too, what a message is believed to have lost: between two tests, none is under way any more."""
-    with recycling.lock, mock.patch.object(recycling, "_LOST_AFTER_A_LOSS", 0.0):
+    with recycling.lock, mock.patch.object(recycling, "_IN_FLIGHT_TIMEOUT_AFTER_LOSS", 0.0):
         trim()
 
 

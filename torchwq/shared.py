@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 
 from .marshalling import codec
-from .memory import accounts, limits, sharing, storages
+from .memory import limits, sharing, stats, storages
 
 T = TypeVar("T")
 
-MemoryStats = accounts.MemoryStats
+MemoryStats = stats.MemoryStats
 
 
 def _size(size: tuple[Any, ...]) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def memory_stats() -> MemoryStats:
 
     Source: ``torch.cuda.memory_stats``.
     """
-    return accounts.memory_stats()
+    return stats.memory_stats()
 
 
 def set_memory_limit(nbytes: int | None) -> None:

@@ -333,8 +333,8 @@ def test_more_workers_than_descriptors_is_an_error_that_names_the_limit(method: 
 
 def test_memory_of_workers_that_have_nothing_to_do_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what the loader keeps for them, which does not read meanwhile."""
-    monkeypatch.setattr(recycling, "IDLE", 0.1)
-    monkeypatch.setattr(recycling, "TICK", 0.05)
+    monkeypatch.setattr(recycling, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(recycling, "PERIOD", 0.05)
     data = datasets.Plain(64, 50_000)
     loader: Any = torchwq.DataLoader(
         data, batch_size=8, num_workers=2, persistent_workers=True, multiprocessing_context="fork"

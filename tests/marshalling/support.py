@@ -15,8 +15,8 @@ import torch
 
 import torchwq
 from torchwq.marshalling import codec
-from torchwq.memory import arrivals, pool, recycling
-from torchwq.memory.parcel import Parcel, Payload
+from torchwq.memory import pool, received_blocks, recycling
+from torchwq.memory.message import Message, Payload
 from torchwq.transport.trailer import PICKLE, trailer
 
 LIMIT = codec.CALL_LIMIT
@@ -24,14 +24,14 @@ LIMIT = codec.CALL_LIMIT
 
 def received(payload: Payload) -> tuple[bytes, list[int]]:
     """What a reader would get: the bytes with a trailer, and descriptors of its own."""
-    if isinstance(payload, Parcel):
+    if isinstance(payload, Message):
         return payload.copy()
     return payload + trailer(7, PICKLE), []
 
 
 def marshal(obj: Any, limit: int = LIMIT, *, upvalues: bool = False) -> Payload:
     (payload,) = codec.encode_all([obj], limit, upvalues=upvalues)
-    assert len(payload.data if isinstance(payload, Parcel) else payload) <= limit
+    assert len(payload.data if isinstance(payload, Message) else payload) <= limit
     return payload
 
 
@@ -57,7 +57,7 @@ class Peer:
     def settle(self) -> None:
         """Let no memory be kept that nobody uses, here and at the worker."""
         gc.collect()
-        arrivals.trim()
+        received_blocks.trim()
         pool.trim()
         self.ask(give_up_memory)
 
@@ -102,9 +102,9 @@ def same(obj: Any) -> Any:
 def give_up_memory() -> None:
     """At the worker: keep nothing for use again, and have nothing kept by the reader. What is in use stays."""
     gc.collect()
-    arrivals.trim()
+    received_blocks.trim()
     pool.trim()
-    recycling.tick()
+    recycling.maintain()
 
 
 _kept: list[Any] = []
@@ -149,7 +149,7 @@ def _native(array: np.ndarray) -> np.ndarray:
 def descriptors() -> set[str]:
     """Descriptors of this process that are open now, but for memory that is only kept for use again."""
     pool.trim()
-    arrivals.trim()
+    received_blocks.trim()
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         try:

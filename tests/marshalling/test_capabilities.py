@@ -19,7 +19,7 @@ from torchwq.marshalling import codec, exceptions
 from torchwq.marshalling.payload import Attachments
 from torchwq.marshalling.tensors import _refuse_device
 from torchwq.memory.anonymous import Descriptor
-from torchwq.memory.parcel import Parcel
+from torchwq.memory.message import Message
 from torchwq.transport.capabilities import OTHER_MACHINE, SAME_MACHINE, Capabilities
 
 from . import library
@@ -130,7 +130,7 @@ def test_an_encoder_that_was_used_for_such_a_peer_shares_memory_again_afterwards
     tensor = [dense(), object]
     roundtrip(tensor)
     payload = codec.encode(tensor, codec.CALL_LIMIT)
-    assert isinstance(payload, Parcel)
+    assert isinstance(payload, Message)
     codec.decode(*received(payload))[0].zero_()
     assert not tensor[0].any()
 

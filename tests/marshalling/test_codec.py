@@ -29,7 +29,7 @@ from torchwq import MarshalError, ResourceError
 from torchwq.marshalling import codec, copies
 from torchwq.marshalling.payload import OUT_OF_BAND
 from torchwq.marshalling.wire import InBlock, References
-from torchwq.memory.parcel import Parcel
+from torchwq.memory.message import Message
 from torchwq.transport.capabilities import SAME_PROCESS
 
 from . import library
@@ -208,7 +208,7 @@ def test_large_content_does_not_go_through_the_message() -> None:
         ([np.zeros(9000), b"x" * 40_000, "text" * 10_000], InBlock.kind, 2),
     ):
         payload = marshal(obj)
-        assert isinstance(payload, Parcel)
+        assert isinstance(payload, Message)
         assert payload.kind == kind
         assert len(payload.data) < 200
         assert len(payload.fds) == blocks
@@ -223,7 +223,7 @@ def test_small_content_is_a_bare_pickle() -> None:
 def test_a_table_of_very_many_arrays_respects_the_limit_of_a_message() -> None:
     arrays = [np.full(OUT_OF_BAND, index % 251, np.uint8) for index in range(1100)]
     payload = codec.encode(arrays, LIMIT)
-    assert isinstance(payload, Parcel)
+    assert isinstance(payload, Message)
     assert len(payload.data) <= LIMIT
     assert identical(codec.decode(*received(payload)), arrays)
 

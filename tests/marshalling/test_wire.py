@@ -14,7 +14,7 @@ import torch
 import torchwq
 from torchwq.marshalling import wire
 from torchwq.memory.anonymous import Descriptor
-from torchwq.memory.parcel import Parcel
+from torchwq.memory.message import Message
 from torchwq.transport import descriptors as duplicates
 from torchwq.transport import trailer
 
@@ -23,7 +23,7 @@ from .support import descriptors, identical, marshal, received
 
 def laid_down(obj: Any) -> tuple[bytes, list[int]]:
     payload = marshal(obj)
-    return received(payload) if isinstance(payload, Parcel) else (payload, [])
+    return received(payload) if isinstance(payload, Message) else (payload, [])
 
 
 KINDS: list[tuple[Callable[[], Any], type[wire.Kind], str]] = [

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import torchwq
-from torchwq.memory import arrivals, pool, recycling
+from torchwq.memory import pool, received_blocks, recycling
 
 WAIT = 30.0
 #: What the conductor does while an answer is under way.
@@ -95,7 +95,7 @@ def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
             elif what == "trim":
                 gc.collect()
                 pool.trim()
-                arrivals.trim()
+                received_blocks.trim()
             elif what == "look":
                 scribble(args[0])
                 answer = {key: (int(value.min()), int(value.max())) for key, value in store.items()}
@@ -213,10 +213,10 @@ class Ensemble:
             self.fork(max(self.mine))
         elif meanwhile == "trim":
             pool.trim()
-            arrivals.trim()
+            received_blocks.trim()
         elif meanwhile == "tick":
             for _ in range(3):
-                recycling.tick()
+                recycling.maintain()
         self.mine[key] = commands.read(timeout=WAIT)
 
     def publish(self, key: int, name: int) -> None:

@@ -42,9 +42,9 @@ def test_at_a_limit_a_tensor_costs_as_few_looks_however_many_are_kept(
     limit: str, looks: list[Block], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limit == "descriptors":
-        monkeypatch.setattr(limits, "descriptors", lambda: 300)
+        monkeypatch.setattr(limits, "max_open_blocks", lambda: 300)
     else:
-        monkeypatch.setenv(limits.VARIABLE, str(300 * 4096))
+        monkeypatch.setenv(limits.ENV_VARIABLE, str(300 * 4096))
     kept = [torchwq.empty(4) for _ in range(300)]
     looks.clear()
     kept += [torchwq.empty(4) for _ in range(100)]
@@ -59,7 +59,7 @@ def test_at_a_limit_a_tensor_costs_as_few_looks_however_many_are_kept(
 def test_a_reader_at_its_limit_looks_at_no_block_that_is_in_use(
     peer: Peer, looks: list[Block], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "descriptors", lambda: 120)
+    monkeypatch.setattr(limits, "max_open_blocks", lambda: 120)
     kept = [peer.ask(torch.full, (4,), float(number)) for number in range(110)]
     for _ in range(10):
         peer.ask(torch.full, (4,), 1.0)
@@ -71,9 +71,9 @@ def test_a_reader_at_its_limit_looks_at_no_block_that_is_in_use(
 
 def _mapped() -> int:
     with recycling.lock:
-        recycling.settle()
-        recycling.look_at_all()
-        return sum(block.kind == MAPPED for block in recycling.table.values())
+        recycling.drain_finalizers()
+        recycling.poll_all()
+        return sum(block.kind == MAPPED for block in recycling.by_number.values())
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -90,7 +90,7 @@ def test_an_epochs_workers_leave_no_descriptors_but_of_what_is_kept(method: str)
     before = len(os.listdir("/proc/self/fd"))
     kept.clear()
     assert _mapped() == 0
-    wait_until(lambda: (recycling.tick(), len(os.listdir("/proc/self/fd")))[1] <= before - 10)
+    wait_until(lambda: (recycling.maintain(), len(os.listdir("/proc/self/fd")))[1] <= before - 10)
 
 
 def test_blocks_of_a_worker_that_has_ended_go_when_they_are_not_used(peer: Peer) -> None:
@@ -104,7 +104,7 @@ def test_blocks_of_a_worker_that_has_ended_go_when_they_are_not_used(peer: Peer)
 
         torchwq.map(1, answer, queue).join(30)
         kept = [queue.read(timeout=10) for _ in range(20)][:2]
-        wait_until(lambda: (recycling.tick(), _mapped())[1] <= len(kept))
+        wait_until(lambda: (recycling.maintain(), _mapped())[1] <= len(kept))
         assert [each[0].item() for each in kept] == [0, 1]
 
 

@@ -31,7 +31,7 @@ from tests.marshalling.support import (
 )
 from torchwq.marshalling import codec
 from torchwq.memory import limits, packing
-from torchwq.memory.parcel import Parcel
+from torchwq.memory.message import Message
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def saved_bytes(tensor: torch.Tensor) -> int:
 def test_many_tensors_of_a_message_are_shared_and_take_few_descriptors(peer: Peer, count: int) -> None:
     mine = tensors(count)
     payload = marshal(mine)
-    assert isinstance(payload, Parcel)
+    assert isinstance(payload, Message)
     assert len(payload.fds) <= 80
     del payload
     back = peer.ask(double_all, mine)
@@ -241,7 +241,7 @@ def test_small_tensors_by_value_share_a_block_and_keep_their_own_storages() -> N
 def test_many_arrays_travel_in_few_blocks(peer: Peer) -> None:
     arrays = [np.full(9000 + number, number, np.float32) for number in range(300)]
     payload = marshal(arrays)
-    assert isinstance(payload, Parcel)
+    assert isinstance(payload, Message)
     assert len(payload.fds) <= 80
     out = codec.decode(*received(payload))
     assert all((a == b).all() and a.shape == b.shape for a, b in zip(out, arrays, strict=True))
@@ -253,7 +253,7 @@ def test_many_arrays_travel_in_few_blocks(peer: Peer) -> None:
 @pytest.mark.filterwarnings("ignore:.*copied instead of shared")
 def test_without_a_free_descriptor_everything_is_copied_into_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = [torchwq.empty(77) for _ in range(3)]
-    monkeypatch.setattr(limits, "descriptors", lambda: 3)
+    monkeypatch.setattr(limits, "max_open_blocks", lambda: 3)
     arrays, given = [np.full(9000, number) for number in range(5)], tensors(100)
     out = roundtrip([arrays, given])
     assert [each[0] for each in out[0]] == list(range(5))
@@ -264,10 +264,10 @@ def test_without_a_free_descriptor_everything_is_copied_into_the_message(monkeyp
 
 
 def test_packs_have_a_bounded_size_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_PACK", 10_000)
+    monkeypatch.setattr(packing, "_PACK_BYTES", 10_000)
     given = [torch.full((1000,), float(number)) for number in range(200)]
     payload = marshal(given)
-    assert isinstance(payload, Parcel)
+    assert isinstance(payload, Message)
     assert len(payload.fds) <= 64 + 40
     out = codec.decode(*received(payload))
     assert all(torch.equal(a, b) for a, b in zip(out, given, strict=True))

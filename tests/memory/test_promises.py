@@ -25,10 +25,10 @@ from tests.injection import in_the_middle
 from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, started_peer
 from tests.queues.handles import worker_handle
 from torchwq.marshalling.wire import References
-from torchwq.memory import ledger, promises, recycling
+from torchwq.memory import promises, recycling, ref_table
 from torchwq.memory.anonymous import Descriptor
-from torchwq.memory.parcel import Parcel
-from torchwq.memory.promises import KeptBlocks, Leaving, SentBlocks
+from torchwq.memory.message import Message
+from torchwq.memory.promises import KeptBlocks, SenderLeft, SentBlocks
 from torchwq.transport.endpoint import Received
 from torchwq.transport.trailer import trailer
 
@@ -39,7 +39,7 @@ def peer() -> Iterator[Peer]:
         yield started
 
 
-def message_with(numbers: list[int]) -> Parcel:
+def message_with(numbers: list[int]) -> Message:
     blocks: list[Any] = [SimpleNamespace(number=number, nbytes=8) for number in numbers]
     data = b"pickle" + b"".join(References.tail((), blocks))
     return References.encode(data, [-1] * len(numbers), [], blocks, only_blocks=True)
@@ -66,10 +66,10 @@ class Wire(RuleBasedStateMachine):
         self.current = set(range(1, 7))
         self.last_number = 6
         self.left_out = 0
-        book = ledger.current()
-        assert book is not None
-        self.is_current = book.is_current
-        book.is_current = lambda number: number in self.current  # type: ignore[method-assign]
+        table = ref_table.current()
+        assert table is not None
+        self.is_current = table.is_current
+        table.is_current = lambda number: number in self.current  # type: ignore[method-assign]
         self.before = len(os.listdir("/proc/self/fd"))
 
     def send_aside(self, message: Any) -> None:
@@ -78,7 +78,7 @@ class Wire(RuleBasedStateMachine):
     @precondition(lambda self: len(self.senders) < 3)
     @rule()
     def enter(self) -> None:
-        sender, _ = self.kept.admit()
+        sender, _ = self.kept.add_sender()
         self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_aside, [0])
 
     @precondition(lambda self: self.senders)
@@ -88,25 +88,25 @@ class Wire(RuleBasedStateMachine):
         sender = self.senders[data.draw(st.sampled_from(sorted(self.senders)))]
         known = sorted(self.current) if not is_written_long_ago else list(range(1, self.last_number + 1))
         numbers = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
-        parcel = message_with(numbers)
-        fds, number = sender.choose(parcel)
-        message = parcel.data + trailer(number, parcel.kind), [os.dup(0) for _ in fds]
-        self.socket.append((message, numbers))
+        message = message_with(numbers)
+        fds, number = sender.choose(message)
+        sent = message.data + trailer(number, message.kind), [os.dup(0) for _ in fds]
+        self.socket.append((sent, numbers))
         if number:
-            sender.note_promise(parcel)
+            sender.note_promise(message)
         self.left_out += not fds
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data())
     def look(self, data: Any) -> None:
-        self.senders[data.draw(st.sampled_from(sorted(self.senders)))].look()
+        self.senders[data.draw(st.sampled_from(sorted(self.senders)))].revoke_stale()
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data())
     def leave(self, data: Any) -> None:
         sender = data.draw(st.sampled_from(sorted(self.senders)))
         del self.senders[sender]
-        self.send_aside(Leaving(sender))
+        self.send_aside(SenderLeft(sender))
 
     @rule(data=st.data())
     def give_up(self, data: Any) -> None:
@@ -119,7 +119,7 @@ class Wire(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         received, numbers = self.socket.popleft()
-        answer = self.kept.look(received)
+        answer = self.kept.process(received)
         if answer is not None:
             self.taken.append((answer, numbers))
         else:
@@ -161,9 +161,9 @@ class Wire(RuleBasedStateMachine):
                     os.close(fd)
             del fds
         assert len(os.listdir("/proc/self/fd")) == self.before, "all descriptors are closed with the last message"
-        book = ledger.current()
-        assert book is not None
-        book.is_current = self.is_current  # type: ignore[method-assign]
+        table = ref_table.current()
+        assert table is not None
+        table.is_current = self.is_current  # type: ignore[method-assign]
 
 
 Wire.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -172,14 +172,14 @@ TestWire = Wire.TestCase
 
 def test_a_message_that_another_thread_has_taken_keeps_what_it_refers_to() -> None:
     kept = KeptBlocks(References, [0])
-    sender, _ = kept.admit()
+    sender, _ = kept.add_sender()
     data = message_with([7]).data
     fd = os.dup(0)
-    first = kept.look((data + trailer(sender, References.kind), [fd]))
-    second = kept.look((data + trailer(0, References.kind), []))
+    first = kept.process((data + trailer(sender, References.kind), [fd]))
+    second = kept.process((data + trailer(0, References.kind), []))
     assert first is not None
     assert second is not None
-    assert kept.look((Leaving(sender).data + trailer(0, Leaving.kind), [])) is None
+    assert kept.process((SenderLeft(sender).data + trailer(0, SenderLeft.kind), [])) is None
     kept.close()
     del first
     assert isinstance(second[1], promises.Epoch)
@@ -228,7 +228,7 @@ def test_a_program_that_does_not_read_gets_rid_of_what_its_worker_has_given_up(p
     peer.ask(make_and_keep, 300)
     assert kept_by(peer.queue) == 1
     peer.ask(drop_kept)
-    recycling.tick()  # the tensor is gone here, too
+    recycling.maintain()  # the tensor is gone here, too
     peer.queue.write((give_up_all, ()))
     wait_until(lambda: not kept_by(peer.queue), what="what was kept to be given up")
     peer.queue.read(timeout=30)
@@ -244,7 +244,7 @@ def test_a_queue_in_which_nothing_is_to_be_read_is_not_ready(peer: Peer) -> None
     """What the worker says to the connection is no answer."""
     peer.ask(make_and_keep, 300)
     peer.ask(drop_kept)
-    recycling.tick()
+    recycling.maintain()
     peer.queue.write((tick_after_the_answer, ()))
     peer.queue.read(timeout=30)
     wait_until(lambda: peer.queue._role.end.has_arrived(), what="what is sent aside")
@@ -262,7 +262,7 @@ def tick_after_the_answer() -> None:
 
 
 def test_a_sender_without_room_sends_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promises, "_MOST", 2)
+    monkeypatch.setattr(promises, "_MAX_ROOM", 2)
     with started_peer() as small:
         for number in range(6):
             assert (small.ask(make_number, number) == number).all()
@@ -282,10 +282,10 @@ def sum_of_kept() -> float:
 
 
 def test_rooms_of_all_senders_together_leave_descriptors_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promises.limits, "descriptors", lambda: 200)
+    monkeypatch.setattr(promises.limits, "max_open_blocks", lambda: 200)
     monkeypatch.setattr(promises, "_granted", 0)
     connections = [KeptBlocks(References, [0]) for _ in range(40)]
-    rooms = [each.admit()[1] for each in connections]
+    rooms = [each.add_sender()[1] for each in connections]
     assert rooms[0] > rooms[5] > 0
     assert promises._granted == sum(rooms) <= 100
     for each in connections:
@@ -304,8 +304,8 @@ def test_an_answer_of_a_sender_that_was_stopped_for_long_arrives(peer: Peer) -> 
     wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, what="the worker to be stopped")
     gc.collect()
     for _ in range(5):
-        recycling.tick()
-    recycling.suspect_losses()
+        recycling.maintain()
+    recycling.expire_in_flight()
     os.kill(pid, signal.SIGCONT)
     good, out = peer.queue.read(timeout=30)
     assert good, out
@@ -320,9 +320,9 @@ def itself(kept: Any) -> Any:
 def stop_in_the_middle_of_sending() -> Any:
     choose = SentBlocks.choose
 
-    def stop(self: SentBlocks, parcel: Any) -> Any:
+    def stop(self: SentBlocks, message: Any) -> Any:
         SentBlocks.choose = choose  # type: ignore[method-assign]
-        chosen = choose(self, parcel)
+        chosen = choose(self, message)
         os.kill(os.getpid(), signal.SIGSTOP)
         return chosen
 
@@ -332,9 +332,9 @@ def stop_in_the_middle_of_sending() -> Any:
 
 def test_descriptors_are_closed_with_what_keeps_them() -> None:
     kept = KeptBlocks(References, [0])
-    sender, _ = kept.admit()
+    sender, _ = kept.add_sender()
     fd = os.dup(0)
-    kept.look((message_with([7]).data + trailer(sender, References.kind), [fd]))
+    kept.process((message_with([7]).data + trailer(sender, References.kind), [fd]))
     assert isinstance(kept._kept[sender][7], Descriptor)
     del kept
     gc.collect()
@@ -400,24 +400,24 @@ def test_waiting_for_an_answer_in_the_middle_of_reading_one_loses_nothing(make: 
 
 def test_an_answer_that_is_taken_while_the_reader_closes_is_thrown_away() -> None:
     kept = KeptBlocks(References, [0])
-    sender, room = kept.admit()
+    sender, room = kept.add_sender()
     assert room
     data = message_with([7]).data
-    kept.look((data + trailer(sender, References.kind), [os.dup(0)]))
+    kept.process((data + trailer(sender, References.kind), [os.dup(0)]))
     kept.close()
-    assert kept.look((data + trailer(0, References.kind), [])) is None
+    assert kept.process((data + trailer(0, References.kind), [])) is None
 
 
 def test_who_comes_to_a_closed_connection_takes_no_room_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promises, "_granted", 0)
     kept = KeptBlocks(References, [0])
     kept.close()
-    assert kept.admit()[1] == 0
+    assert kept.add_sender()[1] == 0
     assert promises._granted == 0
 
 
 def test_workers_that_come_and_go_while_nobody_reads_give_their_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recycling, "TICK", 0.01)
+    monkeypatch.setattr(recycling, "PERIOD", 0.01)
     with torchwq.workqueue() as queue:
         before = promises._granted
         for _ in range(3):
@@ -438,7 +438,7 @@ def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
     outbox = RecordingOutbox()
     sent = SentBlocks(1, 10, outbox.send_aside, [0])
     sent.note_promise(message_with([7]))
-    recycling.tick()
+    recycling.maintain()
     assert outbox.had_lock == [False]
 
 

@@ -31,7 +31,7 @@ from tests.marshalling.support import (
     started_peer,
 )
 from torchwq.marshalling import codec
-from torchwq.memory import arrivals, ledger, limits, pool, recycling, storages
+from torchwq.memory import limits, pool, received_blocks, recycling, ref_table, storages
 from torchwq.transport import sockets
 
 
@@ -169,7 +169,7 @@ def test_a_tensor_outlives_its_maker() -> None:
     with torchwq.workqueue() as queue:
         torchwq.map(1, make, queue).join(20)
         tensors = [queue.read(timeout=10) for _ in range(20)]
-        for number in range(3):  # new processes, which take over what the dead one had in the ledger
+        for number in range(3):  # new processes, which take over what the dead one had in the reference table
             torchwq.map(2, make, queue).join(20)
             for _ in range(40):
                 queue.read(timeout=10)
@@ -285,16 +285,16 @@ def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose:
         os._exit(0)
     os.waitpid(pid, 0)
     pool.trim()
-    arrivals.trim()
+    received_blocks.trim()
     for _ in range(5):
-        recycling.tick()
+        recycling.maintain()
     scribble(300)
     good, out = peer.queue.read(timeout=30)
     assert good
     assert (out == 4).all()
     peer.ask(drop_kept)
     del out
-    wait_until(lambda: (recycling.tick(), pool.trim(), arrivals.trim(), recycling.open_blocks)[-1] == 0)
+    wait_until(lambda: (recycling.maintain(), pool.trim(), received_blocks.trim(), recycling.open_blocks)[-1] == 0)
 
 
 def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Peer) -> None:
@@ -309,7 +309,7 @@ def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Pee
         wait_until(lambda: unread(peer.queue) > 200, what="the second answer")
         other.echo(torch.ones(5))
         for _ in range(6):
-            recycling.tick()
+            recycling.maintain()
         good, out = peer.queue.read(timeout=30)
         assert good, out
         assert (out == 4).all()
@@ -403,7 +403,7 @@ def give_up_all() -> None:
     drop_kept()
     gc.collect()
     pool.trim()
-    arrivals.trim()
+    received_blocks.trim()
 
 
 def itself(kept: Any) -> Any:
@@ -601,7 +601,7 @@ def test_20000_received_tensors_can_be_held_with_256_descriptors(run_script: Any
 
 
 def test_a_reader_short_of_descriptors_copies_what_it_receives(monkeypatch: pytest.MonkeyPatch, peer: Peer) -> None:
-    monkeypatch.setattr(limits, "descriptors", lambda: 4)
+    monkeypatch.setattr(limits, "max_open_blocks", lambda: 4)
     monkeypatch.setattr(limits, "_warned", False)
     before = torchwq.memory_stats().copies
     with pytest.warns(RuntimeWarning, match="ulimit -n"):
@@ -641,8 +641,8 @@ def test_more_memory_than_there_is_is_refused_with_the_limits_name(monkeypatch: 
         torchwq.empty(1 << 42, dtype=torch.uint8)
 
 
-def test_without_a_ledger_tensors_travel_by_descriptor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "current", lambda: None)
+def test_without_a_reference_table_tensors_travel_by_descriptor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ref_table, "current", lambda: None)
     tensor = torch.zeros(10)
     out = roundtrip(tensor)
     out[3] = 3
@@ -653,10 +653,10 @@ def test_without_a_ledger_tensors_travel_by_descriptor_alone(monkeypatch: pytest
 
 
 def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recycling, "IDLE", 0.0)
-    monkeypatch.setattr(recycling, "TICK", 0.01)
+    monkeypatch.setattr(recycling, "IDLE_TIMEOUT", 0.0)
+    monkeypatch.setattr(recycling, "PERIOD", 0.01)
     torchwq.empty(100)
-    recycling.tick()
+    recycling.maintain()
     wait_until(lambda: torchwq.memory_stats().blocks == 0)
 
 
@@ -739,7 +739,7 @@ def test_stats_tell_what_is_where(peer: Peer) -> None:
     wait_until(lambda: torchwq.memory_stats().adopted == 0)
 
 
-def test_many_processes_use_one_ledger() -> None:
+def test_many_processes_use_one_reference_table() -> None:
     """More than are counted in a loop."""
     with torchwq.workqueue() as queue:
         workers = torchwq.map(12, echo_until_none, queue)
@@ -751,7 +751,7 @@ def test_many_processes_use_one_ledger() -> None:
     assert seen == list(range(300))
     for _ in range(5):
         scribble(50)
-    wait_until(lambda: (arrivals.trim(), pool.trim(), torchwq.memory_stats().blocks)[2] == 0)
+    wait_until(lambda: (received_blocks.trim(), pool.trim(), torchwq.memory_stats().blocks)[2] == 0)
 
 
 def echo_until_none(queue: torchwq.WorkQueue) -> None:

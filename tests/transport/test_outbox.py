@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from torchwq.memory.parcel import Parcel
+from torchwq.memory.message import Message
 from torchwq.transport import kinds, reactor
 from torchwq.transport.endpoint import Endpoint
 from torchwq.transport.outbox import Outbox
@@ -45,7 +45,7 @@ def test_what_cannot_be_sent_is_told_and_leaves_the_outbox_as_it_was(
 ) -> None:
     a, b = ends
     outbox = Outbox(a, numbered=True)
-    bad = Parcel(b"bad.", [-1], [])
+    bad = Message(b"bad.", [-1], [])
     with pytest.raises(NotSent):
         outbox.send(bad)
     told: list[Any] = []

@@ -48,7 +48,7 @@ class Forwarded:
         self._closing.detach()
 
     def on_send(self) -> None:
-        """It was counted by the ledger when its writer sent it."""
+        """It was counted by the reference table when its writer sent it."""
 
     def on_send_failed(self) -> None:
         pass

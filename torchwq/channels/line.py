@@ -50,7 +50,7 @@ from ..marshalling import codec
 from ..marshalling.codec import encode
 from ..marshalling.copies import SCALARS, only_scalars
 from ..marshalling.wire import Bundle
-from ..memory import anonymous, fences, recycling
+from ..memory import anonymous, membarrier, recycling
 from ..peers.table import FIRST_HEADER_WORD, FIRST_SLOT_WORD, PeerTable
 from ..transport import cleanup, descriptors, kinds, polling
 from ..transport.capabilities import SAME_MACHINE
@@ -298,7 +298,7 @@ class Line:
                 words[UNUSUAL] = 1
                 slots = [table.slot, *(slot for slot, lives in table.other_slots() if lives)]
             if words[BRINGS] != SAFELY:
-                fences.everywhere()
+                membarrier.global_barrier()
                 self._wait_for_tries({table.slot_offset(slot): slot for slot in slots})
                 words[BRINGS] = SAFELY
         self._can_lose = False
@@ -529,7 +529,7 @@ class Line:
             self._last_counts = self.counts()
             self.left = True
             self.read = self._read_any  # type: ignore[method-assign]
-        recycling.suspect_losses()
+        recycling.expire_in_flight()
         open_lines.discard(self)
         for each in self._kept:
             codec.discard(*each)

@@ -296,7 +296,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 f"{type(error).__name__} has interrupted this iterator of a DataLoader, and its workers were ended: "
                 f"begin again with iter(loader)"
             )
-        recycling.suspect_losses()
+        recycling.expire_in_flight()
         self._close(self._pool.end_in_background)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from ..errors import ResourceError
 from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
 from ..marshalling.letter import Letter
-from ..memory import ledger, limits
+from ..memory import limits, ref_table
 from ..memory.anonymous import Descriptor, duplicates, exhausted
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
@@ -81,7 +81,7 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
 
 def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
     definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
-    ledger.current()  # of a table that it made itself, the worker's blocks would mean nothing here
+    ref_table.current()  # of a table that it made itself, the worker's blocks would mean nothing here
     handover: list[int] = []
     try:
         for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
@@ -105,7 +105,7 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
 
 def _forked_main(config: LoaderConfig, own_config: WorkerConfig, handover: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
-    limits.hold_back_warnings(child.ORPHAN_TIMEOUT)
+    limits.delay_warnings(child.ORPHAN_TIMEOUT)
     with contextlib.closing(Connection(kinds.adopt(handover))) as connection:
         _end_with_owner(connection, owner)
         WorkerLoop(config, own_config, connection, has_main=True).run()

@@ -112,7 +112,7 @@ class WorkerHandle:
                 if not self._stays:
                     self._kept = KeptBlocks(References, self._flow, LOST, self._look_aside)
                     opened.callback(self._kept.close)
-                    _, self._own_config.room = self._kept.admit()
+                    _, self._own_config.room = self._kept.add_sender()
                 self.process: Process = self._start(self._own_config, theirs)
                 self._max_payload = ours.max_payload
             except ResourceError:
@@ -207,7 +207,7 @@ class WorkerHandle:
         """See ``KeptBlocks``. In the reactor's thread."""
         with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
             if self._kept is not None and isinstance(self.connection, Connection):
-                self._kept.pass_asides(self.connection.end)
+                self._kept.take_control_messages(self.connection.end)
 
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.

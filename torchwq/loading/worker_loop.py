@@ -22,7 +22,7 @@ import torch
 
 from ..marshalling import codec, exceptions, importable
 from ..marshalling.letter import Letter
-from ..memory.parcel import Parcel
+from ..memory.message import Message
 from ..memory.promises import ONLY_SENDER, SentBlocks
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.connection import Connection
@@ -101,7 +101,7 @@ class WorkerLoop:
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[BATCHES] += 1
-                words[NBYTES] += payload.nbytes if isinstance(payload, Parcel) else _size(payload)
+                words[NBYTES] += payload.nbytes if isinstance(payload, Message) else _size(payload)
                 del payload
         except (EOFError, BrokenPipeError):
             pass  # the loader is gone, or has no use for more

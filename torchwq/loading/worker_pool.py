@@ -168,7 +168,7 @@ def end(workers: Sequence[WorkerHandle], in_all: float | None = None) -> None:
             one after the other, as torch's loader waits for them.
     """
     with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
-        stack.callback(recycling.give_up_orphans)  # their blocks would be kept for a while: no process uses them again
+        stack.callback(recycling.retire_orphans)  # their blocks would be kept for a while: no process uses them again
         stack.callback(_wait_or_kill, workers, in_all)
         for worker in workers:
             stack.callback(worker.close)
@@ -182,7 +182,7 @@ def end_in_background(workers: Sequence[WorkerHandle]) -> None:
             worker.close()
         left = _wait(workers, SHORT_END_TIMEOUT)
     finally:
-        recycling.suspect_orphans()  # takes no lock: this may be a finalizer
+        recycling.note_worker_exit()  # takes no lock: this may be a finalizer
         if left:
             threading.Thread(target=end, args=(left,), name="torchwq-close", daemon=True).start()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory.block import Block
-from ..memory.parcel import Parcel
+from ..memory.message import Message
 from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.endpoint import NO_FDS
@@ -41,8 +41,8 @@ _LONG: Final = 4096
 _take_tensor_apart: Final = plain.take_tensor_apart
 _encode_tensor: Final = References.encode_tensor
 
-Payload = bytes | Parcel | Letter
-#: ``bytes | Parcel``, or, if it stays here, any ``Payload``, or what ``copies.copied`` gives.
+Payload = bytes | Message | Letter
+#: ``bytes | Message``, or, if it stays here, any ``Payload``, or what ``copies.copied`` gives.
 Encoded: TypeAlias = Any
 
 
@@ -68,7 +68,7 @@ def encode(
     fresh: Container[Block] | None = None,
     starting: list[Any] | None = None,
     in_full: bool = False,
-) -> bytes | Parcel: ...
+) -> bytes | Message: ...
 @overload
 def encode(
     obj: Any,
@@ -167,7 +167,7 @@ def encode(
     return payload
 
 
-def large(pickled: bytes, limit: int) -> bytes | Parcel:
+def large(pickled: bytes, limit: int) -> bytes | Message:
     """The payload with a pickle that is too large for a message. Raises ResourceError."""
     out = Attachments()
     out.chunks.append(pickled)

@@ -10,9 +10,9 @@ from ..errors import MarshalError
 from ..memory import content, recycling
 from ..memory.block import Block
 from ..memory.content import Buffer
-from ..memory.ledger import UNTRACKED
-from ..memory.packing import Packing, most_own
-from ..memory.parcel import Parcel
+from ..memory.message import Message
+from ..memory.packing import Packing, max_own_blocks
+from ..memory.ref_table import UNTRACKED
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
 from .letter import Letter
@@ -98,10 +98,10 @@ class Attachments:
             self.more = True
             self._copies.append(bytearray(raw))
             return False
-        if self.own_blocks >= most_own() or (self._packing is not None and self._packing.has_buffers):
+        if self.own_blocks >= max_own_blocks() or (self._packing is not None and self._packing.has_buffers):
             self.packing.take_buffer(raw)
             return False
-        found = content.block_with([raw], raw.nbytes)
+        found = content.block_containing([raw], raw.nbytes)
         if found is None:
             return True
         block, storage = found
@@ -116,7 +116,7 @@ class Attachments:
         pickled = b"".join(self.chunks)
         return Letter(pickled, self.enclosed, self._copies) if self.more else pickled
 
-    def payload(self, limit: int) -> bytes | Parcel:
+    def payload(self, limit: int) -> bytes | Message:
         """What was collected, as one payload of at most ``limit`` bytes."""
         # A large buffer that had to stay in the pickle was written to it as it is.
         chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]

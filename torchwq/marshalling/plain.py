@@ -15,11 +15,11 @@ from typing import Any, Final
 import torch
 
 from ..memory import recycling, sharing
-from ..memory.arrivals import take_packed, take_tensor, take_tensors
 from ..memory.block import MAPPED, Block, Geometry
-from ..memory.ledger import UNTRACKED
 from ..memory.packing import SLICE, SMALL, Row, rows_to_bytes
+from ..memory.received_blocks import take_packed, take_tensor, take_tensors
 from ..memory.recycling import block_of
+from ..memory.ref_table import UNTRACKED
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
 from .letter import Letter
@@ -266,7 +266,7 @@ def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found |
         block, storage, where = found
     else:
         if block is None:
-            if storage.nbytes() == 0 or sharing.is_for_torch(storage) or slice_of(storage) is not None:
+            if storage.nbytes() == 0 or sharing.needs_torch_reducer(storage) or slice_of(storage) is not None:
                 return None
             del storage
             try:

@@ -19,9 +19,9 @@ from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.packing import Packing
+from ..memory.received_blocks import ReceivedBlocks
 from ..transport.capabilities import Capabilities
 from . import state
 
@@ -161,13 +161,17 @@ _inbound = threading.local()
 class Unpacking:
     """The descriptors and the blocks of the message that this thread is unpickling, or what a letter encloses."""
 
-    __slots__ = ("_outer", "arrivals", "as_it_is", "enclosed", "fds")
+    __slots__ = ("_outer", "as_it_is", "enclosed", "fds", "received_blocks")
 
     def __init__(
-        self, fds: list[int], arrivals: Arrivals | None, enclosed: Sequence[Any] = (), as_it_is: bool = False
+        self,
+        fds: list[int],
+        received_blocks: ReceivedBlocks | None,
+        enclosed: Sequence[Any] = (),
+        as_it_is: bool = False,
     ) -> None:
         self.fds = fds
-        self.arrivals = arrivals
+        self.received_blocks = received_blocks
         self.enclosed = enclosed
         self.as_it_is = as_it_is
 
@@ -180,10 +184,10 @@ class Unpacking:
         _inbound.message = self._outer
 
 
-def inbound() -> Arrivals:
+def inbound() -> ReceivedBlocks:
     """The blocks of the message being unpickled."""
-    arrivals: Arrivals = _inbound.message.arrivals
-    return arrivals
+    received_blocks: ReceivedBlocks = _inbound.message.received_blocks
+    return received_blocks
 
 
 def enclosed(index: int) -> Any:

@@ -19,7 +19,7 @@ from torch.utils.hooks import warn_if_has_hooks
 from ..errors import MarshalError
 from ..memory import sharing, storages
 from ..memory.block import Geometry
-from ..memory.packing import most_own
+from ..memory.packing import max_own_blocks
 from ..memory.recycling import block_of
 from ..memory.slices import slice_of
 from ..memory.storages import geometry
@@ -59,9 +59,9 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
             return _reduce_with_storage(tensor, tensor)
         if slice_of(storage) is not None:
             return _refer_packed(tensor, encoder.packing.refer(storage), geometry(tensor))
-        if sharing.is_for_torch(storage):
+        if sharing.needs_torch_reducer(storage):
             return _reduce_with_storage(tensor, tensor)
-        many = encoder.own_blocks >= most_own()
+        many = encoder.own_blocks >= max_own_blocks()
         if many and not storage.is_shared() and storages.is_sole_owner(tensor, storage):
             return _refer_packed(tensor, encoder.packing.move(tensor), geometry(tensor))
         del storage
@@ -268,7 +268,7 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
     elif block is None or not sharing.is_current(block):
         if slice_of(storage) is not None:
             return _open_packed, (encoder.packing.refer(storage),)
-        if sharing.is_for_torch(storage):
+        if sharing.needs_torch_reducer(storage):
             return reductions.reduce_storage(storage)
         block = sharing.share_storage(storage)
     if block is None:

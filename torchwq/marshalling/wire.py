@@ -38,12 +38,12 @@ from typing import Any, ClassVar, Final
 import torch
 
 from ..memory import anonymous, content, pool, promises, recycling
-from ..memory.arrivals import Arrivals
 from ..memory.block import Block
 from ..memory.content import Buffer
-from ..memory.ledger import UNTRACKED
+from ..memory.message import Message
 from ..memory.packing import Row, rows_ending_at, rows_to_bytes
-from ..memory.parcel import Parcel
+from ..memory.received_blocks import ReceivedBlocks
+from ..memory.ref_table import UNTRACKED
 from ..transport import fd_bundle
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
@@ -102,9 +102,9 @@ class Pickle(Kind):
     kind = PICKLE
 
     @staticmethod
-    def encode(pickled: bytes, fds: list[int], keep: list[Any]) -> Parcel:
+    def encode(pickled: bytes, fds: list[int], keep: list[Any]) -> Message:
         """``keep`` are the owners of ``fds``."""
-        return Parcel(pickled, fds, keep)
+        return Message(pickled, fds, keep)
 
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
@@ -132,20 +132,20 @@ class References(Kind):
     kind = _REFERENCES
 
     @staticmethod
-    def encode_tensor(begin: bytes, block: Block, storage: torch.UntypedStorage, limit: int) -> Parcel | None:
+    def encode_tensor(begin: bytes, block: Block, storage: torch.UntypedStorage, limit: int) -> Message | None:
         """The same of one tensor."""
         nbytes = block.nbytes
         data = begin + _ONE.pack(block.number, nbytes, 1)
         if len(data) > limit:
             return None
-        parcel = Parcel(data, [block.fd], [storage], _REFERENCES, (block.number,), True)
-        parcel.nbytes += nbytes
-        return parcel
+        message = Message(data, [block.fd], [storage], _REFERENCES, (block.number,), True)
+        message.nbytes += nbytes
+        return message
 
     @classmethod
     def encode_plain(
         cls, begin: bytes, is_packed: bool, blocks: Sequence[Block], storages: list[Any], limit: int
-    ) -> Parcel | None:
+    ) -> Message | None:
         """The payload with what ``plain`` has taken apart; None if that is more than ``limit`` bytes.
 
         Args:
@@ -163,9 +163,9 @@ class References(Kind):
         data = b"".join(parts)
         if len(data) > limit:
             return None
-        parcel = Parcel(data, fds, storages, cls.kind, numbers, True)
-        parcel.nbytes += nbytes
-        return parcel
+        message = Message(data, fds, storages, cls.kind, numbers, True)
+        message.nbytes += nbytes
+        return message
 
     @staticmethod
     def tail(rows: Sequence[Row], blocks: Iterable[Block | Buffer]) -> list[bytes]:
@@ -177,11 +177,11 @@ class References(Kind):
     @classmethod
     def encode(
         cls, data: bytes, fds: list[int], keep: list[Any], blocks: Iterable[Block | Buffer], only_blocks: bool
-    ) -> Parcel:
+    ) -> Message:
         """The payload of ``data``, a pickle with its ``tail``; ``fds`` end with the blocks'."""
-        parcel = Parcel(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks)
-        parcel.nbytes += sum(block.nbytes for block in blocks)
-        return parcel
+        message = Message(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks)
+        message.nbytes += sum(block.nbytes for block in blocks)
+        return message
 
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
@@ -198,7 +198,7 @@ class References(Kind):
                 if obj is not None:
                     return obj
             end = at + _COUNT_SIZE
-            obj = _loads(data, _arrivals(data, end, fds), fds)
+            obj = _loads(data, _received_blocks(data, end, fds), fds)
             if shape is None:
                 plain.learn(obj, _rows(data, end))
             return obj
@@ -213,7 +213,7 @@ class References(Kind):
     @classmethod
     def discard(cls, data: bytes, fds: list[int]) -> None:
         with contextlib.suppress(Exception):  # then they are believed to be lost after a while
-            recycling.note_lost(cls.numbers(data))
+            recycling.note_discarded(cls.numbers(data))
         close_fds(fds)
 
 
@@ -235,7 +235,7 @@ class InBlock(Kind):
         keep: list[Any],
         blocks: Iterable[Block | Buffer],
         in_bundle: bool,
-    ) -> Parcel:
+    ) -> Message:
         """The payload of ``chunks``, a pickle with its ``tail``. Raises ResourceError.
 
         Args:
@@ -247,7 +247,7 @@ class InBlock(Kind):
         if in_bundle:
             carrier = fd_bundle.pack(fds)
             fds, keep = [carrier.fileno()], [*keep, carrier]
-        found = content.block_with(chunks, pool.capacity_for(size))
+        found = content.block_containing(chunks, pool.capacity_for(size))
         if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
             fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
             keep.append(anonymous.Descriptor(fd))
@@ -257,15 +257,15 @@ class InBlock(Kind):
             keep.append(storage)
         data = cls._HEAD.pack(size, in_bundle) + _ONE.pack(number, nbytes, 1)
         numbers = [*(block.number for block in blocks), number]
-        parcel = Parcel(data, [*fds, fd], keep, cls.kind, numbers)
-        parcel.nbytes += size + sum(block.nbytes for block in blocks)
-        return parcel
+        message = Message(data, [*fds, fd], keep, cls.kind, numbers)
+        message.nbytes += size + sum(block.nbytes for block in blocks)
+        return message
 
     @classmethod
-    def _opened(cls, data: bytes, fds: list[int]) -> tuple[Arrivals, memoryview, bool]:
+    def _opened(cls, data: bytes, fds: list[int]) -> tuple[ReceivedBlocks, memoryview, bool]:
         """The block, for which ``done`` is to be called; what is in it; whether the first descriptor is a bundle."""
         size, in_bundle = cls._HEAD.unpack_from(data)
-        block = _arrivals(data, size_of_payload(data), fds)
+        block = _received_blocks(data, size_of_payload(data), fds)
         return block, block.memory(0)[:size], in_bundle
 
     @classmethod
@@ -276,7 +276,7 @@ class InBlock(Kind):
                 if in_bundle:
                     carrier, fds[0] = fds[0], -1
                     fds[:1] = fd_bundle.unpack(carrier)
-                return _loads(inside, _arrivals(inside, len(inside), fds, behind=1), fds)
+                return _loads(inside, _received_blocks(inside, len(inside), fds, behind=1), fds)
             finally:
                 block.done()
         finally:
@@ -290,7 +290,7 @@ class InBlock(Kind):
                 references = _references(inside, len(inside))
             finally:
                 block.done()
-            recycling.note_lost([number for number, _ in references])
+            recycling.note_discarded([number for number, _ in references])
         close_fds(fds)
 
     @staticmethod
@@ -397,18 +397,18 @@ def describe(data: bytes) -> str:
     return KINDS[data[KIND]].describe(data)
 
 
-def _loads(data: bytes | memoryview, arrivals: Arrivals | None, fds: list[int]) -> Any:
-    if arrivals is None:
+def _loads(data: bytes | memoryview, received_blocks: ReceivedBlocks | None, fds: list[int]) -> Any:
+    if received_blocks is None:
         with Unpacking(fds, None):
             return pickle.loads(data)
     try:
-        with Unpacking(fds, arrivals):
-            return pickle.loads(data, buffers=arrivals.buffers())
+        with Unpacking(fds, received_blocks):
+            return pickle.loads(data, buffers=received_blocks.buffers())
     finally:
-        arrivals.done()
+        received_blocks.done()
 
 
-def _arrivals(data: bytes | memoryview, end: int, fds: list[int], behind: int = 0) -> Arrivals:
+def _received_blocks(data: bytes | memoryview, end: int, fds: list[int], behind: int = 0) -> ReceivedBlocks:
     """Take out the blocks that are listed in what ends at ``end``; ``behind`` are descriptors after theirs."""
     references = _references(data, end)
     rows = _rows(data, end)
@@ -416,7 +416,7 @@ def _arrivals(data: bytes | memoryview, end: int, fds: list[int], behind: int = 
     if buffers:
         references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
     first = max(0, len(fds) - behind - len(references))
-    return Arrivals(references, fds, first, buffers, rows, data if rows else b"")
+    return ReceivedBlocks(references, fds, first, buffers, rows, data if rows else b"")
 
 
 def _references(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:

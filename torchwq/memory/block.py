@@ -15,19 +15,19 @@ from typing import Any, Final
 import torch
 
 from . import slices, storages
-from .ledger import UNTRACKED
+from .ref_table import UNTRACKED
 from .storages import Geometry as Geometry
 
 #: What a block is to this process. MADE: its memory is used again here. MAPPED: a message brought it; its storage is
-#: kept for the next message. ADOPTED: shared by torch; the storage is the user's and is not kept. PLAIN: in no ledger
-#: and no table, only what a message needs to know of a storage.
+#: kept for the next message. ADOPTED: shared by torch; the storage is the user's and is not kept. PLAIN: in no
+#: table, only what a message needs to know of a storage.
 MADE, MAPPED, ADOPTED, PLAIN = range(4)
 
 #: How many ways to lie on a block are remembered.
-_TEMPLATES: Final = 4
+_MAX_PROTOTYPES: Final = 4
 
 
-class Cuts:
+class SlicePrototypes:
     """Tensors that are slices of a block, to make others of by ``detach()``, and what keeps the block for them.
 
     Args:
@@ -36,14 +36,14 @@ class Cuts:
         places: where each begins, in bytes, and how it lies on its slice.
     """
 
-    __slots__ = ("_storages", "key", "templates")
+    __slots__ = ("_storages", "key", "prototypes")
 
     def __init__(self, storage: torch.UntypedStorage, key: Any, places: Iterable[tuple[int, Geometry]]) -> None:
         self.key = key
         whole = storages.place(storage, *storages.bytes_geometry(storage.nbytes()))
         memory = whole.numpy()  # one owner of the storage, for as long as any of the slices lives
-        self.templates = [slices.tensor(memory, shift, geometry) for shift, geometry in places]
-        self._storages = [template.untyped_storage() for template in self.templates]
+        self.prototypes = [slices.tensor(memory, shift, geometry) for shift, geometry in places]
+        self._storages = [prototype.untyped_storage() for prototype in self.prototypes]
 
     def is_in_use(self, index: int) -> bool:
         """Whether there is any other tensor, or anything else, on this slice."""
@@ -64,17 +64,17 @@ class Block:
         "_view",
         "address",
         "capacity",
-        "content",
-        "cuts",
+        "expires_at",
         "fd",
+        "has_content",
+        "is_listed_idle",
+        "is_orphaned",
+        "is_polled",
         "kind",
-        "lost_at",
         "nbytes",
-        "noted_idle",
         "number",
-        "orphaned",
-        "polled",
-        "templates",
+        "prototypes",
+        "slice_prototypes",
         "used_at",
         "users",
         "watches",
@@ -82,7 +82,7 @@ class Block:
 
     def __init__(self, kind: int, storage: torch.UntypedStorage, fd: int, capacity: int = 0) -> None:
         self.kind = kind
-        #: Its name in the ledger; UNTRACKED if it has none.
+        #: Its name in the reference table; UNTRACKED if it has none.
         self.number = UNTRACKED
         self.nbytes = storage.nbytes()
         #: Bytes of memory, of which the storage shows the first ``nbytes``.
@@ -92,9 +92,9 @@ class Block:
         self.address = storage.data_ptr()
         self._storage: Any = storage if kind in (MADE, MAPPED) else weakref.ref(storage)
         #: Making a tensor that lies as another one does takes a fraction of what placing one on a storage takes.
-        self.templates: dict[Geometry, torch.Tensor] = {}
+        self.prototypes: dict[Geometry, torch.Tensor] = {}
         #: The same for tensors that are slices of it, as they lay there in the last message.
-        self.cuts: Cuts | None = None
+        self.slice_prototypes: SlicePrototypes | None = None
         self._view: memoryview | None = None
         self._kept: Any = None
         #: How many private mappings of it there are here, and messages with it that are being decoded.
@@ -102,29 +102,29 @@ class Block:
         #: Weak references to what tells of its own death that it is gone: private mappings, an adopted storage.
         self.watches: set[Any] = set()
         #: Whether it has the data of a message, as ``content`` has written them.
-        self.content = False
-        #: Whether it is looked at now and then because something may use it (``lookout``).
-        self.polled = False
+        self.has_content = False
+        #: Whether it is looked at now and then because something may use it (``use_poller``).
+        self.is_polled = False
         #: Of a mapped one: whether it is among those that were found idle, and whether its maker is gone.
-        self.noted_idle = self.orphaned = False
+        self.is_listed_idle = self.is_orphaned = False
         #: When it was last given to someone (time.monotonic).
         self.used_at = 0.0
         #: When references to it that are under way will be believed to be lost; 0 if none are.
-        self.lost_at = 0.0
+        self.expires_at = 0.0
 
     @property
     def storage(self) -> Any:
         """The storage; None if it is adopted or plain, and its last tensor in this process is gone."""
         return self._storage if self.kind in (MADE, MAPPED) else self._storage()
 
-    def new_template(self, geometry: Geometry) -> torch.Tensor:
-        """A tensor that lies so on the block, from now on among the ``templates``. Only of a MADE or MAPPED one."""
-        if len(self.templates) >= _TEMPLATES:
-            del self.templates[next(iter(self.templates))]
-        self.templates[geometry] = template = storages.place(self._storage, *geometry)
-        return template
+    def new_prototype(self, geometry: Geometry) -> torch.Tensor:
+        """A tensor that lies so on the block, from now on among the ``prototypes``. Only of a MADE or MAPPED one."""
+        if len(self.prototypes) >= _MAX_PROTOTYPES:
+            del self.prototypes[next(iter(self.prototypes))]
+        self.prototypes[geometry] = prototype = storages.place(self._storage, *geometry)
+        return prototype
 
-    def keep(self, what: Any) -> None:
+    def keep_alive(self, what: Any) -> None:
         """Let ``what`` live until the block is used again."""
         self._kept = what
 
@@ -138,11 +138,13 @@ class Block:
         """Whether anything in this process uses it. Only for a MADE or MAPPED one."""
         if self.users:
             return True
-        cuts = self.cuts
-        if cuts is not None and any(map(cuts.is_in_use, range(len(cuts.templates)))):
+        slice_prototypes = self.slice_prototypes
+        if slice_prototypes is not None and any(
+            map(slice_prototypes.is_in_use, range(len(slice_prototypes.prototypes)))
+        ):
             return True
-        with_tensor = bool(self.templates) or cuts is not None
-        idle_owners = storages.IDLE_OWNERS + len(self.templates) + (cuts is not None)
+        with_tensor = bool(self.prototypes) or slice_prototypes is not None
+        idle_owners = storages.IDLE_OWNERS + len(self.prototypes) + (slice_prototypes is not None)
         idle_references = storages.IDLE_REFERENCES_WITH_TENSOR if with_tensor else storages.IDLE_REFERENCES
         owners, references = storages.owners(self._storage)
         if owners > idle_owners or references > idle_references:
@@ -153,8 +155,8 @@ class Block:
     def drop(self) -> None:
         """Keep the storage no more."""
         if self.kind in (MADE, MAPPED):
-            self.templates.clear()
-            self.cuts = None
+            self.prototypes.clear()
+            self.slice_prototypes = None
             self._view = self._kept = None
             self._storage = weakref.ref(self._storage)
         self.kind = PLAIN

@@ -5,7 +5,7 @@ So the data are copied once, into the block, and what is sent to eight readers c
 same. Whether it is the same is not for the writer's promise but looked at: the last blocks are compared with the data
 byte by byte, which takes no longer than copying them and, where they differ, ends at the first difference.
 
-Invariant: a block with ``content`` set is not written to until the pool has taken it again, which unsets it.
+Invariant: a block with ``has_content`` set is not written to until the pool has taken it again, which unsets it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from . import pool, recycling
 from .block import MADE, Block
 
 #: How many of the last blocks may have what is to be sent.
-_LAST: Final = 4
+_MAX_LAST: Final = 4
 
 _memcmp: Any = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
-_last: deque[Block] = deque(maxlen=_LAST)
+_last: deque[Block] = deque(maxlen=_MAX_LAST)
 
 
 @reset_in_child
-def _forget() -> None:
+def _reset() -> None:
     _last.clear()
 
 
@@ -45,7 +45,7 @@ class Buffer:
         self.fd, self.nbytes, self.number = block.fd, block.nbytes, block.number
 
 
-def block_with(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block, Any] | None:
+def block_containing(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block, Any] | None:
     """A block of ``nbytes`` that begins with ``parts``, one behind the other, and its storage, which keeps it so.
 
     Returns None if there is no descriptor for one. Raises ResourceError if there is no memory.
@@ -53,10 +53,10 @@ def block_with(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block,
     pieces = [_piece(part) for part in parts if len(part)]
     for block in list(_last):
         if block.nbytes == nbytes:
-            storage = _if_it_has(block, pieces)
+            storage = _storage_if_equal(block, pieces)
             if storage is not None:
                 return block, storage
-    filled = pool.use(nbytes, functools.partial(_write, pieces))
+    filled = pool.fill_block(nbytes, functools.partial(_write, pieces))
     if filled is not None:
         block, _ = filled
         recycling.prepare_to_send(block)
@@ -70,7 +70,7 @@ def _write(pieces: Sequence[tuple[Any, int, int]], block: Block) -> tuple[Block,
     for _, start, size in pieces:
         ctypes.memmove(address, start, size)
         address += size
-    block.content = True
+    block.has_content = True
     return block, storage
 
 
@@ -80,10 +80,10 @@ def _piece(part: bytes | memoryview) -> tuple[Any, int, int]:
     return array, array.ctypes.data, array.nbytes
 
 
-def _if_it_has(block: Block, pieces: Sequence[tuple[Any, int, int]]) -> Any:
+def _storage_if_equal(block: Block, pieces: Sequence[tuple[Any, int, int]]) -> Any:
     """The storage of ``block`` if it begins with ``pieces``, else None."""
     with recycling.lock:
-        if not block.content or block.kind != MADE:
+        if not block.has_content or block.kind != MADE:
             return None
         storage = block.storage  # as long as it is here, the pool does not take the block
     address = block.address

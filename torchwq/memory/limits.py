@@ -19,47 +19,47 @@ from ..errors import ResourceError
 from ..transport import reactor
 
 #: Overrides the default limit on pool memory, in bytes. In the environment, so that workers have it too.
-VARIABLE: Final = "TORCHWQ_MEMORY_LIMIT"
+ENV_VARIABLE: Final = "TORCHWQ_MEMORY_LIMIT"
 #: Of what is available, the part that the pool takes by default.
-_PART: Final = 4
+_FRACTION: Final = 4
 #: Asking what is available costs more than making a small block.
-_WORTH_ASKING: Final = 1 << 20
+_MIN_CHECKED: Final = 1 << 20
 
 _CGROUPS: Final = "/sys/fs/cgroup"
 _MEMINFO: Final = "/proc/meminfo"
 _MAPS: Final = "/proc/sys/vm/max_map_count"
 
-_default: int | None = None
-_descriptors: int | None = None
+_default_limit: int | None = None
+_max_open_blocks: int | None = None
 _warned = _warned_of_no_reuse = False
 #: For how many seconds a warning waits.
-_held_back = 0.0
+_warning_delay = 0.0
 #: How often a tensor was copied for want of descriptors.
 copies = 0
 
 
 def memory_limit() -> int:
     """Bytes of blocks that this process keeps for use again."""
-    global _default
-    set_by_user = os.environ.get(VARIABLE, "").strip()
+    global _default_limit
+    set_by_user = os.environ.get(ENV_VARIABLE, "").strip()
     if set_by_user:
         try:
             return max(0, int(set_by_user))
         except ValueError:
-            raise ValueError(f"{VARIABLE} must be a number of bytes, not {set_by_user!r}") from None
-    if _default is None:
-        _default = available()[0] // _PART
-    return _default
+            raise ValueError(f"{ENV_VARIABLE} must be a number of bytes, not {set_by_user!r}") from None
+    if _default_limit is None:
+        _default_limit = available()[0] // _FRACTION
+    return _default_limit
 
 
 def set_memory_limit(nbytes: int | None) -> None:
     """Set or unset the limit for this process and the workers it starts."""
     if nbytes is None:
-        os.environ.pop(VARIABLE, None)
+        os.environ.pop(ENV_VARIABLE, None)
         return
     if nbytes < 0:
         raise ValueError(f"a limit in bytes is needed, not {nbytes}")
-    os.environ[VARIABLE] = str(nbytes)
+    os.environ[ENV_VARIABLE] = str(nbytes)
 
 
 def available() -> tuple[int, str]:
@@ -70,7 +70,7 @@ def available() -> tuple[int, str]:
 
 def check_memory(nbytes: int) -> None:
     """Raise ResourceError, which names the limit, if ``nbytes`` more than there is are wanted."""
-    if nbytes < _WORTH_ASKING:
+    if nbytes < _MIN_CHECKED:
         return
     left, limit = available()
     if nbytes > left:
@@ -120,14 +120,14 @@ def _of_cgroups() -> list[tuple[int, str]]:
     return found
 
 
-def descriptors() -> int:
+def max_open_blocks() -> int:
     """How many blocks this process may have mapped at a time, each of which takes a descriptor.
 
     Raises the soft limit on descriptors to the hard one, once. Half of it is left to everything else, and the number
     of mappings is limited too.
     """
-    global _descriptors
-    if _descriptors is None:
+    global _max_open_blocks
+    if _max_open_blocks is None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             with contextlib.suppress(OSError, ValueError):
@@ -136,8 +136,8 @@ def descriptors() -> int:
         limit = soft if soft != resource.RLIM_INFINITY else 1 << 20
         with contextlib.suppress(OSError, ValueError):
             limit = min(limit, int(Path(_MAPS).read_text(encoding="ascii")))
-        _descriptors = max(limit // 2, 8)
-    return _descriptors
+        _max_open_blocks = max(limit // 2, 8)
+    return _max_open_blocks
 
 
 def warn_of_copies() -> None:
@@ -167,13 +167,13 @@ def warn_of_no_reuse(why: str) -> None:
             f"slower: the table in which the processes count who uses it cannot be had: {why}",
             RuntimeWarning,
         )
-        if _held_back:
-            reactor.get().call_later(_held_back, warn)
+        if _warning_delay:
+            reactor.get().call_later(_warning_delay, warn)
         else:
             warn()
 
 
-def hold_back_warnings(seconds: float) -> None:
+def delay_warnings(seconds: float) -> None:
     """Let warnings wait for so long: this process ends within less if its owner has, and the table with that one."""
-    global _held_back
-    _held_back = seconds
+    global _warning_delay
+    _warning_delay = seconds

@@ -36,10 +36,10 @@ from .slices import aligned, cut_shared, slice_of
 #: Up to so many bytes are copied into a block with others in less time than a block of their own takes.
 SMALL: Final = 32 * 1024
 #: How many tensors of one message get blocks of their own at most, although others could be beside them.
-_MOST_OWN: Final = 64
+_MAX_OWN_BLOCKS: Final = 64
 #: About how many bytes one block with slices has, and how many such blocks a message has at most.
-_PACK: Final = 64 << 20
-_MOST_PACKS: Final = 32
+_PACK_BYTES: Final = 64 << 20
+_MAX_PACKS: Final = 32
 
 #: Where a slice is: in the message itself; in a block; there, and the writer has it, too; or it is all of a block.
 INLINE, SLICE, SHARED, WHOLE = range(4)
@@ -82,9 +82,9 @@ def rows_ending_at(data: bytes | memoryview, end: int) -> list[Row]:
 Refer = Callable[[Block, torch.UntypedStorage], int]
 
 
-def most_own() -> int:
+def max_own_blocks() -> int:
     """How many blocks of its own a message's tensors may have, where they could be packed."""
-    return min(_MOST_OWN, max(1, limits.descriptors() // 4))
+    return min(_MAX_OWN_BLOCKS, max(1, limits.max_open_blocks() // 4))
 
 
 class _Group:
@@ -189,7 +189,7 @@ class Packing:
             if high - low <= SMALL:
                 fill = functools.partial(_copy_one, group.storage.data_ptr() + low, high - low)
                 with recycling.lock:
-                    found = pool.use_at_once(high - low, fill)
+                    found = pool.fill_free_block(high - low, fill)
                 if found is not None:
                     return [Row(WHOLE, 0, low, high - low, refer(*found), 0)]
         return _Placement(self._groups, refer, chunks).rows
@@ -248,7 +248,7 @@ class _Placement:
                 alone = len(group.parts) == 1
                 for low, high in group.clusters():
                     item = _Item(number, low, high - low)
-                    (own if alone and item.nbytes > SMALL and len(own) < most_own() else small).append(item)
+                    (own if alone and item.nbytes > SMALL and len(own) < max_own_blocks() else small).append(item)
             else:
                 self._refer_to_slice(number, group)
         if len(small) == 1 and len(groups[small[0].group].parts) == 1:
@@ -287,8 +287,8 @@ class _Placement:
         filled = None
         if nbytes <= SMALL and kind != SHARED:  # moving takes locks of its own
             with recycling.lock:
-                filled = pool.use_at_once(nbytes, job)
-        filled = filled or pool.use(nbytes, job)
+                filled = pool.fill_free_block(nbytes, job)
+        filled = filled or pool.fill_block(nbytes, job)
         if filled is None:
             for item in items:
                 self._inline(item, flag)
@@ -347,7 +347,7 @@ class _Placement:
 
 def _packs(items: Sequence[_Item]) -> list[list[_Item]]:
     """``items`` in order, as many together as one block is to have."""
-    most = max(_PACK, sum(item.nbytes for item in items) // _MOST_PACKS + 1)
+    most = max(_PACK_BYTES, sum(item.nbytes for item in items) // _MAX_PACKS + 1)
     packs: list[list[_Item]] = []
     left = 0
     for item in items:

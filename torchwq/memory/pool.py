@@ -35,29 +35,29 @@ from .block import MADE, Block
 T = TypeVar("T")
 
 #: How many blocks at the head of a ring are looked at, and how many rings of other sizes.
-_LOOKS: Final = 4
-_RINGS: Final = 4
+_MAX_CHECKS: Final = 4
+_MAX_OTHER_RINGS: Final = 4
 #: How many blocks are looked at, at a limit, to make room for one more.
-_LOOKS_FOR_ROOM: Final = 16
+_MAX_CHECKS_FOR_ROOM: Final = 16
 _PAGE: Final = 4096
 #: Above this, memory comes in steps of an eighth of the next smaller power of two.
-_FINE: Final = 64 * 1024
+_COARSE_FROM: Final = 64 * 1024
 
 #: Blocks by the memory they have, then by the bytes their storage shows.
 _rings: dict[int, dict[int, deque[Block]]] = {}
-#: Blocks between ``_take`` and ``_lend``, and whether this process was forked meanwhile.
-_taken: dict[Block, bool] = {}
+#: Blocks between ``_acquire`` and ``_publish``, and whether this process was forked meanwhile.
+_acquired: dict[Block, bool] = {}
 #: Those that are still to be looked at, in this round, to make room.
-_round: deque[Block] = deque()
+_candidates: deque[Block] = deque()
 
 
 @reset_in_child
-def _forget() -> None:
-    for block in [*blocks(), *_taken]:
+def _reset() -> None:
+    for block in [*blocks(), *_acquired]:
         recycling.unmark(block)
     _rings.clear()
-    _taken.clear()
-    _round.clear()
+    _acquired.clear()
+    _candidates.clear()
 
 
 def blocks() -> list[Block]:
@@ -68,31 +68,31 @@ def blocks() -> list[Block]:
 
 def capacity_for(nbytes: int) -> int:
     """How much memory a block for ``nbytes`` gets."""
-    step = _PAGE if nbytes <= _FINE else max(_PAGE, 1 << (nbytes.bit_length() - 4))
+    step = _PAGE if nbytes <= _COARSE_FROM else max(_PAGE, 1 << (nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
 
 
-def use(nbytes: int, fill: Callable[[Block], T]) -> T | None:
+def fill_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
     """What ``fill(block)`` gives, which may fill the block and let something use it.
 
     The block's storage has ``nbytes`` bytes, more than 0, with arbitrary values, and nobody else has the block. Returns
     None if no descriptor can be had. Raises ResourceError if there is no memory.
     """
-    block = _take(nbytes)
+    block = _acquire(nbytes)
     if block is None:
         return None
     try:
         return fill(block)
     finally:
-        _lend(block)
+        _publish(block)
 
 
-def use_at_once(nbytes: int, fill: Callable[[Block], T]) -> T | None:
+def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
     """The same, if a block of just this size is free; else None. Under the lock, which ``fill`` must not let go.
 
     The block stays in its ring: a user of its own keeps finalizers that run meanwhile from taking it.
     """
-    recycling.settle()
+    recycling.drain_finalizers()
     rings = _rings.get(capacity_for(nbytes))
     ring = rings.get(nbytes) if rings else None
     block = _free_one(ring)
@@ -107,14 +107,14 @@ def use_at_once(nbytes: int, fill: Callable[[Block], T]) -> T | None:
         block.users -= 1
 
 
-def _take(nbytes: int) -> Block | None:
+def _acquire(nbytes: int) -> Block | None:
     capacity = capacity_for(nbytes)
     with recycling.lock:
-        recycling.settle()
+        recycling.drain_finalizers()
         rings = _rings.setdefault(capacity, {})
         block = _free_one(rings.get(nbytes))
         if block is not None:
-            _taken[block] = False
+            _acquired[block] = False
             return block
         block = _free_one_of_another_size(rings, nbytes)
         if block is None and not _may_make(capacity):
@@ -129,13 +129,13 @@ def _take(nbytes: int) -> Block | None:
 
 def _free_one(ring: deque[Block] | None) -> Block | None:
     if ring:
-        for _ in range(min(_LOOKS, len(ring))):
+        for _ in range(min(_MAX_CHECKS, len(ring))):
             if not ring:
                 break
             block = ring.popleft()
             if block.kind == MADE:
                 if recycling.is_free(block):
-                    block.content = False
+                    block.has_content = False
                     return block
                 if block.kind == MADE:
                     ring.append(block)
@@ -143,7 +143,7 @@ def _free_one(ring: deque[Block] | None) -> Block | None:
 
 
 def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Block | None:
-    for size in list(rings)[:_RINGS]:
+    for size in list(rings)[:_MAX_OTHER_RINGS]:
         if size == nbytes:
             continue
         ring = rings.pop(size, None)
@@ -157,17 +157,20 @@ def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Bl
 
 def _may_make(capacity: int) -> bool:
     """Make room for one more block, as far as that helps; False if there are no descriptors. Under the lock."""
-    for _ in range(_LOOKS_FOR_ROOM):
-        if recycling.made_bytes + capacity <= limits.memory_limit() and recycling.open_blocks < limits.descriptors():
+    for _ in range(_MAX_CHECKS_FOR_ROOM):
+        if (
+            recycling.made_bytes + capacity <= limits.memory_limit()
+            and recycling.open_blocks < limits.max_open_blocks()
+        ):
             return True
-        if not _round:
-            _round.extend(blocks())
-            if not _round:
+        if not _candidates:
+            _candidates.extend(blocks())
+            if not _candidates:
                 break
-        block = _round.popleft()
-        if block.kind == MADE and block not in _taken and recycling.is_free(block):
-            recycling.give_up(block)  # its ring drops it when it comes to it
-    return recycling.open_blocks < limits.descriptors()
+        block = _candidates.popleft()
+        if block.kind == MADE and block not in _acquired and recycling.is_free(block):
+            recycling.retire(block)  # its ring drops it when it comes to it
+    return recycling.open_blocks < limits.max_open_blocks()
 
 
 def _fit(old: Block, nbytes: int) -> Block:
@@ -177,7 +180,7 @@ def _fit(old: Block, nbytes: int) -> Block:
         block = Block(MADE, storage, storages.descriptor(storage), old.capacity)
     finally:
         with recycling.lock:
-            recycling.give_up(old)
+            recycling.retire(old)
     _add(block)
     return block
 
@@ -195,61 +198,61 @@ def _make(nbytes: int, capacity: int) -> Block:
 def _add(block: Block) -> None:
     with recycling.lock:
         recycling.add(block)
-        _taken[block] = False
+        _acquired[block] = False
 
 
-def _lend(block: Block) -> None:
+def _publish(block: Block) -> None:
     """The block is in the ring again: whatever uses it now decides when it is free."""
     with recycling.lock:
-        forked = _taken.pop(block, None)
+        forked = _acquired.pop(block, None)
         if forked is None:
             return  # this is the child of a fork, which does not know the block
         if forked:
-            recycling.give_up(block)
+            recycling.retire(block)
             return
         block.used_at = time.monotonic()
         _rings.setdefault(block.capacity, {}).setdefault(block.nbytes, deque()).append(block)
 
 
-def _give_up_free(idle_since: float | None) -> None:
+def _retire_free(idle_since: float | None) -> None:
     """Give up the free blocks: all of them, or those that nobody has used since then."""
     # A finalizer may run at any allocation in here, and may take and lend blocks of its own.
     for rings in list(_rings.values()):
         for ring in list(rings.values()):
-            for _ in range(min(len(ring), recycling.AT_ONCE)):
+            for _ in range(min(len(ring), recycling.MAX_PER_POLL)):
                 if not ring:
                     break
                 block = ring.popleft()
                 if block.kind != MADE:
                     continue
                 if recycling.is_free(block) and (idle_since is None or block.used_at < idle_since):
-                    recycling.give_up(block)
+                    recycling.retire(block)
                 elif block.kind == MADE:
                     ring.append(block)
         for size in [size for size, ring in rings.items() if not ring]:
             del rings[size]
 
 
-def _tick(now: float) -> None:
+def _on_period(now: float) -> None:
     over = recycling.made_bytes > limits.memory_limit()
-    _give_up_free(None if over else now - recycling.IDLE)
+    _retire_free(None if over else now - recycling.IDLE_TIMEOUT)
 
 
-recycling.at_tick(_tick)
+recycling.on_period(_on_period)
 
 
 def trim() -> None:
     """Give everything back that is free now."""
     with recycling.lock:
-        recycling.settle()
-        _give_up_free(None)
+        recycling.drain_finalizers()
+        _retire_free(None)
 
 
 @recycling.before_fork
 def _before_fork() -> None:
     """What has tensors here will have them in the child too."""
-    for block in _taken:
-        _taken[block] = True
+    for block in _acquired:
+        _acquired[block] = True
     for block in blocks():
         if block.in_use():
-            recycling.give_up(block)
+            recycling.retire(block)

@@ -25,7 +25,7 @@ The order of the connection is all that this rests on. No clock is asked, and no
   meanwhile. It counts such losses in a shared word, at which the senders look before they leave anything out: what they
   have promised until then they send once more. Of what is under way by then, what needs the lost descriptor is lost.
 
-What a promise keeps is memory, not content: the reference table (``ledger``) says whether the memory may be written
+What a promise keeps is memory, not content: the reference table (``ref_table``) says whether the memory may be written
 anew. The maker gives a block up when it likes. That ends its number, which the senders see at their next look.
 """
 
@@ -41,16 +41,16 @@ from ..transport import reactor
 from ..transport.endpoint import Endpoint, Received
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.trailer import BARE, KIND, number_of, payload_of
-from . import ledger, limits, recycling
+from . import limits, recycling, ref_table
 from .anonymous import Descriptor
-from .ledger import UNTRACKED
-from .parcel import Parcel
+from .message import Message
+from .ref_table import UNTRACKED
 
 #: Promises may take this part of the descriptors that the process may use for blocks. One sender gets this part of what
 #: is left of that, and no more than the most.
-_PART: Final = 2
-_PART_OF_ONE: Final = 4
-_MOST: Final = 1024
+_FRACTION: Final = 2
+_FRACTION_PER_SENDER: Final = 4
+_MAX_ROOM: Final = 1024
 
 #: Kinds of messages that the protocol has for itself.
 FORGET: Final = 4
@@ -76,13 +76,13 @@ class References(Protocol):
 class Epoch(list[int]):
     """Stands, always empty, in the place of the descriptors of a message that may refer to what is kept."""
 
-    __slots__ = ("_kept", "given_up", "next")
+    __slots__ = ("_kept", "next", "revoked")
 
     def __init__(self, kept: dict[int, dict[int, Descriptor]]) -> None:
         super().__init__()
         self._kept = kept
         #: What was kept until this epoch ended, by the numbers of the blocks.
-        self.given_up: dict[int, Descriptor] = {}
+        self.revoked: dict[int, Descriptor] = {}
         self.next: Epoch | None = None
 
     def descriptor(self, number: int) -> int:
@@ -92,7 +92,7 @@ class Epoch(list[int]):
                 return found.fd
         epoch: Epoch | None = self
         while epoch is not None:
-            if (found := epoch.given_up.get(number)) is not None:
+            if (found := epoch.revoked.get(number)) is not None:
                 return found.fd
             epoch = epoch.next
         return -1
@@ -105,23 +105,24 @@ class KeptBlocks:
 
     Args:
         references: the kind of message whose descriptors may stay at home.
-        words: memory that the senders share, where this counts, in word ``lost``, the messages that it has lost.
-        look_aside: calls ``pass_asides`` under that lock. While something is kept, the reactor calls it now and then: a
-            program that does not read for an hour must not keep the memory that its workers gave up.
+        words: memory that the senders share, where this counts the messages that it has lost.
+        loss_index: of the word in which it does.
+        poll_control: calls ``take_control_messages`` under that lock. While something is kept, the reactor calls it
+            now and then: a program that does not read for an hour must not keep the memory that its workers gave up.
     """
 
     def __init__(
         self,
         references: References,
         words: memoryview | list[int],
-        lost: int = 0,
-        look_aside: Callable[[], object] | None = None,
+        loss_index: int = 0,
+        poll_control: Callable[[], object] | None = None,
     ) -> None:
-        self._words, self._lost = words, lost
+        self._words, self._loss_index = words, loss_index
         self._kind = references.kind
         self._numbers_of = references.numbers
-        self._look_aside = None if look_aside is None else weakref.WeakMethod(look_aside)
-        self._will_look = False
+        self._poll_control = None if poll_control is None else weakref.WeakMethod(poll_control)
+        self._is_poll_scheduled = False
         self._last_id = 0
         #: Descriptors by the numbers of their blocks, by the ids of the senders.
         self._kept: dict[int, dict[int, Descriptor]] = {}
@@ -130,12 +131,12 @@ class KeptBlocks:
         self._is_closed = False
         closed_in_child(self)
 
-    def admit(self) -> tuple[int, int]:
+    def add_sender(self) -> tuple[int, int]:
         """A new sender: its id, and for how many blocks it has room. After ``close`` it has none."""
         self._last_id += 1
         if self._is_closed:
             return self._last_id, 0
-        self._rooms[self._last_id] = room = _grant()
+        self._rooms[self._last_id] = room = _reserve_room()
         self._kept[self._last_id] = {}
         return self._last_id, room
 
@@ -149,17 +150,17 @@ class KeptBlocks:
                 received = receive()
                 if received is None or received[0][KIND] == BARE:
                     return received
-                answer = self.look(received)
+                answer = self.process(received)
                 if answer is not None:
                     return answer
         except EOFError:
             raise
         except BaseException:
             if not self._is_closed:
-                self._words[self._lost] += 1
+                self._words[self._loss_index] += 1
             raise
 
-    def look(self, received: Received) -> Received | None:
+    def process(self, received: Received) -> Received | None:
         """A message that was just taken, as it is to be decoded; None if it was meant for this object."""
         data, fds = received
         kind = data[KIND]
@@ -170,74 +171,74 @@ class KeptBlocks:
                     return received
                 for number, fd in zip(self._numbers_of(data), fds, strict=True):
                     kept.setdefault(number, Descriptor(fd))
-                self.look_later()
+                self.schedule_poll()
             if self._is_closed:  # meanwhile: what it refers to is not kept any more
-                recycling.note_lost(self._numbers_of(data))
+                recycling.note_discarded(self._numbers_of(data))
                 return None
             return data, self._epoch
         if kind in (FORGET, LEFT):
             sender, *numbers = (number for (number,) in _NUMBER.iter_unpack(payload_of(data)))
             if kind == FORGET:
-                self._give_up(sender, numbers)
+                self._revoke(sender, numbers)
             else:
-                self._give_up(sender, list(self._kept.get(sender, ())))
+                self._revoke(sender, list(self._kept.get(sender, ())))
                 self._kept.pop(sender, None)
-                _give_back(self._rooms.pop(sender, 0))
+                _return_room(self._rooms.pop(sender, 0))
             return None
         return received
 
-    def pass_asides(self, end: Endpoint) -> bool:
+    def take_control_messages(self, end: Endpoint) -> bool:
         """Take what was sent aside and is next. Returns whether a message is next then, or the end."""
         while (data := end.peek()) and data[KIND] in (FORGET, LEFT):
             received = end.try_receive()
             if received is not None:
-                self.look(received)
+                self.process(received)
         return data is not None
 
     def close(self) -> None:
         """Nothing more is taken. What was taken already can still be decoded."""
         self._is_closed = True
         for sender in list(self._kept):
-            self._give_up(sender, list(self._kept[sender]))
+            self._revoke(sender, list(self._kept[sender]))
         self._kept.clear()
         while self._rooms:
-            _give_back(self._rooms.popitem()[1])
+            _return_room(self._rooms.popitem()[1])
 
-    def look_again(self) -> None:
+    def poll_again(self) -> None:
         """Called by the reactor, with no lock held."""
-        self._will_look = False
-        look_aside = None if self._look_aside is None else self._look_aside()
-        if look_aside is not None:
-            look_aside()
+        self._is_poll_scheduled = False
+        poll_control = None if self._poll_control is None else self._poll_control()
+        if poll_control is not None:
+            poll_control()
             if any(self._kept.values()):
-                self.look_later()
+                self.schedule_poll()
 
-    def look_later(self) -> None:
-        """Let the reactor call ``look_aside`` in a while."""
-        if not self._will_look and self._look_aside is not None:
-            self._will_look = True
-            reactor.get().call_later(recycling.TICK, functools.partial(_look_again, weakref.ref(self)))
+    def schedule_poll(self) -> None:
+        """Let the reactor call ``poll_control`` in a while."""
+        if not self._is_poll_scheduled and self._poll_control is not None:
+            self._is_poll_scheduled = True
+            reactor.get().call_later(recycling.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
 
     def abandon(self) -> None:
         self._kept.clear()
         self._rooms.clear()
         self._epoch = Epoch(self._kept)
 
-    def _give_up(self, sender: int, numbers: Iterable[int]) -> None:
+    def _revoke(self, sender: int, numbers: Iterable[int]) -> None:
         kept, epoch = self._kept.get(sender, {}), self._epoch
         for number in numbers:
             if (found := kept.get(number)) is not None:
-                epoch.given_up[number] = found  # first: a thread that decodes looks among what is kept before
+                epoch.revoked[number] = found  # first: a thread that decodes looks among what is kept before
                 del kept[number]
-        if epoch.given_up:
+        if epoch.revoked:
             epoch.next = Epoch(self._kept)
             self._epoch = epoch.next
 
 
-def _look_again(find: Callable[[], KeptBlocks | None]) -> None:
+def _poll_again(find: Callable[[], KeptBlocks | None]) -> None:
     blocks = find()
     if blocks is not None:
-        blocks.look_again()
+        blocks.poll_again()
 
 
 #: For how many blocks there is room in all.
@@ -245,20 +246,20 @@ _granted = 0
 
 
 @reset_in_child
-def _forget() -> None:
+def _reset() -> None:
     global _granted
     _granted = 0
     _senders.clear()
 
 
-def _grant() -> int:
+def _reserve_room() -> int:
     global _granted
-    room = min(_MOST, max(0, limits.descriptors() // _PART - _granted) // _PART_OF_ONE)
+    room = min(_MAX_ROOM, max(0, limits.max_open_blocks() // _FRACTION - _granted) // _FRACTION_PER_SENDER)
     _granted += room
     return room
 
 
-def _give_back(room: int) -> None:
+def _return_room(room: int) -> None:
     global _granted
     _granted = max(0, _granted - room)
 
@@ -267,72 +268,73 @@ def _give_back(room: int) -> None:
 
 
 class SentBlocks:
-    """What one sender has promised to be kept by the reader. Used by who has claimed the outbox; ``look`` by anybody.
+    """What one sender has promised. Used by who has claimed the outbox; ``revoke_stale`` by anybody.
 
     Args:
         sender: the id that the reader has given it.
         room: for how many blocks the reader has room.
         send_aside: sends a message of the protocol's own, without waiting.
-        words: memory that the reader shares, where it counts, in word ``lost``, the messages that it has lost.
+        words: memory that the reader shares, where it counts the messages that it has lost.
+        loss_index: of the word in which it does.
     """
 
     def __init__(
-        self, sender: int, room: int, send_aside: Callable[[Any], None], words: Sequence[int], lost: int = 0
+        self, sender: int, room: int, send_aside: Callable[[Any], None], words: Sequence[int], loss_index: int = 0
     ) -> None:
         self.sender = sender
         self._room = room
         self._send_aside = weakref.WeakMethod(send_aside)
         self._sent: set[int] = set()
         #: Those that were sent since the last look.
-        self._used: set[int] = set()
-        self._words, self._lost = words, lost
+        self._recent: set[int] = set()
+        self._words, self._loss_index = words, loss_index
         #: How many messages had been lost when this looked last, and what may have been in them.
-        self._losses = words[lost]
-        self._doubted: set[int] = set()
+        self._seen_losses = words[loss_index]
+        self._uncertain: set[int] = set()
         #: Those to be forgotten, unless they are sent before that leaves.
-        self._marked: set[int] = set()
+        self._stale: set[int] = set()
         _senders.add(weakref.ref(self, _senders.discard))
 
-    def choose(self, parcel: Parcel) -> tuple[Sequence[int], int]:
+    def choose(self, message: Message) -> tuple[Sequence[int], int]:
         """Which descriptors must go along with a message that is about to be sent, and what its trailer says."""
-        if not parcel.only_blocks:
-            return parcel.fds, 0
-        numbers = parcel.numbers
-        if self._words[self._lost] != self._losses:
-            self._losses = self._words[self._lost]
-            self._doubted = set(self._sent)
-        if self._sent.issuperset(numbers) and (not self._doubted or self._doubted.isdisjoint(numbers)):
-            self._used.update(numbers)
+        if not message.only_blocks:
+            return message.fds, 0
+        numbers = message.numbers
+        if self._words[self._loss_index] != self._seen_losses:
+            self._seen_losses = self._words[self._loss_index]
+            self._uncertain = set(self._sent)
+        if self._sent.issuperset(numbers) and (not self._uncertain or self._uncertain.isdisjoint(numbers)):
+            self._recent.update(numbers)
             return (), 0
         new = set(numbers) - self._sent
         if UNTRACKED in new or len(self._sent) + len(new) > self._room:
-            return parcel.fds, 0
-        return parcel.fds, self.sender
+            return message.fds, 0
+        return message.fds, self.sender
 
-    def note_promise(self, parcel: Parcel) -> None:
+    def note_promise(self, message: Message) -> None:
         """The message is in the socket, with a trailer that promises."""
-        self._sent.update(parcel.numbers)
-        self._doubted.difference_update(parcel.numbers)
-        self._used.update(parcel.numbers)
-        recycling.start_ticking()
+        self._sent.update(message.numbers)
+        self._uncertain.difference_update(message.numbers)
+        self._recent.update(message.numbers)
+        recycling.schedule_maintenance()
 
-    def look(self) -> bool:
+    def revoke_stale(self) -> bool:
         """Take back, by a message, what was promised for blocks that are no more, and, where little room is left, for
         those that were not sent for a while. Returns whether there is anything to look at again."""
-        book = ledger.current()
+        table = ref_table.current()
         sent = set(self._sent)
-        used, self._used = self._used, set()
+        used, self._recent = self._recent, set()
         is_crowded = len(sent) > self._room // 2
-        self._marked = {n for n in sent if (is_crowded and n not in used) or book is None or not book.is_current(n)}
-        if self._marked and (send_aside := self._send_aside()) is not None:
-            send_aside(_Forgetting(self))
+        self._stale = {n for n in sent if (is_crowded and n not in used) or table is None or not table.is_current(n)}
+        if self._stale and (send_aside := self._send_aside()) is not None:
+            send_aside(_Revocation(self))
         return bool(sent)
 
-    def forget(self) -> bytes:
+    def take_revoked(self) -> bytes:
         """What a FORGET message says that leaves now."""
-        gone, self._marked = self._marked - self._used, set()
+        gone, self._stale = self._stale - self._recent, set()
         self._sent -= gone
-        self._doubted -= gone
+        self._uncertain -= gone
         return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
 
 
@@ -340,16 +342,16 @@ class SentBlocks:
 _senders: set[weakref.ref[SentBlocks]] = set()
 
 
-def _look_at_all() -> bool:
+def _revoke_all_stale() -> bool:
     senders = [find() for find in list(_senders)]
-    looks = [each.look() for each in senders if each is not None]
+    looks = [each.revoke_stale() for each in senders if each is not None]
     return any(looks)
 
 
-recycling.after_tick(_look_at_all)  # whoever sends sees to others' messages, too, which takes locks of theirs
+recycling.after_period(_revoke_all_stale)  # whoever sends sees to others' messages, too, which takes locks of theirs
 
 
-class _Aside:
+class _ControlMessage:
     """A message of the protocol's own. It has no descriptors, and nobody counts it."""
 
     fds: Final[list[int]] = []
@@ -360,7 +362,7 @@ class _Aside:
     def on_send_failed(self) -> None: ...
 
 
-class _Forgetting(_Aside):
+class _Revocation(_ControlMessage):
     """Takes promises back. Which, is chosen when it is sent, and stays so if the socket has no room."""
 
     kind = FORGET
@@ -370,10 +372,10 @@ class _Forgetting(_Aside):
 
     @functools.cached_property
     def data(self) -> bytes:
-        return self._blocks.forget()
+        return self._blocks.take_revoked()
 
 
-class Leaving(_Aside):
+class SenderLeft(_ControlMessage):
     """Says, in the place of a sender that is gone, that nothing is to be kept for it any more."""
 
     kind = LEFT

@@ -21,7 +21,7 @@ from typing import Final
 CHUNK: Final = 64
 #: Nobody tells when another process gives a chunk back. So after a look at all of them without finding any, the next
 #: one is this many seconds later.
-_LOOK_AGAIN: Final = 1.0
+_RETRY_INTERVAL: Final = 1.0
 
 
 class Rows:
@@ -32,7 +32,7 @@ class Rows:
         first: at which of them to begin to look for one: where other processes are not likely to have any.
         lock: takes a chunk; returns whether nobody else had it.
         unlock: gives a chunk back.
-        take_over: is called for each row of a chunk that was taken, which may have had an owner that is dead.
+        reclaim: is called for each row of a chunk that was taken, which may have had an owner that is dead.
     """
 
     def __init__(
@@ -41,19 +41,19 @@ class Rows:
         first: int,
         lock: Callable[[int], bool],
         unlock: Callable[[int], None],
-        take_over: Callable[[int], None],
+        reclaim: Callable[[int], None],
     ) -> None:
         self._chunks = chunks
         self._next = first % chunks
         self._lock = lock
         self._unlock = unlock
-        self._take_over = take_over
-        self._mine: set[int] = set()
+        self._reclaim = reclaim
+        self._owned: set[int] = set()
         #: By their chunks; none is empty.
         self._free: dict[int, deque[int]] = {}
         #: The chunk that is wholly free and kept.
         self._spare: int | None = None
-        self._not_before = 0.0
+        self._retry_at = 0.0
 
     def take(self) -> int | None:
         """A free row; None if all processes together have all of them."""
@@ -70,7 +70,7 @@ class Rows:
             del self._free[chunk]
         return row
 
-    def give_back(self, row: int) -> None:
+    def release(self, row: int) -> None:
         """The row is free again. After its generation was raised."""
         chunk = row // CHUNK
         rows = self._free.setdefault(chunk, deque())
@@ -81,22 +81,22 @@ class Rows:
             self._spare = chunk
         else:
             del self._free[chunk]
-            self._mine.remove(chunk)
+            self._owned.remove(chunk)
             self._unlock(chunk)
 
     def _take_chunk(self) -> bool:
-        if time.monotonic() < self._not_before:
+        if time.monotonic() < self._retry_at:
             return False
         for _ in range(self._chunks):
             chunk, self._next = self._next, (self._next + 1) % self._chunks
             # The lock would not keep this process itself out.
-            if chunk not in self._mine and self._lock(chunk):
+            if chunk not in self._owned and self._lock(chunk):
                 rows = range(chunk * CHUNK, (chunk + 1) * CHUNK)
                 for row in rows:
-                    self._take_over(row)
-                self._mine.add(chunk)
+                    self._reclaim(row)
+                self._owned.add(chunk)
                 self._free[chunk] = deque(rows)
                 self._spare = chunk
                 return True
-        self._not_before = time.monotonic() + _LOOK_AGAIN
+        self._retry_at = time.monotonic() + _RETRY_INTERVAL
         return False

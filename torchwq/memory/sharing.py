@@ -29,10 +29,10 @@ from .block import MAPPED, Block, Geometry
 from .slices import aligned, cut_shared, slice_of
 
 #: A view is copied without what is between its elements if that is so many times as much, and so many bytes.
-_SPARSE: Final = 16
-_LARGE: Final = 1 << 20
+_SPARSE_FACTOR: Final = 16
+_SPARSE_BYTES: Final = 1 << 20
 #: Up to so many bytes are copied in less time than another thread needs to wake up.
-_AT_ONCE: Final = 64 * 1024
+_SMALL: Final = 64 * 1024
 
 
 _OWN_FILE: Final = (
@@ -54,7 +54,7 @@ _moving: dict[int, _Mover] = {}
 
 
 @reset_in_child
-def _forget() -> None:
+def _reset() -> None:
     _moving.clear()
 
 
@@ -63,11 +63,11 @@ def is_current(block: Block) -> bool:
     if block.kind != MAPPED or recycling.is_current(block):
         return True
     with recycling.lock:
-        recycling.give_up(block)
+        recycling.retire(block)
     return False
 
 
-def is_for_torch(storage: torch.UntypedStorage) -> bool:
+def needs_torch_reducer(storage: torch.UntypedStorage) -> bool:
     """Whether only torch's own reductions can share this: it has a name in the file system, by the user's choice."""
     return not storages.CAN_SHARE_FD or (
         storage.is_shared() and torch.multiprocessing.get_sharing_strategy() == "file_system"
@@ -95,9 +95,9 @@ def share(tensor: torch.Tensor) -> Block | None:
         movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
         # Whether it is being moved first, whether it has been moved since this looked afterwards: who moves it swaps
         # the storages before it says that it is done, and who begins now waits for the lock.
-        small = movable and storage.nbytes() <= _AT_ONCE
+        small = movable and storage.nbytes() <= _SMALL
         if small and storage._cdata not in _moving and tensor.untyped_storage()._cdata == storage._cdata:
-            block = pool.use_at_once(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
+            block = pool.fill_free_block(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is not None:
                 return block
         key = storage._cdata
@@ -117,7 +117,7 @@ def share(tensor: torch.Tensor) -> Block | None:
                 raise IsSlice
             movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
         if movable:
-            block = pool.use(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
+            block = pool.fill_block(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is None:
                 limits.warn_of_copies()
         else:
@@ -144,7 +144,7 @@ def _finish(key: int, mover: _Mover) -> None:
 
 
 def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, geometry: Geometry, block: Block) -> Block:
-    block.keep(storages.move(tensor, recycling.template(block, geometry), storage, block.address))
+    block.keep_alive(storages.move(tensor, recycling.prototype(block, geometry), storage, block.address))
     return block
 
 
@@ -168,15 +168,17 @@ def move_to(tensor: torch.Tensor, make: Callable[[], torch.UntypedStorage]) -> b
         target = make()
         if target.nbytes() != storage.nbytes():
             return False
-        storages.hold(target, storages.move(tensor, storages.place(target, *geometry), storage, target.data_ptr()))
+        storages.keep_alive(
+            target, storages.move(tensor, storages.place(target, *geometry), storage, target.data_ptr())
+        )
         return True
     finally:
         _finish(key, mover)
 
 
-def goes_by_value(block: Block | None, fresh: Container[Block] | None) -> bool:
-    """Whether what is on this block, or on none, is to be copied: if ``fresh`` is given and does not have the block."""
-    return fresh is not None and (block is None or block not in fresh)
+def goes_by_value(block: Block | None, owned_blocks: Container[Block] | None) -> bool:
+    """Whether a tensor on this block, or on none, is to be copied: ``owned_blocks`` is given and lacks the block."""
+    return owned_blocks is not None and (block is None or block not in owned_blocks)
 
 
 def span_bytes(tensor: torch.Tensor) -> int:
@@ -195,10 +197,10 @@ def copy_all(tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[Block, torch.
         nbytes = aligned(nbytes) + each
     fill = functools.partial(_copy_all, tensors)
     copied = None
-    if nbytes <= _AT_ONCE:
+    if nbytes <= _SMALL:
         with recycling.lock:
-            copied = pool.use_at_once(nbytes, fill)
-    return copied or pool.use(nbytes, fill)
+            copied = pool.fill_free_block(nbytes, fill)
+    return copied or pool.fill_block(nbytes, fill)
 
 
 def _copy_all(tensors: Sequence[tuple[torch.Tensor, int]], block: Block) -> tuple[Block, torch.UntypedStorage]:
@@ -214,7 +216,7 @@ def dense(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A dense tensor that is to be copied, and how many elements of its storage it spans; a copy, if there is much more
     between its elements than in them."""
     span = storages.span(tensor)
-    if span > _SPARSE * tensor.numel() and span * tensor.element_size() > _LARGE:
+    if span > _SPARSE_FACTOR * tensor.numel() and span * tensor.element_size() > _SPARSE_BYTES:
         tensor = tensor.detach().contiguous()
         span = tensor.numel()
     return tensor, span
@@ -232,10 +234,10 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
     nbytes = span * tensor.element_size()
     fill = functools.partial(_copy, tensor, nbytes)
     copied = None
-    if nbytes <= _AT_ONCE:
+    if nbytes <= _SMALL:
         with recycling.lock:
-            copied = pool.use_at_once(nbytes, fill)
-    copied = copied or pool.use(nbytes, fill)
+            copied = pool.fill_free_block(nbytes, fill)
+    copied = copied or pool.fill_block(nbytes, fill)
     if copied is None:
         limits.warn_of_copies()
         return None
@@ -274,7 +276,7 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
         warnings.warn(_OWN_FILE, RuntimeWarning, stacklevel=2)
         return None
     with recycling.lock:
-        recycling.settle()
+        recycling.drain_finalizers()
         return recycling.adopt(storage, fd)
 
 
@@ -282,23 +284,23 @@ def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
     """A new tensor in a block of ``nbytes`` > 0 bytes, its values arbitrary. None if there is no descriptor for it."""
     place = functools.partial(_place, geometry)
     with recycling.lock:
-        tensor = pool.use_at_once(nbytes, place)
-    return pool.use(nbytes, place) if tensor is None else tensor
+        tensor = pool.fill_free_block(nbytes, place)
+    return pool.fill_block(nbytes, place) if tensor is None else tensor
 
 
 def _place(geometry: Geometry, block: Block) -> torch.Tensor:
-    return recycling.template(block, geometry).detach()
+    return recycling.prototype(block, geometry).detach()
 
 
 def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:
-    """What torch's own multiprocessing passes on, someone sees of whom the ledger knows nothing."""
+    """What torch's own multiprocessing passes on, someone sees of whom the reference table knows nothing."""
     found = slice_of(storage)
     if found is not None:
         return rebuild_slice, (found.base, found.shift, storage.nbytes())  # and the base comes here next
     block = recycling.block_of(storage)
     if block is not None:
         with recycling.lock:
-            recycling.give_away(block)
+            recycling.mark_escaped(block)
     return reductions.reduce_storage(storage)
 
 
@@ -307,4 +309,4 @@ def rebuild_slice(base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.
     return cut_shared(storages.lasting_memory(base), base, shift, nbytes)
 
 
-storages.keep_reducer(torch.UntypedStorage, _reduce_for_torch)
+storages.keep_reducer_registered(torch.UntypedStorage, _reduce_for_torch)

@@ -72,7 +72,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
             _keep_for_arrays(storage)
         fd, nbytes = _private._share_fd_cpu_(storage)
     except RuntimeError as error:
-        hold(storage, None)  # it has left nothing
+        keep_alive(storage, None)  # it has left nothing
         raise _failed(
             f"torch could not move a storage of {storage.nbytes()} bytes into shared memory", error
         ) from error
@@ -130,12 +130,12 @@ def _keep_for_arrays(storage: torch.UntypedStorage) -> None:
     if storage.resizable() or _lazy_clone is None:
         return  # no array was ever made of it
     try:
-        hold(storage, _lazy_clone(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)))
+        keep_alive(storage, _lazy_clone(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)))
     except RuntimeError:
         pass
 
 
-def hold(storage: Any, memory: Any) -> None:
+def keep_alive(storage: Any, memory: Any) -> None:
     """Keep ``memory`` as long as ``storage``: torch keeps a storage's Python object for as long as the storage."""
     storage._torchwq_left_memory = memory
 
@@ -210,14 +210,14 @@ def _sole_references() -> int:
 _SOLE_REFERENCES: Final = _sole_references()
 
 
-def move(tensor: torch.Tensor, template: torch.Tensor, storage: torch.UntypedStorage, address: int) -> Any:
-    """Copy what is in ``storage`` to ``address`` and let ``tensor`` lie as ``template`` does, which is there.
+def move(tensor: torch.Tensor, prototype: torch.Tensor, storage: torch.UntypedStorage, address: int) -> Any:
+    """Copy what is in ``storage`` to ``address`` and let ``tensor`` lie as ``prototype`` does, which is there.
 
     The values stay what they were, so to autograd this is no change. Returns what must live as long as the tensor.
     """
     ctypes.memmove(address, storage.data_ptr(), storage.nbytes())
     pointed_into = _tensor_use_count(tensor) > 1  # by someone in C++ who has the tensor, DLPack for one
-    tensor.data = template
+    tensor.data = prototype
     return storage if pointed_into else None
 
 
@@ -306,7 +306,7 @@ def descriptor(storage: torch.UntypedStorage) -> int:
     return int(_share_fd(storage)[0])
 
 
-def tell_before_torch_shares(storage: Any, tell: Callable[[bool], None]) -> None:
+def hook_torch_sharing(storage: Any, tell: Callable[[bool], None]) -> None:
     """Call ``tell(moves)`` before torch lets others see the memory of a shared ``storage``; ``moves``: not this memory,
     but a copy that it moves the storage to.
 
@@ -319,7 +319,7 @@ def tell_before_torch_shares(storage: Any, tell: Callable[[bool], None]) -> None
     storage.share_memory_ = functools.partial(_share_memory, reference)
 
 
-def keep_reducer(cls: type, reducer: Callable[[Any], Any]) -> None:
+def keep_reducer_registered(cls: type, reducer: Callable[[Any], Any]) -> None:
     """Register a reducer with torch's multiprocessing, and again whenever torch registers its own again.
 
     ``torch.multiprocessing.reductions.init_reductions`` does that (torch 2.13; as old as torch 2.1). Whoever got hold
@@ -339,7 +339,7 @@ def keep_reducer(cls: type, reducer: Callable[[Any], Any]) -> None:
             module.init_reductions = init_reductions
 
 
-def tell_no_more(storage: Any) -> None:
+def unhook_torch_sharing(storage: Any) -> None:
     """``storage`` is for torch alone from now on."""
     for name in ("_share_fd_cpu_", "_share_filename_cpu_", "share_memory_"):
         storage.__dict__.pop(name, None)

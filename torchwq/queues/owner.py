@@ -41,7 +41,7 @@ from ..marshalling.wire import References
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, duplicates
 from ..memory.board import LOST, SLOTS, Board
-from ..memory.promises import KeptBlocks, Leaving
+from ..memory.promises import KeptBlocks, SenderLeft
 from ..transport import cleanup, kinds, reactor
 from ..transport import link as links
 from ..transport.capabilities import SAME_MACHINE, SAME_PROCESS
@@ -306,7 +306,7 @@ class Owner(SocketRole, worker.EndListener):
     def _look_aside(self) -> bool:
         """See ``KeptBlocks``."""
         with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
-            return not self._is_looking and self._kept.pass_asides(self.end)
+            return not self._is_looking and self._kept.take_control_messages(self.end)
         return True
 
     def settle(self) -> None:
@@ -477,7 +477,7 @@ class Owner(SocketRole, worker.EndListener):
                 raise ResourceError(0, f"a queue cannot have more than {SLOTS} handles at a time: close some")
             slot = self.board.slot(number)
             slot.clear()
-            sender, room = self._kept.admit()
+            sender, room = self._kept.add_sender()
             member = Member(number, slot, link, sender=sender)
             self._members[number] = member
             if pid is not None:
@@ -600,8 +600,8 @@ class Owner(SocketRole, worker.EndListener):
             self._watch_for_leavers()
             self._taken.notify_all()
         if member.sender:
-            self._to_itself.send_aside(Leaving(member.sender))  # behind all that it has sent
-            self._kept.look_later()
+            self._to_itself.send_aside(SenderLeft(member.sender))  # behind all that it has sent
+            self._kept.schedule_poll()
         if member.link is not None and not keep_link:
             member.link.close()
         return in_hand
@@ -615,7 +615,7 @@ class Owner(SocketRole, worker.EndListener):
         with self._lock:
             self.doubt_is_over(member)
             known = self._members.get(member.number) is member
-            recycling.suspect_losses()
+            recycling.expire_in_flight()
             if known and member.pid is not None:
                 self._ending += 1
                 self._possibly_lost += 1
@@ -773,7 +773,7 @@ class Owner(SocketRole, worker.EndListener):
         self.answers.wake_all()
         self.inside.wake(bool(self.closed))
         self._on_close(self)
-        recycling.suspect_losses()
+        recycling.expire_in_flight()
         self.connection.stop_waiting()
         for member in members:
             if member.link is not None:

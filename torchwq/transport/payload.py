@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Payload(Protocol):
-    """A payload that is more than bytes: see :class:`torchwq.memory.parcel.Parcel`."""
+    """A payload that is more than bytes: see :class:`torchwq.memory.message.Message`."""
 
     @property
     def data(self) -> bytes: ...

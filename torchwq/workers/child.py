@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..memory import anonymous, limits
-from ..memory.parcel import Parcel
+from ..memory.message import Message
 from ..transport import directory, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
@@ -56,7 +56,7 @@ class Context:
             pass
         return received
 
-    def send(self, payload: bytes | Parcel) -> None:
+    def send(self, payload: bytes | Message) -> None:
         """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
         self._connection.send(payload)
 
@@ -90,7 +90,7 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
     vars(main)["__torchwq_worker__"] = True
     _redirect_streams(stdout, stderr)
     set_signal_handlers()
-    limits.hold_back_warnings(ORPHAN_TIMEOUT)
+    limits.delay_warnings(ORPHAN_TIMEOUT)
     gc.enable()
     client.adopt_connection(server)
     context = Context(kinds.adopt(control))

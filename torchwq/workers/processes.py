@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ResourceError, WorkerStartError
 from ..memory import anonymous
-from ..memory.parcel import Parcel
+from ..memory.message import Message
 from ..transport import descriptors, endpoint, kinds, namespace
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
@@ -77,7 +77,7 @@ class ProcessWorker(Worker):
         self._unregister()
         self._connection.close()
 
-    def send(self, payload: bytes | Parcel) -> bool:
+    def send(self, payload: bytes | Message) -> bool:
         try:
             self._connection.send(payload)
         except BrokenPipeError:
@@ -147,7 +147,7 @@ class Processes(Backend):
                 raise WorkerStartError(connection.failure)
 
 
-def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:
+def _setup(info: WorkerInfo, entry: str, limit: int) -> Message:
     """The message that a worker begins with, of at most ``limit`` bytes; ``child`` takes it apart.
 
     Raises ResourceError.
@@ -158,7 +158,7 @@ def _setup(info: WorkerInfo, entry: str, limit: int) -> Parcel:
     if len(environment) > limit:
         keep.append(anonymous.Descriptor(anonymous.fill([environment])))
         environment = b""
-    return Parcel(environment, [each.fd for each in keep], keep)
+    return Message(environment, [each.fd for each in keep], keep)
 
 
 def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def register_pid(worker: Worker, pid: int) -> None:
 def remember_ended(worker: Worker) -> None:
     """One that is a process has ended; keep it findable for a while."""
     _recent.append(worker)
-    recycling.suspect_orphans()
+    recycling.note_worker_exit()
 
 
 def add_end_listener(listener: EndListener) -> None:

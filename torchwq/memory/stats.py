@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import arrivals, ledger, limits, pool, recycling
+from . import limits, pool, received_blocks, recycling, ref_table
 from .block import ADOPTED, MAPPED
-from .ledger import IN_FLIGHT, IN_USE, UNTRACKED
+from .ref_table import IN_FLIGHT, IN_USE, UNTRACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,15 @@ class MemoryStats:
 def memory_stats() -> MemoryStats:
     """Count everything that is there now."""
     with recycling.lock:
-        recycling.settle()
-        recycling.look_at_all()
-        book = ledger.current()
+        recycling.drain_finalizers()
+        recycling.poll_all()
+        table = ref_table.current()
         made = pool.blocks()
         states = [
-            book.state(block.number) if book is not None and block.number != UNTRACKED else None for block in made
+            table.state(block.number) if table is not None and block.number != UNTRACKED else None for block in made
         ]
         used = [block.in_use() for block in made]
-        others = list(recycling.table.values())
+        others = list(recycling.by_number.values())
         mapped = [block for block in others if block.kind == MAPPED]
         return MemoryStats(
             blocks=len(made),
@@ -73,7 +73,7 @@ def memory_stats() -> MemoryStats:
             mapped=len(mapped),
             mapped_bytes=sum(block.nbytes for block in mapped),
             mapped_in_use=sum(block.in_use() for block in mapped),
-            hits=arrivals.hits,
-            misses=arrivals.misses,
+            hits=received_blocks.hits,
+            misses=received_blocks.misses,
             copies=limits.copies,
         )

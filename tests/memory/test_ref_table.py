@@ -12,49 +12,49 @@ import pytest
 
 import torchwq
 from tests.marshalling.support import roundtrip
-from torchwq.memory import ledger, limits, rows
-from torchwq.memory.ledger import ROWS, Ledger
+from torchwq.memory import limits, ref_table, rows
+from torchwq.memory.ref_table import ROWS, RefTable
 
 
 @pytest.fixture
 def table() -> Iterator[str]:
     """Where a reference table of its own can be opened, as often as there are processes to play."""
-    fd = ledger._make()
+    fd = ref_table._create()
     yield f"/proc/self/fd/{fd}"
     os.close(fd)
 
 
 @pytest.fixture
-def two(table: str) -> Iterator[tuple[Ledger, Ledger]]:
+def two(table: str) -> Iterator[tuple[RefTable, RefTable]]:
     """Two processes of one tree, as far as the table can tell: each has opened it by itself."""
-    both = [Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(2)]
+    both = [RefTable(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(2)]
     yield both[0], both[1]
     for each in both:
         each.abandon()
 
 
 def test_rows_of_a_process_that_once_had_all_of_them_go_to_others(
-    two: tuple[Ledger, Ledger], monkeypatch: pytest.MonkeyPatch
+    two: tuple[RefTable, RefTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(rows, "_RETRY_INTERVAL", 0.0)
     mine, others = two
-    had = [mine.new_row() for _ in range(ROWS)]
+    had = [mine.take_row() for _ in range(ROWS)]
     assert None not in had
-    assert mine.new_row() is None
-    assert others.new_row() is None
+    assert mine.take_row() is None
+    assert others.take_row() is None
     for number in had:
         assert number is not None
-        mine.give_back(number)
-    got = [others.new_row() for _ in range(ROWS - rows.CHUNK)]
+        mine.release_row(number)
+    got = [others.take_row() for _ in range(ROWS - rows.CHUNK)]
     assert None not in got, "all but what the other one keeps in hand"
     assert len({number & 0xFFFFFFFF for number in got if number is not None}) == len(got)
     assert not set(got) & set(had)
     assert not any(others.is_current(number) for number in had if number is not None)
     assert all(others.is_current(number) for number in got if number is not None)
-    assert mine.new_row() is not None
+    assert mine.take_row() is not None
 
 
-def test_a_row_is_given_to_one_process_at_a_time(two: tuple[Ledger, Ledger]) -> None:
+def test_a_row_is_given_to_one_process_at_a_time(two: tuple[RefTable, RefTable]) -> None:
     """They take and give back at random; no row is anybody's twice."""
     import random
 
@@ -63,12 +63,12 @@ def test_a_row_is_given_to_one_process_at_a_time(two: tuple[Ledger, Ledger]) -> 
     for _ in range(20_000):
         who = choose.randrange(2)
         if choose.random() < 0.5 + 0.3 * (len(has[who]) < choose.choice([0, 100, 500])):
-            number = two[who].new_row()
+            number = two[who].take_row()
             assert number is not None
             has[who].add(number)
         elif has[who]:
             number = has[who].pop()
-            two[who].give_back(number)
+            two[who].release_row(number)
             assert not two[1 - who].is_current(number)
     taken = [number & 0xFFFFFFFF for number in has[0] | has[1]]
     assert len(taken) == len(set(taken))
@@ -83,19 +83,19 @@ def test_a_search_for_rows_in_vain_is_not_repeated_at_once() -> None:
 
 
 def of_the_right_size() -> int:
-    fd = os.memfd_create("torchwq-ledger")
-    os.ftruncate(fd, ledger._NBYTES)
+    fd = os.memfd_create("torchwq-ref-table")
+    os.ftruncate(fd, ref_table._NBYTES)
     return fd
 
 
 def of_another_name() -> int:
     fd = os.memfd_create("somebody", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, ledger._NBYTES)
+    os.ftruncate(fd, ref_table._NBYTES)
     return fd
 
 
 def too_short() -> int:
-    fd = os.memfd_create("torchwq-ledger", os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create("torchwq-ref-table", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, mmap.PAGESIZE)
     return fd
 
@@ -112,16 +112,16 @@ def test_what_is_no_reference_table_is_not_taken_for_one(
 ) -> None:
     """The maker of the tree's folder has ended, and its process id and descriptor's number stand for something else."""
     fd = make()
-    (tmp_path / "ledger").symlink_to(f"/proc/{os.getpid()}/fd/{fd if fd >= 0 else 1_000_000}")
-    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ledger, "_ledger", None)
-    monkeypatch.setattr(ledger, "_not_before", 0.0)
-    monkeypatch.setattr(ledger, "trouble", "")
+    (tmp_path / "ref-table").symlink_to(f"/proc/{os.getpid()}/fd/{fd if fd >= 0 else 1_000_000}")
+    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ref_table, "_table", None)
+    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
+    monkeypatch.setattr(ref_table, "failure_reason", "")
     monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
     before = sorted(os.listdir("/proc/self/fd"))
-    assert ledger.current() is None
+    assert ref_table.current() is None
     assert sorted(os.listdir("/proc/self/fd")) == before
-    assert "TORCHWQ_NAMESPACE" in ledger.trouble
+    assert "TORCHWQ_NAMESPACE" in ref_table.failure_reason
     tensor = torchwq.zeros(10)
     with pytest.warns(RuntimeWarning, match="made anew.*TORCHWQ_NAMESPACE"):
         tensor = roundtrip(tensor)
@@ -135,41 +135,41 @@ def test_what_is_no_reference_table_is_not_taken_for_one(
 def test_a_table_that_could_not_be_had_is_looked_for_again(
     table: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ledger, "_ledger", None)
-    monkeypatch.setattr(ledger, "_not_before", 0.0)
-    monkeypatch.setattr(ledger, "trouble", "")
-    monkeypatch.setattr(ledger, "_LOOK_AGAIN", 0.0)
-    monkeypatch.setattr(ledger, "SLOTS", 0)
-    (tmp_path / "ledger").symlink_to(table)
-    assert ledger.current() is None
-    assert "processes share memory" in ledger.trouble
+    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ref_table, "_table", None)
+    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
+    monkeypatch.setattr(ref_table, "failure_reason", "")
+    monkeypatch.setattr(ref_table, "_RETRY_INTERVAL", 0.0)
+    monkeypatch.setattr(ref_table, "SLOTS", 0)
+    (tmp_path / "ref-table").symlink_to(table)
+    assert ref_table.current() is None
+    assert "processes share memory" in ref_table.failure_reason
     monkeypatch.undo()
-    monkeypatch.setattr(ledger.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ledger, "_ledger", None)
-    monkeypatch.setattr(ledger, "_not_before", 0.0)
-    found = ledger.current()
+    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(ref_table, "_table", None)
+    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
+    found = ref_table.current()
     assert found is not None
-    assert not ledger.trouble
+    assert not ref_table.failure_reason
     monkeypatch.undo()
     found.abandon()
 
 
 def test_the_table_of_many_processes_takes_little_memory(table: str) -> None:
     """Each of 300 has a block, which one other holds, and looks whether it is free."""
-    many = [Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(300)]
+    many = [RefTable(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(300)]
     try:
         assert [each.slot for each in many] == list(range(300))
         for mine, other in zip(many, many[1:] + many[:1], strict=True):
-            number = mine.new_row()
+            number = mine.take_row()
             assert number is not None
-            assert mine.state(number) == ledger.FREE
+            assert mine.state(number) == ref_table.FREE
             mine.count_sent(number)
-            assert mine.state(number) == ledger.IN_FLIGHT
-            other.count_got(number, ledger.HELD)
-            assert mine.state(number) == ledger.IN_USE
-            other.clear_flag(number, ledger.HELD)
-            assert mine.state(number) == ledger.FREE
+            assert mine.state(number) == ref_table.IN_FLIGHT
+            other.count_received(number, ref_table.IN_USE)
+            assert mine.state(number) == ref_table.IN_USE
+            other.clear_flag(number, ref_table.IN_USE)
+            assert mine.state(number) == ref_table.FREE
         taken = os.stat(table).st_blocks * 512
         assert taken < 16 << 20
     finally:
@@ -179,23 +179,23 @@ def test_the_table_of_many_processes_takes_little_memory(table: str) -> None:
 
 @pytest.mark.parametrize("slot", [0, 1, 63, 64, 130])
 def test_who_takes_a_slot_over_holds_nothing_that_its_last_process_held(table: str, slot: int) -> None:
-    def opened() -> Ledger:
-        return Ledger(os.open(table, os.O_RDWR | os.O_CLOEXEC))
+    def opened() -> RefTable:
+        return RefTable(os.open(table, os.O_RDWR | os.O_CLOEXEC))
 
     before = [opened() for _ in range(slot)]
     maker_and_dead = opened(), opened()
     maker, dead = maker_and_dead if slot != 0 else maker_and_dead[::-1]
-    numbers = [maker.new_row() for _ in range(300)]
+    numbers = [maker.take_row() for _ in range(300)]
     for number in numbers:
         assert number is not None
         maker.count_sent(number)
-        dead.count_got(number, ledger.HELD)
-    assert {maker.state(number) for number in numbers if number is not None} == {ledger.IN_USE}
+        dead.count_received(number, ref_table.IN_USE)
+    assert {maker.state(number) for number in numbers if number is not None} == {ref_table.IN_USE}
     its_slot = dead.slot
     dead.abandon()
     heir = opened()
     assert heir.slot == its_slot
-    assert {maker.state(number) for number in numbers if number is not None} == {ledger.FREE}
+    assert {maker.state(number) for number in numbers if number is not None} == {ref_table.FREE}
     for each in (*before, maker, heir):
         each.abandon()
 
@@ -206,8 +206,8 @@ def test_a_worker_whose_owner_may_have_died_says_nothing_of_a_missing_table_befo
     later: list[tuple[float, Any]] = []
     monkeypatch.setattr(limits.reactor, "get", lambda: SimpleNamespace(call_later=lambda *args: later.append(args)))
     monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
-    monkeypatch.setattr(limits, "_held_back", 0.0)
-    limits.hold_back_warnings(3.0)
+    monkeypatch.setattr(limits, "_warning_delay", 0.0)
+    limits.delay_warnings(3.0)
     limits.warn_of_no_reuse("it has gone with its maker")
     ((seconds, warn),) = later
     assert seconds == 3.0

@@ -1,7 +1,7 @@
 """What travels: the bytes of one message, its descriptors, the blocks it refers to, and what must stay alive until it
 is sent.
 
-A plain small object is just ``bytes``, its pickle. Everything else is a :class:`Parcel`, whose kind goes into the
+A plain small object is just ``bytes``, its pickle. Everything else is a :class:`Message`, whose kind goes into the
 message's :mod:`trailer <torchwq.transport.trailer>`.
 """
 
@@ -17,7 +17,7 @@ from . import recycling
 from .anonymous import Descriptor, exhausted
 
 
-class Parcel:
+class Message:
     """A payload that is more than bytes. It may be sent any number of times."""
 
     __slots__ = ("_counts_sent", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
@@ -47,7 +47,7 @@ class Parcel:
         self.nbytes = len(data)
 
     def on_send(self) -> None:
-        """Call this before it can be received: the ledger counts its references."""
+        """Call this before it can be received: the reference table counts its references."""
         if self.numbers:
             recycling.count_sent(self.numbers)
         for count_sent in self._counts_sent:
@@ -55,7 +55,7 @@ class Parcel:
 
     def on_send_failed(self) -> None:
         """It was not sent after ``on_send``."""
-        recycling.note_lost(self.numbers)
+        recycling.note_discarded(self.numbers)
         for count_sent in self._counts_sent:
             count_sent(-1)
 
@@ -72,4 +72,4 @@ class Parcel:
         return self.data + trailer(0, self.kind), fds
 
 
-Payload = bytes | Parcel
+Payload = bytes | Message

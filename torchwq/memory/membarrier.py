@@ -21,7 +21,7 @@ _GLOBAL: Final = 1
 _LONG_ENOUGH: Final = 0.02
 
 
-def everywhere() -> None:
+def global_barrier() -> None:
     """Return when every running thread, of whatever process, has passed a memory barrier. Takes some milliseconds."""
     number = _NUMBERS.get(platform.machine()) if sys.platform == "linux" else None
     if number is not None:

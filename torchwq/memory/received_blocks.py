@@ -19,20 +19,20 @@ from typing import Any, Final
 import torch
 
 from ..errors import ResourceError
-from . import ledger, limits, recycling, slices, storages
-from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Cuts, Geometry
-from .ledger import HELD, UNTRACKED
+from . import limits, recycling, ref_table, slices, storages
+from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry, SlicePrototypes
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .promises import Epoch
+from .ref_table import IN_USE, UNTRACKED
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
-_FLAGS: Final = (0, HELD, 0, 0)
+_FLAGS: Final = (0, IN_USE, 0, 0)
 
 #: How often a message's block was here already, and how often it had to be mapped.
 hits = misses = 0
 
 
-class Arrivals:
+class ReceivedBlocks:
     """The blocks of one message, which uses them until ``done``."""
 
     __slots__ = ("_blocks", "_buffers", "_data", "_fds", "_first", "_rows", "_slices", "_storages", "_views")
@@ -67,24 +67,24 @@ class Arrivals:
         self._slices: dict[Row, torch.UntypedStorage] = {}
         self._buffers = buffers
         with recycling.lock:
-            recycling.settle()
-            recycling.look(len(references))
+            recycling.drain_finalizers()
+            recycling.poll(len(references))
             try:
                 self._take_all(references)
             except BaseException as error:
                 # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
                 if isinstance(error, ResourceError):
-                    recycling.note_lost(number for number, _ in references[len(self._blocks) :])
+                    recycling.note_discarded(number for number, _ in references[len(self._blocks) :])
                 self._release()
                 raise
 
     def _take_all(self, references: Sequence[tuple[int, int]]) -> None:
         global hits
-        table, book = recycling.table, ledger.current()
+        by_number, table = recycling.by_number, ref_table.current()
         fds, at = self._fds, self._first
         for number, nbytes in references:
             fd = fds[at] if fds else -1
-            block = table.get(number)
+            block = by_number.get(number)
             storage = None if block is None else block.storage
             if block is not None and storage is not None and block.nbytes == nbytes:
                 hits += 1
@@ -95,8 +95,8 @@ class Arrivals:
                 os.close(fd)
             at += 1
             block.users += 1
-            if book is not None and number != UNTRACKED:
-                book.count_got(number, _FLAGS[block.kind])
+            if table is not None and number != UNTRACKED:
+                table.count_received(number, _FLAGS[block.kind])
             self._blocks.append(block)
             self._storages.append(storage)
 
@@ -112,9 +112,9 @@ class Arrivals:
         block = self._blocks[index]
         with recycling.lock:  # a fork may give the block up at any time
             if block.kind == MAPPED or block.kind == MADE:
-                tensor = recycling.template(block, geometry).detach()
+                tensor = recycling.prototype(block, geometry).detach()
                 if block.kind == MAPPED:
-                    recycling.look_after(block)
+                    recycling.start_polling(block)
                 return tensor
         return storages.place(self._storages[index], *geometry)
 
@@ -210,7 +210,7 @@ class Arrivals:
         for block in self._blocks:
             block.users -= 1
             block.used_at = now
-            if block.kind == MAPPED and not block.polled:
+            if block.kind == MAPPED and not block.is_polled:
                 recycling.release(block)
         self._blocks.clear()
 
@@ -223,23 +223,23 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
     """The tensor of a message that is nothing but one, if its block is here. Else None, and nothing is taken."""
     global hits
     with recycling.lock:
-        recycling.settle()
-        recycling.look(1)
-        block = recycling.table.get(number)
+        recycling.drain_finalizers()
+        recycling.poll(1)
+        block = recycling.by_number.get(number)
         if block is None or block.nbytes != nbytes:
             return None
-        storage, book = block.storage, ledger.current()
-        if storage is None or book is None:
+        storage, table = block.storage, ref_table.current()
+        if storage is None or table is None:
             return None
         hits += 1
         if block.kind == ADOPTED:
             tensor = storages.place(storage, *geometry)
         else:
-            tensor = recycling.template(block, geometry).detach()
-        book.count_got(number, _FLAGS[block.kind])
+            tensor = recycling.prototype(block, geometry).detach()
+        table.count_received(number, _FLAGS[block.kind])
         if block.kind == MAPPED:
             block.used_at = time.monotonic()
-            recycling.look_after(block)
+            recycling.start_polling(block)
         return tensor
 
 
@@ -247,7 +247,7 @@ def _all_here(references: Iterable[tuple[int, int]]) -> list[Block] | None:
     """The blocks of a message, if all are here and none is another's. Under the lock."""
     found = []
     for number, nbytes in references:
-        block = recycling.table.get(number)
+        block = recycling.by_number.get(number)
         if block is None or block.nbytes != nbytes or block.kind == ADOPTED:
             return None
         found.append(block)
@@ -258,20 +258,20 @@ def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geo
     """The same for a message of several tensors, each on a block of its own."""
     global hits
     with recycling.lock:
-        recycling.settle()
-        recycling.look(len(geometries))
-        book, found = ledger.current(), _all_here(references)
-        if book is None or found is None:
+        recycling.drain_finalizers()
+        recycling.poll(len(geometries))
+        table, found = ref_table.current(), _all_here(references)
+        if table is None or found is None:
             return None
         now = time.monotonic()
         tensors = []
         for block, geometry in zip(found, geometries, strict=True):
             kind = block.kind
-            tensor = recycling.template(block, geometry).detach()
-            book.count_got(block.number, _FLAGS[kind])
+            tensor = recycling.prototype(block, geometry).detach()
+            table.count_received(block.number, _FLAGS[kind])
             if kind == MAPPED:
                 block.used_at = now
-                recycling.look_after(block)
+                recycling.start_polling(block)
             tensors.append(tensor)
         hits += len(tensors)
         return tensors
@@ -284,31 +284,31 @@ def take_packed(
     same for messages that are alike in all this."""
     global hits
     with recycling.lock:
-        recycling.settle()
-        recycling.look(len(geometries))
-        book, found = ledger.current(), _all_here(references)
-        if book is None or found is None:
+        recycling.drain_finalizers()
+        recycling.poll(len(geometries))
+        table, found = ref_table.current(), _all_here(references)
+        if table is None or found is None:
             return None
         now = time.monotonic()
         pack = found[-1]
-        cuts = pack.cuts
-        if cuts is None or cuts.key is not key:
+        slice_prototypes = pack.slice_prototypes
+        if slice_prototypes is None or slice_prototypes.key is not key:
             places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
-            pack.cuts = cuts = Cuts(pack.storage, key, places)
-        cut, own = iter(cuts.templates), iter(found)
+            pack.slice_prototypes = slice_prototypes = SlicePrototypes(pack.storage, key, places)
+        cut, own = iter(slice_prototypes.prototypes), iter(found)
         tensors = []
         for geometry, shift in zip(geometries, shifts, strict=True):
             if shift < 0:
                 block = next(own)
-                tensor = recycling.template(block, geometry).detach()
+                tensor = recycling.prototype(block, geometry).detach()
             else:
                 block = pack
                 tensor = next(cut).detach()
             if block.kind == MAPPED:
-                recycling.look_after(block)
+                recycling.start_polling(block)
             tensors.append(tensor)
         for block in found:
-            book.count_got(block.number, _FLAGS[block.kind])
+            table.count_received(block.number, _FLAGS[block.kind])
             block.used_at = now
         hits += len(found)
         return tensors
@@ -316,8 +316,8 @@ def take_packed(
 
 def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage]:
     """A block for a reference to one that is not in the table, or not as it is there. Under the lock."""
-    book = ledger.current()
-    tracked = book is not None and book.is_current(number) and number not in recycling.table
+    table = ref_table.current()
+    tracked = table is not None and table.is_current(number) and number not in recycling.by_number
     storage = _map(fd, nbytes)
     if storage is None:
         storage = _copy_out(fd, nbytes)
@@ -332,11 +332,11 @@ def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
     """Map a block; None if this process may not have one more descriptor. Under the lock."""
     global misses
-    while recycling.open_blocks >= limits.descriptors():
+    while recycling.open_blocks >= limits.max_open_blocks():
         idle = recycling.next_idle()
         if idle is None:
             return None
-        recycling.give_up(idle)
+        recycling.retire(idle)
     misses += 1
     try:
         return storages.open_shared(fd, nbytes)
@@ -346,12 +346,12 @@ def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
         raise
 
 
-def _give_up_idle() -> None:
+def _retire_idle() -> None:
     """Give up the mapped blocks that nobody uses here. Under the lock."""
-    for block in list(recycling.table.values()):
+    for block in list(recycling.by_number.values()):
         if block.kind == MAPPED and not block.in_use():
             recycling.release(block)
-            recycling.give_up(block)
+            recycling.retire(block)
 
 
 def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
@@ -364,23 +364,23 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
     return storage
 
 
-def _tick(now: float) -> None:
-    recycling.give_up_idle(now - recycling.IDLE)
+def _on_period(now: float) -> None:
+    recycling.retire_idle(now - recycling.IDLE_TIMEOUT)
 
 
-recycling.at_tick(_tick)
+recycling.on_period(_on_period)
 
 
 @recycling.before_fork
 def _before_fork() -> None:
-    for block in list(recycling.table.values()):
+    for block in list(recycling.by_number.values()):
         if block.kind == MAPPED and block.in_use():
-            recycling.give_away(block)
+            recycling.mark_escaped(block)
 
 
 def trim() -> None:
     """Give up the mapped blocks that are not in use."""
     with recycling.lock:
-        recycling.settle()
-        recycling.look_at_all()
-        _give_up_idle()
+        recycling.drain_finalizers()
+        recycling.poll_all()
+        _retire_idle()
