@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 
-from torchwq.channels.line import SENT, Line, open_lines
+from torchwq.channels.socket import SENT, SocketChannel, open_socket_channels
 
 
-def another(line: Line) -> Line:
+def another(socket: SocketChannel) -> SocketChannel:
     """A second part, which would normally be another process's."""
-    fds = [*line._connection.handover(), *line.table.handover()]
-    if line._room >= 0:
-        fds.append(line._room)
-    return Line(line.name, [os.dup(fd) for fd in fds], line.capacity)
+    fds = [*socket._connection.handover(), *socket.table.handover()]
+    if socket._room >= 0:
+        fds.append(socket._room)
+    return SocketChannel(socket.name, [os.dup(fd) for fd in fds], socket.capacity)
 
 
-def write_and_die(line: Line) -> None:
+def write_and_die(socket: SocketChannel) -> None:
     """What a process leaves that is killed after it has written."""
-    part = another(line)
+    part = another(socket)
     part.table.add(SENT, 1)
     part.table.abandon()
     part.left = True
-    open_lines.discard(part)
+    open_socket_channels.discard(part)
     part._connection.close()

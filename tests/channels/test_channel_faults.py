@@ -46,7 +46,7 @@ def test_a_reader_is_told_of_a_writers_death_within_a_second_after_its_items() -
 def test_a_death_is_told_once_while_others_can_still_write() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.socket.table.other_slots()))  # type: ignore[union-attr]
     torchwq.map(1, jobs.write_and_die, channel, signal.SIGSEGV)
     assert channel.read(timeout=20)[0] is OPEN
     with pytest.raises(torchwq.WorkerDied, match="SIGSEGV"):
@@ -62,10 +62,10 @@ def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(table, "MAX_PEERS", 4)
     channel = torchwq.channel()
     channel._core.open_to_processes()
-    line = channel._core.line
-    assert line is not None
+    socket = channel._core.socket
+    assert socket is not None
     for _ in range(6):
-        write_and_die(line)
+        write_and_die(socket)
         with pytest.raises(torchwq.WorkerDied, match="ended without having closed"):
             channel.read(timeout=5)
     with pytest.raises(torchwq.WorkerDied, match="nobody is left"):
@@ -75,11 +75,11 @@ def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPa
 def test_a_channel_that_too_many_have_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     channel = torchwq.channel(capacity=3)
     channel._core.open_to_processes()
-    line = channel._core.line
-    assert line is not None
+    socket = channel._core.socket
+    assert socket is not None
     monkeypatch.setattr(table, "MAX_PEERS", 1)
     with pytest.raises(torchwq.ResourceError, match="more than 1 processes"):
-        another(line)
+        another(socket)
 
 
 def test_other_readers_go_on_when_a_reader_is_killed() -> None:
@@ -183,7 +183,7 @@ def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
     channel = torchwq.channel()
     for _ in range(3):
         workers = torchwq.map(1, jobs.read_until_closed, channel)
-        wait_until(lambda: any(lives for _, lives in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
+        wait_until(lambda: any(lives for _, lives in channel._core.socket.table.other_slots()))  # type: ignore[union-attr]
         os.kill(wait_until(lambda workers=workers: workers.pids[0]), signal.SIGKILL)
         with pytest.raises(torchwq.WorkerDied):
             workers.join(20)
@@ -191,11 +191,11 @@ def test_a_reader_killed_inside_read_leaves_the_channel_usable() -> None:
     assert channel.read() == (OPEN, 1)
 
 
-@pytest.mark.parametrize("kind", ["here", "line"])
+@pytest.mark.parametrize("kind", ["local", "socket"])
 def test_a_forked_child_cannot_use_its_parents_channel(kind: str) -> None:
     channel = torchwq.channel()
     channel.write(1)
-    if kind == "line":
+    if kind == "socket":
         channel._core.open_to_processes()
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -280,7 +280,7 @@ def test_select_learns_that_nobody_is_left_whatever_the_reactor_looks_at_meanwhi
 
         def _is_ready(self) -> bool:
             looked = threading.Event()
-            reactor.get().call_later(0, lambda: (channel._core._look_on(), looked.set()))
+            reactor.get().call_later(0, lambda: (channel._core._update_readiness(), looked.set()))
             assert looked.wait(20)
             return False
 
@@ -326,9 +326,9 @@ def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
     """An alarm that limits the time raises TimeoutError, which is an OSError, perhaps just after the item has left."""
     channel = torchwq.channel()
     channel._core.open_to_processes()
-    line = channel._core.line
-    assert line is not None
-    send = line._send_bare
+    socket = channel._core.socket
+    assert socket is not None
+    send = socket._send_bare
     if send is None:
         pytest.skip("a stream is sent to under a lock")
 
@@ -336,10 +336,10 @@ def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
         send(*args)  # type: ignore[arg-type]
         raise TimeoutError("too late")
 
-    line._send_bare = interrupted  # type: ignore[assignment]
+    socket._send_bare = interrupted  # type: ignore[assignment]
     with pytest.raises(TimeoutError, match="too late"):
         channel.write(1)
-    line._send_bare = send
+    socket._send_bare = send
     channel.write(2)
     assert [channel.read(timeout=20)[1] for _ in range(2)] == [1, 2]
     assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
@@ -347,16 +347,16 @@ def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
 
 def test_a_writer_that_is_late_hears_of_the_closing() -> None:
     channel = torchwq.channel()
-    here = channel._core.here
+    local = channel._core.local
     channel._core.open_to_processes()
     channel.write("before")
-    line = channel._core.line
-    assert line is not None
-    line.close()  # as another process does
-    assert here.put(1) is ChannelState.CLOSED
-    assert (here.state(), here.is_closed, here.num_items()) == (ChannelState.CLOSED, True, 1)
-    assert here.read() == (ChannelState.CLOSED, "before")
-    assert here.put(1) is ChannelState.DRAINED
+    socket = channel._core.socket
+    assert socket is not None
+    socket.close()  # as another process does
+    assert local.try_write(1) is ChannelState.CLOSED
+    assert (local.state(), local.is_closed, local.num_items()) == (ChannelState.CLOSED, True, 1)
+    assert local.try_read() == (ChannelState.CLOSED, "before")
+    assert local.try_write(1) is ChannelState.DRAINED
 
 
 def test_what_a_watched_channel_holds_goes_with_it() -> None:
@@ -396,8 +396,8 @@ def test_a_class_that_cannot_be_hashed_is_named(process: bool) -> None:
 def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
     channel = torchwq.channel(capacity=3)
     channel._core.open_to_processes()
-    line = channel._core.line
-    assert line is not None
+    socket = channel._core.socket
+    assert socket is not None
     reactor.get()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     failures = 0
@@ -405,7 +405,7 @@ def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
         gc.collect()
         cleanup.finish()
         before = open_descriptors()
-        fds = [os.dup(fd) for fd in (*line._connection.handover(), *line.table.handover(), line._room)]
+        fds = [os.dup(fd) for fd in (*socket._connection.handover(), *socket.table.handover(), socket._room)]
         free = [fd for fd in range(1024) if fd not in open_descriptors()]
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[failures], limits[1]))
         try:
@@ -417,7 +417,7 @@ def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert open_descriptors() == before, f"{failures - 1} were free"
-        assert not list(line.table.other_slots())
+        assert not list(socket.table.other_slots())
     assert failures > 1
     del core
 

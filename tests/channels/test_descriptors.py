@@ -12,58 +12,58 @@ import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
 from torchwq import Channel, ChannelState
-from torchwq.channels.line import BRINGS, MISSED, SAFELY, TAKEN, TRIED, UNUSUAL, Line
+from torchwq.channels.socket import ATTEMPTS, DESCRIPTORS, FAILED_ATTEMPTS, SAFE, SLOW_PATH, TAKEN, SocketChannel
 from torchwq.memory import membarrier
 from torchwq.transport import kinds
 
 pytestmark = pytest.mark.skipif(kinds.kind() != "seqpacket", reason="a stream is never received without descriptors")
 
 
-def line_of(channel: Channel) -> Line:
+def socket_of(channel: Channel) -> SocketChannel:
     channel._core.open_to_processes()
-    line = channel._core.line
-    assert line is not None
-    return line
+    socket = channel._core.socket
+    assert socket is not None
+    return socket
 
 
-def begun() -> tuple[Channel, Line, threading.Thread]:
+def begun() -> tuple[Channel, SocketChannel, threading.Thread]:
     """A channel of which one reads, as a thread that is in recv does, while another writes its first tensor."""
     channel = torchwq.channel()
-    line = line_of(channel)
-    line._count_tried()
+    socket = socket_of(channel)
+    socket._count_attempt()
     writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
     writer.start()
-    wait_until(lambda: line._words[UNUSUAL])
-    return channel, line, writer
+    wait_until(lambda: socket._words[SLOW_PATH])
+    return channel, socket, writer
 
 
 def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
-    channel, line, writer = begun()
+    channel, socket, writer = begun()
     time.sleep(0.1)
-    assert line._words[BRINGS] != SAFELY
+    assert socket._words[DESCRIPTORS] != SAFE
     assert channel.num_items() == 0, "it has not left"
-    line._count_missed()
+    socket._count_failed_attempt()
     writer.join(20)
-    assert line._words[BRINGS] == SAFELY
+    assert socket._words[DESCRIPTORS] == SAFE
     assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
 
 
 def test_it_waits_for_each_thread_of_a_process() -> None:
-    channel, line, writer = begun()
+    channel, socket, writer = begun()
     for _ in range(10):
         assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
-        line._count_tried()  # as others, who see UNUSUAL
-        line._count_missed()
+        socket._count_attempt()  # as others, who see SLOW_PATH
+        socket._count_failed_attempt()
         time.sleep(0.01)
-    assert line._words[BRINGS] != SAFELY
-    line._count_missed()
+    assert socket._words[DESCRIPTORS] != SAFE
+    socket._count_failed_attempt()
     writer.join(20)
     assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
 
 
 def test_no_end_of_a_try_is_counted_without_it() -> None:
     channel = torchwq.channel()
-    line = line_of(channel)
+    socket = socket_of(channel)
     channel.write(Unreadable())
     channel.write(Unreadable())
     with pytest.raises(BlockingIOError, match="in reading"):
@@ -72,7 +72,7 @@ def test_no_end_of_a_try_is_counted_without_it() -> None:
     with pytest.raises(BlockingIOError, match="in reading"):
         channel.read()
     assert channel.read() == (ChannelState.DRAINED, None)
-    tried, taken, missed = (line._words[line._first + word] for word in (TRIED, TAKEN, MISSED))
+    tried, taken, missed = (socket._words[socket._first + word] for word in (ATTEMPTS, TAKEN, FAILED_ATTEMPTS))
     assert tried == taken + missed
     assert taken == 2
 
@@ -90,7 +90,7 @@ def test_it_does_not_wait_for_the_dead() -> None:
     channel = torchwq.channel()
     with pytest.raises(torchwq.WorkerDied):
         torchwq.map(1, jobs.die_receiving, channel).join(20)
-    line_of(channel)
+    socket_of(channel)
     started = time.monotonic()
     channel.write(torch.arange(3))
     assert time.monotonic() - started < 2
@@ -100,10 +100,10 @@ def test_it_does_not_wait_for_the_dead() -> None:
 def test_nor_for_one_who_has_left() -> None:
     channel = torchwq.channel()
     torchwq.map(1, jobs.leave_receiving, channel).join(20)
-    line = line_of(channel)
+    socket = socket_of(channel)
     workers = torchwq.map(1, jobs.read_when_asked, channel, asked := torchwq.channel())
-    slot = wait_until(lambda: [slot for slot, lives in line.table.other_slots() if lives])[0]
-    assert line.table.get_word(slot, TRIED) == 1, "it has the slot of the one who has left"
+    slot = wait_until(lambda: [slot for slot, lives in socket.table.other_slots() if lives])[0]
+    assert socket.table.get_word(slot, ATTEMPTS) == 1, "it has the slot of the one who has left"
     started = time.monotonic()
     channel.write(torch.arange(3))
     assert time.monotonic() - started < 2
@@ -130,12 +130,12 @@ def test_nothing_is_lost_when_tensors_begin_to_come_among_plain_items() -> None:
 
 def test_a_channel_of_plain_items_is_never_told() -> None:
     channel = torchwq.channel()
-    line = line_of(channel)
+    socket = socket_of(channel)
     for item in (1, "text", (1, 2.5, None), [1, {"a": b"b"}], {"key": (1,)}):
         channel.write(item)
         assert channel.read() == (ChannelState.OPEN, item)
-    assert not line._words[UNUSUAL]
-    assert not line._words[BRINGS]
+    assert not socket._words[SLOW_PATH]
+    assert not socket._words[DESCRIPTORS]
 
 
 @pytest.mark.parametrize("machine", [None, "unheard of"], ids=["membarrier", "elsewhere"])
@@ -149,7 +149,7 @@ def test_a_fence_everywhere_returns(machine: str | None, monkeypatch: pytest.Mon
 
 def test_counts_are_right_when_threads_write_and_read_at_once() -> None:
     channel = torchwq.channel()
-    line_of(channel)
+    socket_of(channel)
     writers = [threading.Thread(target=lambda: [channel.write(n) for n in range(2000)]) for _ in range(4)]
     readers = [threading.Thread(target=lambda: [channel.read(timeout=20) for _ in range(2000)]) for _ in range(4)]
     for thread in writers + readers:

@@ -28,7 +28,7 @@ def _nobody_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_waiting(channel: torchwq.Channel) -> bool:
     """Whether a reader in this process waits for longer than a moment."""
-    return bool(channel._core.vigil._waiting)
+    return bool(channel._core.failures._waiting)
 
 
 def soon(channel: torchwq.Channel, action: Callable[[], object]) -> threading.Thread:
@@ -64,7 +64,7 @@ def test_a_reader_is_woken_by_a_death() -> None:
 def test_a_reader_is_woken_by_the_death_of_one_who_came_while_it_waited() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.socket.table.other_slots()))  # type: ignore[union-attr]
     thread = soon(channel, lambda: torchwq.map(1, jobs.die, channel))
     started = time.monotonic()
     with pytest.raises(torchwq.WorkerDied, match="SIGKILL"):
@@ -78,7 +78,7 @@ def test_a_reader_is_woken_by_the_death_of_one_who_came_while_it_waited() -> Non
 def test_a_reader_is_woken_when_the_last_writer_leaves() -> None:
     channel, gate = torchwq.channel(), torchwq.channel()
     holder = torchwq.map(1, jobs.hold, channel, gate)
-    wait_until(lambda: any(True for _ in channel._core.line.table.other_slots()))  # type: ignore[union-attr]
+    wait_until(lambda: any(True for _ in channel._core.socket.table.other_slots()))  # type: ignore[union-attr]
     thread = soon(channel, lambda: gate.write("go"))
     started = time.monotonic()
     with pytest.raises(torchwq.WorkerDied, match="nobody is left"):

@@ -15,12 +15,12 @@ from tests.injection import KINDS, loses_nothing
 @pytest.mark.parametrize("outer", ["write", "read"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("capacity", [None, 8])
-@pytest.mark.parametrize("where", ["here", "line"])
+@pytest.mark.parametrize("where", ["local", "socket"])
 def test_writing_and_reading_in_the_middle_of_either_loses_nothing(
     where: str, capacity: int | None, kind: str, outer: str, nested: str
 ) -> None:
     channel = torchwq.channel(capacity)
-    if where == "line":
+    if where == "socket":
         channel._core.open_to_processes()
 
     def read(nonblocking: bool) -> Any:

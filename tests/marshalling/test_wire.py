@@ -76,18 +76,21 @@ def test_a_pickle_with_descriptors_keeps_them_until_it_is_read_or_thrown_away() 
     assert descriptors() == before
 
 
-def test_a_bundle_brings_its_items_in_order_and_throws_them_away_with_itself() -> None:
+def test_a_backlog_message_brings_its_items_in_order_and_throws_them_away_with_itself() -> None:
     before = descriptors()
     for use in ("read", "throw away"):
         items = [laid_down(obj) for obj in ("first", torch.arange(2), "last")]
-        with wire.Bundle.encode(items) as (data, fd):
+        with wire.BacklogMessage.encode(items) as (data, fd):
             mine = duplicates.dup(fd)
         for _, fds in items:
             duplicates.close_fds(fds)
-        assert trailer.kind_of(data) == wire.Bundle.kind
+        assert trailer.kind_of(data) == wire.BacklogMessage.kind
         assert wire.describe(data) == "items of a channel"
         if use == "read":
-            got = [wire.DECODERS[trailer.kind_of(item)](item, fds) for item, fds in wire.Bundle.decode(data, [mine])]
+            got = [
+                wire.DECODERS[trailer.kind_of(item)](item, fds)
+                for item, fds in wire.BacklogMessage.decode(data, [mine])
+            ]
             assert (got[0], got[1].tolist(), got[2]) == ("first", [0, 1], "last")
             del got
         else:

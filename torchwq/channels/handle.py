@@ -15,9 +15,9 @@ from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
 from .core import Core
+from .failure_detector import WRITES, SeenChannelFailures
 from .reading import Reader
 from .state import ChannelState
-from .vigil import WRITES, Seen
 
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
@@ -63,26 +63,26 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     Source: torch-ipc's ``ipc.channel``.
     """
 
-    __slots__ = ("__weakref__", "_core", "_seen", "_seen_at_first", "has_written", "is_watched")
+    __slots__ = ("__weakref__", "_core", "_initially_seen", "_seen", "has_written", "is_watched")
 
-    def __init__(self, core: Core, seen: Seen | None = None) -> None:
+    def __init__(self, core: Core, seen: SeenChannelFailures | None = None) -> None:
         self._core = core
-        self._seen_at_first = seen or Seen()
-        self._seen: dict[int, Seen] = {}
+        self._initially_seen = seen or SeenChannelFailures()
+        self._seen: dict[int, SeenChannelFailures] = {}
         #: Whether anything was written with this handle.
         self.has_written = False
         #: Whether anybody has asked for its descriptor.
         self.is_watched = False
-        core.vigil.handles.add(self)
+        core.failures.handles.add(self)
         threads.owned_by_this_worker(self)
 
-    def seen(self) -> Seen:
-        """What this thread has been told of; see ``vigil``."""
-        return self._seen.setdefault(threading.get_ident(), self._seen_at_first.copy())
+    def seen_failures(self) -> SeenChannelFailures:
+        """What this thread has been told of; see ``failure_detector``."""
+        return self._seen.setdefault(threading.get_ident(), self._initially_seen.copy())
 
-    def all_seen(self) -> list[Seen]:
+    def all_seen_failures(self) -> list[SeenChannelFailures]:
         """What all threads that have read with this handle have been told of."""
-        return list(self._seen.values()) or [self._seen_at_first]
+        return list(self._seen.values()) or [self._initially_seen]
 
     @property
     def capacity(self) -> int | None:
@@ -112,7 +112,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         """
         if len(objs) == 1:
             self.has_written = True
-            state = self._core.way.put(objs[0])
+            state = self._core.backend.try_write(objs[0])
             if state is not None:
                 return state
         return self._send_all(objs, upvalues=False)
@@ -131,14 +131,14 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     def _send_all(self, objs: Sequence[Any], upvalues: bool) -> ChannelState:
         self._core.check_fork()
         core = self._core
-        way = core.way
+        backend = core.backend
         self.has_written = True
-        payloads = codec.encode_all(objs, way.max_payload, upvalues=upvalues, peer=way.peer)
-        with contextlib.nullcontext() if core.capacity is None else core.vigil.waiting(self, WRITES):
+        payloads = codec.encode_all(objs, backend.max_payload, upvalues=upvalues, peer=backend.peer)
+        with contextlib.nullcontext() if core.capacity is None else core.failures.waiting(self, WRITES):
             for payload in payloads:
-                if not way.send(payload):
-                    return core.way.state()
-        return _OPEN if objs else core.way.state()
+                if not backend.send(payload):
+                    return core.backend.state()
+        return _OPEN if objs else core.backend.state()
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> tuple[ChannelState, Any]:
         """Read the next item.
@@ -165,17 +165,17 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         Source: torch-ipc's ``c:read``; ``queue.Queue.get`` for ``queue.Empty``.
         """
         core = self._core
-        found = core.way.read()
+        found = core.backend.try_read()
         if found is not None:
             return found
         try:
             received = Reader(core, self).wait(nonblocking, timeout)
         except EndOfMessages:
             return self._result_at_end()
-        return (core.way.state(), None) if received is None else self._result_of(received)
+        return (core.backend.state(), None) if received is None else self._result_of(received)
 
     def _result_of(self, received: Received) -> tuple[ChannelState, Any]:
-        return _CLOSED if self._core.way.is_closed else _OPEN, codec.decode(*received)
+        return _CLOSED if self._core.backend.is_closed else _OPEN, codec.decode(*received)
 
     def close(self) -> None:
         """Close the channel, for everybody. May be called again.
@@ -190,27 +190,27 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
 
     def closed(self) -> bool:
         """Whether the channel is closed, drained or not."""
-        return self._core.way.state() is not _OPEN
+        return self._core.backend.state() is not _OPEN
 
     def drained(self) -> bool:
         """Whether the channel is closed, and everything in it has been read."""
-        return self._core.way.state() is ChannelState.DRAINED
+        return self._core.backend.state() is ChannelState.DRAINED
 
     def num_items(self) -> int:
         """How many items have been written and not read. While others write or read, it is a guess."""
-        return self._core.way.num_items()
+        return self._core.backend.num_items()
 
     def statistics(self) -> ChannelStatistics:
         """Count what has passed through the channel, as far as this process knows."""
-        way = self._core.way
-        return ChannelStatistics(*way.counts(), way.num_items())
+        backend = self._core.backend
+        return ChannelStatistics(*backend.counts(), backend.num_items())
 
     def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.OwnedResource``: the channel stays, this handle is not counted any more."""
         self._core.leave(self, worker, failed)
 
     def _read_nowait(self) -> Any:
-        return self._core.way.read() or EMPTY
+        return self._core.backend.try_read() or EMPTY
 
     def _source(self) -> Reader:
         return Reader(self._core, self)
@@ -234,7 +234,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         if self._core.forked:
             return "<torchwq.Channel, of another process>"
         capacity = "" if self.capacity is None else f", capacity={self.capacity}"
-        return f"<torchwq.Channel, {self._core.way.state().value}, {self.num_items()} items{capacity}>"
+        return f"<torchwq.Channel, {self._core.backend.state().value}, {self.num_items()} items{capacity}>"
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -263,8 +263,8 @@ def channel(capacity: int | None = None) -> Channel:
 
 
 class _Target(Target):
-    def __init__(self, core: Core, seen: Seen) -> None:
-        super().__init__(core.vigil.handles.count_pending)  # not the core's: what waits there may have this in it
+    def __init__(self, core: Core, seen: SeenChannelFailures) -> None:
+        super().__init__(core.failures.handles.count_pending)  # not the core's: what waits there may have this in it
         self._core = core
         self._seen = seen
 
@@ -274,17 +274,17 @@ class _Target(Target):
     def for_other_process(self) -> Any:
         core = self._core
         fds = core.handle_descriptors()
-        return _receive, (core.name, core.capacity, list(core.vigil.dead())), fds
+        return _receive, (core.name, core.capacity, list(core.failures.dead())), fds
 
 
 def _target_of(handle: Channel) -> Target:
     handle._core.check_fork()
-    return _Target(handle._core, handle._core.vigil.now())
+    return _Target(handle._core, handle._core.failures.current())
 
 
 def _receive(fds: list[int], name: bytes, capacity: int | None, dead: Sequence[int]) -> HandleRef:
     core = cores.open_(name, capacity, fds)
-    return HandleRef(_Target(core, Seen(set(dead), core.vigil.now().thread_failures)))
+    return HandleRef(_Target(core, SeenChannelFailures(set(dead), core.failures.current().thread_failures)))
 
 
 register_handle(Channel, _target_of)

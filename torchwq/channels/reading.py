@@ -15,8 +15,8 @@ from ..handles.readable import EndOfMessages, MessageSource
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..transport.endpoint import Received
 from .core import Core
+from .failure_detector import READS, SeenChannelFailures
 from .state import ChannelState
-from .vigil import READS, Seen
 
 #: For so many seconds a reader waits as if nothing could be wrong.
 _FIRST_WAIT: Final = 0.25
@@ -26,7 +26,7 @@ class _Handle(Protocol):
     #: Whether anybody has asked for its descriptor.
     is_watched: bool
 
-    def seen(self) -> Seen:
+    def seen_failures(self) -> SeenChannelFailures:
         """What this thread has been told of."""
         ...
 
@@ -49,23 +49,23 @@ class Reader(MessageSource):
         self._watching: contextlib.ExitStack | None = None
 
     def take(self) -> Received | None:
-        return self._core.way.take()
+        return self._core.backend.take()
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> Received:
         core = self._core
         core.check_fork()
         self._monitor = None
         self._deadline = math.inf if deadline is None else deadline
-        received = core.way.sleep(min(time.monotonic() + _FIRST_WAIT, self._deadline))
+        received = core.backend.wait(min(time.monotonic() + _FIRST_WAIT, self._deadline))
         if received is not None:
             return received
         with contextlib.ExitStack() as self._watching:
-            self._watching.enter_context(core.vigil.waiting(self._handle, READS))
+            self._watching.enter_context(core.failures.waiting(self._handle, READS))
             return super().wait_until(deadline, timeout)
 
     def sleep(self, deadline: float | None) -> Received | None:
-        until = time.monotonic() + self._core.vigil.sure_in(POLL_INTERVAL)
-        return self._core.way.sleep(min(until, self._deadline), self._has_changed)
+        until = time.monotonic() + self._core.failures.seconds_until_sure(POLL_INTERVAL)
+        return self._core.backend.wait(min(until, self._deadline), self._has_changed)
 
     def _has_changed(self) -> bool:
         return self._core.changes != self._changes
@@ -79,33 +79,33 @@ class Reader(MessageSource):
             self._monitor = monitor
             self._watching.enter_context(monitor.watching())
         self._changes = core.changes  # before the look: of what comes later this is told again
-        self._is_drained = core.way.state() is ChannelState.DRAINED
+        self._is_drained = core.backend.state() is ChannelState.DRAINED
         return True
 
     def raise_failure(self) -> None:
-        core, seen = self._core, self._handle.seen()
+        core, seen = self._core, self._handle.seen_failures()
         if self._is_drained:
-            core.vigil.raise_news(seen, READS)
-            core.vigil.raise_failed_closing(seen)
+            core.failures.raise_unseen(seen, READS)
+            core.failures.raise_failed_closing(seen)
             raise EndOfMessages
         if self._watching is None:
-            core.vigil.raise_news(seen, READS)  # not that nobody is left: another task may write
+            core.failures.raise_unseen(seen, READS)  # not that nobody is left: another task may write
             return
-        if core.line is not None:
-            core.line.finish_closing()
-        core.vigil.raise_news(seen, READS)
-        core.vigil.show_waiting(self._handle, READS)
-        core.vigil.raise_if_alone(self._handle, READS)
+        if core.socket is not None:
+            core.socket.finish_closing()
+        core.failures.raise_unseen(seen, READS)
+        core.failures.publish_waiting(self._handle, READS)
+        core.failures.raise_if_nobody_left(self._handle, READS)
 
     def on_empty(self) -> None:
-        core, seen = self._core, self._handle.seen()
+        core, seen = self._core, self._handle.seen_failures()
         core.check_fork()
-        core.vigil.raise_news(seen, READS)
+        core.failures.raise_unseen(seen, READS)
         if seen.nobody_left:
             seen.nobody_left = False
-            core.vigil.raise_if_alone(self._handle, READS)
-        if core.way.state() is ChannelState.DRAINED:
-            core.vigil.raise_failed_closing(seen)
+            core.failures.raise_if_nobody_left(self._handle, READS)
+        if core.backend.state() is ChannelState.DRAINED:
+            core.failures.raise_failed_closing(seen)
 
     def awaited(self) -> str:
         return "no item"
@@ -116,10 +116,10 @@ class Reader(MessageSource):
     def is_ready(self) -> bool:
         """Looks at the others, too."""
         core = self._core
-        if core.forked or core.way.can_take() or core.way.state() is ChannelState.DRAINED:
+        if core.forked or core.backend.can_take() or core.backend.state() is ChannelState.DRAINED:
             return True
-        if core.line is not None:
-            core.line.finish_closing()
-        seen = self._handle.seen()
-        seen.nobody_left = core.vigil.is_alone(self._handle, READS)
-        return seen.nobody_left or core.vigil.has_news(seen, READS)
+        if core.socket is not None:
+            core.socket.finish_closing()
+        seen = self._handle.seen_failures()
+        seen.nobody_left = core.failures.is_nobody_left(self._handle, READS)
+        return seen.nobody_left or core.failures.has_unseen(seen, READS)

@@ -30,14 +30,14 @@ class ChannelState(enum.Enum):
         return f"<ChannelState.{self.name}>"
 
 
-class Way(Protocol):
+class ChannelBackend(Protocol):
     """How items get from writers to readers. Safe to use from several threads."""
 
     #: Who may read them, and how large one may be.
     peer: Capabilities
     max_payload: int
 
-    def put(self, obj: Any) -> ChannelState | None:
+    def try_write(self, obj: Any) -> ChannelState | None:
         """Encode and send one object; the state as ``Channel.write`` returns it.
 
         None, and nothing is sent, if it cannot be encoded, or may have to wait for room.
@@ -56,11 +56,11 @@ class Way(Protocol):
         """Whether an item is here to be taken."""
         ...
 
-    def read(self) -> tuple[ChannelState, Any] | None:
+    def try_read(self) -> tuple[ChannelState, Any] | None:
         """The same, decoded, with the state of the channel."""
         ...
 
-    def sleep(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
+    def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
         """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier.
 
         Also if there is a reason to ``stop``; who makes one calls ``wake_all`` then.

@@ -298,7 +298,7 @@ class InBlock(Kind):
         return "a large object"
 
 
-class Bundle(Kind):
+class BacklogMessage(Kind):
     """Many messages as one, the *items*: what a process that leaves hands on, however much it is. There are no bytes.
 
     The one descriptor is an fd bundle. Its first is memory with the items, pickled, each with how many descriptors it
@@ -325,7 +325,7 @@ class Bundle(Kind):
 
     @classmethod
     def is_one(cls, data: bytes) -> bool:
-        """Whether a message that has brought descriptors is a bundle."""
+        """Whether a message that has brought descriptors is one."""
         return data[KIND] == cls.kind
 
     @staticmethod
@@ -377,7 +377,7 @@ class Left(Forget):
 
 #: Every kind, by the last byte of its messages.
 KINDS: Final[dict[int, type[Kind]]] = {
-    each.kind: each for each in (Bare, Pickle, References, InBlock, Bundle, Forget, Left)
+    each.kind: each for each in (Bare, Pickle, References, InBlock, BacklogMessage, Forget, Left)
 }
 
 #: Kinds whose messages are more than a pickle although they may come without descriptors.

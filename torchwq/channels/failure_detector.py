@@ -29,15 +29,15 @@ from ..peers.local_handles import LocalHandles
 from ..peers.table import PeerTable
 from ..workers import threads
 from ..workers.deaths import others_may_come, raise_next_death
-from .line import BACKLOG, SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE, WAITS, Line
-from .state import Way
+from .socket import BACKLOG, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, WAITING, SocketChannel
+from .state import ChannelBackend
 
 #: What one waits to do.
 READS, WRITES = 1, 2
 #: For so many seconds it must be seen that nobody is left.
-_SURE_AFTER: Final = 0.2
+_CONFIRMATION_TIME: Final = 0.2
 
-_ALONE: Final = {
+_NOBODY_LEFT: Final = {
     READS: "nobody is left to write to this channel: every worker that had it has ended or dropped it, or waits, too. "
     "If one of them failed, join() of its map raises its error",
     WRITES: "nobody is left to read from this channel, which is full: every worker that had it has ended or dropped "
@@ -50,7 +50,7 @@ def _never() -> bool:
 
 
 @dataclass(slots=True)
-class Seen(SeenFailures):
+class SeenChannelFailures(SeenFailures):
     """What a thread with a handle on a channel has been told of."""
 
     #: Whether it was told that one that had failed has closed the channel.
@@ -58,25 +58,25 @@ class Seen(SeenFailures):
     #: Whether ``select`` has just found that nobody is left: the next read says so, even one that does not wait.
     nobody_left: bool = False
 
-    def copy(self) -> Seen:
-        return Seen(set(self.deaths), self.thread_failures, self.failed_closing)
+    def copy(self) -> SeenChannelFailures:
+        return SeenChannelFailures(set(self.deaths), self.thread_failures, self.failed_closing)
 
 
 class Part(Protocol):
     """One process's part of a channel (``core.Core``), as this watches over it."""
 
-    line: Line | None
-    way: Way
+    socket: SocketChannel | None
+    backend: ChannelBackend
     forked: bool
 
     def wake_all(self) -> None:
         """Have everybody who waits here look at the others."""
 
-    def news_told(self) -> None:
+    def on_failure_raised(self) -> None:
         """Somebody has been told of something."""
 
 
-class Vigil:
+class FailureDetector:
     """Watches over those who wait at one process's part of a channel. Safe to use from several threads."""
 
     def __init__(self, core: Part) -> None:
@@ -86,35 +86,35 @@ class Vigil:
         #: What each thread waits for with which handle.
         self._waiting: dict[tuple[Any, int], int] = {}
         #: Workers that were threads and have failed, with whether they had written.
-        self._failures: list[tuple[WorkerDied, bool]] = []
-        self._shown = 0
-        self._alone_since: tuple[float, Any] | None = None
+        self._thread_failures: list[tuple[WorkerDied, bool]] = []
+        self._published = 0
+        self._nobody_left_since: tuple[float, Any] | None = None
 
     def _table(self) -> PeerTable | None:
         """The table of the processes that have the channel, if others can have it."""
         core = self._core()
-        return None if core is None or core.line is None or core.line.left else core.line.table
+        return None if core is None or core.socket is None or core.socket.left else core.socket.table
 
     # Handles
 
-    def dismiss(self, handle: Any, process: Any, failed: bool) -> bool:
+    def remove_handle(self, handle: Any, process: Any, failed: bool) -> bool:
         """The worker that had this handle, a thread, has ended. Returns whether there is something to tell."""
         core = self._core()
         with self._lock:
             self.handles.discard(handle)
-            if core is None or core.forked or not failed or core.way.is_closed:
+            if core is None or core.forked or not failed or core.backend.is_closed:
                 return False
             mapid = process.info.mapid
             death = WorkerDied(
                 f"worker {mapid}, a thread that had this channel, ended with an error: join() of its map raises it",
                 mapid=mapid,
             )
-            self._failures.append((death, handle.has_written))
+            self._thread_failures.append((death, handle.has_written))
             return True
 
-    def now(self) -> Seen:
+    def current(self) -> SeenChannelFailures:
         """What a handle that is sent now need not be told of: all that there is to tell now."""
-        return Seen(self.dead(), len(self._failures))
+        return SeenChannelFailures(self.dead(), len(self._thread_failures))
 
     def dead(self) -> set[int]:
         """The deaths that there are to tell now, of processes."""
@@ -146,64 +146,69 @@ class Vigil:
                     self._waiting.pop(key, None)
                 else:
                     self._waiting[key] = before
-            self._show(0)
+            self._publish(0)
 
-    def _show(self, kind: int) -> None:
+    def _publish(self, kind: int) -> None:
         """Let other processes know whether all that have the channel here wait, and for what."""
         core = self._core()
-        if kind != self._shown and core is not None and core.line is not None:
-            self._shown = kind
-            core.line.table.set_word(WAITS, kind)
+        if kind != self._published and core is not None and core.socket is not None:
+            self._published = kind
+            core.socket.table.set_word(WAITING, kind)
             if kind:
-                core.line.table.notify_all()  # perhaps all wait now
+                core.socket.table.notify_all()  # perhaps all wait now
 
     # News
 
-    def has_news(self, seen: Seen, kind: int) -> bool:
+    def has_unseen(self, seen: SeenChannelFailures, kind: int) -> bool:
         """Whether there is something to tell one who waits to do ``kind``."""
         if self._next_failure(seen, kind) is not None:
             return True
         table = self._table()
         return (
-            table is not None and seen.next_unseen_death(table, functools.partial(_concerning, table, kind)) is not None
+            table is not None
+            and seen.next_unseen_death(table, functools.partial(_relevant_deaths, table, kind)) is not None
         )
 
-    def raise_news(self, seen: Seen, kind: int) -> None:
+    def raise_unseen(self, seen: SeenChannelFailures, kind: int) -> None:
         """Raise WorkerDied if there is something to tell, unless there are items: what a dead one wrote comes first."""
         core = self._core()
         if core is not None:
             try:
-                self._raise_news(core, seen, kind)
+                self._raise_unseen(core, seen, kind)
             except WorkerDied:
-                core.news_told()
+                core.on_failure_raised()
                 raise
 
-    def _raise_news(self, core: Part, seen: Seen, kind: int) -> None:
-        items_first: Callable[[], bool] = core.way.can_take if kind == READS else _never
-        known = len(self._failures)
+    def _raise_unseen(self, core: Part, seen: SeenChannelFailures, kind: int) -> None:
+        items_first: Callable[[], bool] = core.backend.can_take if kind == READS else _never
+        known = len(self._thread_failures)
         number = self._next_failure(seen, kind) if known > seen.thread_failures else None
         if number is not None:
             if items_first():
                 return
             seen.thread_failures = number + 1
-            raise self._failures[number][0]
+            raise self._thread_failures[number][0]
         seen.thread_failures = known
         table = self._table()
         if table is not None:
             raise_next_death(
-                seen, table, "this channel", functools.partial(_concerning, table, kind), unless=items_first
+                seen, table, "this channel", functools.partial(_relevant_deaths, table, kind), unless=items_first
             )
 
-    def _next_failure(self, seen: Seen, kind: int) -> int | None:
+    def _next_failure(self, seen: SeenChannelFailures, kind: int) -> int | None:
         """Which of the failures of threads is to be told next."""
-        for number in range(seen.thread_failures, len(self._failures)):
-            if kind == WRITES or self._failures[number][1] or not any(each.has_written for each in self.handles.all()):
+        for number in range(seen.thread_failures, len(self._thread_failures)):
+            if (
+                kind == WRITES
+                or self._thread_failures[number][1]
+                or not any(each.has_written for each in self.handles.all())
+            ):
                 return number
         return None
 
-    def raise_failed_closing(self, seen: Seen) -> None:
+    def raise_failed_closing(self, seen: SeenChannelFailures) -> None:
         core = self._core()
-        if core is not None and core.way.was_failed and not seen.failed_closing:
+        if core is not None and core.backend.was_failed and not seen.failed_closing:
             seen.failed_closing = True
             raise WorkerDied(
                 "this channel was closed by a writer that had failed: items may be missing. If it is a worker, join() "
@@ -212,37 +217,41 @@ class Vigil:
 
     # Nobody is left
 
-    def raise_if_alone(self, handle: Any, kind: int) -> None:
-        if self.is_alone(handle, kind):
-            raise WorkerDied(_ALONE[kind])
+    def raise_if_nobody_left(self, handle: Any, kind: int) -> None:
+        if self.is_nobody_left(handle, kind):
+            raise WorkerDied(_NOBODY_LEFT[kind])
 
-    def show_waiting(self, handle: Any, kind: int) -> None:
+    def publish_waiting(self, handle: Any, kind: int) -> None:
         """Let other processes see whether all that have the channel here wait. Called by one that does."""
-        self._show(kind if self._all_wait(handle, kind) else 0)
+        self._publish(kind if self._all_wait(handle, kind) else 0)
 
-    def is_alone(self, handle: Any, kind: int) -> bool:
+    def is_nobody_left(self, handle: Any, kind: int) -> bool:
         """Whether nobody is left, and has not been for long enough to be sure."""
         core = self._core()
-        if core is None or not self._seems_alone(handle, kind):
-            self._alone_since = None
+        if core is None or not self._seems_nobody_left(handle, kind):
+            self._nobody_left_since = None
             return False
         table = self._table()
         sums = None if table is None else (table.sum(SENT), table.sum(TAKEN))
         now = time.monotonic()
-        if self._alone_since is None or self._alone_since[1] != sums:
-            self._alone_since = now, sums
-        return now - self._alone_since[0] >= _SURE_AFTER and not (kind == READS and core.way.can_take())
+        if self._nobody_left_since is None or self._nobody_left_since[1] != sums:
+            self._nobody_left_since = now, sums
+        return now - self._nobody_left_since[0] >= _CONFIRMATION_TIME and not (
+            kind == READS and core.backend.can_take()
+        )
 
-    def sure_in(self, otherwise: float) -> float:
+    def seconds_until_sure(self, otherwise: float) -> float:
         """In how many seconds it is sure that nobody is left, if it seems so; or ``otherwise``."""
-        since = self._alone_since
-        return otherwise if since is None else max(0.0, since[0] + _SURE_AFTER - time.monotonic())
+        since = self._nobody_left_since
+        return otherwise if since is None else max(0.0, since[0] + _CONFIRMATION_TIME - time.monotonic())
 
-    def _seems_alone(self, handle: Any, kind: int) -> bool:
+    def _seems_nobody_left(self, handle: Any, kind: int) -> bool:
         table = self._table()
         if not self._all_wait(handle, kind):
             return False
-        if others_may_come(self.handles, table, lambda slot: table is not None and table.get_word(slot, WAITS) == kind):
+        if others_may_come(
+            self.handles, table, lambda slot: table is not None and table.get_word(slot, WAITING) == kind
+        ):
             return False
         return self.handles.ever_pending or (table is not None and (table.was_shared() or table.any_handle_sent()))
 
@@ -253,10 +262,10 @@ class Vigil:
         return not self.handles.any_other_than({handle, *waiting}) and not threads.user_threads()
 
 
-def _concerning(table: PeerTable, kind: int, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
+def _relevant_deaths(table: PeerTable, kind: int, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
     """Which deaths matter to one who waits to do ``kind``: see the invariants."""
     does, does_before, other, other_before = (
-        (SENT, SENT_BEFORE, TAKEN, TAKEN_BEFORE) if kind == READS else (TAKEN, TAKEN_BEFORE, SENT, SENT_BEFORE)
+        (SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM) if kind == READS else (TAKEN, TAKEN_AT_CLAIM, SENT, SENT_AT_CLAIM)
     )
 
     def has(slot: int, word: int, before: int) -> bool:

@@ -1,4 +1,4 @@
-"""The way of a channel that no other process has: a mailbox."""
+"""A channel that no other process has: a mailbox."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..transport.waiting import never
 from .state import ChannelState
 
 #: Seconds between two looks of a writer that waits for room.
-_LOOK_EVERY: Final = 0.25
+_POLL_INTERVAL: Final = 0.25
 
 
-class Here:
+class LocalChannel:
     """Items between threads.
 
     Invariant: ``lock`` covers "is it closed, or gone elsewhere?" and putting. So nothing comes after the closing, and
-    nothing is left behind when the items move to a line.
+    nothing is left behind when the items move to a successor.
     """
 
     peer = SAME_PROCESS
@@ -30,9 +30,9 @@ class Here:
 
     def __init__(self, capacity: int | None) -> None:
         self.lock = threading.RLock()
-        self.box: Mailbox[Received] = Mailbox()
+        self.mailbox: Mailbox[Received] = Mailbox()
         #: Where the items have gone, if another process has the channel now.
-        self.next: Any = None
+        self.successor: Any = None
         self._capacity = capacity
         self._room = threading.Condition(self.lock)
         self._closed = False
@@ -41,7 +41,7 @@ class Here:
         #: Called by a writer that waits for room, now and then; may raise.
         self.on_wait_for_room: Callable[[], None] | None = None
 
-    def put(self, obj: Any) -> ChannelState | None:
+    def try_write(self, obj: Any) -> ChannelState | None:
         if self._capacity is not None:
             return None
         payload = copied(obj)
@@ -56,57 +56,57 @@ class Here:
         if self._capacity is not None:
             return self._send_if_room(payload)
         with self.lock:
-            if self.next is None:
+            if self.successor is None:
                 return self._put(payload)
-        return self._pass_on(payload)
+        return self._forward(payload)
 
     def _put(self, payload: Any) -> bool:
         if self._closed:
             return False
         self._written += 1
-        self.box.put(codec.received(payload))
+        self.mailbox.put(codec.received(payload))
         return True
 
-    def _pass_on(self, payload: Any) -> bool:
-        sent: bool = self.next.send(codec.for_others(payload, self.next.max_payload))
+    def _forward(self, payload: Any) -> bool:
+        sent: bool = self.successor.send(codec.for_others(payload, self.successor.max_payload))
         return sent
 
     def _send_if_room(self, payload: Any) -> bool:
         assert self._capacity is not None
         with self._room:
-            while not self._closed and self.next is None and len(self.box) >= self._capacity:
-                if not self._room.wait(_LOOK_EVERY) and self.on_wait_for_room is not None:
+            while not self._closed and self.successor is None and len(self.mailbox) >= self._capacity:
+                if not self._room.wait(_POLL_INTERVAL) and self.on_wait_for_room is not None:
                     self.on_wait_for_room()
-            if self.next is None:
+            if self.successor is None:
                 return self._put(payload)
-        return self._pass_on(payload)
+        return self._forward(payload)
 
     def take(self) -> Received | None:
-        received = self.box.take()
+        received = self.mailbox.take()
         if received is not None:
             if self._capacity is not None:
                 with self._room:
                     self._room.notify()
-        elif self.next is not None:
-            return self.next.take()  # type: ignore[no-any-return]
+        elif self.successor is not None:
+            return self.successor.take()  # type: ignore[no-any-return]
         return received
 
     def can_take(self) -> bool:
-        return self.box.has_message()
+        return self.mailbox.has_message()
 
-    def read(self) -> tuple[ChannelState, Any] | None:
+    def try_read(self) -> tuple[ChannelState, Any] | None:
         received = self.take()
         if received is None:
             return None
         return ChannelState.CLOSED if self.is_closed else ChannelState.OPEN, codec.decode(*received)
 
-    def sleep(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
+    def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
         if self._has_ended():
             return self.take()
-        return self.box.wait(self.take, deadline, lambda: self._has_ended() or stop())
+        return self.mailbox.wait(self.take, deadline, lambda: self._has_ended() or stop())
 
     def _has_ended(self) -> bool:
-        return self._closed or self.next is not None
+        return self._closed or self.successor is not None
 
     @property
     def was_failed(self) -> bool:
@@ -114,49 +114,49 @@ class Here:
 
     @property
     def is_closed(self) -> bool:
-        return bool(self._closed if self.next is None else self.next.is_closed)
+        return bool(self._closed if self.successor is None else self.successor.is_closed)
 
     def state(self) -> ChannelState:
-        if self.next is not None:
-            return self.next.state()  # type: ignore[no-any-return]
+        if self.successor is not None:
+            return self.successor.state()  # type: ignore[no-any-return]
         if not self._closed:
             return ChannelState.OPEN
-        return ChannelState.CLOSED if len(self.box) else ChannelState.DRAINED
+        return ChannelState.CLOSED if len(self.mailbox) else ChannelState.DRAINED
 
     def num_items(self) -> int:
-        return len(self.box) if self.next is None else self.next.num_items()
+        return len(self.mailbox) if self.successor is None else self.successor.num_items()
 
     def close(self, *, failed: bool = False) -> None:
         with self._room:
-            if self.next is not None:
-                self.next.close(failed=failed)
+            if self.successor is not None:
+                self.successor.close(failed=failed)
             self._failed = self._failed or (failed and not self._closed)
             self._closed = True
             self._room.notify_all()
-        self.box.end()
+        self.mailbox.end()
 
     def counts(self) -> tuple[int, int, int]:
-        return self._written, self._written - len(self.box), 0
+        return self._written, self._written - len(self.mailbox), 0
 
-    def empty_into(self, line: Any) -> None:
-        """Send all items on a line, and everything that comes later. Raises, and changes nothing, if one cannot go.
+    def move_to(self, successor: Any) -> None:
+        """Send all items to ``successor``, and everything that comes later. Called with the lock held.
 
-        Called with the lock held.
+        Raises, and changes nothing, if an item cannot go there.
         """
         items = []
-        while (received := self.box.take()) is not None:
+        while (received := self.mailbox.take()) is not None:
             items.append(received)
         try:
-            payloads = [codec.for_others(data, line.max_payload) for data, _ in items]
+            payloads = [codec.for_others(data, successor.max_payload) for data, _ in items]
         except BaseException:
             for received in items:
-                self.box.put(received)
+                self.mailbox.put(received)
             raise
-        line.begin(self._written - len(items))
+        successor.set_initial_counts(self._written - len(items))
         for payload in payloads:
-            line.send(payload)
+            successor.send(payload)
         if self._closed:
-            line.close(failed=self._failed)
-        self.next = line
+            successor.close(failed=self._failed)
+        self.successor = successor
         self._room.notify_all()
-        self.box.wake_all()
+        self.mailbox.wake_all()

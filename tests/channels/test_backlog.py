@@ -10,61 +10,61 @@ import pytest
 import torchwq
 from tests.channels import jobs
 from tests.channels.parts import another
-from torchwq.channels import bundle
-from torchwq.channels.line import BACKLOG, BUNDLES, SENT, TAKEN, Line
+from torchwq.channels import backlog
+from torchwq.channels.socket import BACKLOG, BACKLOG_MESSAGES, SENT, TAKEN, SocketChannel
 
 
 @contextmanager
-def two() -> Iterator[tuple[Line, Line]]:
-    line = Line(b"")
-    other = another(line)
+def two() -> Iterator[tuple[SocketChannel, SocketChannel]]:
+    socket = SocketChannel(b"")
+    other = another(socket)
     try:
-        yield line, other
+        yield socket, other
     finally:
         other.leave()
-        line.leave()
+        socket.leave()
 
 
 def test_a_backlog_that_the_reactor_sends_at_the_last_moment_leaves_no_bundle(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with two() as (line, other):
+    with two() as (socket, other):
         count = 0
-        while not line._outbox.pending:
-            assert line._send_or_keep(b"x" * 1000 + b"\0" * 9)
+        while not socket._outbox.pending:
+            assert socket._send_or_keep(b"x" * 1000 + b"\0" * 9)
             count += 1
         taken: list[object] = []
 
         def reactor_sends() -> None:
-            while line._outbox.pending:
+            while socket._outbox.pending:
                 while (received := other.take()) is not None:
                     taken.append(received)
-                line._outbox.flush()
+                socket._outbox.flush()
 
-        monkeypatch.setattr(line, "_announce_descriptors", reactor_sends)
-        line.leave()
+        monkeypatch.setattr(socket, "_announce_descriptors", reactor_sends)
+        socket.leave()
         while (received := other.take()) is not None:
             taken.append(received)
         assert len(taken) == count
         assert other.num_items() == 0
-        assert not other._words[BUNDLES]
-        assert not other.table.get_word(line.table.slot, BACKLOG)
+        assert not other._words[BACKLOG_MESSAGES]
+        assert not other.table.get_word(socket.table.slot, BACKLOG)
     assert capfd.readouterr().err == ""
 
 
 def test_an_empty_bundle_is_no_item() -> None:
-    with two() as (line, other):
-        with bundle.pack([]) as (message, fd):
-            line._words[BUNDLES] += 1
-            assert line._in.try_send(message, [fd])
+    with two() as (socket, other):
+        with backlog.encode([]) as (message, fd):
+            socket._words[BACKLOG_MESSAGES] += 1
+            assert socket._in.try_send(message, [fd])
         assert other.take() is None
-        with bundle.pack([]) as (message, fd):
-            line._words[BUNDLES] += 1
-            assert line._in.try_send(message, [fd])
-        assert line.send(b"1")
+        with backlog.encode([]) as (message, fd):
+            socket._words[BACKLOG_MESSAGES] += 1
+            assert socket._in.try_send(message, [fd])
+        assert socket.send(b"1")
         assert other.take() == (b"1", [])
         assert other.num_items() == 0
-        assert not other._words[BUNDLES]
+        assert not other._words[BACKLOG_MESSAGES]
         assert other.table.sum(SENT) == other.table.sum(TAKEN) == 1
 
 
