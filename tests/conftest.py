@@ -96,7 +96,7 @@ def _services() -> None:
     torchwq.warm_up()
     with torchwq.workqueue("warm-up"):
         pass
-    directory.here()
+    directory.get()
     ref_table.current()
     # torch's own heap need not be looked through each time that garbage is collected.
     gc.collect()

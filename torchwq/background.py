@@ -242,7 +242,7 @@ class BackgroundTask(unretrieved.Future[T]):
 def _kill_later(process: worker.Worker) -> None:
     """A task is garbage: of an iterator, whose worker may still be at an item."""
     if not process.ended_event.is_set():
-        cleanup.later(lambda: reactor.get().call_later(_GRACE_PERIOD, lambda: process.kill(signal.SIGKILL)))
+        cleanup.call_soon(lambda: reactor.get().call_later(_GRACE_PERIOD, lambda: process.kill(signal.SIGKILL)))
 
 
 def _length_or_none(source: Any) -> int | None:

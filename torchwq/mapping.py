@@ -68,7 +68,7 @@ class _Outcomes:
             is_over = self._is_dropped and self.ended == self.n
         if is_over:
             # After what else has come with the end: somebody who tells of an error says so.
-            reactor.get().call_later(0, lambda: cleanup.later(self._finish))
+            reactor.get().call_later(0, lambda: cleanup.call_soon(self._finish))
 
     def drop(self) -> None:
         """Nobody can ask any more."""
@@ -255,7 +255,7 @@ class Map:
 
 
 def _drop_later(outcomes: _Outcomes) -> None:
-    cleanup.later(outcomes.drop)
+    cleanup.call_soon(outcomes.drop)
 
 
 def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", upvalues: bool = False) -> Map:

@@ -119,7 +119,7 @@ def test_anything_else_that_goes_wrong_while_filling_closes_the_block() -> None:
     ],
 )
 def test_the_error_names_the_limit(number: int, words: str) -> None:
-    error = anonymous.exhausted(OSError(number, "text"))
+    error = anonymous.resource_error(OSError(number, "text"))
     assert isinstance(error, OSError)
     assert isinstance(error, TorchwqError)
     assert error.errno == number

@@ -72,14 +72,14 @@ class Wire(RuleBasedStateMachine):
         table.is_current = lambda number: number in self.current  # type: ignore[method-assign]
         self.before = len(os.listdir("/proc/self/fd"))
 
-    def send_aside(self, message: Any) -> None:
+    def send_control(self, message: Any) -> None:
         self.socket.append(((message.data + trailer(0, message.kind), []), []))
 
     @precondition(lambda self: len(self.senders) < 3)
     @rule()
     def enter(self) -> None:
         sender, _ = self.kept.add_sender()
-        self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_aside, [0])
+        self.senders[sender] = SentBlocks(sender, self.ROOM, self.send_control, [0])
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data(), is_written_long_ago=st.booleans())
@@ -106,7 +106,7 @@ class Wire(RuleBasedStateMachine):
     def leave(self, data: Any) -> None:
         sender = data.draw(st.sampled_from(sorted(self.senders)))
         del self.senders[sender]
-        self.send_aside(SenderLeft(sender))
+        self.send_control(SenderLeft(sender))
 
     @rule(data=st.data())
     def give_up(self, data: Any) -> None:
@@ -203,7 +203,7 @@ def test_a_worker_that_is_gone_has_its_last_answers_read_and_then_nothing_kept()
         first = queue.read(timeout=30)
         assert kept_by(queue) == 1
         queue.write(None)
-        wait_until(lambda: queue._role.end.has_arrived(), what="the second answer")
+        wait_until(lambda: queue._role.end.is_readable(), what="the second answer")
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(torchwq.WorkerDied):
             worker.join(20)
@@ -247,7 +247,7 @@ def test_a_queue_in_which_nothing_is_to_be_read_is_not_ready(peer: Peer) -> None
     recycling.maintain()
     peer.queue.write((tick_after_the_answer, ()))
     peer.queue.read(timeout=30)
-    wait_until(lambda: peer.queue._role.end.has_arrived(), what="what is sent aside")
+    wait_until(lambda: peer.queue._role.end.is_readable(), what="what is sent aside")
     assert torchwq.select([peer.queue], timeout=0) == []
     assert not kept_by(peer.queue)
 
@@ -429,14 +429,14 @@ class RecordingOutbox:
     def __init__(self) -> None:
         self.had_lock: list[bool] = []
 
-    def send_aside(self, message: Any) -> None:
+    def send_control(self, message: Any) -> None:
         self.had_lock.append(recycling.is_locked_here())
 
 
 def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
     """Whoever sends sees to what others have handed in, and so waits for locks of theirs."""
     outbox = RecordingOutbox()
-    sent = SentBlocks(1, 10, outbox.send_aside, [0])
+    sent = SentBlocks(1, 10, outbox.send_control, [0])
     sent.note_promise(message_with([7]))
     recycling.maintain()
     assert outbox.had_lock == [False]
@@ -446,7 +446,7 @@ def test_what_a_lost_message_has_brought_is_brought_again() -> None:
     with torchwq.workqueue() as queue:
         worker = torchwq.map(1, answer_with_the_same_tensor, queue)
         queue.write("question")
-        wait_until(lambda: queue._role.end.has_arrived(), what="the answer")
+        wait_until(lambda: queue._role.end.is_readable(), what="the answer")
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:

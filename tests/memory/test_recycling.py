@@ -320,7 +320,7 @@ def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Pee
 
 def unread(queue: Any) -> int:
     """How many bytes of answers wait in the queue's socket."""
-    return sockets.waiting(queue._role.end._socket)
+    return sockets.readable_bytes(queue._role.end._socket)
 
 
 def row_of_kept() -> int:

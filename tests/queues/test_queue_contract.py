@@ -422,7 +422,7 @@ def test_an_answer_is_read_although_the_questions_have_not_moved_to_where_proces
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held: list[Callable[[], None]] = []
-    monkeypatch.setattr(owner.cleanup, "later", held.append)
+    monkeypatch.setattr(owner.cleanup, "call_soon", held.append)
     with torchwq.workqueue("opened slowly") as queue:
         torchwq.map(1, answer_by_name, "opened slowly").join(20)
         assert queue._role.peer.same_process

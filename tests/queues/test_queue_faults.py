@@ -366,7 +366,7 @@ def test_a_process_that_dies_while_it_asks_for_a_queue_is_no_worker_for_ever() -
 
 def test_a_process_that_could_not_be_answered_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fds: object) -> list[int]:
-        raise descriptors.exhausted(OSError(errno.EMFILE, "Too many open files"))
+        raise descriptors.resource_error(OSError(errno.EMFILE, "Too many open files"))
 
     with torchwq.workqueue("not answered") as owner:
         ours, theirs = link.pair()

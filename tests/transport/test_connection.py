@@ -58,13 +58,13 @@ def test_one_that_cannot_be_made_closes_its_ends(monkeypatch: pytest.MonkeyPatch
     before = open_descriptors()
 
     def refuse() -> int | None:
-        raise descriptors.exhausted(OSError(errno.EMFILE, "Too many open files"))
+        raise descriptors.resource_error(OSError(errno.EMFILE, "Too many open files"))
 
     monkeypatch.setattr(descriptors, "eventfd", refuse)
     for to in (False, True):
         a, b = kinds.pair()
         with pytest.raises(ResourceError, match="RLIMIT_NOFILE"):
-            Connection(a, to=b if to else None)
+            Connection(a, outgoing=b if to else None)
         if not to:
             b.close()
         assert open_descriptors() == before
@@ -84,7 +84,7 @@ def test_a_thread_sleeps_although_no_descriptor_is_free(
     both: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> None:
-        raise descriptors.exhausted(OSError(errno.EMFILE, "Too many open files"))
+        raise descriptors.resource_error(OSError(errno.EMFILE, "Too many open files"))
 
     monkeypatch.setattr(waiting.descriptors, "epoll", refuse)
     ours, theirs = both
@@ -203,7 +203,7 @@ def test_one_end_may_be_written_to_and_the_other_one_read(both: tuple[Connection
     """As whoever has a channel does."""
     before = open_descriptors()
     a, b = kinds.pair()
-    line = Connection(b, to=a)
+    line = Connection(b, outgoing=a)
     line.send(b"1.")
     assert line.take() == (b"1.", [])
     assert len(line.handover()) == 2 * kinds.handover_size()

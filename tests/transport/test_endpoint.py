@@ -156,11 +156,11 @@ def test_stop_receiving_refuses_the_other_side_and_still_sends(ends: tuple[Endpo
 
 def test_unread_tells_when_all_is_taken(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
-    assert a.unread() == 0
+    assert a.unread_by_peer() == 0
     a.try_send(b"x")
-    assert a.unread()
+    assert a.unread_by_peer()
     b.try_receive()
-    assert a.unread() == 0
+    assert a.unread_by_peer() == 0
 
 
 def test_a_closed_end_is_at_its_end(ends: tuple[Endpoint, Endpoint]) -> None:
@@ -286,7 +286,7 @@ def test_a_moment_s_wait_for_room_does_not_begin_anew_with_each_signal(ends: tup
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.005, 0.005)
     try:
-        assert not a.send_in_time(b"x" * 1000)
+        assert not a.send_with_timeout(b"x" * 1000)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -39,7 +39,7 @@ class FullSocket:
 def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner tells, once, and looks now and then: it was called thousands of times while it span."""
     with torchwq.workqueue("full"):
-        here = directory.here()
+        here = directory.get()
         full = FullSocket(here._socket, 0.5)
         told: list[object] = []
         monkeypatch.setattr(here, "_socket", full)
@@ -61,7 +61,7 @@ def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monk
 def test_an_owner_that_lives_and_cannot_answer_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its link ends as that of a dead one does."""
     with torchwq.workqueue("busy"):
-        here = directory.here()
+        here = directory.get()
         with monkeypatch.context() as patched:
             patched.setattr(directory, "_REPLY_SECONDS", 0.2)
             patched.setattr(here, "_answer", lambda link, data, fds: here._gone(link))

@@ -1,4 +1,4 @@
-"""A mailbox loses nothing and wakes whom it must, with a bell and without."""
+"""A mailbox loses nothing and wakes whom it must, with an alarm and without."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ def test_messages_come_in_order_and_then_none() -> None:
 def test_the_bell_rings_while_there_are_messages() -> None:
     box: Mailbox[str] = Mailbox()
     box.put("before")
-    bell = box.bell()
-    assert bell.is_set()
+    alarm = box.not_empty()
+    assert alarm.is_set()
     assert box.pop() == "before"
-    assert not bell.is_set()
+    assert not alarm.is_set()
     with pytest.raises(IndexError):
         box.pop()
-    assert not bell.is_set()
+    assert not alarm.is_set()
     box.put("a")
     box.put("b")
     assert box.take() == "a"
-    assert bell.is_set()
+    assert alarm.is_set()
     assert box.take() == "b"
-    assert not bell.is_set()
+    assert not alarm.is_set()
     box.end()
-    assert bell.is_set()
+    assert alarm.is_set()
     assert box.take() is None
-    assert bell.is_set(), "the end stays"
+    assert alarm.is_set(), "the end stays"
     box.close()
-    assert bell.fileno() < 0
+    assert alarm.fileno() < 0
     box.put("after")
     assert box.pop() == "after"
 
 
-@pytest.mark.parametrize("bell", [False, True])
-def test_threads_that_put_take_and_sleep_lose_nothing(bell: bool) -> None:
+@pytest.mark.parametrize("alarm", [False, True])
+def test_threads_that_put_take_and_sleep_lose_nothing(alarm: bool) -> None:
     box: Mailbox[tuple[int, int]] = Mailbox()
-    if bell:
-        box.bell()
+    if alarm:
+        box.not_empty()
     got: list[list[tuple[int, int]]] = [[], [], []]
 
     def read(mine: list[tuple[int, int]]) -> None:
@@ -80,8 +80,8 @@ def test_threads_that_put_take_and_sleep_lose_nothing(bell: bool) -> None:
         for writer in range(2):
             numbers = [number for by, number in mine if by == writer]
             assert numbers == sorted(numbers)
-    if bell:
-        assert not box.bell().is_set()
+    if alarm:
+        assert not box.not_empty().is_set()
     box.close()
 
 
@@ -102,9 +102,9 @@ def test_a_taker_who_came_before_the_bell_leaves_it_ringing_only_until_somebody_
     box: Mailbox[int] = Mailbox()
     box.put(1)
     pop = box.pop
-    bell = box.bell()
+    alarm = box.not_empty()
     assert pop() == 1
-    assert bell.is_set()
+    assert alarm.is_set()
     assert not box.has_message()
-    assert not bell.is_set()
+    assert not alarm.is_set()
     box.close()

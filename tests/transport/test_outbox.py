@@ -88,7 +88,7 @@ def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tup
 def test_sent_is_called_once_for_each_message_the_socket_took(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     taken: list[bytes] = []
-    outbox = Outbox(a, sent=lambda tag, data: taken.append(data))
+    outbox = Outbox(a, on_sent=lambda tag, data: taken.append(data))
     for number in range(5_000):
         outbox.send(b"%d." % number)
     assert len(taken) < 5_000

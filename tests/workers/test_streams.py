@@ -73,10 +73,10 @@ def test_a_descriptor_in_the_place_of_a_standard_stream_is_moved(tmp_path: Path)
 
         a, b = kinds.pair()
         os.close(1)
-        assert descriptors.above(os.open("/", os.O_RDONLY)) > 2
+        assert descriptors.above_stdio(os.open("/", os.O_RDONLY)) > 2
         assert os.readlink("/proc/self/fd/1") == "/dev/null"
         os.close(1)
-        assert min(Alarm().fileno(), descriptors.memory("x"), *descriptors.pipe(), descriptors.dup(0)) > 2
+        assert min(Alarm().fileno(), descriptors.memory_file("x"), *descriptors.pipe(), descriptors.dup(0)) > 2
         os.close(1)
         a.try_send(b"x", [0])
         assert min(b.try_receive()[1]) > 2
@@ -97,10 +97,10 @@ def test_a_descriptor_that_cannot_be_moved_is_closed(monkeypatch: pytest.MonkeyP
         raise OSError(24, "too many")
 
     fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
-    monkeypatch.setattr(descriptors, "_FIRST", max(fds) + 1)
+    monkeypatch.setattr(descriptors, "_FIRST_OWN", max(fds) + 1)
     monkeypatch.setattr(descriptors.fcntl, "fcntl", refuse)
     with pytest.raises(OSError, match="too many"):
-        descriptors.above_all(fds)
+        descriptors.all_above_stdio(fds)
     for fd in fds:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)

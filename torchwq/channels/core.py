@@ -157,7 +157,7 @@ class Core:
 
     def _watch(self) -> None:
         if self.socket is None:
-            self._readiness.set(self.local.mailbox.bell().fileno(), self._alarm.fileno())
+            self._readiness.set(self.local.mailbox.not_empty().fileno(), self._alarm.fileno())
         else:
             self._readiness.set(self.socket.outlet(), self._alarm.fileno())
 
@@ -209,12 +209,12 @@ def _close_later(
 ) -> None:
     """A part is garbage, which is collected at any moment, in any thread, with any lock held."""
     for socket, monitor in sockets:
-        cleanup.later(monitor.close)
+        cleanup.call_soon(monitor.close)
         if not socket.left:
-            cleanup.later(socket.release)
+            cleanup.call_soon(socket.release)
     for each in (find_mailbox(), alarm, readiness):
         if each is not None:
-            cleanup.later(each.close)
+            cleanup.call_soon(each.close)
 
 
 class _ForkedChannel:

@@ -124,13 +124,13 @@ class SocketChannel:
                 self._in, self._out = kinds.adopt(fds[:size]), kinds.adopt(fds[size : 2 * size])
             else:
                 self._in, self._out = kinds.pair()
-                self._in.set_room(_BUFFER_SIZE)
+                self._in.set_buffer_size(_BUFFER_SIZE)
             self._connection = Connection(
                 self._out,
-                to=self._in,
-                sent=lambda tag, data: self._count_sent(),
-                keeping=self._announce_backlog,
-                emptied=self._emptied,
+                outgoing=self._in,
+                on_sent=lambda tag, data: self._count_sent(),
+                on_backlog=self._announce_backlog,
+                on_emptied=self._emptied,
             )
             opened.callback(self._connection.close)
             fds_of_table, rest[:2] = rest[:2], []
@@ -153,7 +153,7 @@ class SocketChannel:
         self._unpacking = threading.RLock()
         self._outbox = self._connection.outbox
         self._fence = threading.RLock()
-        self._send_in_time = self._in.send_in_time
+        self._send_in_time = self._in.send_with_timeout
         self._send_bare = self._in.send_bare
         self._try_receive = self._connection.take
         self._receive_bare = self._out.receive_bare
@@ -210,7 +210,7 @@ class SocketChannel:
         if plain:
             payload = dumps(obj, 5)
             outbox = self._outbox  # is_idle, without calling it
-            idle = not outbox.pending and not outbox.handed_in and not outbox.sender
+            idle = not outbox.pending and not outbox.submitted and not outbox.sending_thread
             if idle and len(payload) <= self.max_payload and not self._words[CLOSED]:
                 try:
                     self._send_bare(payload, NO_WAIT)  # type: ignore[misc]
@@ -327,7 +327,7 @@ class SocketChannel:
         another process holds."""
         self._waits_briefly = self._send_bare is not None
         if not self.left and (self._words[CLOSED] or not self._users):
-            cleanup.later(self._continue_ending)
+            cleanup.call_soon(self._continue_ending)
 
     def _continue_ending(self) -> None:
         self.finish_closing()
@@ -336,7 +336,7 @@ class SocketChannel:
     # Reading
 
     def can_take(self) -> bool:
-        return not self.left and bool(self._unforwarded or self._out.has_arrived())
+        return not self.left and bool(self._unforwarded or self._out.is_readable())
 
     def try_read(self) -> tuple[ChannelState, Any] | None:
         """The next item, with the channel's state, if there is one.
@@ -449,7 +449,7 @@ class SocketChannel:
         if not self._words[BACKLOG_MESSAGES]:
             return False
         seen = int(self._words[BACKLOG_MESSAGES]), self.table.sum(TAKEN)
-        if seen != self._backlog_messages_seen or self._out.has_arrived():
+        if seen != self._backlog_messages_seen or self._out.is_readable():
             self._backlog_messages_seen, self._unchanged_since = seen, time.monotonic()
         elif time.monotonic() - self._unchanged_since > _LOST_TIMEOUT:
             self._words[BACKLOG_MESSAGES] = 0
@@ -478,7 +478,7 @@ class SocketChannel:
     def num_items(self) -> int:
         if self.left:
             return 0
-        if self._at_end or not (self._out.has_arrived() or self._has_backlog()):
+        if self._at_end or not (self._out.is_readable() or self._has_backlog()):
             return len(self._unforwarded)
         return max(1, self.table.sum(SENT) + len(self._outbox) - self.table.sum(TAKEN)) + len(self._unforwarded)
 
@@ -575,7 +575,7 @@ class SocketChannel:
         # Room is made in small steps: other writers have backlogs, too, and what they wait for is the same room.
         try:
             for room in range(_BUFFER_SIZE, _BACKLOG_BUFFER_SIZE, _BUFFER_STEP):
-                self._in.set_room(room)
+                self._in.set_buffer_size(room)
                 if self._in.try_send(message, [fd]):
                     return True
             until = time.monotonic() + _LAST_TIMEOUT
@@ -584,7 +584,7 @@ class SocketChannel:
                 if self._in.try_send(message, [fd]):
                     return True
         finally:
-            self._in.set_room(_BUFFER_SIZE)
+            self._in.set_buffer_size(_BUFFER_SIZE)
         return False
 
     def _unpack(self, received: Received) -> Received | None:

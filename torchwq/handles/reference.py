@@ -69,7 +69,7 @@ class HandleRef:
 
 
 def _count_dropped_later(count_pending: Callable[[int], None]) -> None:
-    cleanup.later(functools.partial(count_pending, -1))
+    cleanup.call_soon(functools.partial(count_pending, -1))
 
 
 def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:

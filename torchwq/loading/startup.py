@@ -29,7 +29,7 @@ from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
 from ..marshalling.letter import Letter
 from ..memory import limits, ref_table
-from ..memory.anonymous import Descriptor, duplicates, exhausted
+from ..memory.anonymous import Descriptor, duplicates, resource_error
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
@@ -97,7 +97,7 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
             limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
             message = f"worker {own_config.worker_id} could not be forked: {limit}"
             raise ResourceError(error.errno, message) from error
-        raise exhausted(error) from error
+        raise resource_error(error) from error
     finally:
         close_fds(handover)
     return Forked(process)

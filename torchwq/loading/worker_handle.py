@@ -30,7 +30,7 @@ from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec
 from ..marshalling.letter import Letter
 from ..marshalling.wire import References
-from ..memory.anonymous import exhausted
+from ..memory.anonymous import resource_error
 from ..memory.promises import KeptBlocks
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
@@ -118,7 +118,7 @@ class WorkerHandle:
             except ResourceError:
                 raise
             except OSError as error:
-                raise exhausted(error) from error
+                raise resource_error(error) from error
             opened.pop_all()
 
     def flush(self) -> None:
@@ -207,7 +207,7 @@ class WorkerHandle:
         """See ``KeptBlocks``. In the reactor's thread."""
         with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
             if self._kept is not None and isinstance(self.connection, Connection):
-                self._kept.take_control_messages(self.connection.end)
+                self._kept.take_control_messages(self.connection.endpoint)
 
     def wait(self, deadline: float | None) -> Received | None:
         """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.

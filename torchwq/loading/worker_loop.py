@@ -66,9 +66,9 @@ class WorkerLoop:
         self._spins = 0 if self._in_thread else _SPINS
         self._maker = BatchMaker(config, own_config, self._in_thread)
         if isinstance(connection, Connection):
-            self._limit = connection.to.max_payload
+            self._limit = connection.outgoing.max_payload
             outbox = connection.outbox
-            outbox.promises = SentBlocks(ONLY_SENDER, own_config.room, outbox.send_aside, self._flow, LOST)
+            outbox.promises = SentBlocks(ONLY_SENDER, own_config.room, outbox.send_control, self._flow, LOST)
 
     def run(self) -> None:
         """Answer until the loader closes the connection."""

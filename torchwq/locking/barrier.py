@@ -65,7 +65,7 @@ def new_generation_events() -> list[int]:
             events.append(event)
     except OSError as error:
         close_fds(events)
-        raise anonymous.exhausted(error) from error
+        raise anonymous.resource_error(error) from error
     return events
 
 

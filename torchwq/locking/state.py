@@ -155,7 +155,7 @@ def _check_barrier_later(state: MutexState) -> Callable[[], None]:
         if found is not None:
             found._barrier.check()
 
-    return lambda: cleanup.later(call)
+    return lambda: cleanup.call_soon(call)
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def find_state(name: bytes) -> Iterator[MutexState | None]:
 def close_when_unused(state: MutexState) -> None:
     """Give up this process's part if no handle is left then."""
     if not state.closed and not state.forked:
-        cleanup.later(functools.partial(_close_if_unused, state))
+        cleanup.call_soon(functools.partial(_close_if_unused, state))
 
 
 def _close_if_unused(state: MutexState) -> None:

@@ -25,7 +25,7 @@ _CALL: Final = 1 << 30
 _PIECE: Final = 1 << 20
 
 #: Says which limit an OSError of a memory or descriptor call stands for.
-exhausted = descriptors.exhausted
+resource_error = descriptors.resource_error
 
 
 def create(nbytes: int = 0) -> int:
@@ -33,7 +33,7 @@ def create(nbytes: int = 0) -> int:
 
     Raises ResourceError if descriptors or memory have run out.
     """
-    return descriptors.memory("torchwq", nbytes)
+    return descriptors.memory_file("torchwq", nbytes)
 
 
 def reserve(fd: int, nbytes: int) -> None:
@@ -54,7 +54,7 @@ def reserve(fd: int, nbytes: int) -> None:
         while offset < nbytes:
             offset += os.pwrite(fd, zeros[: nbytes - offset], offset)
     except OSError as error:
-        raise exhausted(error, "fallocate and pwrite") from error
+        raise resource_error(error, "fallocate and pwrite") from error
 
 
 def fill(buffers: Sequence[bytes | memoryview]) -> int:
@@ -68,7 +68,7 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
         os.ftruncate(fd, max(offset, 1))
     except OSError as error:
         os.close(fd)
-        raise exhausted(error, "pwrite") from error
+        raise resource_error(error, "pwrite") from error
     except BaseException:
         os.close(fd)
         raise
@@ -84,7 +84,7 @@ def _write(fd: int, view: memoryview, offset: int) -> int:
 
 def map_private(fd: int, nbytes: int | None = None) -> memoryview:
     """The first ``nbytes`` of the block, or all of it, copy-on-write: changes stay here. The caller closes ``fd``."""
-    return memoryview(descriptors.mapped(fd, os.fstat(fd).st_size if nbytes is None else nbytes, mmap.MAP_PRIVATE))
+    return memoryview(descriptors.map_file(fd, os.fstat(fd).st_size if nbytes is None else nbytes, mmap.MAP_PRIVATE))
 
 
 class Descriptor:
@@ -117,5 +117,5 @@ def duplicates(fds: Sequence[int], count_sent: Callable[[int], None] | None = No
     try:
         copies = descriptors.dup_all(fds)
     except OSError as error:
-        raise exhausted(error) from error
+        raise resource_error(error) from error
     return [Descriptor(fd, count_sent if place == 0 else None) for place, fd in enumerate(copies)]

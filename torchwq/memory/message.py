@@ -14,7 +14,7 @@ from ..transport import descriptors
 from ..transport.descriptors import close_fds
 from ..transport.trailer import PICKLE, trailer
 from . import recycling
-from .anonymous import Descriptor, exhausted
+from .anonymous import Descriptor, resource_error
 
 
 class Message:
@@ -67,7 +67,7 @@ class Message:
                 fds.append(descriptors.dup(fd))
         except OSError as error:
             close_fds(fds)
-            raise exhausted(error) from error
+            raise resource_error(error) from error
         self.on_send()
         return self.data + trailer(0, self.kind), fds
 

@@ -273,17 +273,17 @@ class SentBlocks:
     Args:
         sender: the id that the reader has given it.
         room: for how many blocks the reader has room.
-        send_aside: sends a message of the protocol's own, without waiting.
+        send_control: sends a message of the protocol's own, without waiting.
         words: memory that the reader shares, where it counts the messages that it has lost.
         loss_index: of the word in which it does.
     """
 
     def __init__(
-        self, sender: int, room: int, send_aside: Callable[[Any], None], words: Sequence[int], loss_index: int = 0
+        self, sender: int, room: int, send_control: Callable[[Any], None], words: Sequence[int], loss_index: int = 0
     ) -> None:
         self.sender = sender
         self._room = room
-        self._send_aside = weakref.WeakMethod(send_aside)
+        self._send_control = weakref.WeakMethod(send_control)
         self._sent: set[int] = set()
         #: Those that were sent since the last look.
         self._recent: set[int] = set()
@@ -326,8 +326,8 @@ class SentBlocks:
         used, self._recent = self._recent, set()
         is_crowded = len(sent) > self._room // 2
         self._stale = {n for n in sent if (is_crowded and n not in used) or table is None or not table.is_current(n)}
-        if self._stale and (send_aside := self._send_aside()) is not None:
-            send_aside(_Revocation(self))
+        if self._stale and (send_control := self._send_control()) is not None:
+            send_control(_Revocation(self))
         return bool(sent)
 
     def take_revoked(self) -> bytes:

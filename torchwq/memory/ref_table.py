@@ -121,7 +121,7 @@ class RefTable:
         _check_is_table(fd)
         self._fd = fd
         self._locks = RecordLocks(fd)
-        self._mapping = descriptors.mapped(fd, _NBYTES)
+        self._mapping = descriptors.map_file(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
         tiles = np.frombuffer(self._mapping, np.uint64, offset=8 * _TILES)
         self._array = tiles.reshape(-1, ROWS, TILE, 2)
@@ -359,7 +359,7 @@ def _on_namespace_made(path: str) -> None:
 
 
 def _create() -> int:
-    fd = descriptors.above(os.memfd_create(_MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    fd = descriptors.above_stdio(os.memfd_create(_MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd, _NBYTES)
         os.pwrite(fd, struct.pack("=Q", secrets.randbits(32)), 8 * _FIRST_GENERATION)

@@ -67,7 +67,7 @@ def share(storage: torch.UntypedStorage) -> tuple[int, int]:
     """
     try:
         if not storage.is_shared():
-            descriptors.fill()  # torch makes a descriptor, and takes any that is free
+            descriptors.fill_stdio()  # torch makes a descriptor, and takes any that is free
             _check_room(storage.nbytes())
             _keep_for_arrays(storage)
         fd, nbytes = _private._share_fd_cpu_(storage)

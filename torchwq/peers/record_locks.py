@@ -81,14 +81,14 @@ def lockable_memory(nbytes: int) -> int:
     """New memory that its receivers can open once more: where there is no /proc, by a name in the tree's folder, as
     long as that is there. Raises ResourceError."""
     if not HAS_OFD_LOCKS or os.path.exists(_OPEN_FILES):
-        return descriptors.memory("torchwq", nbytes)
+        return descriptors.memory_file("torchwq", nbytes)
     try:
         fd, path = tempfile.mkstemp(prefix="peers-", dir=namespace.current().path)
-        fd = descriptors.above(fd)
+        fd = descriptors.above_stdio(fd)
         os.ftruncate(fd, nbytes)
         os.rename(path, _path_of(fd))
     except OSError as error:
-        raise descriptors.exhausted(error) from error
+        raise descriptors.resource_error(error) from error
     return fd
 
 

@@ -36,10 +36,10 @@ class SharedWords:
     def __init__(self, head: int, slots: int, width: int, fd: int | None = None) -> None:
         self.head, self.slots, self.width = head, slots, width
         nbytes = WORD * (head + slots * width)
-        self.fd = descriptors.memory("torchwq", nbytes) if fd is None else fd
+        self.fd = descriptors.memory_file("torchwq", nbytes) if fd is None else fd
         self._closing = descriptors.close_with(self, self.fd)
         try:
-            self.words = memoryview(descriptors.mapped(self.fd, nbytes)).cast("Q")
+            self.words = memoryview(descriptors.map_file(self.fd, nbytes)).cast("Q")
         except BaseException:
             self._closing()
             raise

@@ -107,7 +107,7 @@ class PeerTable:
             try:
                 self._lock_fd = reopen(fd)
             except OSError as error:
-                raise descriptors.exhausted(error) from error
+                raise descriptors.resource_error(error) from error
             self._locks = RecordLocks(self._lock_fd)
             closed_in_child(self)
             self.slot = self._claim(reset_words)

@@ -268,7 +268,7 @@ class WorkQueue(ReadableHandle[Any]):
 def _close_later(role: Role) -> None:
     """The handle is garbage, which is collected at any moment, in any thread, with any lock held."""
     if role in open_roles:
-        cleanup.later(role.close)
+        cleanup.call_soon(role.close)
 
 
 class _OwnedHere(Target):

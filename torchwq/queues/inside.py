@@ -53,7 +53,7 @@ class Inside:
 
     def has_question(self) -> bool:
         box, connection = self.box, self._connection
-        return box.has_message() if box is not None else connection is not None and connection.end.has_arrived()
+        return box.has_message() if box is not None else connection is not None and connection.endpoint.is_readable()
 
     def is_over(self, closed: bool) -> bool:
         """Whether no question is left, and none will come; ``closed``: the owner has closed the queue."""
@@ -85,7 +85,7 @@ class Inside:
         """Let ``readiness`` stand for questions and their end. To be called again when they have moved."""
         box, connection = self.box, self._connection
         if box is not None:
-            readiness.set(box.bell().fileno())
+            readiness.set(box.not_empty().fileno())
         elif connection is not None:
             readiness.set(*connection.filenos())
 

@@ -255,7 +255,7 @@ class Owner(SocketRole, worker.EndListener):
         waiting = self.outbox.number - self._last_sent
         with self._lock:
             in_socket = self._last_sent - self._count_taken() if not self.closed else 0
-        if in_socket and self.end.unread() == 0:
+        if in_socket and self.end.unread_by_peer() == 0:
             in_socket = 0  # a worker died with a question that it had not noted
         return waiting + in_socket
 
@@ -314,7 +314,7 @@ class Owner(SocketRole, worker.EndListener):
             self._update_alarm()
 
     def watch(self) -> None:
-        self._readiness.set(*self.connection.filenos(), self.answers.bell().fileno())
+        self._readiness.set(*self.connection.filenos(), self.answers.not_empty().fileno())
 
     def _take_from_socket(self) -> Received | None:
         """The next answer. With ``_receiving`` held."""
@@ -409,7 +409,7 @@ class Owner(SocketRole, worker.EndListener):
         if self._last_sent < mark:
             return False
         questions = self.inside.box
-        unread = self.end.unread() if questions is None else len(questions)
+        unread = self.end.unread_by_peer() if questions is None else len(questions)
         with self._lock:
             missing = mark - self._count_taken()
             if missing > 0 and (unread or missing > self._possibly_lost or quiet < _LOST_AFTER):
@@ -447,7 +447,7 @@ class Owner(SocketRole, worker.EndListener):
             except ResourceError:  # the link is closed, and who asks comes again
                 return True
         if self.inside.box is not None:
-            cleanup.later(self._open_or_close)  # not in the reactor's thread, which pickles nothing
+            cleanup.call_soon(self._open_or_close)  # not in the reactor's thread, which pickles nothing
         return True
 
     def _open_or_close(self) -> None:
@@ -600,7 +600,7 @@ class Owner(SocketRole, worker.EndListener):
             self._watch_for_leavers()
             self._taken.notify_all()
         if member.sender:
-            self._to_itself.send_aside(SenderLeft(member.sender))  # behind all that it has sent
+            self._to_itself.send_control(SenderLeft(member.sender))  # behind all that it has sent
             self._kept.schedule_poll()
         if member.link is not None and not keep_link:
             member.link.close()
@@ -790,7 +790,7 @@ class Owner(SocketRole, worker.EndListener):
 
     def has_leftovers(self) -> bool:
         """Whether questions are still in the socket, or on their way to it, that nobody has taken."""
-        return bool(len(self.outbox) or self.end.unread())
+        return bool(len(self.outbox) or self.end.unread_by_peer())
 
     def release(self) -> None:
         """Close what late comers could still have been handed, as soon as none is under way in this process."""
@@ -798,7 +798,7 @@ class Owner(SocketRole, worker.EndListener):
             self._is_released = True
             if self.pending_handles:
                 return
-            self._to_itself.end()
+            self._to_itself.close()
             self._theirs.close()
             self.board.close()
             for member in self._members.values():

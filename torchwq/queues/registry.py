@@ -132,7 +132,7 @@ def _open_elsewhere(name: str) -> WorkQueue | None:
 
 
 def _create(name: str, capacity: int | None) -> WorkQueue:
-    here = directory.here()
+    here = directory.get()
     with here.space.locked():
         handle = _open_elsewhere(name)  # someone may have been faster
         if handle is not None:
@@ -176,7 +176,7 @@ class _Janitor(worker.EndListener):
         if not worker.active_workers() or process.peer.same_process:
             # What is closed after this is for workers that are started after this, whoever lives now.
             now = time.monotonic_ns()
-            cleanup.later(lambda: self._forget_closed(now))  # which waits for the lock of the names
+            cleanup.call_soon(lambda: self._forget_closed(now))  # which waits for the lock of the names
 
     def _forget_closed(self, now: int) -> None:
         if not any(each.peer.same_process for each in worker.active_workers()):

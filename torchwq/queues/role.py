@@ -122,7 +122,9 @@ class SocketRole(Role):
 
     def __init__(self, end: Endpoint, numbered: bool, sent: Sent, emptied: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self.connection = Connection(end, numbered=numbered, sent=sent, refusal=self.closed_error, emptied=emptied)
+        self.connection = Connection(
+            end, numbered=numbered, on_sent=sent, closed_error=self.closed_error, on_emptied=emptied
+        )
         self.end, self.alarm, self.outbox = end, self.connection.alarm, self.connection.outbox
         self.peer = SAME_MACHINE
         self.max_payload = end.max_payload

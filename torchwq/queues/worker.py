@@ -78,7 +78,7 @@ class WorkerSide(SocketRole):
 
     def promise(self, sender: int, room: int) -> None:
         """Make promises from now on, see Note [in-band promises]."""
-        self.outbox.promises = SentBlocks(sender, room, self.outbox.send_aside, self._words, LOST)
+        self.outbox.promises = SentBlocks(sender, room, self.outbox.send_control, self._words, LOST)
 
     def take(self) -> Received | None:
         ident = get_ident()

@@ -16,7 +16,7 @@ from . import descriptors
 from .fork import closed_in_child
 
 #: More than a pipe ever holds of it, in bytes.
-_ALL: Final = 4096
+_PIPE_CAPACITY: Final = 4096
 
 
 class Alarm:
@@ -26,7 +26,7 @@ class Alarm:
         # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
         self._lock = threading.RLock()
         self._reasons: set[str] = set()
-        self._is_shown = False
+        self._is_signalled = False
         fd = descriptors.eventfd()
         self._read_fd, self._write_fd = descriptors.pipe() if fd is None else (fd, fd)
         self._closing = descriptors.close_with(self, *{self._read_fd, self._write_fd})
@@ -36,24 +36,24 @@ class Alarm:
         with self._lock:
             if self._closing.alive and reason not in self._reasons:
                 self._reasons.add(reason)
-                self._show()
+                self._update()
 
     def clear(self, reason: str = "state") -> None:
         with self._lock:
             if self._closing.alive and reason in self._reasons:
                 self._reasons.discard(reason)
-                self._show()
+                self._update()
 
-    def _show(self) -> None:
+    def _update(self) -> None:
         """Let the descriptor say whether it is set, whatever a signal handler does in the middle of this."""
         while True:
             is_set = bool(self._reasons)
-            if is_set and not self._is_shown:
+            if is_set and not self._is_signalled:
                 os.write(self._write_fd, (1).to_bytes(8, "little"))
             elif not is_set:
                 with contextlib.suppress(BlockingIOError):
-                    os.read(self._read_fd, _ALL)
-            self._is_shown = is_set
+                    os.read(self._read_fd, _PIPE_CAPACITY)
+            self._is_signalled = is_set
             if is_set == bool(self._reasons):
                 return
 

@@ -6,7 +6,7 @@ marshals. Both leave it here, and a thread that lives as long as there is someth
 
 Invariants:
 
-* ``later`` appends to a list and wakes the reactor, which starts the thread: it waits for nothing.
+* ``call_soon`` appends to a list and wakes the reactor, which starts the thread: it waits for nothing.
 * The thread says that it ends and looks for the last time afterwards; who leaves something looks afterwards whether
   there is a thread. So one of them sees the other.
 """
@@ -27,23 +27,23 @@ from .fork import reset_in_child
 #: How long, in seconds, the end of the process waits for what the thread is just at.
 _MOMENT: Final = 1.0
 
-_due: deque[Callable[[], None]] = deque()
-_runs = False
+_pending: deque[Callable[[], None]] = deque()
+_is_running = False
 
 
 @reset_in_child
 def _forget() -> None:
-    global _runs
-    _due.clear()
-    _runs = False
+    global _is_running
+    _pending.clear()
+    _is_running = False
 
 
-def later(callback: Callable[[], None]) -> None:
+def call_soon(callback: Callable[[], None]) -> None:
     """Have ``callback()`` called soon, in a thread of its own. Finalizers may call this."""
     if sys.is_finalizing():
         return
-    _due.append(callback)
-    if not _runs:
+    _pending.append(callback)
+    if not _is_running:
         try:
             reactor.get().call_later(0, _start)
         except RuntimeError:
@@ -51,28 +51,28 @@ def later(callback: Callable[[], None]) -> None:
 
 
 def _start() -> None:
-    global _runs
-    if _runs or not _due:
+    global _is_running
+    if _is_running or not _pending:
         return
-    _runs = True
+    _is_running = True
     try:
         threading.Thread(target=_run, name="torchwq-cleanup", daemon=True).start()
     except RuntimeError:  # the interpreter ends, which closes everything; or there are too many threads: the next one
-        _runs = False
+        _is_running = False
 
 
 def finish() -> None:
     """At the end of the process: do what is left. What the thread is just at is waited for, for a moment."""
     until = time.monotonic() + _MOMENT
-    _work_off()
-    while _runs and time.monotonic() < until:
+    _run_pending()
+    while _is_running and time.monotonic() < until:
         time.sleep(0.001)
 
 
-def _work_off() -> None:
+def _run_pending() -> None:
     while True:
         try:
-            callback = _due.popleft()
+            callback = _pending.popleft()
         except IndexError:
             return
         try:
@@ -83,10 +83,10 @@ def _work_off() -> None:
 
 
 def _run() -> None:
-    global _runs
+    global _is_running
     while True:
-        _work_off()
-        _runs = False
-        if not _due or _runs:
+        _run_pending()
+        _is_running = False
+        if not _pending or _is_running:
             return
-        _runs = True
+        _is_running = True

@@ -21,7 +21,8 @@ Any thread may close at any time, also the one that is told that everything is s
    sleeper gives the alarm's descriptors up. What has come can still be taken, and everything be sent.
 2. The reactor forgets the ends, before their descriptors are closed: see the reactor's invariants.
 3. The outbox takes nothing more, gives what waits back to whom it belongs, and returns when nobody sends.
-4. The ends are closed. A thread that takes meanwhile gets its message or EOFError, one that sends the outbox's refusal.
+4. The ends are closed. A thread that takes meanwhile gets its message or EOFError, one that sends
+   ``closed_error()``.
 
 ``close_when_sent`` refuses what is written from now on; the rest happens as soon as what waits was sent, or nobody can
 receive it, in the thread that sees to that, which may be the reactor's. Until then the ends stay open, and what has
@@ -47,10 +48,10 @@ class Connection:
     """Safe to use from several threads.
 
     Args:
-        end: where messages come from, and go to. Taken over.
-        to: where they go to, if that is another one: whoever has a channel has both ends of it. Taken over.
-        waits: whether threads sleep in ``wait``. Where only the reactor looks for messages, no alarm is needed.
-        numbered, sent, refusal, keeping, emptied: see :class:`~torchwq.transport.outbox.Outbox`.
+        endpoint: where messages come from, and go to. Taken over.
+        outgoing: where they go to, if that is another one: whoever has a channel has both ends of it. Taken over.
+        waitable: whether threads sleep in ``wait``. Where only the reactor looks for messages, no alarm is needed.
+        numbered, on_sent, closed_error, on_backlog, on_emptied: see :class:`~torchwq.transport.outbox.Outbox`.
 
     Raises:
         ResourceError: no descriptor is free.
@@ -58,30 +59,37 @@ class Connection:
 
     def __init__(
         self,
-        end: Endpoint,
+        endpoint: Endpoint,
         *,
-        to: Endpoint | None = None,
-        waits: bool = True,
+        outgoing: Endpoint | None = None,
+        waitable: bool = True,
         numbered: bool = False,
-        sent: Sent | None = None,
-        refusal: Callable[[], Exception] = BrokenPipeError,
-        keeping: Callable[[bool], bool] | None = None,
-        emptied: Callable[[], None] | None = None,
+        on_sent: Sent | None = None,
+        closed_error: Callable[[], Exception] = BrokenPipeError,
+        on_backlog: Callable[[bool], bool] | None = None,
+        on_emptied: Callable[[], None] | None = None,
     ) -> None:
-        self.end = end
-        self.to = end if to is None else to
+        self.endpoint = endpoint
+        self.outgoing = endpoint if outgoing is None else outgoing
         self._waiter: Waiter | None = None
         try:
-            if waits:
-                self._waiter = Waiter(end)
+            if waitable:
+                self._waiter = Waiter(endpoint)
         except BaseException:
             self._close_ends()
             raise
-        self.outbox = Outbox(self.to, numbered=numbered, sent=sent, refusal=refusal, keeping=keeping, emptied=emptied)
+        self.outbox = Outbox(
+            self.outgoing,
+            numbered=numbered,
+            on_sent=on_sent,
+            closed_error=closed_error,
+            on_backlog=on_backlog,
+            on_emptied=on_emptied,
+        )
         #: Send one payload, now or as soon as there is room: see ``Outbox.send``.
         self.send = self.outbox.send
         #: The next message, or None: see ``Endpoint.try_receive``.
-        self.take = end.try_receive
+        self.take = endpoint.try_receive
         self._is_watched = False
         self._is_closed = False
         closed_in_child(self)
@@ -124,7 +132,7 @@ class Connection:
 
     def fileno(self) -> int:
         """Readable when there is a message or the end; -1 once it is closed."""
-        return self.end.fileno()
+        return self.endpoint.fileno()
 
     def filenos(self) -> tuple[int, int]:
         """One is readable when there is a message or the end, the other when the alarm is set."""
@@ -160,7 +168,7 @@ class Connection:
         self._is_closed = True
         self.stop_waiting()
         self.watch(None)
-        self.outbox.end()
+        self.outbox.close()
         if not leave_open:
             self._close_ends()
             return
@@ -168,7 +176,7 @@ class Connection:
             end.leave_open()
 
     def _ends(self) -> list[Endpoint]:
-        return [self.end] if self.to is self.end else [self.to, self.end]
+        return [self.endpoint] if self.outgoing is self.endpoint else [self.outgoing, self.endpoint]
 
     def _close_ends(self) -> None:
         for end in self._ends():

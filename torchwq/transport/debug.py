@@ -36,13 +36,13 @@ from .fork import reset_in_child
 VARIABLE: Final = "TORCHWQ_DEBUG"
 ON: Final = os.environ.get(VARIABLE, "0") not in ("", "0")
 #: By how much the limits are longer than they are on a machine that does nothing else.
-PATIENCE: Final = "TORCHWQ_DEBUG_PATIENCE"
-_PATIENCE: Final = max(1.0, float(os.environ.get(PATIENCE, "1")))
+SLOWDOWN_VARIABLE: Final = "TORCHWQ_DEBUG_PATIENCE"
+_SLOWDOWN: Final = max(1.0, float(os.environ.get(SLOWDOWN_VARIABLE, "1")))
 #: How much of its thread's processor time, in seconds, a callback may take.
-LONG: Final = 0.05 * _PATIENCE
+MAX_CALLBACK_TIME: Final = 0.05 * _SLOWDOWN
 #: How often, in seconds, the one that watches comes by, and how often it must find a thread asleep to say so.
-_INTERVAL: Final = 0.01
-_LOOKS: Final = int(20 * _PATIENCE)
+_POLL_INTERVAL: Final = 0.01
+_MAX_IDLE_POLLS: Final = int(20 * _SLOWDOWN)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,8 +90,8 @@ def timed(call: F) -> F:
         finally:
             _running = None
         taken = time.thread_time() - begun - running.excused
-        if taken > LONG:
-            _tell(f"{callback} took {taken * 1000:.0f} ms of processor time")
+        if taken > MAX_CALLBACK_TIME:
+            _report(f"{callback} took {taken * 1000:.0f} ms of processor time")
 
     return watched  # type: ignore[return-value]
 
@@ -105,7 +105,7 @@ def runs_user_code(function: F) -> F:
     def checked(*args: Any, **kwargs: Any) -> Any:
         running = _running
         if running is not None and running.ident == threading.get_ident() and running.collecting_since is None:
-            _tell(f"{running.callback} runs code of the user's", sys._getframe(1))
+            _report(f"{running.callback} runs code of the user's", sys._getframe(1))
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
@@ -139,15 +139,15 @@ def _start_watching() -> None:
 def _watch() -> None:
     """Look for a callback that waits."""
     seen: tuple[int, float] | None = None
-    looks = 0
+    idle_polls = 0
     while True:
-        time.sleep(_INTERVAL)
+        time.sleep(_POLL_INTERVAL)
         before, seen = seen, _state()
-        looks = looks + 1 if seen is not None and seen == before else 0
-        if seen is not None and looks == _LOOKS:
+        idle_polls = idle_polls + 1 if seen is not None and seen == before else 0
+        if seen is not None and idle_polls == _MAX_IDLE_POLLS:
             running = _running
             if running is not None and running.number == seen[0]:
-                _tell(f"{running.callback} waits", sys._current_frames().get(running.ident))
+                _report(f"{running.callback} waits", sys._current_frames().get(running.ident))
             del running  # nothing here keeps a callback, and what it belongs to
 
 
@@ -159,7 +159,7 @@ def _state() -> tuple[int, float] | None:
     return running.number, time.clock_gettime(time.pthread_getcpuclockid(running.ident))
 
 
-def _tell(what: str, frame: Any = None) -> None:
+def _report(what: str, frame: Any = None) -> None:
     stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
     said = f"torchwq: in the reactor of process {os.getpid()}, {what}\n{stack}"
     path = os.environ.get(VARIABLE, "")

@@ -6,16 +6,16 @@ memory.
 
 Invariants:
 
-* No descriptor of this library is below 3. What makes many at once, or makes them in C, calls ``fill`` before; what
-  makes or receives single ones passes each through ``above``.
-* A standard descriptor that was closed when this library came by has /dev/null from then on. So torch, which
-  duplicates descriptors by itself, does not get it either.
-* What a system may refuse (by seccomp, in a sandbox) and can be done in another way is done so here.
-* What cannot be had raises ResourceError, which names the call and the limit, and leaves nothing open.
+* No descriptor of this library is below 3. Code that makes several at once, or makes them in C, calls ``fill_stdio``
+  before; code that makes or receives single ones passes each through ``above_stdio``.
+* A standard descriptor that this library finds closed has /dev/null from then on. So torch, which duplicates
+  descriptors by itself, does not get it either.
+* A call that a system may refuse (by seccomp, in a sandbox) has its fallback here, if there is one.
+* A function that gets no descriptor raises ResourceError, which names the call and the limit, and leaves nothing open.
 * An object that owns descriptors has them closed by ``close_with``: once, when it says so or is garbage. Not by
-  ``__del__``, which runs on objects that are half made and in an interpreter that is half gone. It costs 1.7 µs an
-  object, of which a ``__del__`` costs 0.2: so what owns descriptors is made for a handle, a block or a worker, and for
-  a message only if that brings descriptors of its own, each of which takes system calls.
+  ``__del__``, which runs on objects that are half made and in an interpreter that is half gone. ``close_with`` costs
+  1.7 µs an object (``__del__``: 0.2), so an object that owns descriptors is made for a handle, a block or a worker, and
+  for a message only if it brings descriptors of its own, each of which takes system calls.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from typing import Final
 
 from ..errors import ResourceError, TorchwqError
 
-_FIRST: Final = 3
-_SHM: Final = "/dev/shm"
+_FIRST_OWN: Final = 3
+_SHM_FOLDER: Final = "/dev/shm"
 #: What a system call gives that a filter or an old kernel does not let through.
 REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP})
 #: No descriptor can be had for now.
 SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def exhausted(error: OSError, call: str = "") -> OSError:
+def resource_error(error: OSError, call: str = "") -> OSError:
     """A ResourceError that says which limit an OSError of a memory or descriptor call stands for.
 
     An error of this library says what there is to say, and is given as it is.
@@ -65,16 +65,16 @@ def exhausted(error: OSError, call: str = "") -> OSError:
 
 
 @contextlib.contextmanager
-def _called(call: str) -> Iterator[None]:
+def _naming(call: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise exhausted(error, call) from error
+        raise resource_error(error, call) from error
 
 
-def fill() -> None:
+def fill_stdio() -> None:
     """Put /dev/null in the place of each standard stream that is closed."""
-    for fd in range(_FIRST):
+    for fd in range(_FIRST_OWN):
         try:
             fcntl.fcntl(fd, fcntl.F_GETFD)
         except OSError:
@@ -82,7 +82,7 @@ def fill() -> None:
 
 
 def _put_null(fd: int) -> None:
-    with _called("open"):
+    with _naming("open"):
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     if null == fd:
         os.set_inheritable(fd, True)  # as a standard stream is
@@ -91,9 +91,9 @@ def _put_null(fd: int) -> None:
     os.close(null)
 
 
-def above(fd: int) -> int:
+def above_stdio(fd: int) -> int:
     """The same file at a descriptor that is no standard stream's; takes over ``fd``."""
-    if fd >= _FIRST:
+    if fd >= _FIRST_OWN:
         return fd
     try:
         moved = dup(fd)
@@ -106,8 +106,8 @@ def above(fd: int) -> int:
 
 def dup(fd: int) -> int:
     """Another descriptor of the same file, which programs that are executed do not inherit."""
-    with _called("fcntl"):
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
+    with _naming("fcntl"):
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_OWN)
 
 
 def dup_all(fds: Sequence[int]) -> list[int]:
@@ -123,13 +123,13 @@ def dup_all(fds: Sequence[int]) -> list[int]:
     return made
 
 
-def above_all(fds: Sequence[int]) -> list[int]:
-    """What ``above`` gives for each. If one cannot be moved, all are closed."""
+def all_above_stdio(fds: Sequence[int]) -> list[int]:
+    """What ``above_stdio`` gives for each. If one cannot be moved, all are closed."""
     moved = list(fds)
     try:
         for index, fd in enumerate(moved):
-            moved[index] = -1  # until it is moved nobody has it: ``above`` closes it if it fails
-            moved[index] = above(fd)
+            moved[index] = -1  # until it is moved nobody has it: ``above_stdio`` closes it if it fails
+            moved[index] = above_stdio(fd)
     except OSError:
         for fd in moved:
             if fd >= 0:
@@ -165,29 +165,29 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC, mode)
     except OSError as error:
         if error.errno in SHORTAGE:
-            raise exhausted(error) from error
+            raise resource_error(error) from error
         raise
-    return above(fd)
+    return above_stdio(fd)
 
 
-def mapped(fd: int, nbytes: int, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
+def map_file(fd: int, nbytes: int, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
     """A writable mapping of a file, which has a descriptor of its own."""
-    fill()
-    with _called("mmap"):
+    fill_stdio()
+    with _naming("mmap"):
         return mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def socketpair(kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
     """Two connected AF_UNIX sockets."""
-    fill()
-    with _called("socketpair"):
+    fill_stdio()
+    with _naming("socketpair"):
         return socket.socketpair(socket.AF_UNIX, kind)
 
 
 def unix_socket(kind: socket.SocketKind) -> socket.socket:
     """An AF_UNIX socket."""
-    fill()
-    with _called("socket"):
+    fill_stdio()
+    with _naming("socket"):
         return socket.socket(socket.AF_UNIX, kind)
 
 
@@ -195,13 +195,13 @@ def epoll() -> select.epoll | None:
     """An epoll; None where the system has none, or refuses it: whoever asks uses ``poll`` then."""
     if not hasattr(select, "epoll"):
         return None
-    fill()
+    fill_stdio()
     try:
         return select.epoll()
     except OSError as error:
         if error.errno in REFUSALS:
             return None
-        raise exhausted(error, "epoll_create1") from error
+        raise resource_error(error, "epoll_create1") from error
 
 
 def eventfd() -> int | None:
@@ -209,11 +209,11 @@ def eventfd() -> int | None:
     if not hasattr(os, "eventfd"):
         return None
     try:
-        return above(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        return above_stdio(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     except OSError as error:
         if error.errno in REFUSALS:
             return None
-        raise exhausted(error, "eventfd2") from error
+        raise resource_error(error, "eventfd2") from error
 
 
 def pidfd(pid: int) -> int | None:
@@ -224,44 +224,44 @@ def pidfd(pid: int) -> int | None:
     if not hasattr(os, "pidfd_open"):
         return None
     try:
-        return above(os.pidfd_open(pid))
+        return above_stdio(os.pidfd_open(pid))
     except OSError as error:
         if error.errno in REFUSALS:
             return None
         if error.errno == errno.ESRCH:
             raise
-        raise exhausted(error, "pidfd_open") from error
+        raise resource_error(error, "pidfd_open") from error
 
 
 def pipe() -> tuple[int, int]:
     """Both ends of a pipe; reading does not block."""
-    fill()
-    with _called("pipe2"):
+    fill_stdio()
+    with _naming("pipe2"):
         read, write = os.pipe()
     os.set_blocking(read, False)
     return read, write
 
 
-def memory(name: str, nbytes: int = 0) -> int:
+def memory_file(name: str, nbytes: int = 0) -> int:
     """A file of ``nbytes`` zero bytes without a name, in memory if the system allows that."""
     fd = _unnamed(name)
     try:
         os.ftruncate(fd, nbytes)
     except OSError as error:
         os.close(fd)
-        raise exhausted(error, "ftruncate") from error
+        raise resource_error(error, "ftruncate") from error
     return fd
 
 
 def _unnamed(name: str) -> int:
     if hasattr(os, "memfd_create"):
         try:
-            return above(os.memfd_create(name, os.MFD_CLOEXEC))
+            return above_stdio(os.memfd_create(name, os.MFD_CLOEXEC))
         except OSError as error:
             if error.errno not in REFUSALS:
-                raise exhausted(error, "memfd_create") from error
-    folder = _SHM if os.access(_SHM, os.W_OK | os.X_OK) else None
-    with _called("memfd_create, and files in /dev/shm or the temporary folder"):
+                raise resource_error(error, "memfd_create") from error
+    folder = _SHM_FOLDER if os.access(_SHM_FOLDER, os.W_OK | os.X_OK) else None
+    with _naming("memfd_create, and files in /dev/shm or the temporary folder"):
         fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
     os.unlink(path)
-    return above(fd)
+    return above_stdio(fd)

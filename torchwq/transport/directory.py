@@ -119,7 +119,7 @@ class Directory:
                 connection.close()
                 continue
             try:
-                link = Link(descriptors.above(connection.detach()))
+                link = Link(descriptors.above_stdio(connection.detach()))
             except ResourceError:  # it is closed, and asks again
                 continue
             self._asking.add(link)
@@ -199,7 +199,7 @@ def _forget() -> None:
     _directory, _guard = None, threading.RLock()
 
 
-def here() -> Directory:
+def get() -> Directory:
     """The directory of this process, in the namespace of its tree; opened now if it is not yet."""
     global _directory
     space = namespace.current()

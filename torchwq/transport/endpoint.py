@@ -45,7 +45,7 @@ class Endpoint(Protocol):
         """Send one message; False if there is no room now. Raises BrokenPipeError if nobody can receive it."""
         ...
 
-    def send_in_time(self, data: bytes) -> bool:
+    def send_with_timeout(self, data: bytes) -> bool:
         """The same for one without descriptors, waiting a moment for room where the system can do that by itself."""
         ...
 
@@ -58,7 +58,7 @@ class Endpoint(Protocol):
         """The bytes of the next message, which stays there; none of the end; None if there is nothing now."""
         ...
 
-    def unread(self) -> int | None:
+    def unread_by_peer(self) -> int | None:
         """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
         ...
 
@@ -71,11 +71,11 @@ class Endpoint(Protocol):
         all that was sent before."""
         ...
 
-    def has_arrived(self) -> bool:
+    def is_readable(self) -> bool:
         """Whether there is something to receive, were it the end."""
         ...
 
-    def set_room(self, nbytes: int) -> None:
+    def set_buffer_size(self, nbytes: int) -> None:
         """How much may be under way from this end, in bytes, as far as the system allows."""
         ...
 

@@ -10,7 +10,7 @@ from ..errors import ResourceError
 from . import descriptors
 from .descriptors import close_fds
 from .endpoint import MAX_FDS
-from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, received_fds, rights, send_buffer
+from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, received_fds, scm_rights, set_buffer_size
 
 _PER_MESSAGE = MAX_FDS - 3
 #: Of these the kernel limits bytes, and not how many messages wait, as it does of datagrams.
@@ -20,12 +20,12 @@ _TYPE = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform ==
 def pack(fds: Sequence[int]) -> socket.socket:
     """A socket from which ``unpack`` takes copies of ``fds``. Raises ResourceError if there are too many."""
     inside, outside = descriptors.socketpair(_TYPE)
-    send_buffer(inside, 1 << 20)
+    set_buffer_size(inside, 1 << 20)
     with inside:
         for start in range(0, len(fds), _PER_MESSAGE):
             part = fds[start : start + _PER_MESSAGE]
             try:
-                inside.sendmsg([b"f"], rights(part), NO_WAIT)
+                inside.sendmsg([b"f"], scm_rights(part), NO_WAIT)
             except OSError as error:
                 outside.close()
                 check_sendable(error, inside)

@@ -31,7 +31,7 @@ def adopt(fds: Sequence[int]) -> Endpoint:
     return seqpacket.SeqpacketEndpoint(fds[0]) if len(fds) == 1 else stream.StreamEndpoint(fds[0], fds[1])
 
 
-def unshared(fd: int) -> Endpoint:
+def from_socket(fd: int) -> Endpoint:
     """Make an end that no other process holds, from a connected socket of either type; takes it over."""
     sock = socket.socket(fileno=fd)
     packets = sock.type == getattr(socket, "SOCK_SEQPACKET", None)

@@ -25,7 +25,7 @@ class Link:
     """One end of a control connection; takes over ``fd``. Safe to use from several threads."""
 
     def __init__(self, fd: int) -> None:
-        self._connection = Connection(kinds.unshared(fd), waits=False)
+        self._connection = Connection(kinds.from_socket(fd), waitable=False)
         self._is_watched = False
         self._on_message: Callable[[bytes, list[int]], None]
         self._on_end: Callable[[], None]
@@ -42,17 +42,17 @@ class Link:
     def ping(self, data: bytes) -> None:
         """Send if there is room; whoever is behind with reading pings needs no more of them."""
         try:
-            self._connection.end.try_send(data)
+            self._connection.endpoint.try_send(data)
         except BrokenPipeError:
             pass
 
     def receive(self) -> Received | None:
         """Take one message; None if there is none now. Raises EOFError once the other end is gone."""
-        return _as_sent(self._connection.take())
+        return _without_trailer(self._connection.take())
 
     def wait(self, seconds: float) -> Received | None:
         """Take one message, waiting for it at most so long. Only for a link that is not watched."""
-        return _as_sent(self._connection.receive(seconds))
+        return _without_trailer(self._connection.receive(seconds))
 
     def watch(self, on_message: Callable[[bytes, list[int]], None], on_end: Callable[[], None]) -> None:
         """Let the reactor hand over each message, and call ``on_end`` once when the other end is gone.
@@ -115,7 +115,7 @@ class _WithDescriptors:
         pass
 
 
-def _as_sent(received: Received | None) -> Received | None:
+def _without_trailer(received: Received | None) -> Received | None:
     """A message without the trailer of those that bring descriptors."""
     if received is None or not received[1]:
         return received

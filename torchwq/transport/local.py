@@ -1,8 +1,8 @@
-"""Two connected ends in one process: what passes between threads where a socket would connect processes.
+"""A connection between two threads: a pair of mailboxes instead of a socket.
 
-Messages are whatever was sent, not copied. The rest is the interface of
-:class:`~torchwq.transport.connection.Connection`, as far as a connection between two threads has a use for it. The
-threads of one process share an interpreter, so whoever waits for another one must not spin.
+A message is the object that was sent, not a copy. The methods are those of
+:class:`~torchwq.transport.connection.Connection` that two threads need. Threads share an interpreter, so a thread that
+waits for another does not spin.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .mailbox import Mailbox
 
 T = TypeVar("T")
 
-#: Stands where descriptors would.
+#: Stands in the place of the descriptors of a message between processes.
 _NO_FDS: Final[list[int]] = [-1]
 
 
@@ -44,15 +44,15 @@ class LocalEndpoint:
         return None
 
     def wait(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
-        """What ``attempt`` gives, or raises, as soon as it does; None after ``deadline``, or for no reason."""
+        """See ``Mailbox.wait``."""
         return self._inbox.wait(attempt, deadline)
 
     def fileno(self) -> int:
         """Readable while there are messages; -1 once it is closed."""
-        return -1 if self._closed else self._inbox.bell().fileno()
+        return -1 if self._closed else self._inbox.not_empty().fileno()
 
     def stop_waiting(self) -> None:
-        """Wake who waits; what has come can still be taken."""
+        """End every wait; what has arrived can still be taken."""
         self.close()
 
     def close(self) -> None:

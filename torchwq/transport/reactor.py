@@ -48,13 +48,13 @@ class _Watched:
 
 def _new_selector() -> selectors.BaseSelector:
     """The best one that the system lets this process have."""
-    descriptors.fill()
+    descriptors.fill_stdio()
     try:
         return selectors.DefaultSelector()
     except OSError as error:
         if error.errno in descriptors.REFUSALS:
             return selectors.PollSelector()
-        raise descriptors.exhausted(error, "epoll_create1") from error
+        raise descriptors.resource_error(error, "epoll_create1") from error
 
 
 class Reactor:
@@ -71,11 +71,11 @@ class Reactor:
         self._new_timers: deque[tuple[float, int, Callback]] = deque()
         self._order = itertools.count()
         try:
-            self._wake = Alarm()
+            self._wake_up = Alarm()
         except BaseException:
             self._selector.close()
             raise
-        self._selector.register(self._wake.fileno(), selectors.EVENT_READ, None)
+        self._selector.register(self._wake_up.fileno(), selectors.EVENT_READ, None)
         self._thread: threading.Thread | None = None
         closed_in_child(self)
 
@@ -97,7 +97,7 @@ class Reactor:
         with self._lock:
             if self._watched.pop(fd, None) is not None and fd in self._selector.get_map():
                 self._selector.unregister(fd)
-                self._tell_thread()
+                self._wake_thread()
 
     def call_later(self, seconds: float, callback: Callback) -> None:
         """Call ``callback`` in so many seconds. Takes no lock, once the thread runs: finalizers call this."""
@@ -105,7 +105,7 @@ class Reactor:
         if self._thread is None:
             with self._lock:
                 self._start()
-        self._wake.set()
+        self._wake_up.set()
 
     @property
     def is_in_current_thread(self) -> bool:
@@ -121,15 +121,15 @@ class Reactor:
             self._selector.modify(fd, events, watched)
         else:
             self._selector.unregister(fd)
-        self._tell_thread()
+        self._wake_thread()
         if events:
             self._start()
         else:
             self._watched.pop(fd, None)
 
-    def _tell_thread(self) -> None:
+    def _wake_thread(self) -> None:
         if self._is_polling and not self.is_in_current_thread:
-            self._wake.set()
+            self._wake_up.set()
 
     def _start(self) -> None:
         if self._thread is None:
@@ -158,7 +158,7 @@ class Reactor:
             ready = self._selector.select(None if until is None else max(0.0, until - time.monotonic()))
             for key, events in ready:
                 if key.data is None:
-                    self._wake.clear()
+                    self._wake_up.clear()
                     continue
                 if events & selectors.EVENT_READ:
                     _call(key.data.reader)

@@ -24,17 +24,17 @@ from .sockets import (
     NO_WAIT,
     TRUNCATED,
     check_sendable,
+    readable_bytes,
     received_fds,
-    rights,
-    send_buffer,
-    waiting,
+    scm_rights,
+    set_buffer_size,
 )
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
 MAX_MESSAGE: Final = 32 * 1024
 RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
-#: How long ``send_in_time`` waits, in seconds. By ``poll``, which goes on after a signal with the time that is
+#: How long ``send_with_timeout`` waits, in seconds. By ``poll``, which goes on after a signal with the time that is
 #: left; a ``send`` with SO_SNDTIMEO begins anew each time.
 _MOMENT: Final = 0.02
 
@@ -58,7 +58,7 @@ class SeqpacketEndpoint:
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         try:
             if fds:
-                self._socket.sendmsg([data], rights(fds), NO_WAIT)
+                self._socket.sendmsg([data], scm_rights(fds), NO_WAIT)
             else:
                 self._send(data, NO_WAIT)
         except OSError as error:
@@ -66,7 +66,7 @@ class SeqpacketEndpoint:
             return False
         return True
 
-    def send_in_time(self, data: bytes) -> bool:
+    def send_with_timeout(self, data: bytes) -> bool:
         if self.try_send(data):
             return True
         polling.writable(_MOMENT, self._socket.fileno())
@@ -98,7 +98,7 @@ class SeqpacketEndpoint:
         except (BlockingIOError, ConnectionResetError):  # which was told now, and is not again: see ``try_receive``
             return None
 
-    def unread(self) -> int | None:
+    def unread_by_peer(self) -> int | None:
         if self._socket.fileno() < 0:
             return 0
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
@@ -110,11 +110,11 @@ class SeqpacketEndpoint:
     def stop_sending(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
-    def has_arrived(self) -> bool:
-        return waiting(self._socket) > 0
+    def is_readable(self) -> bool:
+        return readable_bytes(self._socket) > 0
 
-    def set_room(self, nbytes: int) -> None:
-        send_buffer(self._socket, nbytes)
+    def set_buffer_size(self, nbytes: int) -> None:
+        set_buffer_size(self._socket, nbytes)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -134,5 +134,5 @@ class SeqpacketEndpoint:
 def pair() -> tuple[SeqpacketEndpoint, SeqpacketEndpoint]:
     a, b = descriptors.socketpair(socket.SOCK_SEQPACKET)
     for sock in (a, b):
-        send_buffer(sock, _BUFFER)
+        set_buffer_size(sock, _BUFFER)
     return SeqpacketEndpoint(a.detach()), SeqpacketEndpoint(b.detach())

@@ -31,7 +31,7 @@ BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, er
 BUSY: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 
-def send_buffer(sock: socket.socket, nbytes: int) -> None:
+def set_buffer_size(sock: socket.socket, nbytes: int) -> None:
     """Ask for room for ``nbytes`` bytes; the kernel gives what ``net.core.wmem_max`` allows."""
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ _rights_of_one: dict[int, list[tuple[int, int, Any]]] = {}
 _INT: Final = struct.Struct("@i")
 
 
-def rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
+def scm_rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
     """Ancillary data that carries ``fds``."""
     if len(fds) > 1:
         return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -103,7 +103,7 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
         level, what, data = ancillary[0]
         if len(data) == _INT.size and what == socket.SCM_RIGHTS and level == socket.SOL_SOCKET:
             fd: int = _INT.unpack(data)[0]
-            return [fd] if fd > 2 else [descriptors.above(fd)]
+            return [fd] if fd > 2 else [descriptors.above_stdio(fd)]
     fds = array.array("i")
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
@@ -119,10 +119,10 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     if not CLOEXEC:
         for fd in fds:
             os.set_inheritable(fd, False)
-    return descriptors.above_all(fds)
+    return descriptors.all_above_stdio(fds)
 
 
-def waiting(sock: socket.socket) -> int:
+def readable_bytes(sock: socket.socket) -> int:
     """How many bytes are there to be received; 0 for a closed socket."""
     fd = sock.fileno()
     if fd < 0:

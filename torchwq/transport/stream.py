@@ -36,10 +36,10 @@ from .sockets import (
     CLOEXEC,
     NO_WAIT,
     check_sendable,
+    readable_bytes,
     received_fds,
-    rights,
-    send_buffer,
-    waiting,
+    scm_rights,
+    set_buffer_size,
 )
 
 FRAME: Final = 16 * 1024
@@ -52,7 +52,7 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> boo
     if not polling.writable(0, sock.fileno()):
         return False
     frame = _LENGTH.pack(len(data)) + data
-    sent = sock.sendmsg([frame], rights(fds) if fds else [], NO_WAIT)
+    sent = sock.sendmsg([frame], scm_rights(fds) if fds else [], NO_WAIT)
     while sent < len(frame):
         # A writable socket takes a frame whole on every system known to us; this keeps the stream sound on one
         # that does not.
@@ -167,7 +167,7 @@ class StreamEndpoint:
         except EOFError:
             raise BrokenPipeError("this end is closed") from None
 
-    def send_in_time(self, data: bytes) -> bool:
+    def send_with_timeout(self, data: bytes) -> bool:
         return False
 
     def try_receive(self) -> Received | None:
@@ -193,7 +193,7 @@ class StreamEndpoint:
             except (BlockingIOError, ConnectionResetError):
                 return None
 
-    def unread(self) -> int | None:
+    def unread_by_peer(self) -> int | None:
         if self._socket.fileno() < 0:
             return 0
         try:
@@ -208,11 +208,11 @@ class StreamEndpoint:
     def stop_sending(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
-    def has_arrived(self) -> bool:
-        return waiting(self._socket) > 0
+    def is_readable(self) -> bool:
+        return readable_bytes(self._socket) > 0
 
-    def set_room(self, nbytes: int) -> None:
-        send_buffer(self._socket, nbytes)
+    def set_buffer_size(self, nbytes: int) -> None:
+        set_buffer_size(self._socket, nbytes)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -240,8 +240,8 @@ def pair() -> tuple[StreamEndpoint, StreamEndpoint]:
     ends: list[StreamEndpoint] = []
     try:
         for sock in (a, b):
-            send_buffer(sock, _BUFFER)
-            lock_fd = descriptors.memory("torchwq-lock")
+            set_buffer_size(sock, _BUFFER)
+            lock_fd = descriptors.memory_file("torchwq-lock")
             ends.append(StreamEndpoint(sock.detach(), lock_fd))
     except BaseException:
         for end in ends:

@@ -38,7 +38,7 @@ T = TypeVar("T")
 MAX_SLEEP: Final = 0.5
 _MAX_SPIN: Final = 100_000  # nanoseconds
 _MIN_SPIN: Final = 10_000
-_LOOKS_PER_YIELD: Final = 4
+_POLLS_PER_YIELD: Final = 4
 #: A sleep shorter than this would have been better spent spinning.
 _SHORT_SLEEP: Final = 400_000
 #: The alarm's reason when it wakes those who wait now.
@@ -146,7 +146,7 @@ class Waiter:
         look = poll.poll
         try:
             while True:
-                for _ in range(_LOOKS_PER_YIELD):
+                for _ in range(_POLLS_PER_YIELD):
                     if look(0):
                         found = attempt()
                         if found is not None:

@@ -47,7 +47,7 @@ class Context:
     max_payload: int
 
     def __init__(self, end: endpoint.Endpoint) -> None:
-        self._connection = Connection(end, waits=False)
+        self._connection = Connection(end, waitable=False)
         self.max_payload = end.max_payload
 
     def receive(self) -> endpoint.Received:

@@ -32,7 +32,7 @@ from ..errors import TorchwqError, WorkerStartError
 from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
 from ..transport.fork import closed_in_child, reset_in_child
-from ..transport.sockets import is_broken, rights
+from ..transport.sockets import is_broken, scm_rights
 from . import executable, privileges, server, streams
 
 #: Absolute: the working directory may change.
@@ -103,7 +103,7 @@ class ServerConnection:
             token = next(self._tokens)
             self._requested[token] = worker
             try:
-                self._socket.sendmsg([server.FRAME.pack(b"F", 0, token)], rights(fds))
+                self._socket.sendmsg([server.FRAME.pack(b"F", 0, token)], scm_rights(fds))
             except OSError as error:
                 del self._requested[token]
                 if is_broken(error, self._socket):
@@ -293,7 +293,7 @@ def _start(folder: str) -> ServerConnection:
         reactor.get()  # which the connection needs, and cannot do without once there is a server
         ours, theirs = descriptors.socketpair()
     except OSError as error:
-        raise anonymous.exhausted(error) from error
+        raise anonymous.resource_error(error) from error
     with theirs:
         try:
             process = subprocess.Popen(
@@ -308,7 +308,7 @@ def _start(folder: str) -> ServerConnection:
         except OSError as error:
             ours.close()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
-                raise anonymous.exhausted(error) from error
+                raise anonymous.resource_error(error) from error
             raise WorkerStartError(
                 f"the fork server cannot be started: {program}: {error.strerror}, to user {os.geteuid()}"
             ) from error

@@ -16,7 +16,7 @@ from multiprocessing import process, resource_tracker
 from typing import Any
 
 from ..errors import WorkerStartError
-from ..memory.anonymous import Descriptor, exhausted
+from ..memory.anonymous import Descriptor, resource_error
 from ..transport import descriptors
 from . import executable
 
@@ -35,12 +35,12 @@ def tracker_descriptor() -> Descriptor | None:
     """
     try:
         with executable.for_multiprocessing():
-            descriptors.fill()
+            descriptors.fill_stdio()
             fd = resource_tracker.getfd()
     except WorkerStartError:  # whoever starts the worker is told
         return None
     except OSError as error:
-        raise exhausted(error) from error
+        raise resource_error(error) from error
     except Exception:  # a finalizer in the middle of starting it
         fd = getattr(_tracker, "_fd", None)
     if fd is None:
@@ -48,13 +48,13 @@ def tracker_descriptor() -> Descriptor | None:
     try:
         return Descriptor(descriptors.dup(fd))
     except OSError as error:
-        raise exhausted(error) from error
+        raise resource_error(error) from error
 
 
 def start_tracker() -> None:
     """Start the tracker now, if that is possible."""
     with contextlib.suppress(Exception), executable.for_multiprocessing():
-        descriptors.fill()
+        descriptors.fill_stdio()
         resource_tracker.ensure_running()
 
 

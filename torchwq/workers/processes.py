@@ -38,7 +38,7 @@ class ProcessWorker(Worker):
         #: The connection from which it was ordered.
         self._server: client.ServerConnection | None = None
         ours, theirs = kinds.pair()
-        self._connection = Connection(ours, waits=False)
+        self._connection = Connection(ours, waitable=False)
         try:
             setup = _setup(info, entry, ours.max_payload)
             self._connection.watch(self._ready)

@@ -82,7 +82,7 @@ def start(
         for worker in workers:
             worker.kill(signal.SIGKILL)
         if isinstance(error, OSError) and not isinstance(error, TorchwqError):
-            raise anonymous.exhausted(error) from error
+            raise anonymous.resource_error(error) from error
         raise
     return workers
 

@@ -82,7 +82,7 @@ def should_report(process: Worker, error: BaseException) -> bool:
 
 
 def _print_later(report: Report) -> None:
-    cleanup.later(functools.partial(_print, report))
+    cleanup.call_soon(functools.partial(_print, report))
 
 
 def _print(report: Report, at_exit: bool = False) -> None:
