@@ -128,7 +128,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.backend = backend
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self._max_workers = max_workers
-        self._snapshots = False
+        self._saves_rng = False
         self._loaded_state: state.State | None = None
         self._stats = StatsCollector(self.num_workers)
         #: With workers, a weak reference to it: a reference would keep them alive.
@@ -195,16 +195,16 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
-        self._snapshots = True
+        self._saves_rng = True
         if self._loaded_state is not None:
             return self._loaded_state.to_dict()
         iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
         captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
-            captured = state.State.fresh(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
-        if captured.begins and not captured.is_drawn:  # with what is drawn from now on
+            captured = state.State.initial(self.dataset, isinstance(self.dataset, IterableDataset), self.num_workers)
+        if captured.begins and not captured.is_drawn_ahead:  # with what is drawn from now on
             draws_seed = not (captured.finished and self.persistent_workers)
-            captured.draws = sampler_rng.of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
+            captured.draws = sampler_rng.draws_of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
         return captured.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -228,7 +228,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if self._max_workers and loaded.num_workers:
             self.num_workers = loaded.num_workers
         self._loaded_state = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)
-        self._snapshots = True
+        self._saves_rng = True
 
     def stats(self) -> LoaderStatistics:
         """Tell what the loader has done so far, and whether it or the training that it feeds is the slower one.
@@ -254,7 +254,7 @@ def _numbers_of_workers(num_workers: int | str, iterable: bool) -> tuple[int, in
         return num_workers, 0
     if num_workers != "auto":
         raise ValueError(f"num_workers must be a number or 'auto', not {num_workers!r}")
-    return (cores(), 0) if iterable else (1, autoscaling.most(cores()))
+    return (cores(), 0) if iterable else (1, autoscaling.max_workers(cores()))
 
 
 def _check_prefetching(prefetch_across_epochs: bool, persistent: bool, in_order: bool) -> None:

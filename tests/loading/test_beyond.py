@@ -49,8 +49,8 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
 
     monkeypatch.setattr(torchwq.dataloader, "cores", lambda: 3)
     monkeypatch.setattr(iterator, "cores", lambda: 3)
-    monkeypatch.setattr(autoscaling, "_BATCHES_PER_LOOK", 8)
-    monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.5, True))
+    monkeypatch.setattr(autoscaling, "_BATCHES_PER_CHECK", 8)
+    monkeypatch.setattr(statistics.StatsCollector, "since_last_check", lambda self: (0.5, True))
     with caplog.at_level(logging.INFO, "torchwq"):
         loader = torchwq.DataLoader(datasets.Plain(200), batch_size=2, num_workers="auto")
         assert loader.num_workers == 1
@@ -63,8 +63,8 @@ def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(
 
 
 def test_an_automatic_number_of_workers_stays_where_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaling, "_BATCHES_PER_LOOK", 8)
-    monkeypatch.setattr(statistics.StatsCollector, "since_last_look", lambda self: (0.0, True))
+    monkeypatch.setattr(autoscaling, "_BATCHES_PER_CHECK", 8)
+    monkeypatch.setattr(statistics.StatsCollector, "since_last_check", lambda self: (0.0, True))
     loader = torchwq.DataLoader(datasets.Plain(100), batch_size=2, num_workers="auto")
     list(loader)
     assert loader.stats().num_workers == 1
@@ -97,7 +97,7 @@ def test_workers_have_the_next_epoch_ready() -> None:
         datasets.Plain(), 4, num_workers=1, persistent_workers=True, prefetch_across_epochs=True
     )
     list(loader)
-    assert loader._iterator._dispatcher.under_way  # type: ignore[union-attr]
+    assert loader._iterator._dispatcher.in_flight  # type: ignore[union-attr]
     assert len(list(loader)) == 10
 
 
@@ -193,9 +193,9 @@ class _Counted:
         self.busy = self.batches = 0
         self.stats = statistics.StatsCollector(1)
         self.waited = 0.9
-        monkeypatch.setattr(self.stats, "since_last_look", lambda: (self.waited, False))
+        monkeypatch.setattr(self.stats, "since_last_check", lambda: (self.waited, False))
         monkeypatch.setattr(autoscaling, "_processor_time", lambda workers: (int(self.busy * needs), 0))
-        self.autoscaler = autoscaling.Autoscaler(self.stats, self, autoscaling.most(cores), cores)  # type: ignore[arg-type]
+        self.autoscaler = autoscaling.Autoscaler(self.stats, self, autoscaling.max_workers(cores), cores)  # type: ignore[arg-type]
 
     def sum(self, word: int) -> int:
         return self.batches if word == BATCHES else self.busy
@@ -206,7 +206,7 @@ class _Counted:
             count = len(self.workers)
             self.batches += 100
             self.busy += int(100 * seconds_for_a_batch(count) * 1e9)
-            self.workers += [SimpleNamespace(has_answered=True)] * self.autoscaler.look(self.workers)
+            self.workers += [SimpleNamespace(has_answered=True)] * self.autoscaler.workers_to_add(self.workers)
         return len(self.workers)
 
 
@@ -239,7 +239,7 @@ def test_it_is_said_that_the_consumer_hardly_waits(
     with caplog.at_level(logging.INFO, "torchwq"):
         assert counted.run(lambda count: 0.002) == 8
         counted = _Counted(monkeypatch, 2, 0.1)
-        counted.autoscaler.look(counted.workers)
+        counted.autoscaler.workers_to_add(counted.workers)
         counted.waited = 0.01
         assert counted.run(lambda count: 0.002) == 1
     assert "the consumer waits for 1% of its time" in caplog.text

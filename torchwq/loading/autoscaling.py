@@ -25,21 +25,21 @@ from .worker_handle import WorkerHandle
 log = logging.getLogger("torchwq")
 
 #: It is looked at again after so many batches, or after so many seconds, if these have not come until then.
-_BATCHES_PER_LOOK: Final = 64
-_PERIOD: Final = 0.25
+_BATCHES_PER_CHECK: Final = 64
+_CHECK_INTERVAL: Final = 0.25
 #: The part of the time that is too long a wait for the consumer.
-_TOO_LONG: Final = 0.1
+_MAX_WAIT_FRACTION: Final = 0.1
 #: Seconds for which workers must have been busy before it is judged what they do.
-_EVIDENCE: Final = 0.2
+_MIN_BUSY_TIME: Final = 0.2
 #: Workers that need the processor for less than this part of their time wait for something else.
-_WAITS_BELOW: Final = 0.5
+_MAX_IO_BOUND_CPU_FRACTION: Final = 0.5
 #: By how much more workers must do more, together, than before.
-_HELPS_ABOVE: Final = 1.2
+_MIN_SPEEDUP: Final = 1.2
 
 
-def most(cores_: int) -> int:
+def max_workers(cores: int) -> int:
     """How many workers there may be that mostly wait."""
-    return max(8, 4 * cores_)
+    return max(8, 4 * cores)
 
 
 @dataclass
@@ -55,29 +55,29 @@ class _Window:
 class Autoscaler:
     """Decides for one iterator. ``limit``: how many workers there may be."""
 
-    def __init__(self, stats: StatsCollector, counters: Counters, limit: int, cores_: int) -> None:
+    def __init__(self, stats: StatsCollector, counters: Counters, limit: int, cores: int) -> None:
         self._stats = stats
         self._counters = counters
         self._limit = limit
-        self._cores = cores_
+        self._cores = cores
         self._window: _Window | None = None
         #: Batches per nanosecond that all workers could make, before the last were added; 0.0 if that is not known.
         self._before = 0.0
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
         #: Whether it is known that more workers do not help.
         self.has_ended = False
-        stats.since_last_look()  # from now on
+        stats.since_last_check()  # from now on
 
     def is_due(self, yielded: int) -> bool:
         """Whether it is time to look, when so many batches were handed out."""
-        return yielded % _BATCHES_PER_LOOK == 0 or time.monotonic() - self._looked > _PERIOD
+        return yielded % _BATCHES_PER_CHECK == 0 or time.monotonic() - self._last_check > _CHECK_INTERVAL
 
-    def look(self, workers: Sequence[WorkerHandle]) -> int:
+    def workers_to_add(self, workers: Sequence[WorkerHandle]) -> int:
         """How many workers to add now."""
-        self._looked = time.monotonic()
+        self._last_check = time.monotonic()
         count = len(workers)
-        waited, idle = self._stats.since_last_look()
-        if waited < _TOO_LONG:
+        waited, idle = self._stats.since_last_check()
+        if waited < _MAX_WAIT_FRACTION:
             if self._window is not None:
                 self._say(count, f"the consumer waits for {waited:.0%} of its time, which is not much")
             return 0
@@ -90,17 +90,17 @@ class Autoscaler:
             return 0
         then, now = self._window, self._now(workers)
         busy, batches = now.busy - then.busy, now.batches - then.batches
-        if busy < _EVIDENCE * 1e9 or batches < count:
+        if busy < _MIN_BUSY_TIME * 1e9 or batches < count:
             return 0
         self._window = now
         able = count * batches / busy
-        if able < _HELPS_ABOVE * self._before:
+        if able < _MIN_SPEEDUP * self._before:
             return self._end(count, f"together they make no more than fewer did: {able * 1e9:.1f} batches a second")
         if now.processor is None or then.processor is None:
             waits = idle
         else:
             had, stood = (after - before for after, before in zip(now.processor, then.processor, strict=True))
-            waits = had < _WAITS_BELOW * max(0, busy - stood)
+            waits = had < _MAX_IO_BOUND_CPU_FRACTION * max(0, busy - stood)
         if not waits and count >= self._cores:
             return self._end(count, f"they need the processor, and the machine has {self._cores} cores for them")
         if not waits:
@@ -125,8 +125,8 @@ class Autoscaler:
 
     def _say(self, count: int, why: str) -> None:
         """Once for each number of workers of a loader."""
-        if count != self._stats.stayed_at:
-            self._stats.stayed_at = count
+        if count != self._stats.logged_num_workers:
+            self._stats.logged_num_workers = count
             log.info("DataLoader: it stays at %d worker%s: %s", count, "s" if count > 1 else "", why)
 
     def _now(self, workers: Sequence[WorkerHandle]) -> _Window:

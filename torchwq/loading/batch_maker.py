@@ -21,7 +21,7 @@ import torch
 
 from . import collation, internals
 from .config import LoaderConfig, WorkerConfig
-from .failure_place import place_of
+from .failure_place import describe_failure_place
 from .generators import GeneratorStates, set_generators
 from .messages import Batch, End, Failure, Snapshot
 from .sampler_cursor import skip
@@ -31,13 +31,13 @@ from .snapshots import SnapshotRecorder
 class BatchMaker:
     """Makes the batches of one worker: of this process, or, ``in_thread``, of this thread."""
 
-    def __init__(self, config: LoaderConfig, own_config: WorkerConfig, in_thread: bool) -> None:
+    def __init__(self, config: LoaderConfig, worker_config: WorkerConfig, in_thread: bool) -> None:
         self._config = config
-        self._own_config = own_config
+        self._worker_config = worker_config
         self._in_thread = in_thread
         self._dataset = config.dataset
         self._fetcher: Any = None
-        self._recorder = SnapshotRecorder(config.kind, config.every, None, copies=False)
+        self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, None, copies=False)
         #: What was raised before the first index came.
         self._error: Exception | None = None
         self._ended = False
@@ -50,8 +50,8 @@ class BatchMaker:
 
         Threads share the generators of random numbers, and the dataset's data, but not its attributes.
         """
-        config, own_config = self._config, self._own_config
-        worker_id, seed = own_config.worker_id, config.base_seed + own_config.worker_id
+        config, worker_config = self._config, self._worker_config
+        worker_id, seed = worker_config.worker_id, config.base_seed + worker_config.worker_id
         if self._in_thread:
             with contextlib.suppress(Exception):
                 self._dataset = copy.copy(config.dataset)
@@ -61,14 +61,16 @@ class BatchMaker:
             torch.manual_seed(seed)
             np.random.seed(internals.numpy_seed(config.base_seed, worker_id))
         collation.install(in_thread=self._in_thread)
-        self._dataset = internals.seeded(self._dataset, own_config.shared_seed)
-        internals.set_worker_info(worker_id, own_config.num_workers, seed, self._dataset, in_thread=self._in_thread)
+        self._dataset = internals.seeded(self._dataset, worker_config.shared_seed)
+        internals.set_worker_info(worker_id, worker_config.num_workers, seed, self._dataset, in_thread=self._in_thread)
         try:
             if config.init_fn is not None:
                 config.init_fn(worker_id)
-            generators = GeneratorStates() if config.snapshots and not self._in_thread else None
-            self._recorder = SnapshotRecorder(config.kind, config.every, generators, copies=self._in_thread)
-            self._go_on(copy.deepcopy(own_config.resume) if self._in_thread else own_config.resume, own_config.begins)
+            generators = GeneratorStates() if config.saves_rng and not self._in_thread else None
+            self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, generators, copies=self._in_thread)
+            self._go_on(
+                copy.deepcopy(worker_config.resume) if self._in_thread else worker_config.resume, worker_config.begins
+            )
         except Exception as error:
             self._error = error
 
@@ -102,14 +104,14 @@ class BatchMaker:
         if not recorder.watches:
             return data
         after = recorder.take(self._batches) if recorder.is_due(self._batches) else None
-        if self._before is None and (after is None or recorder.says_nothing(after)):
+        if self._before is None and (after is None or recorder.is_redundant(after)):
             return data
         return Batch(data, after=after, before=self._beginning())
 
     def failure(self, error: Exception, index: Any) -> Failure:
         """The answer to an index whose batch could not be made or sent, because of ``error``."""
         after = self._recorder.take(self._batches) if self._recorder.watches else None
-        return Failure(error, place_of(error, index), after=after, before=self._beginning())
+        return Failure(error, describe_failure_place(error, index), after=after, before=self._beginning())
 
     def _beginning(self) -> Snapshot | None:
         before, self._before = self._before, None
@@ -136,34 +138,34 @@ class BatchMaker:
         """Be where a worker was; with ``begins``, and begin the next epoch there."""
         if resume.dataset is not None:
             self._dataset.load_state_dict(resume.dataset)
-        if not begins or resume.iterator is not None or resume.again:
+        if not begins or resume.iterator is not None or resume.replay:
             self._make_fetcher()
         iterator: Any = getattr(self._fetcher, "dataset_iter", None)
         if resume.iterator is not None:
             iterator.load_state_dict(resume.iterator)
         elif not begins and self._config.kind == internals.ITERABLE and resume.dataset is None:
             # What has no state of its own is iterated again up to where it was.
-            if resume.random is None:
-                resume.noted = resume.batches
+            if resume.rng is None:
+                resume.captured_at = resume.batches
             samples = self._config.batch_size if self._config.auto_collation and self._config.batch_size else 1
-            skip(iterator, resume.noted * samples)
-        if resume.random is not None and not self._in_thread:
-            set_generators(resume.random)
-        if not begins or resume.again:
-            self._make_again(resume)
+            skip(iterator, resume.captured_at * samples)
+        if resume.rng is not None and not self._in_thread:
+            set_generators(resume.rng)
+        if not begins or resume.replay:
+            self._replay(resume)
         if begins:
             self._make_fetcher()
         self._note_beginning()
 
-    def _make_again(self, resume: Snapshot) -> None:
+    def _replay(self, resume: Snapshot) -> None:
         """Make and drop what was made after the rest of the snapshot was noted."""
         self._batches = resume.batches
         if resume.ended:
             self._fetcher.ended = True
-        indices = resume.again
+        indices = resume.replay
         if indices is None and self._config.kind == internals.ITERABLE:
             size = self._config.batch_size if self._config.auto_collation else None
-            indices = [None if size is None else [None] * size] * (resume.batches - resume.noted)
+            indices = [None if size is None else [None] * size] * (resume.batches - resume.captured_at)
         for index in indices or ():
             with contextlib.suppress(Exception):  # it was raised, or will be
                 self._fetcher.fetch(index)

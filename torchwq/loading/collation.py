@@ -23,12 +23,12 @@ from . import internals
 
 #: The blocks that this worker, a process, has stacked a batch's tensors into, since it was cleared. Nobody else has
 #: tensors on them, so these tensors may go by reference.
-made: set[Block] = set()
+collated_blocks: set[Block] = set()
 
 _whole_process = False
 #: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
 _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
-_MOST_STACKS: Final = 1024
+_MAX_STACKS: Final = 1024
 
 
 def install(*, in_thread: bool) -> None:
@@ -55,12 +55,12 @@ def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None)
         return torch.stack(tuple(batch), 0)
     block = block_of(out.untyped_storage())
     if block is not None and _whole_process:
-        made.add(block)
+        collated_blocks.add(block)
     return torch.stack(tuple(batch), 0, out=out)
 
 
 def _stack(dtype: torch.dtype, count: int, shape: torch.Size) -> tuple[Geometry, int]:
-    if len(_stacks) >= _MOST_STACKS:
+    if len(_stacks) >= _MAX_STACKS:
         _stacks.clear()
     meta = torch.empty((count, *shape), dtype=dtype, device="meta")
     found = (storages.CODES[dtype], 0, meta.size(), meta.stride()), meta.numel() * meta.element_size()

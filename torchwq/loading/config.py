@@ -18,8 +18,8 @@ class LoaderConfig:
     Attributes:
         kind, dataset, auto_collation, collate_fn, drop_last, base_seed, batch_size: as torch's loader has them.
         init_fn: the ``worker_init_fn``.
-        snapshots: whether random numbers go on where they were, too.
-        every: after how many of its batches a worker sends a snapshot; 0 for never.
+        saves_rng: whether random numbers go on where they were, too.
+        snapshot_every: after how many of its batches a worker sends a snapshot; 0 for never.
         counters, flow: the shared words of all workers.
         prefetch: how many batches a worker may make ahead.
     """
@@ -32,16 +32,16 @@ class LoaderConfig:
     base_seed: int
     init_fn: Any
     batch_size: int | None
-    snapshots: bool
-    every: int
+    saves_rng: bool
+    snapshot_every: int
     counters: Counters
     flow: Counters
     prefetch: int
 
     @classmethod
-    def of(cls, iterator: Any, loader: Any, stats: StatsCollector) -> LoaderConfig:
+    def from_loader(cls, iterator: Any, loader: Any, stats: StatsCollector) -> LoaderConfig:
         """What workers are told by an iterator of ``loader``, of which torch's base class has made its attributes."""
-        most, every = max(iterator._num_workers, loader._max_workers), loader.snapshot_every_n_steps or 0
+        max_workers, every = max(iterator._num_workers, loader._max_workers), loader.snapshot_every_n_steps or 0
         restarts = loader.on_worker_death == "restart" and loader.max_restarts > 0
         sharding = iterator._world_size, iterator._rank
         return cls(
@@ -53,10 +53,10 @@ class LoaderConfig:
             base_seed=iterator._base_seed,
             init_fn=internals.sharding_init(iterator._dataset, loader.worker_init_fn, *sharding),
             batch_size=loader.batch_size,
-            snapshots=loader._snapshots or restarts,
-            every=1 if restarts else every and max(1, every // iterator._num_workers),
-            counters=stats.counters(most),
-            flow=Counters(most),
+            saves_rng=loader._saves_rng or restarts,
+            snapshot_every=1 if restarts else every and max(1, every // iterator._num_workers),
+            counters=stats.counters(max_workers),
+            flow=Counters(max_workers),
             prefetch=loader.prefetch_factor,
         )
 

@@ -6,7 +6,7 @@ ahead, and several go in one message.
 
 Invariants:
 
-* ``under_way`` has a task for each index of which the consumer has not taken the answer, in the order in which batches
+* ``in_flight`` has a task for each index of which the consumer has not taken the answer, in the order in which batches
   are handed out. The tasks of one worker are in the order in which that worker answers.
 * Only the consumer's thread dispatches.
 """
@@ -48,7 +48,7 @@ class Task:
     worker: WorkerHandle
     index: Any
     epoch: Epoch
-    told: SamplerState | None
+    sampler_state: SamplerState | None
 
 
 class Dispatcher:
@@ -71,17 +71,17 @@ class Dispatcher:
         self._prefetch_across_epochs: bool = loader.prefetch_across_epochs
         self._prefetch: int = loader.prefetch_factor
         self._in_order: bool = loader.in_order
-        self._can_draw_ahead = self._in_order and not pins and internals.can_be_drawn_ahead(self._sampler)
+        self._can_draw_ahead = self._in_order and not pins and internals.can_draw_ahead(self._sampler)
         # How many indices more than are needed now are drawn, and how many are sent in one message.
-        self._ahead_of_need, self._at_once = 0, 1
+        self._extra_indices, self._indices_per_message = 0, 1
         if not may_grow:
-            self._draw_ahead_from_now_on()
+            self._start_drawing_ahead()
         self.expect: Callable[[WorkerHandle], None] | None = None
-        self.under_way: deque[Task] = deque()
+        self.in_flight: deque[Task] = deque()
 
-    def _draw_ahead_from_now_on(self) -> None:
+    def _start_drawing_ahead(self) -> None:
         if self._can_draw_ahead:
-            self._ahead_of_need, self._at_once = _AHEAD, _AHEAD // 2
+            self._extra_indices, self._indices_per_message = _AHEAD, _AHEAD // 2
 
     # Epochs
 
@@ -92,7 +92,7 @@ class Dispatcher:
             resume: from where; None: from the beginning.
             draws: what the sampler draws again; None: it draws as ever.
         """
-        self.under_way = deque()
+        self.in_flight = deque()
         self._next_worker = 0
         #: Whether the sampler has no more indices, and with which state the next epoch begins then.
         self.sampler_ended = False
@@ -100,34 +100,34 @@ class Dispatcher:
         #: The sampler's state after the last index whose batch was handed out.
         self.sampler_state: SamplerState | None = None
         #: Whether indices do not come back in the order in which they were drawn.
-        self.tells_pending = not self._in_order
+        self.records_pending = not self._in_order
         cursor = SamplerCursor(self._sampler, self._every)
         if resume is not None and resume.begins:
             cursor.restore_source(resume.sampler)
-        rng = SamplerRng.of(draws) if draws is not None else sampler_rng.now(self._sampler, self._generator)
+        rng = SamplerRng.of(draws) if draws is not None else sampler_rng.capture(self._sampler, self._generator)
         #: The epoch whose batches are handed out, and the one whose indices are drawn: this one or the next.
         self.current = self._drawn = Epoch(cursor, rng)
         with contextlib.ExitStack() as stack:
             if draws is not None:
-                stack.enter_context(sampler_rng.again(self._sampler, self._generator, draws))
+                stack.enter_context(sampler_rng.replaying(self._sampler, self._generator, draws))
             if resume is None or resume.begins:
                 cursor.begin()
                 cursor.start()
             else:
                 self._next_worker = resume.next_worker
-                self.tells_pending = self.tells_pending or bool(resume.pending)
+                self.records_pending = self.records_pending or bool(resume.pending)
                 cursor.go_on(resume.sampler, 0 if self.iterable else resume.position, resume.pending or ())
             if cursor.watches:
                 told = resume.sampler.told() if resume is not None and not resume.begins and resume.sampler else None
                 self.sampler_state = told or cursor.state()
-            for _ in range((self._prefetch + self._ahead_of_need) * len(self._workers)):
-                self.put()
+            for _ in range((self._prefetch + self._extra_indices) * len(self._workers)):
+                self.dispatch_next()
             self.flush()
 
-    def go_on_ahead(self) -> bool:
+    def begin_prefetched_epoch(self) -> bool:
         """Begin the epoch whose first indices are under way already, if it is the one that is wanted."""
         ahead = self._drawn
-        if ahead is self.current or (self.under_way and self.under_way[0].epoch is self.current):
+        if ahead is self.current or (self.in_flight and self.in_flight[0].epoch is self.current):
             return False
         if _epoch_of(self._sampler) != ahead.was_set:
             return False  # set_epoch was called meanwhile
@@ -136,7 +136,7 @@ class Dispatcher:
         self.sampler_state = self.sampler_end
         return True
 
-    def rng_ahead(self) -> SamplerRng | None:
+    def prefetched_rng(self) -> SamplerRng | None:
         """What the next epoch is drawn from, if its first indices are under way already."""
         ahead = self._drawn
         return None if ahead is self.current or _epoch_of(self._sampler) != ahead.was_set else ahead.rng
@@ -148,7 +148,7 @@ class Dispatcher:
 
     # Indices
 
-    def put(self) -> None:
+    def dispatch_next(self) -> None:
         """Draw the next index, if there is one, and give it to the worker whose turn it is."""
         cursor = self._drawn.cursor
         index = next(cursor.indices, _NONE_LEFT)
@@ -162,11 +162,13 @@ class Dispatcher:
         self.sampler_end = cursor.end()
         if self._prefetch_across_epochs:
             following = SamplerCursor(self._sampler, self._every)
-            self._drawn = Epoch(following, sampler_rng.now(self._sampler, self._generator), _epoch_of(self._sampler))
+            self._drawn = Epoch(
+                following, sampler_rng.capture(self._sampler, self._generator), _epoch_of(self._sampler)
+            )
             following.begin()
-            self.put()
+            self.dispatch_next()
 
-    def _assign(self, index: Any, told: SamplerState | None) -> None:
+    def _assign(self, index: Any, sampler_state: SamplerState | None) -> None:
         count = len(self._workers)
         for _ in range(count):
             worker = self._workers[self._next_worker]
@@ -176,8 +178,8 @@ class Dispatcher:
         else:
             return
         worker.unsent.append(index)
-        self.under_way.append(Task(worker, index, self._drawn, told))
-        if len(worker.unsent) >= self._at_once:
+        self.in_flight.append(Task(worker, index, self._drawn, sampler_state))
+        if len(worker.unsent) >= self._indices_per_message:
             worker.flush()
         if self.expect is not None:
             self.expect(worker)
@@ -195,54 +197,54 @@ class Dispatcher:
         """Give a worker that was added as many indices as the others have."""
         for _ in range(self._prefetch):
             self._next_worker = worker.worker_id
-            self.put()
+            self.dispatch_next()
 
     def stop_growing(self) -> None:
         """No worker will be added any more."""
-        self._draw_ahead_from_now_on()
-        for _ in range(self._ahead_of_need * len(self._workers)):
-            self.put()
+        self._start_drawing_ahead()
+        for _ in range(self._extra_indices * len(self._workers)):
+            self.dispatch_next()
 
     # What comes back
 
     def take(self, worker: WorkerHandle) -> Task:
         """The task that this worker's next answer belongs to. It is not under way any more."""
-        under_way = self.under_way
-        if under_way[0].worker is worker:
-            return under_way.popleft()
-        position = next(position for position, task in enumerate(under_way) if task.worker is worker)
-        task = under_way[position]
-        del under_way[position]
+        in_flight = self.in_flight
+        if in_flight[0].worker is worker:
+            return in_flight.popleft()
+        position = next(position for position, task in enumerate(in_flight) if task.worker is worker)
+        task = in_flight[position]
+        del in_flight[position]
         return task
 
     def next_worker(self) -> WorkerHandle | None:
         """Whose answer is the next; None if that may be anyone's."""
-        return self.under_way[0].worker if self._in_order and self.under_way else None
+        return self.in_flight[0].worker if self._in_order and self.in_flight else None
 
     def indices_of(self, worker: WorkerHandle) -> list[Any]:
         """The indices of this worker that are under way, in order."""
-        return [task.index for task in self.under_way if task.worker is worker]
+        return [task.index for task in self.in_flight if task.worker is worker]
 
-    def move_on(self, told: SamplerState | None) -> None:
+    def advance_sampler(self, sampler_state: SamplerState | None) -> None:
         """The consumer has come past an index after which the sampler has told this, or nothing."""
-        if told is not None:
-            self.sampler_state = told
+        if sampler_state is not None:
+            self.sampler_state = sampler_state
         elif self.sampler_state is not None:
             self.sampler_state.steps += 1
 
     def pending(self) -> list[Any]:
         """Indices of this epoch that were drawn, and have not come back."""
-        under_way = [task.index for task in self.under_way if task.epoch is self.current]
-        return [*under_way, *self.current.cursor.pending]
+        in_flight = [task.index for task in self.in_flight if task.epoch is self.current]
+        return [*in_flight, *self.current.cursor.pending]
 
-    def told_state(self) -> SamplerState | None:
+    def captured_sampler_state(self) -> SamplerState | None:
         """The sampler's state after the last batch that was handed out; None if it has none."""
         if self.sampler_state is None:
             return None
         # Where indices come back in any order, the last one that was drawn counts.
-        return self.current.cursor.state() if self.tells_pending else replace(self.sampler_state)
+        return self.current.cursor.state() if self.records_pending else replace(self.sampler_state)
 
 
 def _epoch_of(sampler: Any) -> Any:
     """What ``set_epoch`` sets: of a batch sampler's sampler, or its own."""
-    return [getattr(each, "epoch", None) for each in internals.nested(sampler)]
+    return [getattr(each, "epoch", None) for each in internals.sampler_chain(sampler)]

@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 
-def place_of(error: BaseException, index: Any) -> str:
+def describe_failure_place(error: BaseException, index: Any) -> str:
     """Tell at which sample ``error`` was raised, if a frame of torch's fetcher still shows it; else at which batch.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .plain import bytes_of, tensor_of, text_of
+from .plain_data import decode_bytes, decode_tensor, encode_bytes
 
 
 class GeneratorStates:
@@ -22,32 +22,32 @@ class GeneratorStates:
         self._torch = torch.get_rng_state().numpy().tobytes()
         self._numpy, self._words = _numpy_words()
 
-    def moved(self) -> dict[str, Any] | None:
+    def changed(self) -> dict[str, Any] | None:
         """The states of those that were drawn from, as plain data; None if none was."""
         found: dict[str, Any] = {}
         if (state := random.getstate()) != self._python:
             version, words, gauss = state
-            found["python"] = [version, text_of(np.array(words, "<u4").tobytes()), gauss]
+            found["python"] = [version, encode_bytes(np.array(words, "<u4").tobytes()), gauss]
         if (of_torch := torch.get_rng_state().numpy().tobytes()) != self._torch:
-            found["torch"] = text_of(of_torch)
+            found["torch"] = encode_bytes(of_torch)
         if self._numpy is None or _numpy_words() != (self._numpy, self._words):
             found["numpy"] = _without_arrays(np.random.get_state(legacy=False))
         return found or None
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Let the generators of this process go on from where ``GeneratorStates.moved`` has found them."""
+    """Let the generators of this process go on from where ``GeneratorStates.changed`` has found them."""
     if "python" in states:
         version, words, gauss = states["python"]
-        random.setstate((version, tuple(np.frombuffer(bytes_of(words), "<u4").tolist()), gauss))
+        random.setstate((version, tuple(np.frombuffer(decode_bytes(words), "<u4").tolist()), gauss))
     if "torch" in states:
-        torch.set_rng_state(tensor_of(states["torch"]))
+        torch.set_rng_state(decode_tensor(states["torch"]))
     if "numpy" in states:
         np.random.set_state(_with_arrays(states["numpy"]))
 
 
 @contextlib.contextmanager
-def unmoved() -> Iterator[None]:
+def fork_torch_rng() -> Iterator[None]:
     """What is drawn within it from torch's generator was never drawn."""
     before = torch.get_rng_state()
     try:
@@ -71,13 +71,13 @@ def _without_arrays(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_arrays(each) for name, each in value.items()}
     if isinstance(value, np.ndarray):
-        return {"dtype": value.dtype.str, "array": text_of(value.tobytes())}
+        return {"dtype": value.dtype.str, "array": encode_bytes(value.tobytes())}
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _with_arrays(value: Any) -> Any:
     if isinstance(value, Mapping):
         if "array" in value:
-            return np.frombuffer(bytes_of(value["array"]), value["dtype"]).copy()
+            return np.frombuffer(decode_bytes(value["array"]), value["dtype"]).copy()
         return {name: _with_arrays(each) for name, each in value.items()}
     return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import generators, internals, sampler_rng
-from .plain import detached
+from .plain_data import copy_of_state
 from .sampler_cursor import SamplerCursor, skip
 from .snapshots import SnapshotRecorder
 from .state import State
@@ -35,7 +35,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         if resume is None or (resume.begins and sampler_rng.is_current(resume.draws)):
             sampler = loader._index_sampler
             if sampler_rng.draws_when_iterated(sampler):
-                self._sampler_rng = sampler_rng.now(sampler, loader.generator)
+                self._sampler_rng = sampler_rng.capture(sampler, loader.generator)
             super().__init__(loader)
             self._cursor.begin(self._sampler_iter)
         else:
@@ -45,7 +45,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     def _resume(self, loader: Any, resume: State) -> None:
         # Nothing was drawn yet, and the dataset, perhaps, has set the global generator to what it was.
         undrawn = "digest" in resume.draws and sampler_rng.is_current(resume.draws)
-        with generators.unmoved():
+        with generators.fork_torch_rng():
             super().__init__(loader)
         if resume.begins:
             resume = resume.at_beginning()
@@ -58,7 +58,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             self._sampler_rng = sampler_rng.SamplerRng.of(resume.draws)
             self._failed = resume.position - resume.yielded - len(resume.pending or ())
             iterable = self._dataset_kind == internals.ITERABLE
-            with sampler_rng.again(self._index_sampler, loader.generator, resume.draws):
+            with sampler_rng.replaying(self._index_sampler, loader.generator, resume.draws):
                 position = 0 if iterable else resume.position
                 self._cursor.go_on(resume.sampler, position, resume.pending or (), draws_next=not iterable)
         self._give_state_to_samples(resume, loader.batch_size or 1)
@@ -66,16 +66,16 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     def _give_state_to_dataset(self, dataset: Any, resume: State) -> None:
         snapshot = resume.snapshots[0]
         if snapshot.dataset is not None:
-            dataset.load_state_dict(detached(snapshot.dataset))
+            dataset.load_state_dict(copy_of_state(snapshot.dataset))
         if resume.begins and snapshot.iterator is not None:
-            iter(dataset).load_state_dict(detached(snapshot.iterator))
+            iter(dataset).load_state_dict(copy_of_state(snapshot.iterator))
 
     def _give_state_to_samples(self, resume: State, batch_size: int) -> None:
         samples, snapshot = getattr(self._dataset_fetcher, "dataset_iter", None), resume.snapshots[0]
         if samples is None:
             return
         if snapshot.iterator is not None:
-            samples.load_state_dict(detached(snapshot.iterator))
+            samples.load_state_dict(copy_of_state(snapshot.iterator))
         elif snapshot.dataset is None:
             skip(samples, resume.yielded * batch_size)
         if snapshot.ended:
@@ -83,7 +83,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
 
     def _next_data(self) -> Any:
         if self._sampler_rng is None:
-            self._sampler_rng = sampler_rng.now(self._index_sampler, self._loader_generator)
+            self._sampler_rng = sampler_rng.capture(self._index_sampler, self._loader_generator)
         try:
             data = super()._next_data()
         except StopIteration:
@@ -120,4 +120,4 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     def _told_draws(self) -> dict[str, Any]:
         if self._sampler_rng is not None:
             return self._sampler_rng.to_plain()
-        return sampler_rng.of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)
+        return sampler_rng.draws_of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)

@@ -43,7 +43,7 @@ try:
     collate_tensor_fn: Any = _collate.collate_tensor_fn
     pin_memory: Any = _utils.pin_memory.pin_memory
     ITERABLE: Final = _kinds.Iterable
-    _DRAWN_AT_ONCE: Final = frozenset(
+    _SAMPLERS_WITHOUT_LATER_DRAWS: Final = frozenset(
         {
             SequentialSampler,
             SubsetRandomSampler,
@@ -71,13 +71,13 @@ def make_fetcher(kind: int, dataset: Any, auto_collation: bool, collate_fn: Any,
     return _kinds.create_fetcher(kind, dataset, auto_collation, collate_fn, drop_last)
 
 
-_of_thread = threading.local()
+_thread_local = threading.local()
 
 
 @reset_in_child
 def _forget() -> None:
     """The thread that has forked may be a worker; the child is none, or another one."""
-    vars(_of_thread).clear()
+    vars(_thread_local).clear()
 
 
 def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any, *, in_thread: bool) -> None:
@@ -91,18 +91,18 @@ def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any, *
         _worker._worker_info = info
         return
     if _worker.get_worker_info.__code__ is not _get_worker_info.__code__:
-        vars(_worker)["_torchwq_of_thread"] = _of_thread
+        vars(_worker)["_torchwq_thread_local"] = _thread_local
         _worker.get_worker_info.__code__ = _get_worker_info.__code__
-    _of_thread.info = info
+    _thread_local.info = info
 
 
 def is_worker_thread() -> bool:
     """Whether this thread is a worker of a loader with ``backend="thread"``."""
-    return hasattr(_of_thread, "info")
+    return hasattr(_thread_local, "info")
 
 
 def _get_worker_info() -> Any:
-    return getattr(_torchwq_of_thread, "info", _worker_info)  # type: ignore[name-defined]  # noqa: F821 - torch's globals
+    return getattr(_torchwq_thread_local, "info", _worker_info)  # type: ignore[name-defined]  # noqa: F821 - torch's globals
 
 
 def sharding_init(dataset: Any, init_fn: Any, world_size: int, rank: int) -> Any:
@@ -128,43 +128,43 @@ def seeded(dataset: Any, shared_seed: int | None) -> Any:
     return settings.apply_random_seed(dataset, generator)
 
 
-def nested(sampler: Any) -> tuple[Any, Any]:
+def sampler_chain(sampler: Any) -> tuple[Any, Any]:
     """A sampler, and the one that it draws from, if it has one."""
     return sampler, getattr(sampler, "sampler", None)
 
 
-def _within(sampler: Any) -> Any:
+def _inner_sampler(sampler: Any) -> Any:
     """What torch's BatchSampler draws from; any other sampler itself."""
     return sampler.sampler if type(sampler) is BatchSampler else sampler
 
 
-def can_be_drawn_ahead(sampler: Any) -> bool:
+def can_draw_ahead(sampler: Any) -> bool:
     """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and after its first
     index it draws from no random number generator that others use."""
-    sampler = _within(sampler)
+    sampler = _inner_sampler(sampler)
     if type(sampler) is RandomSampler:
         return sampler.generator is None or (not sampler.replacement and sampler.num_samples < len(sampler.data_source))
-    return type(sampler) in _DRAWN_AT_ONCE
+    return type(sampler) in _SAMPLERS_WITHOUT_LATER_DRAWS
 
 
 def takes_seed(sampler: Any) -> RandomSampler | None:
     """torch's RandomSampler, if ``sampler`` is one, or batches of one, that takes a seed from the global generator."""
-    sampler = _within(sampler)
+    sampler = _inner_sampler(sampler)
     return sampler if type(sampler) is RandomSampler and sampler.generator is None else None
 
 
 def draws_nothing_global(sampler: Any) -> bool:
     """Whether ``sampler`` is known to draw nothing from torch's global generator, but for what ``takes_seed`` tells."""
-    sampler = _within(sampler)
+    sampler = _inner_sampler(sampler)
     if type(sampler) in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
         return sampler.generator is not None
-    return type(sampler) in _DRAWN_AT_ONCE or type(sampler) in (list, tuple, range)
+    return type(sampler) in _SAMPLERS_WITHOUT_LATER_DRAWS or type(sampler) in (list, tuple, range)
 
 
 def has_no_state(sampler: Any) -> bool:
     """Whether neither ``sampler`` nor its iterator can have a state that it tells."""
-    sampler = _within(sampler)
-    return type(sampler) in (RandomSampler, list, tuple, range) or type(sampler) in _DRAWN_AT_ONCE
+    sampler = _inner_sampler(sampler)
+    return type(sampler) in (RandomSampler, list, tuple, range) or type(sampler) in _SAMPLERS_WITHOUT_LATER_DRAWS
 
 
 def may_have_state(kind: int, dataset: Any) -> bool:

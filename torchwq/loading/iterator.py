@@ -45,7 +45,7 @@ from .autoscaling import Autoscaler
 from .config import LoaderConfig, WorkerConfig
 from .dispatcher import Dispatcher
 from .messages import Answer, Batch, End, Failure, Snapshot
-from .plain import is_stateful
+from .plain_data import is_stateful
 from .progress import Progress
 from .state import State
 from .statistics import StatsCollector
@@ -70,27 +70,29 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         #: What each further use of it raises.
         self._broken: Exception | None = None
         #: Answers that were received to learn something, and are to be handed out.
-        self._early: deque[tuple[WorkerHandle, Any]] = deque()
+        self._received_early: deque[tuple[WorkerHandle, Any]] = deque()
         #: Whether workers go on from the end of an epoch, as persistent ones do.
-        self._goes_on = resume is not None and resume.finished and loader.persistent_workers
+        self._continues_workers = resume is not None and resume.finished and loader.persistent_workers
         draws = self._begin_as_torch(loader, resume)
         if loader.prefetch_factor <= 0:
             raise AssertionError("prefetch_factor must be greater than 0 for a loader with workers")
         #: Whether workers may have to tell something of the dataset.
-        self._tells = is_stateful(self._dataset) or internals.may_have_state(self._dataset_kind, self._dataset)
-        self._config = LoaderConfig.of(self, loader, stats)
-        most = loader._max_workers
+        self._has_dataset_state = is_stateful(self._dataset) or internals.may_have_state(
+            self._dataset_kind, self._dataset
+        )
+        self._config = LoaderConfig.from_loader(self, loader, stats)
+        max_workers = loader._max_workers
         self._autoscaler: Autoscaler | None = None
-        if most > self._num_workers:
-            self._autoscaler = Autoscaler(stats, self._config.counters, most, cores())
-        self._dispatcher = Dispatcher(loader, self._handles, most > self._num_workers, self._pin_memory)
-        makes_again = self._dataset_kind != internals.ITERABLE and self._config.every != 1
-        makes_again = makes_again and (self._tells or self._config.snapshots)
-        self._progress = Progress(self._handles, self._dispatcher, self._persistent_workers, makes_again)
+        if max_workers > self._num_workers:
+            self._autoscaler = Autoscaler(stats, self._config.counters, max_workers, cores())
+        self._dispatcher = Dispatcher(loader, self._handles, max_workers > self._num_workers, self._pin_memory)
+        needs_replay = self._dataset_kind != internals.ITERABLE and self._config.snapshot_every != 1
+        needs_replay = needs_replay and (self._has_dataset_state or self._config.saves_rng)
+        self._progress = Progress(self._handles, self._dispatcher, self._persistent_workers, needs_replay)
         self._pool = WorkerPool(self._handles, self._dispatcher, self._config, loader, stats)
         self._closed = False
         try:
-            told = resume.snapshots if resume is not None and (self._goes_on or not resume.begins) else None
+            told = resume.snapshots if resume is not None and (self._continues_workers or not resume.begins) else None
             for worker_id in range(self._num_workers):
                 self._start_worker(worker_id, told[worker_id] if told else Snapshot())
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)  # torch draws one more here
@@ -116,9 +118,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)
             if not resume.begins or not sampler_rng.is_current(resume.draws):
                 draws = resume.draws
-        with generators.unmoved() if draws is not None or self._goes_on else contextlib.nullcontext():
+        with generators.fork_torch_rng() if draws is not None or self._continues_workers else contextlib.nullcontext():
             super().__init__(loader)
-        if resume is not None and (self._goes_on or not resume.begins):
+        if resume is not None and (self._continues_workers or not resume.begins):
             self._base_seed = resume.base_seed
             sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)  # that was drawn from them
         elif draws is not None:
@@ -126,8 +128,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         return draws
 
     def _start_worker(self, worker_id: int, resume: Snapshot) -> WorkerHandle:
-        own_config = WorkerConfig(worker_id, self._num_workers, self._shared_seed, resume, self._goes_on)
-        return self._pool.start_worker(own_config)
+        worker_config = WorkerConfig(worker_id, self._num_workers, self._shared_seed, resume, self._continues_workers)
+        return self._pool.start_worker(worker_config)
 
     # Epochs
 
@@ -137,22 +139,22 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise _without_frames(self._broken)
         try:
             self._IterableDataset_len_called = loader._IterableDataset_len_called
-            if self._dispatcher.go_on_ahead():
-                self._progress.go_on_ahead()
+            if self._dispatcher.begin_prefetched_epoch():
+                self._progress.begin_prefetched_epoch()
                 self._num_yielded, self._finished = 0, False
                 self._stats.start()
                 return
             self._shared_seed = internals.new_shared_seed(self._dataset, loader.generator, self._pg)
             self._receive_stale()
-            while self._early:
-                self._early.popleft()[0].consumed()
+            while self._received_early:
+                self._received_early.popleft()[0].consumed()
             self._dispatcher.abandon()
             for worker in self._handles:
                 worker.begin_epoch(self._shared_seed)
             self._begin(None, None)
         except BaseException as error:
             if not isinstance(error, Exception):
-                self._break_off(error)
+                self._abort(error)
             raise
 
     def _begin(self, resume: State | None, draws: dict[str, Any] | None) -> None:
@@ -160,8 +162,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         goes_on = resume is not None and not resume.begins
         self._num_yielded = resume.yielded if resume is not None and goes_on else 0
         self._finished = False
-        moved = self._config.snapshots and (self._begun or self._goes_on)
-        self._progress.begin(resume, are_unknown=not goes_on and (self._tells or moved))
+        moved = self._config.saves_rng and (self._begun or self._continues_workers)
+        self._progress.begin(resume, starts_unknown=not goes_on and (self._has_dataset_state or moved))
         self._dispatcher.begin(resume, draws)
         self._sampler_iter = self._dispatcher.current.cursor.indices
 
@@ -175,7 +177,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             while worker.stale:
                 found = self._receive(worker)
                 if found is not None:
-                    self._early.append(found)
+                    self._received_early.append(found)
 
     # Batches
 
@@ -183,7 +185,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if internals.is_profiled():
             return super().__next__()
         data = self._next_data()
-        self._stats.handed_out += 1
+        self._stats.num_handed_out += 1
         self._num_yielded += 1
         if self._IterableDataset_len_called is not None and self._num_yielded > self._IterableDataset_len_called:
             _warn_of_length(self._dataset, self._IterableDataset_len_called, self._num_yielded)
@@ -199,30 +201,30 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             shutdown.block_daemon_at_exit()
             raise
         except BaseException as error:
-            self._break_off(error)
+            self._abort(error)
             raise
 
     def _next_batch(self) -> Any:
         dispatcher, progress = self._dispatcher, self._progress
         while True:
-            under_way = dispatcher.under_way
-            if not under_way or under_way[0].epoch is not dispatcher.current:
+            in_flight = dispatcher.in_flight
+            if not in_flight or in_flight[0].epoch is not dispatcher.current:
                 self._finished = True
                 self._stats.stop()
                 if not self._persistent_workers:
                     self.close()
                 raise StopIteration
-            found = self._early.popleft() if self._early else self._receive(under_way[0].worker)
+            found = self._received_early.popleft() if self._received_early else self._receive(in_flight[0].worker)
             if found is None:
                 continue
             worker, answer = found
             task = dispatcher.take(worker)
             worker.consumed()
-            if progress.unknown:
-                progress.learn(worker, answer)
+            if progress.unknown_starts:
+                progress.record_start(worker, answer)
             if type(answer) is Failure:
                 progress.fail(task, answer.after)
-                dispatcher.put()
+                dispatcher.dispatch_next()
                 try:
                     raise _error_of(answer, f"{self._backend} {worker.worker_id}")
                 finally:
@@ -230,10 +232,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             if type(answer) is End:
                 worker.snapshot = answer.after or Snapshot()
                 worker.active = False
-                dispatcher.put()
+                dispatcher.dispatch_next()
                 continue
             progress.hand_out(task, answer)
-            dispatcher.put()
+            dispatcher.dispatch_next()
             if self._autoscaler is not None and not dispatcher.sampler_ended:
                 self._grow(self._autoscaler)
             return answer.data if type(answer) is Batch else answer
@@ -245,18 +247,18 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             return self._pool.receive(worker, deadline)
         except Exception as error:
             if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
-                late = self._pool.who_is_late()
+                late = self._pool.describe_late_workers()
                 told = f"DataLoader timed out after {self._timeout} seconds{late and ': '}{late}"
                 raise RuntimeError(told) from None
             # A worker has died; or descriptors have run out, or a signal handler has raised it: a message may be lost.
-            self._break_off(error)
+            self._abort(error)
             raise
 
     def _grow(self, autoscaler: Autoscaler) -> None:
         """Add workers if there is a need, as long as there is something for them to do."""
         if not autoscaler.is_due(self._num_yielded):
             return
-        for _ in range(autoscaler.look(self._handles)):
+        for _ in range(autoscaler.workers_to_add(self._handles)):
             if self._dispatcher.sampler_ended:
                 break
             self._num_workers += 1
@@ -274,20 +276,20 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         """From where the loader can go on after the batch that was handed out last."""
         if self._closed:
             return self._last_state
-        under_way = self._dispatcher.under_way
-        while self._progress.unknown and not self._finished and len(self._early) < len(under_way):
-            found = self._receive(under_way[len(self._early)].worker)
+        in_flight = self._dispatcher.in_flight
+        while self._progress.unknown_starts and not self._finished and len(self._received_early) < len(in_flight):
+            found = self._receive(in_flight[len(self._received_early)].worker)
             if found is not None:
                 if not isinstance(found[1], Answer):
-                    self._progress.unknown.clear()  # workers have nothing to tell
-                self._progress.learn(*found)
-                self._early.append(found)
+                    self._progress.unknown_starts.clear()  # workers have nothing to tell
+                self._progress.record_start(*found)
+                self._received_early.append(found)
         return self._capture()
 
     def _capture(self) -> State:
         return self._progress.capture(self._base_seed, self._num_yielded, self._finished)
 
-    def _break_off(self, error: BaseException) -> None:
+    def _abort(self, error: BaseException) -> None:
         """Close it, and let each further use say why."""
         if isinstance(error, Exception):
             self._broken = _without_frames(error)
@@ -317,10 +319,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._last_state = self._stats.state = self._progress.capture(
                 self._base_seed, self._num_yielded, self._finished
             )
-            self._last_state.is_drawn = False  # what was drawn ahead is lost
+            self._last_state.is_drawn_ahead = False  # what was drawn ahead is lost
         self._closed = True
         self._stats.stop()
-        self._dispatcher.under_way = deque()
+        self._dispatcher.in_flight = deque()
         end()
 
     def abandon(self) -> None:
@@ -348,7 +350,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             return
         # Garbage is collected at any moment, in any thread. Some must not wait for what close waits for, because that
         # waits for them.
-        if self._pool.is_ended_by_itself or recycling.is_locked_here() or reactor.get().is_in_current_thread:
+        if self._pool.is_in_own_thread or recycling.is_locked_here() or reactor.get().is_in_current_thread:
             threading.Thread(target=self.close, name="torchwq-close", daemon=True).start()
         else:
             self.close()

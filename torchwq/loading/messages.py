@@ -29,28 +29,28 @@ class Snapshot:
 
     Attributes:
         batches: how many batches the worker has made in this epoch.
-        noted: after how many of them the rest of this was noted. Those after it are made again.
-        again: the indices of these, for a map-style dataset.
+        captured_at: after how many of them the rest of this was captured. Those after it are made again.
+        replay: the indices of these, for a map-style dataset.
         iterator, dataset: what their ``state_dict()`` gave, where they have one.
         error: what one of these has raised instead.
-        random: the states of the random number generators that were drawn from.
+        rng: the states of the random number generators that were drawn from.
         ended: whether the last batch was not complete, because an iterable dataset had no more.
     """
 
     batches: int = 0
-    noted: int = 0
-    again: list[Any] | None = None
+    captured_at: int = 0
+    replay: list[Any] | None = None
     iterator: Any = None
     dataset: Any = None
     error: PackedException | None = None
-    random: Any = None
+    rng: Any = None
     ended: bool = False
 
     def copied(self) -> Snapshot:
         """One that no further batch changes. (``dataclasses.replace`` takes five times as long.)"""
-        again = None if self.again is None else self.again.copy()
+        replay = None if self.replay is None else self.replay.copy()
         return Snapshot(
-            self.batches, self.noted, again, self.iterator, self.dataset, self.error, self.random, self.ended
+            self.batches, self.captured_at, replay, self.iterator, self.dataset, self.error, self.rng, self.ended
         )
 
 

@@ -24,7 +24,7 @@ from ..marshalling import exceptions
 from . import internals
 from .messages import Batch, End, Failure
 from .result_receiver import ResultReceiver
-from .worker_handle import Gone, WorkerHandle
+from .worker_handle import WorkerGone, WorkerHandle
 
 
 class Pinner:
@@ -36,7 +36,7 @@ class Pinner:
         self._expected: queue.SimpleQueue[WorkerHandle | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[WorkerHandle | None, Any]] = queue.SimpleQueue()
         self._restarted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        receiver.leave_to_thread()
+        receiver.use_from_thread()
         self._device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self._thread = threading.Thread(target=self._run, name="torchwq-pin", daemon=True)
         self._thread.start()
@@ -44,7 +44,7 @@ class Pinner:
     def expect(self, worker: WorkerHandle) -> None:
         """One more answer of this worker will come."""
         self._expected.put(worker)
-        self._receiver.look_again()
+        self._receiver.recheck()
 
     def restarted(self) -> None:
         """A worker that was gone has been replaced: what it was to answer will come."""
@@ -53,8 +53,8 @@ class Pinner:
     def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Any]:
         """The next answer, pinned, and whose it is; the thread knows whose is the next.
 
-        Raises TimeoutError after ``deadline`` (time.monotonic), Gone, after which the thread waits for ``restarted``,
-        or what has ended the thread.
+        Raises TimeoutError after ``deadline`` (time.monotonic); WorkerGone, after which the thread waits for
+        ``restarted``; or what has ended the thread.
         """
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -87,7 +87,7 @@ class Pinner:
                 try:
                     worker, answer = self._receiver.receive(expected, None)
                     break
-                except Gone as gone:
+                except WorkerGone as gone:
                     self._ready.put((None, gone))
                     if not self._restarted.get():
                         return

@@ -21,7 +21,7 @@ END_TIMEOUT: Final = 5.0
 _START_TIMEOUT: Final = 60.0
 
 
-class Forked:
+class ForkedWorker:
     """A process that multiprocessing has forked."""
 
     #: What it is to its loader, and whether ``kill`` ends it, whatever it is at.
@@ -49,7 +49,7 @@ class Forked:
                 os.kill(self.pid, number)
 
 
-class Served:
+class StartedWorker:
     """A process from torchwq's fork server, or a thread. Has the methods of ``multiprocessing.Process``, too."""
 
     daemon = True
@@ -59,7 +59,7 @@ class Served:
         self.peer, self.can_be_killed = process.peer, process.can_be_killed
 
     @property
-    def handle(self) -> Served:
+    def handle(self) -> StartedWorker:
         """What programs find in ``iterator._workers``."""
         return self
 
@@ -105,4 +105,4 @@ class Served:
         self.kill(signal.SIGTERM)
 
 
-Process = Forked | Served
+Process = ForkedWorker | StartedWorker

@@ -28,27 +28,27 @@ class Progress:
         workers: those of the loader; they may grow.
         dispatcher: knows what is under way.
         persistent: whether workers go on with the next epoch.
-        makes_again: whether batches that came without a snapshot need their indices to be made again.
+        needs_replay: whether batches that came without a snapshot need their indices to be made again.
     """
 
     def __init__(
-        self, workers: list[WorkerHandle], dispatcher: Dispatcher, persistent: bool, makes_again: bool
+        self, workers: list[WorkerHandle], dispatcher: Dispatcher, persistent: bool, needs_replay: bool
     ) -> None:
         self._workers = workers
         self._dispatcher = dispatcher
         self._persistent = persistent
-        self._makes_again = makes_again
-        self.begin(None, are_unknown=False)
+        self._needs_replay = needs_replay
+        self.begin(None, starts_unknown=False)
 
-    def begin(self, resume: State | None, *, are_unknown: bool) -> None:
+    def begin(self, resume: State | None, *, starts_unknown: bool) -> None:
         """An epoch begins, or goes on.
 
         Args:
             resume: from where; None: from the beginning.
-            are_unknown: whether workers tell with their first answers from where they have begun.
+            starts_unknown: whether workers tell with their first answers from where they have begun.
         """
         #: Those of which it is not known yet from where they have begun.
-        self.unknown = set(self._workers) if are_unknown else set()
+        self.unknown_starts = set(self._workers) if starts_unknown else set()
         #: Tasks that have failed since the last batch, with the workers' snapshots after them, and how many did before.
         self._failures: list[tuple[Task, Snapshot | None]] = []
         self._failed = 0
@@ -61,17 +61,17 @@ class Progress:
         if resume is not None and not resume.begins:
             self._failed = resume.position - resume.yielded - len(resume.pending or ())
 
-    def go_on_ahead(self) -> None:
+    def begin_prefetched_epoch(self) -> None:
         """The next epoch begins, of which workers have made batches already."""
         for task, after in self._failures:  # that ended the epoch before
             if after is not None:
                 task.worker.snapshot = after
         self._failures, self._failed = [], 0
 
-    def learn(self, worker: WorkerHandle, answer: Any) -> None:
+    def record_start(self, worker: WorkerHandle, answer: Any) -> None:
         """Take from a worker's first answer from where it has begun, if that is not known."""
-        if worker in self.unknown:
-            self.unknown.discard(worker)
+        if worker in self.unknown_starts:
+            self.unknown_starts.discard(worker)
             if isinstance(answer, Answer) and answer.before is not None:
                 worker.snapshot = answer.before
 
@@ -80,20 +80,20 @@ class Progress:
         if self._failures:
             self._pass_failures()
         dispatcher, worker = self._dispatcher, task.worker
-        if task.told is not None or dispatcher.sampler_state is not None:
-            dispatcher.move_on(task.told)
+        if task.sampler_state is not None or dispatcher.sampler_state is not None:
+            dispatcher.advance_sampler(task.sampler_state)
         if type(answer) is Batch:
             if answer.after is not None:
                 worker.snapshot = answer.after
                 return
-        elif self.unknown:
-            self.unknown.clear()  # workers have nothing to tell
+        elif self.unknown_starts:
+            self.unknown_starts.clear()  # workers have nothing to tell
         snapshot = worker.snapshot
         snapshot.batches += 1
-        if self._makes_again:
-            if snapshot.again is None:
-                snapshot.again = []
-            snapshot.again.append(task.index)
+        if self._needs_replay:
+            if snapshot.replay is None:
+                snapshot.replay = []
+            snapshot.replay.append(task.index)
 
     def fail(self, task: Task, after: Snapshot | None) -> None:
         """The consumer gets an error in place of this task's batch."""
@@ -105,7 +105,7 @@ class Progress:
             self._failed += 1
             if after is not None:
                 task.worker.snapshot = after
-            self._dispatcher.move_on(task.told)
+            self._dispatcher.advance_sampler(task.sampler_state)
 
     def capture(self, base_seed: int, yielded: int, finished: bool) -> State:
         """The state after the last batch that was handed out.
@@ -118,10 +118,10 @@ class Progress:
         dispatcher = self._dispatcher
         failed = [task for task, _ in self._failures]
         pending = None
-        if dispatcher.tells_pending and not finished:
+        if dispatcher.records_pending and not finished:
             pending = [*(task.index for task in failed), *dispatcher.pending()]
-        first = next((task.worker for task in [*failed, *list(dispatcher.under_way)[:1]]), self._workers[0])
-        ahead = dispatcher.rng_ahead() if finished else None
+        first = next((task.worker for task in [*failed, *list(dispatcher.in_flight)[:1]]), self._workers[0])
+        ahead = dispatcher.prefetched_rng() if finished else None
         tells = self._persistent or not finished  # others begin the next epoch as they began this one
         return State(
             iterable=dispatcher.iterable,
@@ -132,8 +132,8 @@ class Progress:
             finished=finished,
             begins=finished,
             draws=(ahead or dispatcher.current.rng).to_plain(),
-            is_drawn=ahead is not None,
-            sampler=dispatcher.sampler_end if finished else dispatcher.told_state(),
+            is_drawn_ahead=ahead is not None,
+            sampler=dispatcher.sampler_end if finished else dispatcher.captured_sampler_state(),
             snapshots=[worker.snapshot.copied() if tells else Snapshot() for worker in self._workers],
             active=[worker.active for worker in self._workers],
             next_worker=first.worker_id,

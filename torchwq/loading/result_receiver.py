@@ -4,7 +4,7 @@ Apart from the iterator, so that a thread that waits here does not keep the iter
 
 Invariants:
 
-* One thread receives: the consumer, or, after ``leave_to_thread``, another one.
+* One thread receives: the consumer, or, after ``use_from_thread``, another one.
 * That other one clears ``_wake`` before it looks at what it stands for, whether to stop and who is to be waited for;
   whoever changes that sets it afterwards.
 """
@@ -20,7 +20,7 @@ from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
 from .messages import Failure
 from .statistics import StatsCollector
-from .worker_handle import Gone, WorkerHandle
+from .worker_handle import WorkerGone, WorkerHandle
 
 #: Whoever waits for any of several workers looks at all of them at least so often, in seconds.
 _POLL_INTERVAL: Final = 0.5
@@ -36,12 +36,12 @@ class ResultReceiver:
         self.stopped = False
         self._wake: Alarm | None = None
 
-    def leave_to_thread(self) -> None:
+    def use_from_thread(self) -> None:
         """Let another thread receive from now on."""
         if not self._in_order:
             self._wake = Alarm()
 
-    def look_again(self) -> None:
+    def recheck(self) -> None:
         """Others are to be waited for than the thread that waits may know."""
         if self._wake is not None:
             self._wake.set()
@@ -49,7 +49,7 @@ class ResultReceiver:
     def stop(self) -> None:
         """Wake the thread that waits, and let it wait no more. What has come can still be taken."""
         self.stopped = True
-        self.look_again()
+        self.recheck()
         for worker in self._workers:
             worker.stop_waiting()
 
@@ -67,14 +67,14 @@ class ResultReceiver:
 
         Raises:
             TimeoutError: after ``deadline``, and after ``stop``.
-            Gone: a worker has ended, and will not answer.
+            WorkerGone: a worker has ended, and will not answer.
         """
         received = None
         if self._in_order:
             try:
                 received = worker.take() or self._wait(worker, deadline)
             except EOFError:
-                raise Gone(worker) from None
+                raise WorkerGone(worker) from None
         else:
             worker, received = self._wait_for_any(worker, deadline)
         if received is None:
@@ -105,7 +105,7 @@ class ResultReceiver:
                 try:
                     received = worker.take()
                 except EOFError:
-                    raise Gone(worker) from None
+                    raise WorkerGone(worker) from None
                 if received is not None:
                     if began:
                         self._stats.waited += time.perf_counter_ns() - began

@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import BatchSampler
 
 from . import internals
-from .plain import detached, is_stateful
+from .plain_data import copy_of_state, is_stateful
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class SamplerCursor:
         self._sampler = sampler
         self._every = every
         #: What has a state and lives longer than the epoch.
-        self._source = next((each for each in internals.nested(sampler) if is_stateful(each)), None)
+        self._source = next((each for each in internals.sampler_chain(sampler) if is_stateful(each)), None)
         #: What may have a state and ends with the epoch.
         self._iterator: Any = None
         self._steps = 0
@@ -66,7 +66,7 @@ class SamplerCursor:
     def restore_source(self, resume: SamplerState | None) -> None:
         """Give what lives longer than an epoch its state."""
         if resume is not None and resume.sampler is not None and self._source is not None:
-            self._source.load_state_dict(detached(resume.sampler))
+            self._source.load_state_dict(copy_of_state(resume.sampler))
 
     def go_on(
         self, resume: SamplerState | None, position: int, pending: Iterable[Any] = (), *, draws_next: bool = False
@@ -85,7 +85,7 @@ class SamplerCursor:
         self.begin()
         self.start()
         if resume.iterator is not None:
-            self._iterator.load_state_dict(detached(resume.iterator))
+            self._iterator.load_state_dict(copy_of_state(resume.iterator))
         told = resume.iterator is not None or (resume.sampler is not None and self._source is not None)
         self._steps = resume.steps if told else 0
         skip(self.indices, resume.steps if told else position)
@@ -135,8 +135,8 @@ class SamplerCursor:
 def _state_of(source: Any, iterator: Any) -> SamplerState:
     try:
         return SamplerState(
-            None if source is None else detached(source.state_dict()),
-            None if iterator is None else detached(iterator.state_dict()),
+            None if source is None else copy_of_state(source.state_dict()),
+            None if iterator is None else copy_of_state(iterator.state_dict()),
         )
     except Exception as error:
         return SamplerState(error=error)

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import BatchSampler
 
 from . import internals
-from .generators import unmoved
-from .plain import is_stateful, tensor_of, text_of
+from .generators import fork_torch_rng
+from .plain_data import decode_tensor, encode_bytes, is_stateful
 
 
 @dataclass
@@ -49,14 +49,14 @@ class SamplerRng:
                 if self.takes_seed:
                     made["seed"] = _draw(_generator(self.of_global))
                 else:
-                    made["global"] = text_of(self.of_global.numpy().tobytes())
+                    made["global"] = encode_bytes(self.of_global.numpy().tobytes())
             if self.own:
-                made["own"] = [text_of(each.numpy().tobytes()) for each in self.own]
+                made["own"] = [encode_bytes(each.numpy().tobytes()) for each in self.own]
             self._plain = made
         return dict(self._plain)
 
 
-def now(sampler: Any, generator: Any) -> SamplerRng:
+def capture(sampler: Any, generator: Any) -> SamplerRng:
     """The generators as they are."""
     takes_seed = internals.takes_seed(sampler) is not None
     needs_global = takes_seed or _may_draw_globally(sampler)
@@ -74,40 +74,40 @@ def draws_when_iterated(sampler: Any) -> bool:
     )
 
 
-def of_next_epoch(sampler: Any, generator: Any, *, base_seed: bool) -> dict[str, Any]:
+def draws_of_next_epoch(sampler: Any, generator: Any, *, base_seed: bool) -> dict[str, Any]:
     """What an epoch that begins now would draw: ``base_seed`` says whether it draws one for workers too."""
     state = torch.get_rng_state()
     drawn = _generator(state)
-    made = now(sampler, generator).to_plain()
+    made = capture(sampler, generator).to_plain()
     made["digest"] = _digest(state)
     if base_seed and generator is None:
         made["base_seed"] = _draw(drawn)
     if "seed" in made:
         made["seed"] = _draw(drawn)
     if "global" in made:
-        made["global"] = text_of(drawn.get_state().numpy().tobytes())
+        made["global"] = encode_bytes(drawn.get_state().numpy().tobytes())
     return made
 
 
 def is_current(draws: dict[str, Any]) -> bool:
-    """Whether the global generator is as it was when ``of_next_epoch`` was called."""
+    """Whether the global generator is as it was when ``draws_of_next_epoch`` was called."""
     return bool(draws.get("digest") == _digest(torch.get_rng_state()))
 
 
 def restore_own(sampler: Any, generator: Any, draws: dict[str, Any]) -> None:
     """Give generators of the loader's own the states that they had."""
     for each, state in zip(_own(sampler, generator), draws.get("own", ()), strict=False):
-        each.set_state(tensor_of(state))
+        each.set_state(decode_tensor(state))
 
 
 @contextlib.contextmanager
-def again(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]:
+def replaying(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]:
     """Within it a sampler draws what it has drawn. The global generator is as before afterwards."""
     restore_own(sampler, generator, draws)
     seeded = internals.takes_seed(sampler) if "seed" in draws else None
-    with unmoved():
+    with fork_torch_rng():
         if "global" in draws:
-            torch.set_rng_state(tensor_of(draws["global"]))
+            torch.set_rng_state(decode_tensor(draws["global"]))
         if seeded is None:
             yield
             return
@@ -119,12 +119,12 @@ def again(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]
 
 
 def _own(sampler: Any, generator: Any) -> list[torch.Generator]:
-    found = [getattr(each, "generator", None) for each in internals.nested(sampler)]
+    found = [getattr(each, "generator", None) for each in internals.sampler_chain(sampler)]
     return [each for each in (*found, generator) if isinstance(each, torch.Generator)]
 
 
 def _may_draw_globally(sampler: Any) -> bool:
-    if any(map(is_stateful, internals.nested(sampler))):
+    if any(map(is_stateful, internals.sampler_chain(sampler))):
         return False  # its own state says what it will draw
     return not internals.draws_nothing_global(sampler)
 

@@ -17,7 +17,7 @@ from ..marshalling.exceptions import PackedException
 from . import internals
 from .generators import GeneratorStates
 from .messages import Snapshot
-from .plain import detached, is_stateful
+from .plain_data import copy_of_state, is_stateful
 
 
 class SnapshotRecorder:
@@ -50,7 +50,7 @@ class SnapshotRecorder:
 
     def read(self, batches: int) -> Snapshot:
         """From where the worker would go on now. Raises what ``state_dict`` raises."""
-        now = Snapshot(batches, noted=batches, ended=bool(getattr(self._fetcher, "ended", False)))
+        now = Snapshot(batches, captured_at=batches, ended=bool(getattr(self._fetcher, "ended", False)))
         if self._with_iterator:
             now.iterator = self._apart(self._fetcher.dataset_iter.state_dict())
         if self._with_dataset:
@@ -62,17 +62,17 @@ class SnapshotRecorder:
         try:
             now = self.read(batches)
         except Exception as error:
-            now = Snapshot(batches, noted=batches, error=self._packed(error))
+            now = Snapshot(batches, captured_at=batches, error=self._packed(error))
         if self._generators is not None:
-            now.random = self._generators.moved()
+            now.rng = self._generators.changed()
         return now
 
-    def says_nothing(self, after: Snapshot) -> bool:
+    def is_redundant(self, after: Snapshot) -> bool:
         """Whether a worker that is made anew would be there too, but for the sampler: then it is not worth a word.
 
         Not of an iterable dataset: there it tells how far the worker has come.
         """
-        self._moved = self._moved or after.random is not None
+        self._moved = self._moved or after.rng is not None
         return not (self._moved or self._with_dataset or self._kind == internals.ITERABLE)
 
     def _packed(self, error: Exception) -> PackedException:
@@ -83,4 +83,4 @@ class SnapshotRecorder:
         return self._error[1]
 
     def _apart(self, state: Any) -> Any:
-        return detached(state) if self._copies else state
+        return copy_of_state(state) if self._copies else state

@@ -39,7 +39,7 @@ from ..workers import child, greenlets, starting
 from ..workers.backend import Backend
 from .config import LoaderConfig, WorkerConfig
 from .messages import Failure
-from .processes import Forked, Process, Served
+from .processes import ForkedWorker, Process, StartedWorker
 from .worker_handle import Start, connection_of
 from .worker_loop import WorkerLoop
 
@@ -79,7 +79,7 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
 # Forked workers
 
 
-def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: Endpoint) -> Process:
+def _fork(context: Any, config: LoaderConfig, worker_config: WorkerConfig, end: Endpoint) -> Process:
     definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
     ref_table.current()  # of a table that it made itself, the worker's blocks would mean nothing here
     handover: list[int] = []
@@ -88,27 +88,27 @@ def _fork(context: Any, config: LoaderConfig, own_config: WorkerConfig, end: End
             handover.append(descriptors.dup(fd))
         close_fds(handover[-_PIPES:])
         del handover[-_PIPES:]
-        process = context.Process(target=_forked_main, args=(config, own_config, handover, os.getpid()), daemon=True)
+        process = context.Process(target=_forked_main, args=(config, worker_config, handover, os.getpid()), daemon=True)
         process.start()
     except ResourceError:
         raise
     except OSError as error:
         if error.errno == errno.EAGAIN:
             limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
-            message = f"worker {own_config.worker_id} could not be forked: {limit}"
+            message = f"worker {worker_config.worker_id} could not be forked: {limit}"
             raise ResourceError(error.errno, message) from error
         raise resource_error(error) from error
     finally:
         close_fds(handover)
-    return Forked(process)
+    return ForkedWorker(process)
 
 
-def _forked_main(config: LoaderConfig, own_config: WorkerConfig, handover: Sequence[int], owner: int) -> None:
+def _forked_main(config: LoaderConfig, worker_config: WorkerConfig, handover: Sequence[int], owner: int) -> None:
     child.set_signal_handlers()
     limits.delay_warnings(child.ORPHAN_TIMEOUT)
     with contextlib.closing(Connection(kinds.adopt(handover))) as connection:
         _end_with_owner(connection, owner)
-        WorkerLoop(config, own_config, connection, has_main=True).run()
+        WorkerLoop(config, worker_config, connection, has_main=True).run()
 
 
 def _end_with_owner(connection: Connection, owner: int) -> None:
@@ -159,21 +159,21 @@ register_handle(_WorkersEnd, _target_of)
 
 
 def _serve(
-    backend: Backend, config: codec.Encoded, held: list[Any], own_config: WorkerConfig, end: Endpoint | LocalEndpoint
+    backend: Backend, config: codec.Encoded, held: list[Any], worker_config: WorkerConfig, end: Endpoint | LocalEndpoint
 ) -> Process:
     own: codec.Encoded
     if isinstance(end, LocalEndpoint):
-        own = Letter(None, [(own_config, end)])
+        own = Letter(None, [(worker_config, end)])
     else:
-        own = codec.encode((own_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
+        own = codec.encode((worker_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
         1,
         f"{__name__}:served_main",
         lambda process, data, fds: exceptions.discard_answer(data, fds),
         lambda process: None,
         backend=backend,
-        first_mapid=own_config.worker_id,
-        of=own_config.num_workers,
+        first_mapid=worker_config.worker_id,
+        of=worker_config.num_workers,
     )
     process.keep_alive = held
     try:
@@ -182,12 +182,12 @@ def _serve(
     except BaseException:  # it would wait for what it does not get
         process.kill(signal.SIGKILL)
         raise
-    return Served(process)
+    return StartedWorker(process)
 
 
 def served_main(context: child.Context) -> int:
     """Entry of a worker that a backend has started. Returns its exit code."""
-    own_config, end = codec.decode(*context.receive())
+    worker_config, end = codec.decode(*context.receive())
     with contextlib.closing(connection_of(end)) as connection:
         try:
             config = codec.decode(*context.receive())
@@ -198,7 +198,7 @@ def served_main(context: child.Context) -> int:
                 connection.outbox.wait_empty()
             return 1
         try:
-            WorkerLoop(config, own_config, connection).run()
+            WorkerLoop(config, worker_config, connection).run()
         except SystemExit as stop:
             if not context.peer.same_process:
                 raise

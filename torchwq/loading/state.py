@@ -18,7 +18,7 @@ from typing import Any, Final
 from .. import warning
 from ..marshalling import exceptions
 from .messages import Snapshot
-from .plain import StateDict, detached, is_stateful, plain_index
+from .plain_data import StateDict, copy_of_state, is_stateful, plain_index
 from .sampler_cursor import SamplerState
 
 _VERSION: Final = 2
@@ -37,7 +37,7 @@ class State:
         finished: whether the epoch's end was reached.
         begins: whether the state stands for the beginning of an epoch, the first or the one after this.
         draws: see ``sampler_rng``.
-        is_drawn: whether ``draws`` is of the next epoch already, because that was drawn from ahead.
+        is_drawn_ahead: whether ``draws`` is of the next epoch already, because that was drawn from ahead.
         sampler: of the sampler.
         snapshots: of each worker, or of this process.
         active: which workers' parts of an iterable dataset had not come to their end.
@@ -58,16 +58,16 @@ class State:
     active: list[bool] = field(default_factory=list)
     next_worker: int = 0
     pending: list[Any] | None = None
-    is_drawn: bool = False
+    is_drawn_ahead: bool = False
 
     @classmethod
-    def fresh(cls, dataset: Any, iterable: bool, num_workers: int) -> State:
+    def initial(cls, dataset: Any, iterable: bool, num_workers: int) -> State:
         """Of a loader that was not iterated over yet. Workers' datasets are as they are made."""
         count = max(1, num_workers)
         snapshots = [Snapshot() for _ in range(count)]
         if not num_workers and is_stateful(dataset):
             try:
-                snapshots[0].dataset = detached(dataset.state_dict())
+                snapshots[0].dataset = copy_of_state(dataset.state_dict())
             except AttributeError:
                 if not iterable:
                     raise
@@ -141,9 +141,9 @@ class State:
             "worker_id": worker_id,
             "active": self.active[worker_id],
             "batches": snapshot.batches,
-            "noted": snapshot.noted,
-            "again": None if snapshot.again is None else plain_index(snapshot.again),
-            "random": snapshot.random,
+            "noted": snapshot.captured_at,
+            "again": None if snapshot.replay is None else plain_index(snapshot.replay),
+            "random": snapshot.rng,
             "dataset_state": snapshot.dataset,
             "fetcher_state": fetcher,
         }
@@ -231,10 +231,10 @@ def _snapshot(part: dict[str, Any]) -> Snapshot:
     fetcher = part["fetcher_state"] or {"dataset_iter_state": None, "fetcher_ended": False}
     return Snapshot(
         batches=part["batches"],
-        noted=part["noted"],
-        again=part["again"],
+        captured_at=part["noted"],
+        replay=part["again"],
         iterator=fetcher["dataset_iter_state"],
         dataset=part["dataset_state"],
-        random=part["random"],
+        rng=part["random"],
         ended=fetcher["fetcher_ended"],
     )

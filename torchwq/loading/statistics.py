@@ -47,14 +47,14 @@ class StatsCollector:
         self.state: Any = None
         self.restarts = 0
         #: At how many workers an automatic number was last said to stay.
-        self.stayed_at = 0
+        self.logged_num_workers = 0
         #: Nanoseconds for which the consumer has waited.
         self.waited = 0
-        self.handed_out = 0
+        self.num_handed_out = 0
         #: Nanoseconds for which the loader was iterated over, and since when it is now; 0 if it is not.
         self._iterated = self._since = 0
         # Of the last look: when, how long the consumer had waited, how long cores had been idle.
-        self._looked_at = 0, 0, 0.0
+        self._last_check = 0, 0, 0.0
 
     def __reduce__(self) -> Any:
         """A copy of a loader begins to count anew."""
@@ -78,12 +78,12 @@ class StatsCollector:
             self._iterated += time.perf_counter_ns() - self._since
             self._since = 0
 
-    def since_last_look(self) -> tuple[float, bool]:
+    def since_last_check(self) -> tuple[float, bool]:
         """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
         now, waited, idle = time.perf_counter_ns(), self.waited, _idle_time()
-        then, waited_then, idle_then = self._looked_at
+        then, waited_then, idle_then = self._last_check
         idle_cores = (idle - idle_then) * 1e9 / max(1, now - then)
-        self._looked_at = now, waited, idle
+        self._last_check = now, waited, idle
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
     def read(self) -> LoaderStatistics:
@@ -97,7 +97,7 @@ class StatsCollector:
             batches, nbytes = counters.sum(BATCHES), counters.sum(NBYTES)
         return LoaderStatistics(
             batches=batches,
-            batches_per_second=self.handed_out / seconds if seconds else 0.0,
+            batches_per_second=self.num_handed_out / seconds if seconds else 0.0,
             bytes=nbytes,
             consumer_waited=waited,
             workers_waited=idle,

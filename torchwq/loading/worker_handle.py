@@ -55,7 +55,7 @@ def connection_of(end: Endpoint | LocalEndpoint) -> Connection | LocalEndpoint:
 _WAKE: Final = pickle.dumps(None)
 
 
-class Gone(Exception):
+class WorkerGone(Exception):
     """The connection to a worker has ended."""
 
     def __init__(self, worker: WorkerHandle) -> None:
@@ -68,18 +68,18 @@ class WorkerHandle:
 
     Args:
         start: starts it.
-        own_config: what it gets for itself.
+        worker_config: what it gets for itself.
         flow: the words that govern the flow of its batches, see ``messages``.
         backend: connects it.
     """
 
-    def __init__(self, start: Start, own_config: WorkerConfig, flow: memoryview, backend: Backend) -> None:
-        self.worker_id = own_config.worker_id
+    def __init__(self, start: Start, worker_config: WorkerConfig, flow: memoryview, backend: Backend) -> None:
+        self.worker_id = worker_config.worker_id
         self._connect = backend.connect
         #: Whether what is sent to it stays in this process.
-        self._stays = backend.peer.same_process
+        self._same_process = backend.peer.same_process
         self._start = start
-        self._own_config = own_config
+        self._worker_config = worker_config
         self._flow = flow
         self._fence = threading.RLock()
         #: Held by who takes from the connection: mostly the thread that receives, now and then the reactor's.
@@ -93,7 +93,7 @@ class WorkerHandle:
         #: False if its part of an iterable dataset has come to its end in this epoch.
         self.active = True
         #: From where it would go on after the last answer that was handed out, and that was received.
-        self.snapshot = self.received = own_config.resume
+        self.snapshot = self.received = worker_config.resume
         self._open()
 
     def _open(self) -> None:
@@ -102,18 +102,18 @@ class WorkerHandle:
         with contextlib.ExitStack() as opened, contextlib.ExitStack() as passed_on:
             try:
                 ours, theirs = self._connect()
-                if not self._stays:
+                if not self._same_process:
                     passed_on.callback(theirs.close)
                 self.connection = connection_of(ours)
                 opened.callback(self.connection.close)
                 self._closed = False
                 opened.callback(setattr, self, "_closed", True)
                 self._kept: KeptBlocks | None = None
-                if not self._stays:
-                    self._kept = KeptBlocks(References, self._flow, LOST, self._look_aside)
+                if not self._same_process:
+                    self._kept = KeptBlocks(References, self._flow, LOST, self._receive_asides)
                     opened.callback(self._kept.close)
-                    _, self._own_config.room = self._kept.add_sender()
-                self.process: Process = self._start(self._own_config, theirs)
+                    _, self._worker_config.room = self._kept.add_sender()
+                self.process: Process = self._start(self._worker_config, theirs)
                 self._max_payload = ours.max_payload
             except ResourceError:
                 raise
@@ -126,7 +126,7 @@ class WorkerHandle:
         if self.unsent:
             unsent, self.unsent = self.unsent, []
             self._sent += len(unsent)
-            if self._stays:  # it would see what the sampler makes of its list
+            if self._same_process:  # it would see what the sampler makes of its list
                 unsent = [index.copy() if type(index) is list else index for index in unsent]
             self.send((self._generation, unsent))
 
@@ -142,7 +142,7 @@ class WorkerHandle:
         """The answer that was taken is one that nobody wants, but for the random numbers after it."""
         self.stale -= 1
         if isinstance(answer, Answer) and answer.after is not None:
-            self.received = Snapshot(random=answer.after.random)
+            self.received = Snapshot(rng=answer.after.rng)
         self.consumed()
 
     def abandon_tasks(self, prefetch: int) -> None:
@@ -159,8 +159,8 @@ class WorkerHandle:
 
     def begin_epoch(self, shared_seed: int | None) -> None:
         """Let it iterate anew. ``shared_seed`` is the one that all workers of a datapipe have in common."""
-        self.snapshot = self.received = Snapshot(random=self.received.random)
-        self._own_config.shared_seed = shared_seed
+        self.snapshot = self.received = Snapshot(rng=self.received.rng)
+        self._worker_config.shared_seed = shared_seed
         self.send(NewEpoch(shared_seed))
 
     def send(self, message: Any) -> None:
@@ -203,7 +203,7 @@ class WorkerHandle:
                 self._received += 1
             return received
 
-    def _look_aside(self) -> None:
+    def _receive_asides(self) -> None:
         """See ``KeptBlocks``. In the reactor's thread."""
         with self._receiving, contextlib.suppress(OSError, EOFError):  # it has just been closed
             if self._kept is not None and isinstance(self.connection, Connection):
@@ -216,7 +216,7 @@ class WorkerHandle:
         """
         while True:
             received = self.connection.wait(self.take, deadline)
-            if received is not None or self._closed or not self._stays:
+            if received is not None or self._closed or not self._same_process:
                 return received
             if deadline is not None and time.monotonic() >= deadline:  # between threads a wait may end for no reason
                 return None
@@ -225,7 +225,7 @@ class WorkerHandle:
         """End ``wait``, in any thread. What has come can still be taken."""
         self.connection.stop_waiting()
 
-    def died(self, in_hand: str) -> WorkerDied:
+    def death(self, in_hand: str) -> WorkerDied:
         """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
         if not self.process.wait(END_TIMEOUT):
             self.process.kill(signal.SIGKILL)
@@ -242,9 +242,9 @@ class WorkerHandle:
             indices: those of this epoch for which the consumer has not taken an answer, in order.
         """
         self._disconnect()
-        own_config = self._own_config
-        own_config.begins = own_config.begins and self.received is own_config.resume
-        own_config.resume = self.received
+        worker_config = self._worker_config
+        worker_config.begins = worker_config.begins and self.received is worker_config.resume
+        worker_config.resume = self.received
         self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
         # What nobody wants any more is answered, too: whoever receives counts on it.
         here = self._received - self._consumed

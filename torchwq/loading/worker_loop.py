@@ -41,7 +41,7 @@ class WorkerLoop:
     """The work of one worker: a process, or, if its connection is within this one, a thread.
 
     Args:
-        config, own_config: what all workers have in common, and what this one has for itself.
+        config, worker_config: what all workers have in common, and what this one has for itself.
         connection: to the loader.
         has_main: whether the loader's process has the same ``__main__``: it has forked this one.
     """
@@ -49,7 +49,7 @@ class WorkerLoop:
     def __init__(
         self,
         config: LoaderConfig,
-        own_config: WorkerConfig,
+        worker_config: WorkerConfig,
         connection: Connection | LocalEndpoint,
         *,
         has_main: bool = False,
@@ -59,16 +59,16 @@ class WorkerLoop:
         self._has_main = has_main
         self._made = 0
         self._tasks: deque[Any] = deque()
-        self._words = config.counters.of(own_config.worker_id)
-        self._flow = config.flow.of(own_config.worker_id)
+        self._words = config.counters.of(worker_config.worker_id)
+        self._flow = config.flow.of(worker_config.worker_id)
         self._fence = threading.RLock()
         self._in_thread = isinstance(connection, LocalEndpoint)
         self._spins = 0 if self._in_thread else _SPINS
-        self._maker = BatchMaker(config, own_config, self._in_thread)
+        self._maker = BatchMaker(config, worker_config, self._in_thread)
         if isinstance(connection, Connection):
             self._limit = connection.outgoing.max_payload
             outbox = connection.outbox
-            outbox.promises = SentBlocks(ONLY_SENDER, own_config.room, outbox.send_control, self._flow, LOST)
+            outbox.promises = SentBlocks(ONLY_SENDER, worker_config.room, outbox.send_control, self._flow, LOST)
 
     def run(self) -> None:
         """Answer until the loader closes the connection."""
@@ -134,7 +134,7 @@ class WorkerLoop:
         """The message that answers an index."""
         answer = None
         if not self._in_thread:
-            collation.made.clear()
+            collation.collated_blocks.clear()
         try:
             answer = self._maker.make(index)
             return self._encode(answer)
@@ -156,7 +156,7 @@ class WorkerLoop:
         try:
             if type(answer) is Failure and isinstance(answer.error, BaseException):
                 answer.error = exceptions.pack(answer.error)
-            return codec.encode_one(answer, self._limit, "batch", fresh=collation.made)
+            return codec.encode_one(answer, self._limit, "batch", fresh=collation.collated_blocks)
         finally:
             importable.reader.has_main = False
 

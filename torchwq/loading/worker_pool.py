@@ -28,7 +28,7 @@ from .pinning import Pinner
 from .processes import END_TIMEOUT
 from .result_receiver import ResultReceiver
 from .statistics import StatsCollector
-from .worker_handle import Gone, WorkerHandle
+from .worker_handle import WorkerGone, WorkerHandle
 
 #: Seconds that all workers together may take to end by themselves where there is no time: a worker's death or Ctrl-C is
 #: to be told at once, or the interpreter ends.
@@ -69,10 +69,10 @@ class WorkerPool:
         self._restarts = 0
         self._closed = False
 
-    def start_worker(self, own_config: WorkerConfig) -> WorkerHandle:
+    def start_worker(self, worker_config: WorkerConfig) -> WorkerHandle:
         """Add a worker."""
-        flow = self._config.flow.of(own_config.worker_id)
-        worker = WorkerHandle(self._start, own_config, flow, self._backend)
+        flow = self._config.flow.of(worker_config.worker_id)
+        worker = WorkerHandle(self._start, worker_config, flow, self._backend)
         self._workers.append(worker)
         return worker
 
@@ -95,7 +95,7 @@ class WorkerPool:
         while True:
             try:
                 found = self._source.receive(worker, deadline)
-            except Gone as gone:
+            except WorkerGone as gone:
                 dead = gone.worker
             else:
                 worker, answer = found
@@ -110,7 +110,7 @@ class WorkerPool:
     def _replace(self, worker: WorkerHandle) -> None:
         """Put another worker in the place of one that has died, or raise."""
         indices = self._dispatcher.indices_of(worker)
-        death = worker.died(describe_index(indices[0]) if indices else "")
+        death = worker.death(describe_index(indices[0]) if indices else "")
         if self._restarts >= self._max_restarts or self._closed:
             if self._max_restarts:
                 death.args = (f"{death}. It was not restarted: {self._restarts} restarts were allowed (max_restarts)",)
@@ -125,7 +125,7 @@ class WorkerPool:
         if self._pinner is not None:
             self._pinner.restarted()
 
-    def who_is_late(self) -> str:
+    def describe_late_workers(self) -> str:
         """Which workers have not answered, in words."""
         first = self._dispatcher.next_worker()
         missing = []
@@ -137,7 +137,7 @@ class WorkerPool:
         return "; ".join(missing)
 
     @property
-    def is_ended_by_itself(self) -> bool:
+    def is_in_own_thread(self) -> bool:
         """Whether this thread is one of those that ``end`` waits for."""
         return self._pinner is not None and self._pinner.is_in_current_thread
 

@@ -29,19 +29,19 @@ class StateDict(dict[str, Any]):
         return StateDict(copy.deepcopy(dict(self), memo))
 
 
-def text_of(state: bytes) -> str:
+def encode_bytes(state: bytes) -> str:
     """Bytes as text."""
     return base64.b64encode(state).decode("ascii")
 
 
-def bytes_of(text: str) -> bytes:
-    """What ``text_of`` was given."""
+def decode_bytes(text: str) -> bytes:
+    """What ``encode_bytes`` was given."""
     return base64.b64decode(text)
 
 
-def tensor_of(text: str) -> torch.Tensor:
+def decode_tensor(text: str) -> torch.Tensor:
     """The same as a generator's ``set_state`` takes it."""
-    return torch.frombuffer(bytearray(bytes_of(text)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(decode_bytes(text)), dtype=torch.uint8)
 
 
 def plain_index(index: Any) -> Any:
@@ -56,7 +56,7 @@ def is_stateful(candidate: Any) -> bool:
     return hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict")
 
 
-def detached(state: Any) -> Any:
+def copy_of_state(state: Any) -> Any:
     """A state apart from its source, which may go on to change what it has given away."""
     if type(state) is dict and all(type(each) in (int, float, str, bool, type(None)) for each in state.values()):
         return state.copy()
