@@ -121,7 +121,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 codec.CALL_LIMIT,
                 upvalues=upvalues,
                 peer=workers.peer,
-                starting=held,
+                worker_resources=held,
             )
             self.set_running_or_notify_cancel()
             events: queue.SimpleQueue[tuple[Any, list[int]] | None] = queue.SimpleQueue()
@@ -294,7 +294,7 @@ class _Completion(threading.Thread):
     def _wait_for_outcome(self) -> tuple[Any, BaseException | None]:
         outcome: tuple[Any, BaseException | None] | None = None
         while (event := self._events.get()) is not None:
-            value, error = exceptions.open_answer(*event)
+            value, error = exceptions.decode_answer(*event)
             if error is None and value is _IS_ITERATOR:
                 if not self.is_iterator:
                     assert isinstance(self._task, BackgroundTask)

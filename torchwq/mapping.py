@@ -104,7 +104,7 @@ class _Outcomes:
             if mapid in self.values or mapid in self.errors or mapid in self.retrieved:
                 return
             answer = self._answers.pop(mapid, None)
-            value, error = (None, process.death_error()) if answer is None else exceptions.open_answer(*answer)
+            value, error = (None, process.death_error()) if answer is None else exceptions.decode_answer(*answer)
             if error is None:
                 self.values[mapid] = value
                 return
@@ -308,7 +308,9 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
         payloads.append(
-            codec.encode_call(f, positional, keywords, limit, upvalues=upvalues, peer=workers.peer, starting=held)
+            codec.encode_call(
+                f, positional, keywords, limit, upvalues=upvalues, peer=workers.peer, worker_resources=held
+            )
         )
     outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
     started = Map(outcomes)

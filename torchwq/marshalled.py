@@ -1,7 +1,7 @@
 """``torchwq.marshal``: an object marshalled once, to be read many times.
 
-It is a letter to this process that is never used up: what it encloses is sent on as what it is when the letter itself
-travels, tensors by reference, and each reading opens a copy.
+It is a message to this process that is never used up: each reading decodes a copy. When the message itself travels,
+its objects are sent on as what they are, tensors by reference.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, final
 import numpy as np
 
 from .marshalling import codec, reducers
-from .marshalling.letter import Letter
-from .marshalling.plain import PlainLetter
+from .marshalling.fast_path import LocalTensors
+from .marshalling.local_message import LocalMessage
 from .transport.capabilities import SAME_PROCESS
 
 
@@ -23,10 +23,10 @@ class Marshalled:
     Source: what torch-ipc's ``ipc.marshal`` returns.
     """
 
-    __slots__ = ("_letter",)
+    __slots__ = ("_message",)
 
-    def __init__(self, letter: Letter) -> None:
-        self._letter = letter
+    def __init__(self, message: LocalMessage) -> None:
+        self._message = message
 
     def read(self) -> Any:
         """The object: values are a new copy each time, tensors are on the memory of those that were marshalled.
@@ -35,15 +35,15 @@ class Marshalled:
 
         Source: torch-ipc's ``read`` of a marshalled object.
         """
-        return self._letter.copy().open()
+        return self._message.copy().decode()
 
     @property
     def nbytes(self) -> int:
         """Its size in bytes, without the tensors."""
-        return len(self._letter.data or b"") + sum(map(len, self._letter.buffers))
+        return len(self._message.data or b"") + sum(map(len, self._message.buffers))
 
     def __repr__(self) -> str:
-        return f"<torchwq.Marshalled, {self.nbytes} bytes, {len(self._letter.enclosed)} tensors and handles>"
+        return f"<torchwq.Marshalled, {self.nbytes} bytes, {len(self._message.objects)} tensors and handles>"
 
     def __reduce__(self) -> Any:
         raise TypeError("what torchwq.marshal has made can only be sent by torchwq, in a message or as an argument")
@@ -68,19 +68,19 @@ def marshal(obj: Any, upvalues: bool = False) -> Marshalled:
     Source: torch-ipc's ``ipc.marshal``.
     """
     payload = codec.encode_one(obj, codec.UNLIMITED, "obj", upvalues=upvalues, peer=SAME_PROCESS)
-    return Marshalled(payload if isinstance(payload, Letter) else Letter(payload, ()))
+    return Marshalled(payload if isinstance(payload, LocalMessage) else LocalMessage(payload, ()))
 
 
 def _reduce(encoder: reducers.Encoder, marshalled: Marshalled) -> Any:
-    letter = marshalled._letter
-    if isinstance(letter, PlainLetter):
-        return marshal, (letter.open(),)
-    buffers = [np.frombuffer(buffer, np.uint8) for buffer in letter.buffers]
-    return _rebuild, (letter.data, list(letter.enclosed), buffers)
+    message = marshalled._message
+    if isinstance(message, LocalTensors):
+        return marshal, (message.decode(),)
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in message.buffers]
+    return _rebuild, (message.data, list(message.objects), buffers)
 
 
-def _rebuild(data: bytes, enclosed: list[Any], buffers: list[Any]) -> Marshalled:
-    return Marshalled(Letter(data, enclosed, [bytearray(buffer) for buffer in buffers]))
+def _rebuild(data: bytes, objects: list[Any], buffers: list[Any]) -> Marshalled:
+    return Marshalled(LocalMessage(data, objects, [bytearray(buffer) for buffer in buffers]))
 
 
 reducers.register(Marshalled, _reduce)

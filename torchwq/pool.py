@@ -170,14 +170,14 @@ class _PoolThread(threading.Thread):
         mapid = process.info.mapid
         if mapid in self._starting:
             self._starting.discard(mapid)
-            _, error = exceptions.open_answer(data, fds)
+            _, error = exceptions.decode_answer(data, fds)
             if error is not None:
                 self._mark_broken(error)
             else:
                 self._idle.append(process)
         else:
             assigned = self._assigned[mapid]
-            task, value, error = assigned.popleft(), *exceptions.open_answer(data, fds)
+            task, value, error = assigned.popleft(), *exceptions.decode_answer(data, fds)
             if not assigned:
                 self._idle.append(process)
             _complete(task, value, error)
@@ -306,7 +306,13 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         self._upvalues = upvalues
         held: list[Any] = []
         setup = codec.encode_call(
-            initializer, initargs, None, codec.CALL_LIMIT, upvalues=upvalues, peer=self._backend.peer, starting=held
+            initializer,
+            initargs,
+            None,
+            codec.CALL_LIMIT,
+            upvalues=upvalues,
+            peer=self._backend.peer,
+            worker_resources=held,
         )
         self._pool = _PoolThread(n, setup, self._backend, held)
         _pools.add(self._pool)

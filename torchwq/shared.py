@@ -115,7 +115,7 @@ def share_(obj: T) -> T:
 
     Source: ``torch.Tensor.share_memory_``, ``torch.nn.Module.share_memory``.
     """
-    codec.encode_all([obj], codec.CALL_LIMIT, upvalues=True, root="share_", starting=[])
+    codec.encode_all([obj], codec.CALL_LIMIT, upvalues=True, root="share_", worker_resources=[])
     return obj
 
 

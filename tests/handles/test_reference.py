@@ -61,7 +61,7 @@ def thing() -> Any:
 
 
 def encoded_in_process(obj: Any) -> Any:
-    return codec.received(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS))
+    return codec.deliver_local(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS))
 
 
 def test_a_handle_is_pending_until_its_message_is_opened(thing: Thing) -> None:
@@ -89,7 +89,7 @@ def test_a_message_that_is_opened_again_gives_another_handle_and_counts_once(thi
 def test_what_goes_to_another_process_has_descriptors_of_its_own_and_is_counted_as_it_leaves(thing: Thing) -> None:
     payload = codec.encode(Handle(thing), codec.CALL_LIMIT)
     assert (thing.pending, thing.sent) == (0, 0)
-    message = codec.received(payload)
+    message = codec.deliver_local(payload)
     assert thing.sent == 1
     arrived = codec.decode(*message).thing
     assert arrived.fd != thing.fd
@@ -108,7 +108,7 @@ def test_what_was_not_sent_after_all_is_not_counted(thing: Thing) -> None:
 
 def test_a_reference_goes_on_to_another_process_and_arrives_unopened(thing: Thing) -> None:
     marshalled = torchwq.marshal(Handle(thing))
-    arrived = codec.decode(*codec.received(codec.encode(marshalled, codec.CALL_LIMIT)))
+    arrived = codec.decode(*codec.deliver_local(codec.encode(marshalled, codec.CALL_LIMIT)))
     made = arrived.read().thing
     assert made is not thing
     assert made is arrived.read().thing

@@ -16,7 +16,7 @@ import torch
 import torchwq
 from torchwq import MarshalError
 from torchwq.marshalling import codec, exceptions
-from torchwq.marshalling.payload import Attachments
+from torchwq.marshalling.attachments import Attachments
 from torchwq.marshalling.tensors import _refuse_device
 from torchwq.memory.anonymous import Descriptor
 from torchwq.memory.message import Message
@@ -160,7 +160,7 @@ def test_what_is_of_this_machine_is_refused_with_its_place(kind: str) -> None:
     make, why = HERE_ONLY[kind]
     obj = make()
     with pytest.raises(MarshalError, match=rf"args\[0\]\['inner'\]\[1\].*{why}"):
-        marshal({"inner": [1, obj]}, starting=[])
+        marshal({"inner": [1, obj]}, worker_resources=[])
     with contextlib.suppress(AttributeError):
         obj.close()
 
@@ -170,7 +170,7 @@ def test_an_exception_that_holds_a_tensor_goes_by_value() -> None:
     packed = exceptions.pack_for(OTHER_MACHINE, error)
     data, fds = received(exceptions.encode(packed, codec.CALL_LIMIT, OTHER_MACHINE))
     assert not fds
-    value, arrived = exceptions.open_answer(data, fds)
+    value, arrived = exceptions.decode_answer(data, fds)
     assert value is None
     assert type(arrived) is ValueError
     assert arrived.args[0] == "with a tensor"

@@ -27,7 +27,7 @@ from hypothesis.extra import numpy as npst
 import torchwq
 from torchwq import MarshalError, ResourceError
 from torchwq.marshalling import codec, copies
-from torchwq.marshalling.payload import OUT_OF_BAND
+from torchwq.marshalling.attachments import OUT_OF_BAND
 from torchwq.marshalling.wire import InBlock, References
 from torchwq.memory.message import Message
 from torchwq.transport.capabilities import SAME_PROCESS
@@ -97,12 +97,12 @@ plain_collections = st.recursive(
 @moderate
 @given(obj=plain_collections)
 def test_plain_collections_are_copied_within_a_process_and_pickled_for_others(obj: Any) -> None:
-    copy = copies.copied(obj)
+    copy = copies.try_copy(obj)
     assert identical(copy, obj)
     assert not mutable_parts(copy) & mutable_parts(obj)
-    data, fds = codec.received(copy)
+    data, fds = codec.deliver_local(copy)
     assert codec.decode(data, fds) is copy
-    assert identical(codec.decode(*received(codec.for_others(copy, LIMIT))), obj)
+    assert identical(codec.decode(*received(codec.for_other_processes(copy, LIMIT))), obj)
 
 
 def mutable_parts(obj: Any) -> set[int]:
@@ -117,9 +117,9 @@ def mutable_parts(obj: Any) -> set[int]:
 @moderate
 @given(obj=nested)
 def test_what_stays_in_the_process_comes_out_identical(obj: Any) -> None:
-    copy = copies.copied(obj)
+    copy = copies.try_copy(obj)
     payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS) if copy is None else copy
-    assert identical(codec.decode(*codec.received(payload)), obj)
+    assert identical(codec.decode(*codec.deliver_local(payload)), obj)
 
 
 def test_collections_that_must_be_pickled_are_not_copied() -> None:
@@ -144,14 +144,14 @@ def test_collections_that_must_be_pickled_are_not_copied() -> None:
         "text",
         5,
     ):
-        assert copies.copied(obj) is None
+        assert copies.try_copy(obj) is None
 
 
 @pytest.mark.parametrize("obj", [b"x" * 100_000, "x" * 100_000])
 def test_long_text_is_not_copied_within_a_process(obj: Any) -> None:
     payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)
-    assert codec.decode(*codec.received(payload)) is obj
-    assert codec.decode(*received(codec.for_others(payload, LIMIT))) == obj
+    assert codec.decode(*codec.deliver_local(payload)) is obj
+    assert codec.decode(*received(codec.for_other_processes(payload, LIMIT))) == obj
 
 
 BIG = 8 << 20

@@ -1,4 +1,4 @@
-"""``torchwq.marshal``, and letters, which it is made of."""
+"""``torchwq.marshal``, and local messages, which it is made of."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_repr_and_size() -> None:
 
 def through(obj: Any) -> Any:
     """What a thread would get."""
-    return codec.decode(*codec.received(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)))
+    return codec.decode(*codec.deliver_local(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)))
 
 
 _values = st.recursive(

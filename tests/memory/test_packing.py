@@ -51,7 +51,7 @@ def tensors(count: int) -> list[torch.Tensor]:
 
 
 def by_value(obj: Any) -> Any:
-    return codec.decode(*received(codec.encode_one(obj, LIMIT, "batch", fresh=())))
+    return codec.decode(*received(codec.encode_one(obj, LIMIT, "batch", owned_blocks=())))
 
 
 def double_all(given: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -194,7 +194,7 @@ def last_values(kept: list[torch.Tensor]) -> float:
 def test_views_by_value_stay_views_of_one_storage() -> None:
     whole = torch.arange(1200 * 8.0).reshape(1200, 8)
     views = list(whole.unbind())
-    payload = codec.encode_one(views, LIMIT, "batch", fresh=())
+    payload = codec.encode_one(views, LIMIT, "batch", owned_blocks=())
     assert len(payload.fds) <= 2
     out = codec.decode(*received(payload))
     assert all(torch.equal(a, b) for a, b in zip(out, views, strict=True))
@@ -213,7 +213,7 @@ def test_views_by_value_stay_views_of_one_storage() -> None:
 
 def test_views_by_value_take_no_more_than_is_seen() -> None:
     data = torch.arange(1_000_000.0)
-    payload = codec.encode_one([data[n * 9999 : n * 9999 + 10] for n in range(100)], LIMIT, "batch", fresh=())
+    payload = codec.encode_one([data[n * 9999 : n * 9999 + 10] for n in range(100)], LIMIT, "batch", owned_blocks=())
     assert payload.nbytes < 50_000
     out = codec.decode(*received(payload))
     assert [each.tolist() for each in out] == [data[n * 9999 : n * 9999 + 10].tolist() for n in range(100)]
@@ -224,7 +224,7 @@ def test_small_tensors_by_value_share_a_block_and_keep_their_own_storages() -> N
     batch = {f"k{number}": torch.full((4, number + 1), number) for number in range(10)}
     batch |= {"transposed": torch.rand(8, 4).t(), "scalar": torch.tensor(4.0), "large": torch.rand(100_000)}
     for _ in range(3):  # the general way, and then the short one
-        payload = codec.encode_one(batch, LIMIT, "batch", fresh=())
+        payload = codec.encode_one(batch, LIMIT, "batch", owned_blocks=())
         assert len(payload.fds) == 2
         out = codec.decode(*received(payload))
         for key, tensor in batch.items():
@@ -234,7 +234,7 @@ def test_small_tensors_by_value_share_a_block_and_keep_their_own_storages() -> N
             assert not out[key]._is_view()
             assert not tensor.is_shared()
         with torch.inference_mode():
-            inference = codec.decode(*received(codec.encode_one(batch, LIMIT, "batch", fresh=())))
+            inference = codec.decode(*received(codec.encode_one(batch, LIMIT, "batch", owned_blocks=())))
         assert not inference["k1"].is_inference()
 
 

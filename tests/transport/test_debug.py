@@ -81,7 +81,7 @@ def test_a_callback_that_has_to_share_the_processor_is_not_told_of() -> None:
 
 def test_a_callback_that_marshals_is_told_of() -> None:
     def marshals() -> None:
-        codec.decode(*codec.received(codec.encode({"a": [1]}, 1000)))
+        codec.decode(*codec.deliver_local(codec.encode({"a": [1]}, 1000)))
 
     told = run_in_reactor(marshals)
     assert told.count("marshals at") == 2

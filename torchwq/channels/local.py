@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..marshalling import codec
-from ..marshalling.copies import copied
+from ..marshalling.copies import try_copy
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
@@ -44,7 +44,7 @@ class LocalChannel:
     def try_write(self, obj: Any) -> ChannelState | None:
         if self._capacity is not None:
             return None
-        payload = copied(obj)
+        payload = try_copy(obj)
         if payload is None:
             try:
                 payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)
@@ -64,11 +64,11 @@ class LocalChannel:
         if self._closed:
             return False
         self._written += 1
-        self.mailbox.put(codec.received(payload))
+        self.mailbox.put(codec.deliver_local(payload))
         return True
 
     def _forward(self, payload: Any) -> bool:
-        sent: bool = self.successor.send(codec.for_others(payload, self.successor.max_payload))
+        sent: bool = self.successor.send(codec.for_other_processes(payload, self.successor.max_payload))
         return sent
 
     def _send_if_room(self, payload: Any) -> bool:
@@ -147,7 +147,7 @@ class LocalChannel:
         while (received := self.mailbox.take()) is not None:
             items.append(received)
         try:
-            payloads = [codec.for_others(data, successor.max_payload) for data, _ in items]
+            payloads = [codec.for_other_processes(data, successor.max_payload) for data, _ in items]
         except BaseException:
             for received in items:
                 self.mailbox.put(received)

@@ -78,7 +78,7 @@ def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
     def reduce(encoder: reducers.Encoder, handle: H) -> Any:
         target = target_of(handle)
         if encoder.peer.same_process:
-            return _accept_local, (encoder.enclose(HandleRef(target)),)
+            return _accept_local, (encoder.attach_object(HandleRef(target)),)
         return _accept_received, _attach_fds(encoder, target)
 
     reducers.register(cls, reduce)
@@ -87,13 +87,13 @@ def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
 def _reduce(encoder: reducers.Encoder, ref: HandleRef) -> Any:
     """A reference in a message that has not been opened goes on, and arrives as a reference."""
     if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(HandleRef(ref.target)),)
+        return reducers.attached_object, (encoder.attach_object(HandleRef(ref.target)),)
     return _receive, _attach_fds(encoder, ref.target)
 
 
 def _attach_fds(encoder: reducers.Encoder, target: Target) -> tuple[Any, ...]:
     receive, args, fds = target.for_other_process()
-    return receive, args, [encoder.attach(each.fd, each) for each in fds]
+    return receive, args, [encoder.attach_fd(each.fd, each) for each in fds]
 
 
 def _receive(receive: Callable[..., HandleRef], args: tuple[Any, ...], indices: Sequence[int]) -> HandleRef:
@@ -105,7 +105,7 @@ def _accept_received(receive: Callable[..., HandleRef], args: tuple[Any, ...], i
 
 
 def _accept_local(index: int) -> Any:
-    ref: HandleRef = reducers.enclosed(index)
+    ref: HandleRef = reducers.attached_object(index)
     return ref.accept()
 
 

@@ -46,7 +46,7 @@ class Counters(SharedWords):
 
 
 def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:
-    return _rebuild, (counters.slots, encoder.attach(counters.fd, counters))
+    return _rebuild, (counters.slots, encoder.attach_fd(counters.fd, counters))
 
 
 def _rebuild(workers: int, index: int) -> Counters:

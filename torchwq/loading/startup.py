@@ -27,7 +27,7 @@ import torch.multiprocessing
 from ..errors import ResourceError
 from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
-from ..marshalling.letter import Letter
+from ..marshalling.local_message import LocalMessage
 from ..memory import limits, ref_table
 from ..memory.anonymous import Descriptor, duplicates, resource_error
 from ..transport import descriptors, kinds
@@ -67,12 +67,12 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
     greenlets.check("a DataLoader with workers")
     held: list[Any] = []
     if backend.peer.same_process:
-        return functools.partial(_serve, backend, Letter(None, [config]), held)
+        return functools.partial(_serve, backend, LocalMessage(None, [config]), held)
     if "multiprocessing_context" in backend.options:
         context = context or torch.multiprocessing
         if context.get_start_method() == "fork":
             return functools.partial(_fork, context, config)
-    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", starting=held)
+    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", worker_resources=held)
     return functools.partial(_serve, backend, payload, held)
 
 
@@ -163,7 +163,7 @@ def _serve(
 ) -> Process:
     own: codec.Encoded
     if isinstance(end, LocalEndpoint):
-        own = Letter(None, [(worker_config, end)])
+        own = LocalMessage(None, [(worker_config, end)])
     else:
         own = codec.encode((worker_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(

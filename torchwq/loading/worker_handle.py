@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec
-from ..marshalling.letter import Letter
+from ..marshalling.local_message import LocalMessage
 from ..marshalling.wire import References
 from ..memory.anonymous import resource_error
 from ..memory.promises import KeptBlocks
@@ -170,7 +170,7 @@ class WorkerHandle:
         """
         try:
             if isinstance(self.connection, LocalEndpoint):
-                self.connection.send(Letter(None, [message]))
+                self.connection.send(LocalMessage(None, [message]))
             else:
                 wakes = message is None
                 self.connection.send(

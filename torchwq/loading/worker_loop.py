@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 
 from ..marshalling import codec, exceptions, importable
-from ..marshalling.letter import Letter
+from ..marshalling.local_message import LocalMessage
 from ..memory.message import Message
 from ..memory.promises import ONLY_SENDER, SentBlocks
 from ..transport.capabilities import SAME_PROCESS
@@ -149,14 +149,14 @@ class WorkerLoop:
     def _encode(self, answer: Any) -> Any:
         if self._in_thread:
             if self._config.auto_collation or type(answer) is Failure:
-                return Letter(None, [answer])
+                return LocalMessage(None, [answer])
             # What the dataset itself may have, and use again.
-            return codec.encode_one(answer, codec.UNLIMITED, "batch", fresh=(), peer=SAME_PROCESS)
+            return codec.encode_one(answer, codec.UNLIMITED, "batch", owned_blocks=(), peer=SAME_PROCESS)
         importable.reader.has_main = self._has_main
         try:
             if type(answer) is Failure and isinstance(answer.error, BaseException):
                 answer.error = exceptions.pack(answer.error)
-            return codec.encode_one(answer, self._limit, "batch", fresh=collation.collated_blocks)
+            return codec.encode_one(answer, self._limit, "batch", owned_blocks=collation.collated_blocks)
         finally:
             importable.reader.has_main = False
 
@@ -172,9 +172,9 @@ class WorkerLoop:
         return self._encode(answer)
 
 
-def _size(payload: bytes | Letter) -> int:
+def _size(payload: bytes | LocalMessage) -> int:
     """Bytes of a message that is not a parcel. Of a thread's, which are not copied, those of its tensors."""
-    return len(payload) if isinstance(payload, bytes) else _nbytes_of(payload.enclosed)
+    return len(payload) if isinstance(payload, bytes) else _nbytes_of(payload.objects)
 
 
 def _nbytes_of(batch: Any) -> int:

@@ -16,10 +16,10 @@ from typing import Any
 
 from cloudpickle import cloudpickle
 
-from . import definitions, functions, namespaces, renewal, structs
+from . import definitions, functions, msgspec_structs, namespaces, updates
 
 
-class _Quiet:
+class _NoHooks:
     """Where a class's bases would be told of it, keeps them from that."""
 
     __slots__ = ()
@@ -50,8 +50,8 @@ def reduce(cls: type, sealing: bool) -> Any:
     token = definitions.token_of(cls)
     made: tuple[Any, ...]
     extra: Any = None
-    if structs.is_struct(cls):
-        made = structs.reduce(cls, token, attributes)
+    if msgspec_structs.is_struct(cls):
+        made = msgspec_structs.reduce(cls, token, attributes)
     elif issubclass(cls, enum.Enum):
         members = dict(cls.__members__)
         for name in members:
@@ -71,7 +71,7 @@ def reduce(cls: type, sealing: bool) -> Any:
             names["__dict__"] = vars(cls)["__dict__"]
         made = _make_class, (token, type(cls), cls.__name__, args[2], cls.__bases__, names)
     stamp = 0 if sealing else definitions.stamp_of(cls)
-    return *made, (attributes, extra, space, cls.__qualname__, stamp), None, None, _finish
+    return *made, (attributes, extra, space, cls.__qualname__, stamp), None, None, _set_state
 
 
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -93,8 +93,8 @@ def globals_of(cls: type) -> dict[str, Any] | None:
         return definition.globals
     candidates: list[dict[str, Any] | None] = [getattr(functions.module_of(cls), "__dict__", None)]
     for value in vars(cls).values():
-        function = functions.unwrapped(value)
-        if function is not None and functions.own_module(function) is None:
+        function = functions.underlying_function(value)
+        if function is not None and functions.globals_module(function) is None:
             candidates.append(function.__globals__)
     for globals_ in candidates:
         if globals_ is not None and namespaces.look_up(globals_, cls.__qualname__) is cls:
@@ -105,40 +105,40 @@ def globals_of(cls: type) -> dict[str, Any] | None:
 def _make_class(
     token: str, meta: type, name: str, bases: tuple[Any, ...], resolved: tuple[type, ...], names: dict[str, Any]
 ) -> Any:
-    known = definitions.with_token(token)
+    known = definitions.find(token)
     if known is not None:
         return known
     if bases != resolved:
         names["__orig_bases__"] = bases
     cls = None
-    if functions.goes_by_name(meta) and not _tells_script(resolved):
+    if functions.goes_by_name(meta) and not _has_script_hooks(resolved):
         try:
             cls = types.new_class(name, resolved, {"metaclass": meta}, lambda namespace: namespace.update(names))
         except Exception:  # it wants something of the class that is not there yet
             pass
     if cls is None:
-        cls = _make_quietly(meta, name, resolved, names)
-    return definitions.received(token, cloudpickle._lookup_class_or_track(token, cls))
+        cls = _make_without_hooks(meta, name, resolved, names)
+    return definitions.add_received(token, cloudpickle._lookup_class_or_track(token, cls))
 
 
-def _tells_script(bases: tuple[type, ...]) -> bool:
+def _has_script_hooks(bases: tuple[type, ...]) -> bool:
     """Whether one of the bases wants to be told of its subclasses, and does not come from a module."""
-    tellers = [functions.unwrapped(getattr(base.__init_subclass__, "__func__", None)) for base in bases]
-    return any(teller is not None and functions.own_module(teller) is None for teller in tellers)
+    tellers = [functions.underlying_function(getattr(base.__init_subclass__, "__func__", None)) for base in bases]
+    return any(teller is not None and functions.globals_module(teller) is None for teller in tellers)
 
 
-def _make_quietly(meta: type, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
+def _make_without_hooks(meta: type, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
     """Make a class of which nobody is told, but a metaclass of some library."""
 
     def mro(cls: Any) -> list[type]:
         found: list[type] = of_meta.mro(cls)
-        return [found[0], _Quiet, *found[1:]]
+        return [found[0], _NoHooks, *found[1:]]
 
     of_meta: Any = meta
     of_library: Any = next(each for each in meta.__mro__ if functions.goes_by_name(each))
     if all(isinstance(base.__init_subclass__, types.BuiltinMethodType) for base in bases):
         return of_library.__new__(meta, name, bases, names)  # type: ignore[no-any-return]
-    cls: Any = of_library.__new__(type(meta)("_Quiet", (meta,), {"mro": mro}), name, bases, names)
+    cls: Any = of_library.__new__(type(meta)("_NoHooks", (meta,), {"mro": mro}), name, bases, names)
     cls.__class__ = meta
     cls.__bases__ = bases  # has its order of resolution found anew
     return cls  # type: ignore[no-any-return]
@@ -147,7 +147,7 @@ def _make_quietly(meta: type, name: str, bases: tuple[type, ...], names: dict[st
 def _make_enum(
     token: str, bases: tuple[type, ...], name: str, qualname: str, members: dict[str, Any], module: str
 ) -> Any:
-    known = definitions.with_token(token)
+    known = definitions.find(token)
     if known is not None:
         return known
     meta: Any = type(bases[-1])
@@ -156,10 +156,10 @@ def _make_enum(
         names[member] = value
     cls = meta.__new__(meta, name, bases, names)
     cls.__module__, cls.__qualname__ = module, qualname
-    return definitions.received(token, cloudpickle._lookup_class_or_track(token, cls))
+    return definitions.add_received(token, cloudpickle._lookup_class_or_track(token, cls))
 
 
-def _finish(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, str, int]) -> Any:
+def _set_state(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, str, int]) -> Any:
     attributes, members, globals_, qualname, stamp = state
     registered = attributes.pop("_abc_impl", ())
     parts: dict[Any, Any] = dict(attributes)
@@ -167,11 +167,11 @@ def _finish(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None, s
         parts.update(((member, name), value) for name, value in values.items())
     if not definitions.is_complete(cls):
         _set_parts(cls, parts.items(), registered)
-        renewal.remember(cls, stamp, parts)
-    elif renewal.is_newer(cls, stamp):
+        updates.remember(cls, stamp, parts)
+    elif updates.is_newer(cls, stamp):
         registered = [each for each in registered if not issubclass(each, cls)]
-        _set_parts(cls, renewal.changes(cls, stamp, parts, functools.partial(_part, cls)), registered)
-    definitions.complete(cls, globals_, qualname)
+        _set_parts(cls, updates.changes(cls, stamp, parts, functools.partial(_part, cls)), registered)
+    definitions.mark_complete(cls, globals_, qualname)
     return cls
 
 
@@ -179,7 +179,7 @@ def _part(cls: Any, key: Any) -> Any:
     """What a class has under a name, or a member of an enumeration has under a pair of names."""
     member, name = (None, key) if isinstance(key, str) else key
     owner = cls if member is None else cls.__members__.get(member)
-    return renewal.MISSING if owner is None else vars(owner).get(name, renewal.MISSING)
+    return updates.MISSING if owner is None else vars(owner).get(name, updates.MISSING)
 
 
 def _set_parts(cls: Any, parts: Collection[tuple[Any, Any]], registered: Iterable[type]) -> None:
@@ -187,11 +187,11 @@ def _set_parts(cls: Any, parts: Collection[tuple[Any, Any]], registered: Iterabl
     for key, value in parts:
         member, name = (None, key) if isinstance(key, str) else key
         if member is not None:
-            if value is renewal.MISSING:
+            if value is updates.MISSING:
                 del vars(cls.__members__[member])[name]
             else:
                 vars(cls.__members__[member])[name] = value
-        elif value is renewal.MISSING:
+        elif value is updates.MISSING:
             type.__delattr__(cls, name)
         else:
             type.__setattr__(cls, name, value)

@@ -1,8 +1,7 @@
 """Encodes objects into messages and decodes them: what the other rooms call.
 
-A scalar, or a tuple of scalars, is pickled at once. A tensor, or a flat collection of tensors, takes the short way of
-``plain``. All else goes through one of the two ``encoders``: the second when the first cannot, since cloudpickle may
-know how.
+A scalar, or a tuple of scalars, is pickled at once. ``fast_path`` encodes a tensor, or a flat collection of tensors.
+All else goes through one of the two ``encoders``: the second when the first cannot, since cloudpickle may know how.
 
 What the messages look like is in ``wire``.
 """
@@ -24,11 +23,11 @@ from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.endpoint import NO_FDS
 from ..transport.trailer import KIND
-from . import inheritance, locate, plain, wire
-from .copies import COPIES, SCALARS, only_scalars
+from . import fast_path, locate, multiprocessing_objects, wire
+from .attachments import Attachments
+from .copies import COLLECTIONS, SCALARS, only_scalars
 from .encoders import CloudEncoder, FastEncoder
-from .letter import ENCLOSED, Letter
-from .payload import Attachments
+from .local_message import LOCAL_FDS, LocalMessage
 from .wire import DECODERS, References
 
 #: Largest payload of a message to a worker: fits into a message of either transport.
@@ -38,25 +37,25 @@ UNLIMITED: Final = 1 << 62
 #: Text of more characters than this, or more bytes, is not pickled for this process: that would copy it twice.
 _LONG: Final = 4096
 
-_take_tensor_apart: Final = plain.take_tensor_apart
+_take_tensor_apart: Final = fast_path.prepare_tensor
 _encode_tensor: Final = References.encode_tensor
 
-Payload = bytes | Message | Letter
-#: ``bytes | Message``, or, if it stays here, any ``Payload``, or what ``copies.copied`` gives.
+Payload = bytes | Message | LocalMessage
+#: ``bytes | Message``, or, if it stays here, any ``Payload``, or what ``copies.try_copy`` gives.
 Encoded: TypeAlias = Any
 
 
-class _Tools(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attachments]):
+class _ReusableEncoder(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attachments]):
     """What ``encode`` needs of an encoder, looked up once."""
 
     __slots__ = ()
 
-    def __new__(cls, encoder: FastEncoder) -> _Tools:
+    def __new__(cls, encoder: FastEncoder) -> _ReusableEncoder:
         return super().__new__(cls, (encoder.dump, encoder.clear_memo, encoder.out.chunks, encoder.out))
 
 
 #: Encoders for the next calls. One that has failed, or holds something, does not come back.
-_idle: list[_Tools] = []
+_idle: list[_ReusableEncoder] = []
 
 
 @overload
@@ -65,9 +64,9 @@ def encode(
     limit: int,
     *,
     upvalues: bool = False,
-    fresh: Container[Block] | None = None,
-    starting: list[Any] | None = None,
-    in_full: bool = False,
+    owned_blocks: Container[Block] | None = None,
+    worker_resources: list[Any] | None = None,
+    full_definitions: bool = False,
 ) -> bytes | Message: ...
 @overload
 def encode(
@@ -75,10 +74,10 @@ def encode(
     limit: int,
     *,
     upvalues: bool = False,
-    fresh: Container[Block] | None = None,
+    owned_blocks: Container[Block] | None = None,
     peer: Capabilities,
-    starting: list[Any] | None = None,
-    in_full: bool = False,
+    worker_resources: list[Any] | None = None,
+    full_definitions: bool = False,
 ) -> Payload: ...
 @debug.runs_user_code
 def encode(
@@ -86,10 +85,10 @@ def encode(
     limit: int,
     *,
     upvalues: bool = False,
-    fresh: Container[Block] | None = None,
+    owned_blocks: Container[Block] | None = None,
     peer: Capabilities = SAME_MACHINE,
-    starting: list[Any] | None = None,
-    in_full: bool = False,
+    worker_resources: list[Any] | None = None,
+    full_definitions: bool = False,
 ) -> Payload:
     """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
 
@@ -97,77 +96,77 @@ def encode(
     that shares no memory has everything in it, whatever its size.
 
     Functions and classes that came from another process and go by value travel as they came, at little cost; or, with
-    ``in_full``, as they are now, and under the closure rule.
+    ``full_definitions``, as they are now, and under the closure rule.
 
-    A tensor in it is in shared memory afterwards; but if ``fresh`` is given, only those on these blocks go by
-    reference, and copies of all others, which stay as they are. If a worker is to begin with the message, ``starting``
-    is a list to which is added what must live as long as that worker; then what processes inherit from each other with
-    multiprocessing may be in it (see ``inheritance``). Raises whatever pickling it raises; :func:`encode_all`
-    turns that into a MarshalError that names the place.
+    A tensor in it is in shared memory afterwards; but if ``owned_blocks`` is given, only those on these blocks go by
+    reference, and copies of all others, which stay as they are. If a worker is to begin with the message,
+    ``worker_resources`` is a list to which is added what must live as long as that worker; then what processes inherit
+    from each other with multiprocessing may be in it (see ``multiprocessing_objects``). Raises whatever pickling it
+    raises; :func:`encode_all` turns that into a MarshalError that names the place.
     """
     cls = type(obj)
     here = peer.same_process
     if not peer.shares_memory:
-        limit, fresh = UNLIMITED, ()
+        limit, owned_blocks = UNLIMITED, ()
     if here and (cls is str or cls is bytes) and len(obj) > _LONG:
-        return Letter(None, (obj,))
+        return LocalMessage(None, (obj,))
     if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
-        return bare if len(bare) <= limit else large(bare, limit)
-    elif cls is Tensor or plain.may_be(obj):
+        return bare if len(bare) <= limit else encode_large_pickle(bare, limit)
+    elif cls is Tensor or fast_path.is_candidate(obj):
         found: Payload | None = None
         if here:
-            found = plain.encode_here(obj) if fresh is None else None
+            found = fast_path.encode_local(obj) if owned_blocks is None else None
         elif not peer.shares_memory:
             pass
         elif cls is Tensor:
-            if (alone := _take_tensor_apart(obj, fresh)) is not None:
+            if (alone := _take_tensor_apart(obj, owned_blocks)) is not None:
                 found = _encode_tensor(*alone, limit)
-        elif (parts := plain.take_apart(obj, fresh)) is not None:
+        elif (parts := fast_path.prepare(obj, owned_blocks)) is not None:
             found = References.encode_plain(*parts, limit)
         if found is not None:
             return found
     try:
         tools = _idle.pop()
     except IndexError:
-        tools = _Tools(FastEncoder())
+        tools = _ReusableEncoder(FastEncoder())
     out: Attachments | None
     dump, clear_memo, chunks, out = tools
     try:
-        if here or in_full or fresh is not None:
-            out.peer, out.fresh, out.in_full = peer, fresh, in_full
-        if starting is None:
+        if here or full_definitions or owned_blocks is not None:
+            out.peer, out.owned_blocks, out.full_definitions = peer, owned_blocks, full_definitions
+        if worker_resources is None:
             dump(obj)
         else:
-            out.starting = starting
-            with inheritance.playing_popen():
+            out.worker_resources = worker_resources
+            with multiprocessing_objects.spawning_context():
                 dump(obj)
     except (MarshalError, ResourceError, MemoryError):
         raise
     except Exception:  # cloudpickle may know how, and raises the same again if not
         out = None
     if out is None:
-        cloud = CloudEncoder(upvalues, in_full)
-        cloud.out.fresh = fresh
+        cloud = CloudEncoder(upvalues, full_definitions)
+        cloud.out.owned_blocks = owned_blocks
         cloud.out.peer = peer
-        cloud.out.starting = starting
-        with contextlib.nullcontext() if starting is None else inheritance.playing_popen():
+        cloud.out.worker_resources = worker_resources
+        with contextlib.nullcontext() if worker_resources is None else multiprocessing_objects.spawning_context():
             cloud.dump(obj)
-        return cloud.out.letter() if here else cloud.out.payload(limit)
-    if out.more or len(chunks) != 1 or len(chunks[0]) > limit:
-        payload: Payload = out.letter() if here else out.payload(limit)
+        return cloud.out.local_message() if here else cloud.out.payload(limit)
+    if out.has_attachments or len(chunks) != 1 or len(chunks[0]) > limit:
+        payload: Payload = out.local_message() if here else out.payload(limit)
         out.clear()
     else:
         payload = chunks.pop()
-        if here or in_full or fresh is not None:
-            out.peer, out.fresh, out.in_full = SAME_MACHINE, None, False
-        out.starting = None
+        if here or full_definitions or owned_blocks is not None:
+            out.peer, out.owned_blocks, out.full_definitions = SAME_MACHINE, None, False
+        out.worker_resources = None
     clear_memo()
     _idle.append(tools)
     return payload
 
 
-def large(pickled: bytes, limit: int) -> bytes | Message:
+def encode_large_pickle(pickled: bytes, limit: int) -> bytes | Message:
     """The payload with a pickle that is too large for a message. Raises ResourceError."""
     out = Attachments()
     out.chunks.append(pickled)
@@ -181,7 +180,7 @@ def encode_all(
     upvalues: bool = False,
     root: str = "args",
     peer: Capabilities = SAME_MACHINE,
-    starting: list[Any] | None = None,
+    worker_resources: list[Any] | None = None,
 ) -> list[Encoded]:
     """Encode each of ``objs``, all before the first is used.
 
@@ -190,11 +189,20 @@ def encode_all(
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(encode(obj, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=upvalues))
+            payloads.append(
+                encode(
+                    obj,
+                    limit,
+                    upvalues=upvalues,
+                    peer=peer,
+                    worker_resources=worker_resources,
+                    full_definitions=upvalues,
+                )
+            )
         except (ResourceError, MemoryError):
             raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
+            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
     return payloads
 
 
@@ -204,7 +212,7 @@ def encode_one(
     root: str,
     *,
     upvalues: bool = True,
-    fresh: Container[Block] | None = None,
+    owned_blocks: Container[Block] | None = None,
     peer: Capabilities = SAME_MACHINE,
 ) -> Encoded:
     """Encode ``obj``, as :func:`encode` does.
@@ -212,7 +220,7 @@ def encode_one(
     Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
     """
     try:
-        return encode(obj, limit, upvalues=upvalues, fresh=fresh, peer=peer)
+        return encode(obj, limit, upvalues=upvalues, owned_blocks=owned_blocks, peer=peer)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
@@ -240,7 +248,7 @@ def encode_call(
     *,
     upvalues: bool = False,
     peer: Capabilities = SAME_MACHINE,
-    starting: list[Any] | None = None,
+    worker_resources: list[Any] | None = None,
 ) -> Encoded:
     """Encode ``(function, args, extra)`` as one payload, so that what they share stays shared.
 
@@ -248,7 +256,12 @@ def encode_call(
     """
     try:
         return encode(
-            (function, tuple(args), extra), limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True
+            (function, tuple(args), extra),
+            limit,
+            upvalues=upvalues,
+            peer=peer,
+            worker_resources=worker_resources,
+            full_definitions=True,
         )
     except (ResourceError, MemoryError):
         raise
@@ -257,10 +270,12 @@ def encode_call(
         what = f"function {name}" if callable(function) else f"the {name}"
         for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(part, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True)
+                encode(
+                    part, limit, upvalues=upvalues, peer=peer, worker_resources=worker_resources, full_definitions=True
+                )
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
-        raise _located(error, extra, "the call", limit, upvalues, peer, starting)  # noqa: B904 - it has its cause already
+                raise _located(found, part, place, limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
+        raise _located(error, extra, "the call", limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
 
 
 def _located(
@@ -270,11 +285,13 @@ def _located(
     limit: int,
     upvalues: bool,
     peer: Capabilities,
-    starting: list[Any] | None = None,
+    worker_resources: list[Any] | None = None,
 ) -> MarshalError:
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(candidate, limit, upvalues=upvalues, peer=peer, starting=starting, in_full=True)
+            encode(
+                candidate, limit, upvalues=upvalues, peer=peer, worker_resources=worker_resources, full_definitions=True
+            )
         except Exception as raised:
             return raised
         return None
@@ -292,23 +309,23 @@ def _located(
     return located
 
 
-def received(payload: Encoded) -> tuple[Any, list[int]]:
+def deliver_local(payload: Encoded) -> tuple[Any, list[int]]:
     """A payload that stays here as its reader gets it, for ``decode``."""
     cls = type(payload)
     if cls is bytes:
         return payload, NO_FDS
-    if cls in COPIES or isinstance(payload, Letter):
-        return payload, ENCLOSED
+    if cls in COLLECTIONS or isinstance(payload, LocalMessage):
+        return payload, LOCAL_FDS
     found: tuple[Any, list[int]] = payload.copy()
     return found
 
 
-def for_others(payload: Encoded, limit: int) -> Encoded:
+def for_other_processes(payload: Encoded, limit: int) -> Encoded:
     """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
-    if type(payload) in COPIES:
+    if type(payload) in COLLECTIONS:
         return encode(payload, limit)
-    if isinstance(payload, Letter):
-        return encode_one(payload.copy().open(as_it_is=True), limit, "an object that was written before")
+    if isinstance(payload, LocalMessage):
+        return encode_one(payload.copy().decode(original_tensors=True), limit, "an object that was written before")
     if isinstance(payload, bytes) and len(payload) > limit:
         return encode(pickle.loads(payload), limit, upvalues=True)
     return payload
@@ -322,7 +339,7 @@ def decode(data: Any, fds: list[int]) -> Any:
     """
     if type(data) is bytes:
         return DECODERS[data[KIND]](data, fds)
-    return data.open() if isinstance(data, Letter) else data
+    return data.decode() if isinstance(data, LocalMessage) else data
 
 
 def discard(data: Any, fds: list[int]) -> None:

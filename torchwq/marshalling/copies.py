@@ -12,12 +12,12 @@ ATOMS: Final = SCALARS | {bytes}
 only_atoms: Final = ATOMS.issuperset
 
 #: Collections of them may be their own payload within this process: see ``copied``.
-COPIES: Final = frozenset({tuple, list, dict})
+COLLECTIONS: Final = frozenset({tuple, list, dict})
 #: How many dicts, lists and tuples in one object are copied so: pickling looks at more of them in less time.
-_MOST_COPIED: Final = 32
+_MAX_COPIED: Final = 32
 
 
-def copied(obj: Any) -> Any:
+def try_copy(obj: Any) -> Any:
     """``obj``'s payload within this process, if it is dicts, lists and tuples of ``ATOMS``: a copy of it, not pickled.
 
     A tuple of nothing else is its own: it cannot change, and nor can what is in it, so nobody can tell it from a copy.
@@ -51,7 +51,7 @@ def _copied(obj: Any, seen: set[int]) -> Any:
         places = None if only_atoms(map(type, copy.values())) else copy.items()
     else:
         return None
-    if id(obj) in seen or len(seen) >= _MOST_COPIED:
+    if id(obj) in seen or len(seen) >= _MAX_COPIED:
         return None
     seen.add(id(obj))
     if places is not None:

@@ -5,7 +5,7 @@ with a token that its home has given it. Invariants:
 
 * Where the token is known, what comes in is the object that has it. At home its definition is not looked at: the
   owner's class is the class of the answers that a worker sends, no attribute of it is set again, and no metaclass runs.
-  Elsewhere it takes over what its home has changed since (see ``renewal``).
+  Elsewhere it takes over what its home has changed since (see ``updates``).
 * A definition counts as *complete* when its state has been set. Two threads may rebuild the same one at the same time:
   both get the one that came first, and whoever does not find it complete sets its state, too, before using it.
 * What a process has received it passes on as *sealed* bytes, made once: answers with instances of the owner's classes
@@ -34,7 +34,7 @@ _WITH_GLOBALS: Final = (types.FunctionType, type(functools.lru_cache(len)))
 class Definition:
     """What is known of one object that is defined by value."""
 
-    __slots__ = ("brought", "complete", "globals", "is_home", "object", "sealed", "stamp", "token")
+    __slots__ = ("complete", "fingerprints", "globals", "is_home", "object", "sealed", "stamp", "token")
 
     def __init__(self, token: str, obj: Any, is_home: bool) -> None:
         self.token = token
@@ -46,8 +46,8 @@ class Definition:
         self.globals: dict[str, Any] | None = None
         #: When its home sent the state that it has; 0 if that came sealed.
         self.stamp = 0
-        #: Of which parts that state was, for ``renewal``: their outlines.
-        self.brought: dict[Any, Any] = {}
+        #: Of which parts that state was, for ``updates``: their outlines.
+        self.fingerprints: dict[Any, Any] = {}
 
 
 class _Registry:
@@ -81,7 +81,7 @@ _process = _Registry()
 
 def _registries() -> tuple[_Registry, ...]:
     """Where to look: a worker that is a thread has functions of its own, and the classes of its process."""
-    kept = namespaces.of_thread()
+    kept = namespaces.thread_state()
     if kept is None:
         return (_process,)
     own: _Registry = kept.setdefault("definitions", _Registry())
@@ -126,7 +126,7 @@ def give_tokens_to_main() -> None:
             token_of(obj)
 
 
-def with_token(token: str) -> Any:
+def find(token: str) -> Any:
     """The object with this token; None if this process does not know it.
 
     A thread that is a worker does not get the functions of its process, whose globals are others.
@@ -141,21 +141,21 @@ def with_token(token: str) -> Any:
     return None
 
 
-def received(token: str, obj: Any) -> Any:
+def add_received(token: str, obj: Any) -> Any:
     """``obj`` was rebuilt to have this token. Returns the object that has it."""
     definition = _registries()[0].add(token, obj, False)
     first = definition.object()
     return obj if first is None else first
 
 
-def complete(obj: Any, globals_: dict[str, Any] | None, name: str) -> None:
+def mark_complete(obj: Any, globals_: dict[str, Any] | None, name: str) -> None:
     """Its state has been set. Its namespace gets it, under its name."""
     definition = of(obj)
     if definition is not None and not definition.complete:
         definition.complete = True
         definition.globals = globals_
-        while on_first:
-            on_first.pop()()
+        while on_first_received:
+            on_first_received.pop()()
     if globals_ is not None:
         if "." in name:
             namespaces.install_nested(globals_, name, obj)
@@ -168,9 +168,9 @@ def is_complete(obj: Any) -> bool:
     return definition is not None and definition.complete
 
 
-def unsealed(token: str, name: str, sealed: bytes) -> Any:
+def unseal(token: str, name: str, sealed: bytes) -> Any:
     """What ``Definition.sealed`` defines, on the other side."""
-    obj = with_token(token)
+    obj = find(token)
     if obj is None or not is_complete(obj):
         obj = pickle.loads(sealed)
         definition = of(obj)
@@ -184,7 +184,7 @@ def reduce_sealed(obj: Any) -> Any:
     definition = of(obj)
     if definition is None or definition.is_home or not definition.sealed:
         return None
-    return unsealed, (definition.token, obj.__name__, definition.sealed)
+    return unseal, (definition.token, obj.__name__, definition.sealed)
 
 
 def reduce_received(obj: Any, seal: Callable[[Any], bytes]) -> Any:
@@ -199,4 +199,4 @@ def reduce_received(obj: Any, seal: Callable[[Any], bytes]) -> Any:
 
 
 #: Called when the first definition has come to this process.
-on_first: list[Callable[[], None]] = []
+on_first_received: list[Callable[[], None]] = []

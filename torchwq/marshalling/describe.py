@@ -11,9 +11,9 @@ import pickle
 import reprlib
 from typing import Any, Final
 
-_LONGEST: Final = 200
+_MAX_CHARS: Final = 200
 #: The functions that rebuild what users know by other names.
-_SHOWN: Final = {
+_DISPLAY_NAMES: Final = {
     "rebuild": "tensor",
     "_rebuild_leaf": "tensor",
     "_rebuild_copy": "tensor",
@@ -51,11 +51,11 @@ class _Placeholder(metaclass=_Named):
 
 #: Functions that rebuild what a script defines, and which of their arguments is its name.
 _DEFINING: Final = {
-    ("torchwq.marshalling.functions", "make"): 3,
+    ("torchwq.marshalling.functions", "make_function"): 3,
     ("torchwq.marshalling.classes", "_make_class"): 2,
     ("torchwq.marshalling.classes", "_make_enum"): 2,
-    ("torchwq.marshalling.named", "make"): 2,
-    ("torchwq.marshalling.definitions", "unsealed"): 1,
+    ("torchwq.marshalling.named", "make_named"): 2,
+    ("torchwq.marshalling.definitions", "unseal"): 1,
 }
 
 
@@ -69,7 +69,7 @@ class _Describer(pickle.Unpickler):
         place = _DEFINING.get((module, name))
         if place is not None:
             return lambda *args: _named(str(args[place]))
-        return _named(_SHOWN.get(name, name))
+        return _named(_DISPLAY_NAMES.get(name, name))
 
     def persistent_load(self, pid: Any) -> Any:
         return _Placeholder()
@@ -81,4 +81,4 @@ _short.maxstring = _short.maxother = 80
 
 def describe_pickle(data: bytes) -> str:
     """A short description of what a message that begins with a pickle holds. Raises anything if that is damaged."""
-    return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_LONGEST]
+    return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_MAX_CHARS]

@@ -1,8 +1,8 @@
 """The two encoders: they turn an object into a pickle, and collect what goes beside it.
 
 Two, because the common case must be fast. :class:`FastEncoder` is C pickle with one hook, which is called only for
-objects that are not plain containers and scalars. It gives up with ``NeedsCloud`` when it meets a function or class
-that has to travel by value. :class:`CloudEncoder` is cloudpickle with the closure rule in front of it.
+objects that are not plain containers and scalars. It raises ``NeedsCloudpickle`` when it meets a function or
+class that has to travel by value. :class:`CloudEncoder` is cloudpickle with the closure rule in front of it.
 
 Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
 here is a list. Large numpy arrays leave out of band (protocol 5): each goes into a shared block, which the reader maps
@@ -20,14 +20,14 @@ from typing import Any
 import cloudpickle
 
 from . import classes, definitions, functions, named, namespaces, reducers
-from .payload import Attachments
+from .attachments import Attachments
 
 
-class NeedsCloud(Exception):
+class NeedsCloudpickle(Exception):
     """The object holds something that travels by value and only cloudpickle can take apart."""
 
 
-class _Sink:
+class _ChunkWriter:
     """A file for a pickler that collects what is written, without copying it."""
 
     __slots__ = ("write",)
@@ -45,7 +45,7 @@ class FastEncoder(pickle.Pickler):
 
     def __init__(self) -> None:
         self.out = out = Attachments()
-        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=out.take_buffer)
+        super().__init__(_ChunkWriter(out.chunks.append), 5, buffer_callback=out.take_buffer)
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
@@ -56,12 +56,12 @@ class FastEncoder(pickle.Pickler):
             if obj in reducers.rebuilders:
                 return NotImplemented
         elif not isinstance(obj, type):
-            return NotImplemented if cls in named.ordinary else named.reduce_instance(obj, cls)
+            return NotImplemented if cls in named.never_by_name else named.reduce_instance(obj, cls)
         if functions.goes_by_name(obj):
             return NotImplemented
-        sealed = None if self.out.peer.same_process or self.out.in_full else definitions.reduce_sealed(obj)
+        sealed = None if self.out.peer.same_process or self.out.full_definitions else definitions.reduce_sealed(obj)
         if sealed is None:
-            raise NeedsCloud
+            raise NeedsCloudpickle
         return sealed
 
 
@@ -70,20 +70,20 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
 
     Args:
         upvalues: what functions drag along travels, too.
-        in_full: what this process has received travels as it is now; else as it was sealed.
+        full_definitions: what this process has received travels as it is now; else as it was sealed.
         sealing: what is encoded is a definition that was received. What its functions drag along stays here.
     """
 
-    def __init__(self, upvalues: bool, in_full: bool = False, sealing: bool = False) -> None:
+    def __init__(self, upvalues: bool, full_definitions: bool = False, sealing: bool = False) -> None:
         self.out = out = Attachments()
-        super().__init__(_Sink(out.chunks.append), 5, buffer_callback=None if sealing else out.take_buffer)
+        super().__init__(_ChunkWriter(out.chunks.append), 5, buffer_callback=None if sealing else out.take_buffer)
         self._upvalues = upvalues
-        self._in_full = in_full or sealing
+        self._in_full = full_definitions or sealing
         self._sealing = sealing
         #: Classes that stay here, of which it is looked at only what they drag along.
-        self._looked_at: set[type] = set()
+        self._checked_classes: set[type] = set()
         #: Functions that a library has written for a class: what they close over is the library's.
-        self._of_library: set[types.FunctionType] = set()
+        self._library_functions: set[types.FunctionType] = set()
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
@@ -109,21 +109,21 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
 
     def _reduce_class(self, cls: type) -> Any:
         if self.out.peer.same_process:
-            return self._reduce_class_here(cls)
+            return self._reduce_class_local(cls)
         found = None if self._in_full else definitions.reduce_received(cls, _seal)
         if found is not None:
             return found
-        self._of_library.update(functions.written_by_library(cls))
+        self._library_functions.update(functions.generated_methods(cls))
         return classes.reduce(cls, self._sealing)
 
-    def _reduce_class_here(self, cls: type) -> Any:
+    def _reduce_class_local(self, cls: type) -> Any:
         """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
-        if not self._upvalues and cls not in self._looked_at:
+        if not self._upvalues and cls not in self._checked_classes:
             look = CloudEncoder(False)
-            look._looked_at = self._looked_at
-            self._looked_at.add(cls)
+            look._checked_classes = self._checked_classes
+            self._checked_classes.add(cls)
             look.dump(cls)
-        return reducers.enclosed, (self.out.enclose(cls),)
+        return reducers.attached_object, (self.out.attach_object(cls),)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if named.is_dispatcher(function):
@@ -132,15 +132,15 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if found is not None:
             return found
         if not self._upvalues and not self._sealing:
-            of_library = function in self._of_library or functions.is_wrapper(function)
-            functions.check(function, of_library=of_library)
+            of_library = function in self._library_functions or functions.is_wrapper(function)
+            functions.check_closure(function, of_library=of_library)
             if of_library:
-                self._of_library.update(functions.parts_of_library(function))
+                self._library_functions.update(functions.library_functions_in(function))
         (code, _, _, _, cells), state = self._dynamic_function_reduce(function)[1:3]
         slots = state[1]
         globals_ = function.__globals__
         space: Any
-        if (module := functions.own_module(function)) is not None:
+        if (module := functions.globals_module(function)) is not None:
             space = _ModuleGlobals(module)
             slots["__globals__"] = functions.added_globals(function)
         else:
@@ -151,13 +151,20 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
         if token is not None:
             slots["__code__"] = code  # should it be set anew at home
             state = *state, 0 if self._sealing else definitions.stamp_of(function)
-        return functions.make, (token, code, space, function.__name__, cells), state, None, None, functions.finish
+        return (
+            functions.make_function,
+            (token, code, space, function.__name__, cells),
+            state,
+            None,
+            None,
+            functions.set_state,
+        )
 
 
 def _seal(obj: Any) -> bytes:
     encoder = CloudEncoder(True, sealing=True)
     encoder.dump(obj)
-    return b"" if encoder.out.more else b"".join(encoder.out.chunks)
+    return b"" if encoder.out.has_attachments else b"".join(encoder.out.chunks)
 
 
 def _bring_to_processes_of_multiprocessing() -> None:
@@ -178,7 +185,7 @@ def _reduce_for_multiprocessing(pickler: Any, obj: Any) -> Any:
     return NotImplemented if found is None else found
 
 
-definitions.on_first.append(_bring_to_processes_of_multiprocessing)
+definitions.on_first_received.append(_bring_to_processes_of_multiprocessing)
 
 
 class _ModuleGlobals:

@@ -23,17 +23,17 @@ from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from . import codec, reducers
 from .copies import ATOMS
-from .letter import Letter
+from .local_message import LocalMessage
 
 #: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
 _NO_LIMIT: Final = 2**62
 #: How deep, and in how long containers, other exceptions are looked for in what an exception holds.
-_DEEPEST: Final = 4
-_LONGEST: Final = 1000
+_MAX_DEPTH: Final = 4
+_MAX_ITEMS: Final = 1000
 #: A class that was not made by a class statement, but in C.
 _HEAP_TYPE: Final = 1 << 9
 #: What is nobody's own affair, wherever it is raised.
-_NOT_OURS: Final = (KeyboardInterrupt, Interrupted)
+_PASS_THROUGH: Final = (KeyboardInterrupt, Interrupted)
 
 
 class PackedException(NamedTuple):
@@ -52,22 +52,22 @@ class PackedException(NamedTuple):
 def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedException:
     """Turn a caught exception into something that always travels to ``peer``."""
     pickled = whole = bare = None
-    for usable in (_is_usable, _Tried(peer)):
+    for usable in (_accept_all, _TryEncoding(peer)):
         try:
-            parts = _Dissection(usable).of(error)
+            parts = _Dissector(usable).of(error)
             payload = codec.encode(parts, _NO_LIMIT, upvalues=True, peer=peer)
             if isinstance(payload, bytes):
                 pickled = payload
-            elif isinstance(codec.decode(*codec.received(payload)), BaseException):
+            elif isinstance(codec.decode(*codec.deliver_local(payload)), BaseException):
                 whole = parts
-        except _NOT_OURS:
+        except _PASS_THROUGH:
             raise
         except BaseException:
             continue  # then without what cannot travel, or its text has to do
         if pickled or whole:
             break
     if pickled is not None or whole is not None:
-        dissection = _Dissection(_is_atom)
+        dissection = _Dissector(_accept_atoms)
         with contextlib.suppress(Exception):
             parts = dissection.of(error)
             if dissection.has_left_out:
@@ -85,7 +85,7 @@ def pack_for(peer: Capabilities, error: BaseException) -> PackedException | Base
 def encode(error: PackedException | BaseException, limit: int, peer: Capabilities = SAME_MACHINE) -> codec.Encoded:
     """The payload with which a worker tells its owner that it has failed: no value, and what ``pack_for`` gives."""
     if isinstance(error, BaseException):
-        return Letter(None, [(None, error)])
+        return LocalMessage(None, [(None, error)])
     return codec.encode((None, error), limit, upvalues=True, peer=peer)
 
 
@@ -100,7 +100,7 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
             continue
         try:
             error = pickle.loads(pickled)
-        except _NOT_OURS:
+        except _PASS_THROUGH:
             raise
         except BaseException:
             error = None
@@ -110,8 +110,8 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
     return error
 
 
-def open_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
-    """Value and error of what a worker has told its owner: ``(value, packed error)``.
+def decode_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
+    """Value and error of what a worker has fallback_text its owner: ``(value, packed error)``.
 
     ``data`` may also be the error with which receiving it has failed, and which stands in its place.
     """
@@ -120,14 +120,14 @@ def open_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
             raise data
         value, packed = codec.decode(data, fds)
         return value, None if packed is None else unpack(packed)
-    except _NOT_OURS:
+    except _PASS_THROUGH:
         raise
     except BaseException as raised:  # SystemExit, too, is the answer's affair, not that of whoever opens it
         return None, raised
 
 
 def discard_answer(data: Any, fds: list[int]) -> None:
-    """Nobody wants what a worker has told its owner."""
+    """Nobody wants what a worker has fallback_text its owner."""
     if not isinstance(data, BaseException):
         codec.discard(data, fds)
 
@@ -139,22 +139,22 @@ def _kind(error: BaseException) -> str:
 def _summary(error: BaseException) -> str:
     try:
         return str(error)
-    except _NOT_OURS:
+    except _PASS_THROUGH:
         raise
     except BaseException:
         return "(its text cannot be had)"
 
 
-def _is_usable(part: Any) -> str | None:
+def _accept_all(part: Any) -> str | None:
     """Why a part cannot travel: nothing is known against it."""
     return None
 
 
-def _is_atom(part: Any) -> str | None:
+def _accept_atoms(part: Any) -> str | None:
     return None if type(part) in ATOMS else f"a {type(part).__qualname__}"
 
 
-class _Tried:
+class _TryEncoding:
     """Says why a part cannot travel, because it has been tried out."""
 
     def __init__(self, peer: Capabilities) -> None:
@@ -163,7 +163,7 @@ class _Tried:
     def __call__(self, part: Any) -> str | None:
         try:
             codec.encode(part, _NO_LIMIT, upvalues=True, peer=self._peer)
-        except _NOT_OURS:
+        except _PASS_THROUGH:
             raise
         except BaseException as error:
             return f"{type(error).__name__}: {_summary(error)}"
@@ -180,17 +180,17 @@ class _Parts:
 
     def __init__(self, error: BaseException) -> None:
         self.cls = type(error)
-        self.told = _kind(error), _summary(error)
+        self.fallback_text = _kind(error), _summary(error)
         #: What was left behind, and why.
         self.missing: list[str] = []
 
     def __reduce__(self) -> Any:
         same = self.made_of is self.args
-        args = self.cls, self.make, None if same else self.made_of, self.args, self.told
+        args = self.cls, self.make, None if same else self.made_of, self.args, self.fallback_text
         return _put_together, args, (self.state, self.missing), None, None, _put_state
 
 
-class _Dissection:
+class _Dissector:
     """Takes an exception apart, with the exceptions in it. ``usable`` says why a part cannot travel, or None."""
 
     def __init__(self, usable: Callable[[Any], str | None]) -> None:
@@ -228,7 +228,7 @@ class _Dissection:
             return self.of(value), False
         reason = None
         cls = type(value)
-        if cls in (list, tuple, dict) and depth < _DEEPEST and len(value) < _LONGEST:
+        if cls in (list, tuple, dict) and depth < _MAX_DEPTH and len(value) < _MAX_ITEMS:
             keys = list(value) if cls is dict else range(len(value))
             reason = next((reason for key in keys if (reason := self._usable(key))), None)
             if reason is None:
@@ -247,7 +247,7 @@ class _Dissection:
 def _text_of(value: Any) -> str:
     try:
         return f"{value!r:.200}"
-    except _NOT_OURS:
+    except _PASS_THROUGH:
         raise
     except BaseException:
         return f"<{type(value).__qualname__}>"
@@ -259,7 +259,7 @@ def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
     make, made_of, state = cls, error.args, None
     try:
         reduced: Any = reducers.registered[cls](error) if cls in reducers.registered else error.__reduce_ex__(4)
-    except _NOT_OURS:
+    except _PASS_THROUGH:
         raise
     except BaseException:
         reduced = None
@@ -275,17 +275,17 @@ def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
 
 
 def _put_together(
-    cls: Any, make: Any, made_of: tuple[Any, ...] | None, args: tuple[Any, ...], told: tuple[str, str]
+    cls: Any, make: Any, made_of: tuple[Any, ...] | None, args: tuple[Any, ...], fallback_text: tuple[str, str]
 ) -> BaseException:
     """Make the exception as its class wants it; if that is not possible, as its class, without its ``__init__``."""
     made_of = args if made_of is None else made_of
     try:
         error = make(*made_of)
-    except _NOT_OURS:
+    except _PASS_THROUGH:
         raise
     except BaseException as raised:
         error = _without_init(cls, made_of, args, raised) if make is cls else None
-    return error if isinstance(error, BaseException) else RemoteError(": ".join(told))
+    return error if isinstance(error, BaseException) else RemoteError(": ".join(fallback_text))
 
 
 def _without_init(
@@ -309,7 +309,7 @@ def _put_state(error: BaseException, found: tuple[Any, list[str]]) -> None:
     if state is not None:
         try:
             error.__setstate__(state)
-        except _NOT_OURS:
+        except _PASS_THROUGH:
             raise
         except BaseException:
             if isinstance(state, dict):

@@ -35,7 +35,7 @@ import torch
 from cloudpickle import cloudpickle
 
 from ..errors import ClosureError
-from . import definitions, importable, namespaces, reducers, renewal
+from . import definitions, importable, namespaces, reducers, updates
 
 #: Attributes that every module has; a function that uses them does not capture data.
 _MODULE_ATTRIBUTES: Final = frozenset(
@@ -51,7 +51,7 @@ _MODULE_ATTRIBUTES: Final = frozenset(
     }
 )
 #: What is said of types, and has no data.
-_ABOUT_TYPES: Final[tuple[type, ...]] = (
+_TYPING_TYPES: Final[tuple[type, ...]] = (
     *(getattr(typing, name) for name in ("NewType", "TypeVar", "ParamSpec", "TypeVarTuple") if hasattr(typing, name)),
     types.GenericAlias,
     types.UnionType,
@@ -61,7 +61,7 @@ _ABOUT_TYPES: Final[tuple[type, ...]] = (
 _BOUND: Final = (types.BuiltinFunctionType, types.MethodType)
 _LruCache: Final = type(functools.lru_cache(len))
 #: Modules of the standard library whose functions write methods of classes: what those close over belongs to the class.
-_WRITERS: Final = frozenset(
+_METHOD_GENERATORS: Final = frozenset(
     {dataclasses.__file__, collections.__file__, enum.__file__, functools.__file__, reprlib.__file__}
 )
 #: Free variables of the methods that ``dataclasses`` writes; they belong to the class.
@@ -94,7 +94,7 @@ def goes_by_name(obj: Any) -> bool:
     return namespaces.look_up(vars(module), name) is obj
 
 
-def unwrapped(value: Any) -> types.FunctionType | None:
+def underlying_function(value: Any) -> types.FunctionType | None:
     """The function that a class has under some name, without what makes a method of it; None if it is none."""
     if isinstance(value, (staticmethod, classmethod)):
         value = value.__func__
@@ -105,7 +105,7 @@ def unwrapped(value: Any) -> types.FunctionType | None:
     return value if isinstance(value, types.FunctionType) else None
 
 
-def home(obj: Any) -> tuple[str, str] | None:
+def find_import(obj: Any) -> tuple[str, str] | None:
     """Module and name under which an importable module has ``obj``, whatever ``obj`` itself says.
 
     ``torch.ones`` and ``random.random`` are such: built-in functions and bound methods that do not know where they can
@@ -122,12 +122,12 @@ def home(obj: Any) -> tuple[str, str] | None:
     return None
 
 
-def imported(module_name: str, name: str) -> Any:
-    """What ``home`` has found, on the other side."""
+def import_name(module_name: str, name: str) -> Any:
+    """What ``find_import`` has found, on the other side."""
     return namespaces.look_up(vars(importlib.import_module(module_name)), name)
 
 
-def own_module(function: types.FunctionType) -> str | None:
+def globals_module(function: types.FunctionType) -> str | None:
     """Name of the importable module whose globals the function uses; None for ``__main__`` and its like."""
     name = function.__globals__.get("__name__")
     if not isinstance(name, str):
@@ -149,16 +149,16 @@ def module_globals(name: str) -> dict[str, Any]:
     return sys.modules[name].__dict__
 
 
-def make(token: str | None, code: types.CodeType, globals_: dict[str, Any], name: str, cells: Any) -> Any:
+def make_function(token: str | None, code: types.CodeType, globals_: dict[str, Any], name: str, cells: Any) -> Any:
     """The function with this token. If there is none, or no token, a new one without a state."""
-    known = None if token is None else definitions.with_token(token)
+    known = None if token is None else definitions.find(token)
     if known is not None:
         return known
     function = types.FunctionType(code, globals_, name, None, cells)
-    return function if token is None else definitions.received(token, function)
+    return function if token is None else definitions.add_received(token, function)
 
 
-def finish(function: types.FunctionType, state: Any) -> None:
+def set_state(function: types.FunctionType, state: Any) -> None:
     """Set the state of a function; if it was there before, what its home has changed.
 
     Its globals get what it refers to, in any case.
@@ -172,13 +172,13 @@ def finish(function: types.FunctionType, state: Any) -> None:
     stamp = state[2]
     parts = _parts(attributes, slots)
     if definitions.is_complete(function):
-        for key, value in renewal.changes(function, stamp, parts, functools.partial(_part, function)):
+        for key, value in updates.changes(function, stamp, parts, functools.partial(_part, function)):
             _set_part(function, key, value)
     else:
         del slots["__code__"]  # it was made of that
         cloudpickle._function_setstate(function, (attributes, slots))
-        renewal.remember(function, stamp, parts)
-        definitions.complete(function, function.__globals__, function.__qualname__)
+        updates.remember(function, stamp, parts)
+        definitions.mark_complete(function, function.__globals__, function.__qualname__)
 
 
 def _parts(attributes: dict[str, Any], slots: dict[str, Any]) -> dict[Any, Any]:
@@ -201,18 +201,18 @@ def _part(function: Any, key: Any) -> Any:
     if isinstance(key, str):
         return getattr(function, key)
     if isinstance(key, tuple):
-        return vars(function).get(key[0], renewal.MISSING)
+        return vars(function).get(key[0], updates.MISSING)
     try:
         return function.__closure__[key].cell_contents
     except ValueError:
-        return renewal.MISSING
+        return updates.MISSING
 
 
 def _set_part(function: Any, key: Any, value: Any) -> None:
     owner, name = (function.__closure__[key], "cell_contents") if isinstance(key, int) else (function, key)
     if isinstance(key, tuple):
         name = key[0]
-    if value is renewal.MISSING:
+    if value is updates.MISSING:
         delattr(owner, name)
     else:
         setattr(owner, name, value)
@@ -261,7 +261,7 @@ def added_globals(function: types.FunctionType) -> dict[str, Any]:
     return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
 
-def check(function: types.FunctionType, *, of_library: bool = False) -> None:
+def check_closure(function: types.FunctionType, *, of_library: bool = False) -> None:
     """Raise ClosureError if the function, which is about to travel by value, drags data along.
 
     Args:
@@ -279,7 +279,7 @@ def check(function: types.FunctionType, *, of_library: bool = False) -> None:
 
 
 def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
-    if function.__code__.co_filename in _WRITERS:
+    if function.__code__.co_filename in _METHOD_GENERATORS:
         return
     written_by_dataclasses = function.__code__.co_filename == "<string>"
     for name, value in _cells(function):
@@ -290,26 +290,26 @@ def _captured_cells(function: types.FunctionType) -> Iterator[tuple[str, str, An
 
 def is_wrapper(function: types.FunctionType) -> bool:
     """Whether a library's decorator has made the function."""
-    if own_module(function) is None:
+    if globals_module(function) is None:
         return False
     return "__wrapped__" in vars(function) or any(
         isinstance(value, (types.FunctionType, type)) and not goes_by_name(value) for _, value in _cells(function)
     )
 
 
-def written_by_library(cls: type) -> Iterator[types.FunctionType]:
+def generated_methods(cls: type) -> Iterator[types.FunctionType]:
     """The functions that a library has written into a class that is not the library's."""
     for value in vars(cls).values():
-        parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (unwrapped(value),)
+        parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (underlying_function(value),)
         for function in parts:
-            if isinstance(function, types.FunctionType) and own_module(function) is not None:
+            if isinstance(function, types.FunctionType) and globals_module(function) is not None:
                 yield function
 
 
-def parts_of_library(function: types.FunctionType) -> Iterator[types.FunctionType]:
+def library_functions_in(function: types.FunctionType) -> Iterator[types.FunctionType]:
     """The nested functions of libraries that such a function closes over."""
     for _, value in _cells(function):
-        if isinstance(value, types.FunctionType) and own_module(value) is not None:
+        if isinstance(value, types.FunctionType) and globals_module(value) is not None:
             yield value
 
 
@@ -329,7 +329,7 @@ def _is_generated(function: types.FunctionType) -> bool:
 
 
 def _captured_globals(function: types.FunctionType) -> Iterator[tuple[str, str, Any]]:
-    if own_module(function) is not None or _is_generated(function):
+    if globals_module(function) is not None or _is_generated(function):
         return
     read, set_ = _global_names(function.__code__)
     for name in sorted(read - set_ - _MODULE_ATTRIBUTES):
@@ -344,11 +344,11 @@ def _is_data(value: Any) -> bool:
         return False  # by name, or by value and then looked at when the encoder meets it
     if type(value) is tuple and value:
         return any(map(_is_data, value))
-    if isinstance(value, _ABOUT_TYPES) or type(value) is object or _has_name(value):
+    if isinstance(value, _TYPING_TYPES) or type(value) is object or _has_name(value):
         return False
     if isinstance(getattr(value, "__self__", None), (type, types.ModuleType)) and isinstance(value, _BOUND):
         return False
-    return not (callable(value) and (goes_by_name(value) or home(value) is not None))
+    return not (callable(value) and (goes_by_name(value) or find_import(value) is not None))
 
 
 def _has_name(value: Any) -> bool:
@@ -403,8 +403,8 @@ def _reduce_bound(encoder: reducers.Encoder, function: Any) -> Any:
     """``random.random`` is a bound method of an instance, which must not travel in its place."""
     if isinstance(function.__self__, (type, types.ModuleType, type(None))):
         return NotImplemented
-    found = home(function)
-    return NotImplemented if found is None else (imported, found)
+    found = find_import(function)
+    return NotImplemented if found is None else (import_name, found)
 
 
 def _rebuild_cached_property(function: Any, name: str | None) -> Any:

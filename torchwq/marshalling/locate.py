@@ -53,7 +53,7 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _shown(obj: Any) -> str:
+def _short_repr(obj: Any) -> str:
     try:
         text = repr(obj)
     except Exception:  # as above
@@ -66,15 +66,15 @@ def _items(obj: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(obj, Mapping):
         for key, value in obj.items():
-            yield f"[{_shown(key)}]", value
-            yield f".keys()[{_shown(key)}]", key
+            yield f"[{_short_repr(key)}]", value
+            yield f".keys()[{_short_repr(key)}]", key
     elif isinstance(obj, (list, tuple, collections.deque)):
         fields = getattr(obj, "_fields", None)
         for index, value in enumerate(obj):
             yield (f".{fields[index]}" if fields else f"[{index}]"), value
     elif isinstance(obj, (set, frozenset)):
         for value in obj:
-            yield f"{{{_shown(value)}}}", value
+            yield f"{{{_short_repr(value)}}}", value
     elif isinstance(obj, functools.partial):
         yield ".func", obj.func
         for index, value in enumerate(obj.args):

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from cloudpickle import cloudpickle
 
-from . import definitions, functions, importable, namespaces, reducers, renewal
+from . import definitions, functions, importable, namespaces, reducers, updates
 
 _LruCache: Final = type(functools.lru_cache(len))
 _Globals = dict[str, Any]
@@ -33,26 +33,26 @@ def _globals_with(obj: Any, name: str, module: Any = None) -> _Globals | None:
     return globals_ if globals_ is not None and namespaces.look_up(globals_, name) is obj else None
 
 
-def make(
+def make_named(
     token: str, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...], stamp: int
 ) -> Any:
     """What has this token: it is built if it is not there."""
     attributes = args[1] if build is _rebuild_sentinel else {}
-    known = definitions.with_token(token)
+    known = definitions.find(token)
     if known is not None:
-        for key, value in renewal.changes(known, stamp, attributes, lambda key: getattr(known, key, renewal.MISSING)):
-            object.__delattr__(known, key) if value is renewal.MISSING else object.__setattr__(known, key, value)
+        for key, value in updates.changes(known, stamp, attributes, lambda key: getattr(known, key, updates.MISSING)):
+            object.__delattr__(known, key) if value is updates.MISSING else object.__setattr__(known, key, value)
         return known
-    made = definitions.received(token, build(*args))
-    renewal.remember(made, stamp, attributes)
-    definitions.complete(made, globals_, name)
+    made = definitions.add_received(token, build(*args))
+    updates.remember(made, stamp, attributes)
+    definitions.mark_complete(made, globals_, name)
     return made
 
 
 def _reduced(obj: Any, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     space = None if globals_ is None else namespaces.of(globals_)
     token = definitions.token_of(obj)
-    return make, (token, space, name, build, args, definitions.stamp_of(obj))
+    return make_named, (token, space, name, build, args, definitions.stamp_of(obj))
 
 
 # --- what is said of types -------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def _reduce_new_type(encoder: reducers.Encoder, new: Any) -> Any:
         return NotImplemented
     name = new.__name__
     args = new.__module__, typing.NewType, (name, new.__supertype__)
-    return _reduced(new, _globals_with(new, name), name, _about_types, args)
+    return _reduced(new, _globals_with(new, name), name, _make_typing_object, args)
 
 
 def _reduce_type_variable(encoder: reducers.Encoder, variable: Any) -> Any:
@@ -77,10 +77,10 @@ def _reduce_type_variable(encoder: reducers.Encoder, variable: Any) -> Any:
         args = (_make_param_spec, (name, variable.__bound__, variable.__covariant__, variable.__contravariant__))
     else:
         args = (type(variable), (name,))
-    return _reduced(variable, _globals_with(variable, name), name, _about_types, (variable.__module__, *args))
+    return _reduced(variable, _globals_with(variable, name), name, _make_typing_object, (variable.__module__, *args))
 
 
-def _about_types(module: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _make_typing_object(module: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     made = build(*args)
     made.__module__ = module  # it has taken the caller's
     return made
@@ -136,14 +136,14 @@ def reduce_dispatcher(function: Any, sealing: bool) -> Any:
     token = definitions.token_of(function) if top_level else None
     attributes = {key: value for key, value in vars(function).items() if key not in _OF_DISPATCHER}
     attributes.update((key, getattr(function, key)) for key in functools.WRAPPER_ASSIGNMENTS if hasattr(function, key))
-    space = namespaces.of(globals_) if top_level and functions.own_module(original) is None else None
+    space = namespaces.of(globals_) if top_level and functions.globals_module(original) is None else None
     stamp = 0 if sealing or not top_level else definitions.stamp_of(function)
     state = list(function.registry.items()), attributes, space, stamp
     return _make_dispatcher, (token, function.__name__), state, None, None, _finish_dispatcher
 
 
 def _make_dispatcher(token: str | None, name: str) -> Any:
-    known = None if token is None else definitions.with_token(token)
+    known = None if token is None else definitions.find(token)
     if known is not None:
         return known
 
@@ -151,7 +151,7 @@ def _make_dispatcher(token: str | None, name: str) -> Any:
 
     original.__name__ = name
     made = functools.singledispatch(original)
-    return made if token is None else definitions.received(token, made)
+    return made if token is None else definitions.add_received(token, made)
 
 
 def _finish_dispatcher(
@@ -161,26 +161,26 @@ def _finish_dispatcher(
     types_ = {id(cls): cls for cls, _ in implementations}  # for no part is to keep a type alive
     parts: dict[Any, Any] = {**{id(cls): value for cls, value in implementations}, **attributes}
     if definitions.is_complete(function):
-        changed = renewal.changes(function, stamp, parts, functools.partial(_part_of_dispatcher, function, types_))
+        changed = updates.changes(function, stamp, parts, functools.partial(_part_of_dispatcher, function, types_))
     else:
         changed = list(parts.items())
     for key, value in changed:
         if not isinstance(key, str):
-            if value is not renewal.MISSING:  # nobody can take one back
+            if value is not updates.MISSING:  # nobody can take one back
                 function.register(types_[key], value)
-        elif value is renewal.MISSING:
+        elif value is updates.MISSING:
             delattr(function, key)
         else:
             setattr(function, key, value)
     if not definitions.is_complete(function):
-        renewal.remember(function, stamp, parts)
-        definitions.complete(function, globals_, function.__qualname__)
+        updates.remember(function, stamp, parts)
+        definitions.mark_complete(function, globals_, function.__qualname__)
 
 
 def _part_of_dispatcher(function: Any, types_: dict[int, type], key: Any) -> Any:
     if isinstance(key, str):
-        return getattr(function, key, renewal.MISSING)
-    return function.registry.get(types_.get(key), renewal.MISSING)
+        return getattr(function, key, updates.MISSING)
+    return function.registry.get(types_.get(key), updates.MISSING)
 
 
 _any_dispatcher: Any = functools.singledispatch(len)
@@ -194,15 +194,15 @@ _OF_DISPATCHER: Final = frozenset(vars(_any_dispatcher)) - {"__wrapped__"}
 def _reduce_bare_object(encoder: reducers.Encoder, obj: object) -> Any:
     """A bare object is only good for being compared with ``is``; a script's is the same everywhere."""
     if encoder.peer.same_process:
-        return reducers.enclosed, (encoder.enclose(obj),)
-    for space in namespaces.all_known():
+        return reducers.attached_object, (encoder.attach_object(obj),)
+    for space in namespaces.all_namespaces():
         for name, value in list(space.globals.items()):
             if value is obj:
-                return _bare_object, (space, name)
+                return _sentinel, (space, name)
     return NotImplemented
 
 
-def _bare_object(globals_: _Globals, name: str) -> Any:
+def _sentinel(globals_: _Globals, name: str) -> Any:
     namespaces.install(globals_, [(name, globals_.get(name, object()))])
     return globals_[name]
 
@@ -210,14 +210,14 @@ def _bare_object(globals_: _Globals, name: str) -> Any:
 reducers.register(object, _reduce_bare_object)
 
 #: Classes whose instances pickle never sends by name, as far as they are importable themselves.
-ordinary: set[type] = set()
+never_by_name: set[type] = set()
 
 
 def reduce_instance(obj: Any, cls: type) -> Any:
     """How an object goes whose class has a ``__reduce__`` of its own, which may return a name; or NotImplemented."""
     reduced = functions.own_reduction(obj)
     if reduced is NotImplemented and functions.goes_by_name(cls):
-        ordinary.add(cls)
+        never_by_name.add(cls)
     if not isinstance(reduced, str):
         return reduced
     module = functions.module_of(obj)

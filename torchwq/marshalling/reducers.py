@@ -1,8 +1,8 @@
 """Which type travels how: a table from types to reducers, asked by both encoders for each object they meet.
 
 A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own
-way. It may attach descriptors to the message with ``encoder.attach``; the rebuilding function finds them by their index
-with :func:`take_inbound_fd`. Or let it refer to blocks; the rebuilding function finds them in :func:`inbound`.
+way. It may attach descriptors to the message with ``encoder.attach_fd``; the rebuilding function takes them by their
+index with :func:`take_inbound_fd`. It may attach blocks; the rebuilding function finds them in :func:`inbound_blocks`.
 
 Users have a table of their own, of reducers that get the object and nothing else: :func:`register_reducer`.
 """
@@ -23,22 +23,22 @@ from ..memory.block import Block
 from ..memory.packing import Packing
 from ..memory.received_blocks import ReceivedBlocks
 from ..transport.capabilities import Capabilities
-from . import state
+from . import subclass_state
 
 
 class Encoder(Protocol):
     #: If not None, tensors travel by value, but for those on these blocks.
-    fresh: Container[Block] | None
-    #: Who gets the message. One that stays in this process may enclose what others have to rebuild.
+    owned_blocks: Container[Block] | None
+    #: Who gets the message. One that stays in this process may have attached what others have to rebuild.
     peer: Capabilities
     #: If not None, the message is what a worker begins with, and this holds what must live as long as the worker.
-    starting: list[Any] | None
+    worker_resources: list[Any] | None
 
-    def attach(self, fd: int, owner: Any) -> int:
+    def attach_fd(self, fd: int, owner: Any) -> int:
         """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
         ...
 
-    def refer(self, block: Block, storage: Any) -> int:
+    def attach_block(self, block: Block, storage: Any) -> int:
         """Let a reference to ``block`` travel with the message; ``storage`` is its. Returns its index."""
         ...
 
@@ -48,11 +48,11 @@ class Encoder(Protocol):
         ...
 
     @property
-    def own_blocks(self) -> int:
+    def block_count(self) -> int:
         """How many blocks the message refers to by now."""
         ...
 
-    def enclose(self, obj: Any) -> int:
+    def attach_object(self, obj: Any) -> int:
         """Let ``obj`` itself travel with a message that stays in this process. Returns its index."""
         ...
 
@@ -61,9 +61,9 @@ Reducer = Callable[[Encoder, Any], Any]
 T = TypeVar("T")
 
 _exact: dict[type, Reducer] = {}
-_families: dict[type, Reducer] = {}
-_others: Container[type] = ()
-_not_others: Container[type] = ()
+_by_base: dict[type, Reducer] = {}
+_fallback_types: Container[type] = ()
+_not_fallback: Container[type] = ()
 #: Classes that are refused, which a user may know how to send.
 _refused: set[type] = set()
 #: What users have registered.
@@ -74,7 +74,7 @@ _ASKS_NOBODY: Final = frozenset(
 )
 #: What the encoders look at themselves: code, which goes by name or under the closure rule.
 _CODE: Final = frozenset({type, types.FunctionType})
-_reduce_other: Reducer | None = None
+_fallback_reducer: Reducer | None = None
 #: Functions that reducers name and that are known to be found by their names.
 rebuilders: set[Any] = set()
 
@@ -134,48 +134,48 @@ def register_reducer(type: type[T], reduce: Callable[[T], tuple[Any, ...] | str]
 
 def register_family(base: type, reducer: Reducer) -> None:
     """Let instances of subclasses of ``base`` that have no reducer of their own be reduced by ``reducer``."""
-    _families[base] = reducer
+    _by_base[base] = reducer
 
 
-def register_others(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
+def register_fallback(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
     """Let instances of the classes that are in another ``registry`` at that time, ``but`` for some, and that have no
     reducer of their own here, be reduced by ``reducer``."""
-    global _others, _not_others, _reduce_other
-    _others, _not_others, _reduce_other = registry, but, reducer
+    global _fallback_types, _not_fallback, _fallback_reducer
+    _fallback_types, _not_fallback, _fallback_reducer = registry, but, reducer
 
 
 def lookup(cls: type) -> Reducer | None:
     reducer = _exact.get(cls)
     if reducer is None:
-        if cls in _others and cls not in _not_others:
-            return _reduce_other
+        if cls in _fallback_types and cls not in _not_fallback:
+            return _fallback_reducer
         for base in cls.__mro__:
-            if base in _families:
-                return _families[base]
+            if base in _by_base:
+                return _by_base[base]
     return reducer
 
 
 _inbound = threading.local()
 
 
-class Unpacking:
-    """The descriptors and the blocks of the message that this thread is unpickling, or what a letter encloses."""
+class InboundMessage:
+    """What this thread is unpickling: a message's descriptors and blocks, or the objects of a local message."""
 
-    __slots__ = ("_outer", "as_it_is", "enclosed", "fds", "received_blocks")
+    __slots__ = ("_outer", "fds", "objects", "original_tensors", "received_blocks")
 
     def __init__(
         self,
         fds: list[int],
         received_blocks: ReceivedBlocks | None,
-        enclosed: Sequence[Any] = (),
-        as_it_is: bool = False,
+        objects: Sequence[Any] = (),
+        original_tensors: bool = False,
     ) -> None:
         self.fds = fds
         self.received_blocks = received_blocks
-        self.enclosed = enclosed
-        self.as_it_is = as_it_is
+        self.objects = objects
+        self.original_tensors = original_tensors
 
-    def __enter__(self) -> Unpacking:
+    def __enter__(self) -> InboundMessage:
         self._outer = getattr(_inbound, "message", None)
         _inbound.message = self
         return self
@@ -184,25 +184,25 @@ class Unpacking:
         _inbound.message = self._outer
 
 
-def inbound() -> ReceivedBlocks:
+def inbound_blocks() -> ReceivedBlocks:
     """The blocks of the message being unpickled."""
     received_blocks: ReceivedBlocks = _inbound.message.received_blocks
     return received_blocks
 
 
-def enclosed(index: int) -> Any:
-    """What the letter being unpickled encloses under this index."""
-    return _inbound.message.enclosed[index]
+def attached_object(index: int) -> Any:
+    """The object that is attached under this index to the local message being unpickled."""
+    return _inbound.message.objects[index]
 
 
-def is_letter() -> bool:
-    """Whether what is being unpickled is a letter, and not a message."""
-    return bool(_inbound.message.enclosed)
+def is_local_message() -> bool:
+    """Whether a local message is being unpickled, and not one from another process."""
+    return bool(_inbound.message.objects)
 
 
-def opened_as_it_is() -> bool:
-    """Whether who opens the letter that is being unpickled only looks at its tensors."""
-    return bool(_inbound.message.as_it_is)
+def wants_original_tensors() -> bool:
+    """Whether the local message is being unpickled only to send its tensors elsewhere."""
+    return bool(_inbound.message.original_tensors)
 
 
 def take_inbound_fd(index: int) -> int:
@@ -228,7 +228,7 @@ def _reduce_array_subclass(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any
     own = any(getattr(cls, way) is not getattr(np.ndarray, way) for way in _ARRAYS_WAYS)
     if own or isinstance(array, np.memmap) or cls.__module__.partition(".")[0] == "numpy":
         return NotImplemented
-    return state.reduced(_as_subclass, (array.view(np.ndarray), cls), array, np.ndarray)
+    return subclass_state.reduced(_as_subclass, (array.view(np.ndarray), cls), array, np.ndarray)
 
 
 def _as_subclass(array: np.ndarray[Any, Any], cls: Any) -> Any:

@@ -23,8 +23,16 @@ from ..memory.packing import max_own_blocks
 from ..memory.recycling import block_of
 from ..memory.slices import slice_of
 from ..memory.storages import geometry
-from . import state
-from .reducers import Encoder, enclosed, inbound, opened_as_it_is, rebuilders, register, register_family
+from . import subclass_state
+from .reducers import (
+    Encoder,
+    attached_object,
+    inbound_blocks,
+    rebuilders,
+    register,
+    register_family,
+    wants_original_tensors,
+)
 
 
 def is_unusual(tensor: torch.Tensor) -> bool:
@@ -43,16 +51,16 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if tensor.requires_grad:
         _refuse_non_leaf(tensor)
         warn_if_has_hooks(tensor)
-    if encoder.peer.same_process and encoder.fresh is not None:
+    if encoder.peer.same_process and encoder.owned_blocks is not None:
         tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     if encoder.peer.same_process:
         where = None if is_unusual(tensor) else (tensor.untyped_storage().data_ptr(), geometry(tensor))
-        return _alias, (encoder.enclose(tensor), type(tensor), tensor.requires_grad, where)
+        return _alias, (encoder.attach_object(tensor), type(tensor), tensor.requires_grad, where)
     if is_unusual(tensor):
         return _reduce_unusual(encoder, tensor)
     storage = tensor.untyped_storage()
     block = block_of(storage)
-    if sharing.goes_by_value(block, encoder.fresh):
+    if sharing.goes_by_value(block, encoder.owned_blocks):
         return _reduce_by_value(encoder, tensor)
     if block is None or not sharing.is_current(block):
         if storage.nbytes() == 0:
@@ -61,7 +69,7 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
             return _refer_packed(tensor, encoder.packing.refer(storage), geometry(tensor))
         if sharing.needs_torch_reducer(storage):
             return _reduce_with_storage(tensor, tensor)
-        many = encoder.own_blocks >= max_own_blocks()
+        many = encoder.block_count >= max_own_blocks()
         if many and not storage.is_shared() and storages.is_sole_owner(tensor, storage):
             return _refer_packed(tensor, encoder.packing.move(tensor), geometry(tensor))
         del storage
@@ -72,14 +80,14 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         if block is None:
             return _reduce_to_copy(tensor)
         storage = tensor.untyped_storage()
-    return _refer(tensor, encoder.refer(block, storage), geometry(tensor))
+    return _refer(tensor, encoder.attach_block(block, storage), geometry(tensor))
 
 
 def _alias(
     index: int, cls: type[torch.Tensor], requires_grad: bool, where: tuple[int, Geometry] | None
 ) -> torch.Tensor:
-    tensor: torch.Tensor = enclosed(index)
-    return tensor if opened_as_it_is() else _as_leaf(alias(tensor, where), cls, requires_grad)
+    tensor: torch.Tensor = attached_object(index)
+    return tensor if wants_original_tensors() else _as_leaf(alias(tensor, where), cls, requires_grad)
 
 
 def alias(tensor: torch.Tensor, where: tuple[int, Geometry] | None) -> torch.Tensor:
@@ -125,12 +133,12 @@ def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """The tensor that lies so on block ``index`` of the message being unpickled."""
-    return inbound().tensor(index, (code, offset, size, stride))
+    return inbound_blocks().tensor(index, (code, offset, size, stride))
 
 
 def rebuild_packed(group: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """The tensor that lies so on the packed storage ``group`` of the message being unpickled."""
-    return inbound().packed_tensor(group, (code, offset, size, stride))
+    return inbound_blocks().packed_tensor(group, (code, offset, size, stride))
 
 
 def _rebuild_packed_leaf(cls: type[torch.Tensor], requires_grad: bool, *where: Any) -> torch.Tensor:
@@ -189,7 +197,7 @@ def _reduce_subclass(encoder: Encoder, tensor: torch.Tensor) -> Any:
     if not plain or "__torch_dispatch__" in {name for base in _own_bases(cls) for name in vars(base)}:
         return NotImplemented
     bare = torch.Tensor.as_subclass(torch.Tensor.detach(tensor), torch.Tensor)
-    return state.reduced(_rebuild_subclass, (cls, bare, tensor.requires_grad), tensor, torch.Tensor)
+    return subclass_state.reduced(_rebuild_subclass, (cls, bare, tensor.requires_grad), tensor, torch.Tensor)
 
 
 def _own_bases(cls: type) -> list[type]:
@@ -253,7 +261,7 @@ def _rebuild_sparse(
 
 def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
     if encoder.peer.same_process:
-        return enclosed, (encoder.enclose(storage),)
+        return attached_object, (encoder.attach_object(storage),)
     if storage.device.type != "cpu":
         _refuse_device(encoder, storage.device)
         return reductions.reduce_storage(storage)
@@ -262,7 +270,7 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
     if not encoder.peer.shares_memory:
         return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage)),)
     block = block_of(storage)
-    if sharing.goes_by_value(block, encoder.fresh):
+    if sharing.goes_by_value(block, encoder.owned_blocks):
         copied = sharing.copy(storages.place(storage, storages.CODES[torch.uint8], 0, (storage.nbytes(),), (1,)))
         block, storage = (None, storage) if copied is None else copied[:2]
     elif block is None or not sharing.is_current(block):
@@ -273,7 +281,7 @@ def _reduce_untyped(encoder: Encoder, storage: torch.UntypedStorage) -> Any:
         block = sharing.share_storage(storage)
     if block is None:
         return _rebuild_storage, (pickle.PickleBuffer(storages.lasting_memory(storage.clone())),)
-    return _open_storage, (encoder.refer(block, storage),)
+    return _open_storage, (encoder.attach_block(block, storage),)
 
 
 def _rebuild_storage(data: Any) -> torch.UntypedStorage:
@@ -281,11 +289,11 @@ def _rebuild_storage(data: Any) -> torch.UntypedStorage:
 
 
 def _open_storage(index: int) -> torch.UntypedStorage:
-    return inbound().storage(index)
+    return inbound_blocks().storage(index)
 
 
 def _open_packed(group: int) -> torch.UntypedStorage:
-    return inbound().packed_storage(group)
+    return inbound_blocks().packed_storage(group)
 
 
 def _reduce_typed(encoder: Encoder, storage: Any) -> Any:
@@ -319,5 +327,5 @@ register(torch.storage.TypedStorage, _reduce_typed)
 for _cls in torch._storage_classes:  # the legacy FloatStorage and its like
     if _cls is not torch.UntypedStorage:
         register(_cls, _reduce_typed)
-rebuilders.update((_alias, enclosed, rebuild, _rebuild_leaf, rebuild_packed, _rebuild_packed_leaf, _open_packed))
-rebuilders.update((_rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage, state.put))
+rebuilders.update((_alias, attached_object, rebuild, _rebuild_leaf, rebuild_packed, _rebuild_packed_leaf, _open_packed))
+rebuilders.update((_rebuild_copy, _rebuild_dense, _rebuild_subclass, _open_storage, subclass_state.put))

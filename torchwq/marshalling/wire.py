@@ -14,7 +14,7 @@ A *reference* is the number and the size of a block of shared memory. A *row* is
 :class:`~torchwq.memory.packing.Row`. An *fd bundle* is a socket with descriptors in it: see
 :mod:`torchwq.transport.fd_bundle`.
 
-What stays within a process is not laid down in bytes: see :mod:`~torchwq.marshalling.letter` and
+What stays within a process is not laid down in bytes: see :mod:`~torchwq.marshalling.local_message` and
 :mod:`~torchwq.marshalling.copies`. What a queue's owner and its workers say beside the queue is in
 :mod:`torchwq.queues.protocol`, and the objects that a loader and its workers send in :mod:`torchwq.loading.messages`.
 
@@ -48,9 +48,9 @@ from ..transport import fd_bundle
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.trailer import BARE, KIND, PICKLE, SIZE, size_of_payload, trailer
-from . import plain
+from . import fast_path
 from .describe import describe_pickle
-from .reducers import Unpacking
+from .reducers import InboundMessage
 
 #: Number and bytes of a block, and how many such references there are.
 _REFERENCE: Final = struct.Struct("=QQ")
@@ -146,7 +146,7 @@ class References(Kind):
     def encode_plain(
         cls, begin: bytes, is_packed: bool, blocks: Sequence[Block], storages: list[Any], limit: int
     ) -> Message | None:
-        """The payload with what ``plain`` has taken apart; None if that is more than ``limit`` bytes.
+        """The payload with what ``fast_path`` has taken apart; None if that is more than ``limit`` bytes.
 
         Args:
             begin: the pickle, and the rows behind it if it ``is_packed``.
@@ -189,18 +189,18 @@ class References(Kind):
             at = len(data) - SIZE - _COUNT_SIZE
             (count,) = _unpack_count(data, at)
             start = at - (count & ~_PACKED) * _REFERENCE_SIZE
-            shape = plain.known.get(data[:start])
+            shape = fast_path.shapes.get(data[:start])
             if shape is not None:
                 if count == 1:
-                    obj = plain.take_one(shape, *_unpack_reference(data, start))
+                    obj = fast_path.decode_one(shape, *_unpack_reference(data, start))
                 else:
-                    obj = plain.take(shape, _unpack_references(data[start:at]))
+                    obj = fast_path.decode(shape, _unpack_references(data[start:at]))
                 if obj is not None:
                     return obj
             end = at + _COUNT_SIZE
             obj = _loads(data, _received_blocks(data, end, fds), fds)
             if shape is None:
-                plain.learn(obj, _rows(data, end))
+                fast_path.learn(obj, _rows(data, end))
             return obj
         finally:
             close_fds(fds)
@@ -399,10 +399,10 @@ def describe(data: bytes) -> str:
 
 def _loads(data: bytes | memoryview, received_blocks: ReceivedBlocks | None, fds: list[int]) -> Any:
     if received_blocks is None:
-        with Unpacking(fds, None):
+        with InboundMessage(fds, None):
             return pickle.loads(data)
     try:
-        with Unpacking(fds, received_blocks):
+        with InboundMessage(fds, received_blocks):
             return pickle.loads(data, buffers=received_blocks.buffers())
     finally:
         received_blocks.done()

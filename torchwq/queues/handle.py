@@ -11,8 +11,8 @@ from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec
-from ..marshalling.codec import encode, large
-from ..marshalling.copies import COPIES, SCALARS, copied, only_scalars
+from ..marshalling.codec import encode, encode_large_pickle
+from ..marshalling.copies import COLLECTIONS, SCALARS, only_scalars, try_copy
 from ..marshalling.wire import WITH_BLOCKS
 from ..memory.anonymous import Descriptor
 from ..transport import cleanup
@@ -118,12 +118,12 @@ class WorkQueue(ReadableHandle[Any]):
             if plain:
                 if not role.peer.same_process:
                     bare, limit = dumps(obj, 5), role.max_payload
-                    send(bare if len(bare) <= limit else large(bare, limit))
+                    send(bare if len(bare) <= limit else encode_large_pickle(bare, limit))
                     return
                 if cls is tuple:
                     send(obj)
                     return
-            elif role.peer.same_process and (copy := copied(obj)) is not None:
+            elif role.peer.same_process and (copy := try_copy(obj)) is not None:
                 send(copy)
                 return
             try:
@@ -179,7 +179,7 @@ class WorkQueue(ReadableHandle[Any]):
         data: Any
         data, fds = received
         if fds:
-            return data if type(data) in COPIES else codec.decode(data, fds)
+            return data if type(data) in COLLECTIONS else codec.decode(data, fds)
         return loads(data) if data[KIND] not in WITH_BLOCKS else codec.decode(data, fds)
 
     def _tell_no_failures(self) -> None:

@@ -155,9 +155,9 @@ class Owner(SocketRole, worker.EndListener):
                 if self.closed:
                     raise QueueClosed(self.closed)
                 self.outbox.number = self._last_sent = self._last_sent + 1
-                questions.put(codec.received(payload))
+                questions.put(codec.deliver_local(payload))
                 return
-        self.outbox.send(codec.for_others(payload, self._for_others))
+        self.outbox.send(codec.for_other_processes(payload, self._for_others))
 
     def _send_if_room(self, payload: codec.Encoded) -> None:
         question = object()
@@ -184,7 +184,7 @@ class Owner(SocketRole, worker.EndListener):
                     received := questions.take()
                 ) is not None:  # also what pickling, which runs any code, has written
                     waiting.append(received)
-                    payloads.append(codec.for_others(received[0], self._for_others))
+                    payloads.append(codec.for_other_processes(received[0], self._for_others))
                 self._open_inner()
             except BaseException:
                 for received in waiting:
@@ -199,7 +199,7 @@ class Owner(SocketRole, worker.EndListener):
                 self.outbox.send(payload)
             while (received := questions.take()) is not None:  # written by a signal handler just before
                 self.outbox.number -= 1
-                self.outbox.send(codec.for_others(received[0], self._for_others))
+                self.outbox.send(codec.for_other_processes(received[0], self._for_others))
         for side in list(self.sides):
             side.rewatch()
         questions.end()

@@ -75,7 +75,7 @@ class ThreadSide(Role):
         owner = self.owner
         if self.closed or owner.closed:
             raise self.closed_error()
-        owner.answers.put(codec.received(payload))
+        owner.answers.put(codec.deliver_local(payload))
         if owner.inside.box is None:
             owner.alarm.set()  # it looks at the socket
         self.written += 1

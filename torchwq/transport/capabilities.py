@@ -19,7 +19,7 @@ class Capabilities:
     """What a peer is capable of.
 
     Attributes:
-        same_process: it is in this process: a message may enclose the object itself.
+        same_process: it is in this process: a message may carry the object itself.
         shares_memory: it is on this machine: a message may refer to memory that both sides see. Others get values.
         passes_descriptors: what leads to it carries file descriptors, and so handles on queues, channels and files.
     """

@@ -37,7 +37,7 @@ from .child import Context
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, register
 
-#: Stands where descriptors would in a message that stays in this process; see ``marshalling.letter``.
+#: Stands where descriptors would in a message that stays in this process; see ``marshalling.local_message``.
 _NO_DESCRIPTORS: Final = [-1]
 #: How long, in seconds, one who interrupts a thread waits for it to have told what it is telling.
 _INTERRUPT_TIMEOUT: Final = 1.0

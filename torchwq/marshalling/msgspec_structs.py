@@ -46,7 +46,7 @@ def reduce(cls: Any, token: str, attributes: dict[str, Any]) -> tuple[Any, ...]:
 def make(
     token: str, name: str, qualname: str, module: str, bases: Any, fields: list[Any], options: dict[str, Any]
 ) -> Any:
-    known = definitions.with_token(token)
+    known = definitions.find(token)
     if known is not None:
         return known
     msgspec = importlib.import_module("msgspec")
@@ -58,4 +58,4 @@ def make(
         namespace={"__qualname__": qualname},
         **options,
     )
-    return definitions.received(token, made)
+    return definitions.add_received(token, made)

@@ -9,13 +9,13 @@ Two kinds of objects, and here is what becomes of them:
   values. They may be in the message that a worker is started with; any other message refuses them.
 
 multiprocessing asks for both what process it is starting: ``Popen``, which each of its start methods has. Here a worker
-is started by a message, and :class:`_Popen` plays that part while the message is encoded.
+is started by a message, and :class:`_PopenForMessage` plays that part while the message is encoded.
 
 Invariants:
 
 * A descriptor never travels as its number: a :class:`Descriptor`, which owns a duplicate, travels in its place.
 * A semaphore goes by its name, which is gone when its maker lets go of it. So whoever starts the worker holds what
-  ``encoder.starting`` collects until the worker has ended.
+  ``encoder.worker_resources`` collects until the worker has ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..errors import MarshalError
 from ..memory.anonymous import Descriptor
 from ..transport import descriptors
 from . import reducers
-from .reducers import Encoder, enclosed, is_letter, take_inbound_fd
+from .reducers import Encoder, attached_object, is_local_message, take_inbound_fd
 
 _registered: Final[dict[type, Any]] = getattr(ForkingPickler, "_extra_reducers", {})
 #: What pickle itself does at least as well: methods and partials.
@@ -43,29 +43,29 @@ _PICKLES_OWN: Final = frozenset(
 ) - {socket.socket}
 
 
-class _Number(int):
+class _DuplicatedFd(int):
     """A duplicate's number here; it arrives as the number that the descriptor has there."""
 
     owner: Descriptor
 
 
-class _Popen:
+class _PopenForMessage:
     """What multiprocessing's reducers get a duplicate of a descriptor from, for the process that is being started."""
 
-    def duplicate_for_child(self, fd: int) -> _Number:
-        number = _Number(_duplicate(fd))
+    def duplicate_for_child(self, fd: int) -> _DuplicatedFd:
+        number = _DuplicatedFd(_duplicate(fd))
         number.owner = Descriptor(int(number))
         return number
 
-    def DupFd(self, number: _Number) -> Descriptor:
+    def DupFd(self, number: _DuplicatedFd) -> Descriptor:
         return number.owner
 
 
-_popen: Final[Any] = _Popen()
+_popen: Final[Any] = _PopenForMessage()
 
 
 @contextlib.contextmanager
-def playing_popen() -> Iterator[None]:
+def spawning_context() -> Iterator[None]:
     """Within it, multiprocessing takes this thread for one that starts a process."""
     before = context.get_spawning_popen()
     context.set_spawning_popen(_popen)
@@ -85,14 +85,14 @@ def _duplicate(fd: int) -> int:
 
 
 def _reduce_descriptor(encoder: Encoder, descriptor: Descriptor) -> Any:
-    return Descriptor, (_carried(encoder, descriptor),)
+    return Descriptor, (_fd_index(encoder, descriptor),)
 
 
-def _reduce_number(encoder: Encoder, number: _Number) -> Any:
-    return int, (_carried(encoder, number.owner),)
+def _reduce_number(encoder: Encoder, number: _DuplicatedFd) -> Any:
+    return int, (_fd_index(encoder, number.owner),)
 
 
-class _Carried:
+class _FdIndex:
     """Is pickled as the number that a descriptor of the message has where it is read."""
 
     def __init__(self, index: int) -> None:
@@ -102,14 +102,14 @@ class _Carried:
         return _take, (self._index,)
 
 
-def _carried(encoder: Encoder, descriptor: Descriptor) -> _Carried:
+def _fd_index(encoder: Encoder, descriptor: Descriptor) -> _FdIndex:
     if encoder.peer.same_process:
-        return _Carried(encoder.enclose(descriptor))
-    return _Carried(encoder.attach(descriptor.fd, descriptor))
+        return _FdIndex(encoder.attach_object(descriptor))
+    return _FdIndex(encoder.attach_fd(descriptor.fd, descriptor))
 
 
 def _take(index: int) -> int:
-    return _duplicate(enclosed(index).fd) if is_letter() else take_inbound_fd(index)
+    return _duplicate(attached_object(index).fd) if is_local_message() else take_inbound_fd(index)
 
 
 def _reduce_registered(encoder: Encoder, obj: Any) -> Any:
@@ -119,13 +119,13 @@ def _reduce_registered(encoder: Encoder, obj: Any) -> Any:
         if not hasattr(obj, "_wrapper"):
             return NotImplemented  # memory of its own, of a type that somebody has shared, too
         _check_starting(encoder, obj)
-    with playing_popen():
+    with spawning_context():
         return reducer(obj)
 
 
 def _reduce_connection(encoder: Encoder, connection: Connection) -> Any:
     """One of a subclass, of which pickle would send the number of its descriptor."""
-    with playing_popen():
+    with spawning_context():
         _, args = multiprocessing.connection.reduce_connection(connection)  # type: ignore[attr-defined]
     more = {name: value for name, value in vars(connection).items() if name not in _CONNECTIONS_OWN}
     return _rebuild_connection, (type(connection), *args), more or None
@@ -141,7 +141,7 @@ def _rebuild_connection(cls: Any, fd: Descriptor, readable: bool, writable: bool
 
 
 def _check_starting(encoder: Encoder, obj: Any) -> list[Any]:
-    if encoder.starting is None:
+    if encoder.worker_resources is None:
         kind = type(obj).__name__
         raise RuntimeError(
             f"{kind} objects should only be shared between processes through inheritance: let a worker begin with it, "
@@ -149,7 +149,7 @@ def _check_starting(encoder: Encoder, obj: Any) -> list[Any]:
         )
     if not encoder.peer.passes_descriptors:
         raise MarshalError(f"a {type(obj).__name__} of multiprocessing is one of this machine, and stays there")
-    return encoder.starting
+    return encoder.worker_resources
 
 
 def _reduce_inherited(encoder: Encoder, obj: Any) -> Any:
@@ -160,7 +160,7 @@ def _reduce_inherited(encoder: Encoder, obj: Any) -> Any:
 def _reduce_semaphore(encoder: Encoder, lock: Any) -> Any:
     held = _check_starting(encoder, lock)
     if encoder.peer.same_process:
-        return enclosed, (encoder.enclose(lock),)
+        return attached_object, (encoder.attach_object(lock),)
     if lock._semlock.name is None:
         kind = type(lock).__name__
         raise RuntimeError(
@@ -174,13 +174,17 @@ def _reduce_semaphore(encoder: Encoder, lock: Any) -> Any:
 def _reduce_arena(encoder: Encoder, arena: Any) -> Any:
     """The memory of shared values; here once more would hold a descriptor for ever."""
     _check_starting(encoder, arena)
-    return (enclosed, (encoder.enclose(arena),)) if encoder.peer.same_process else _reduce_registered(encoder, arena)
+    return (
+        (attached_object, (encoder.attach_object(arena),))
+        if encoder.peer.same_process
+        else _reduce_registered(encoder, arena)
+    )
 
 
 reducers.register(Descriptor, _reduce_descriptor)
-reducers.register(_Number, _reduce_number)
+reducers.register(_DuplicatedFd, _reduce_number)
 reducers.register_family(Connection, _reduce_connection)
-reducers.register_others(_registered, _PICKLES_OWN, _reduce_registered)
+reducers.register_fallback(_registered, _PICKLES_OWN, _reduce_registered)
 _reduce_ctype: Any = None
 try:
     from multiprocessing import heap, queues, sharedctypes, synchronize

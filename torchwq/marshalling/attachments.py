@@ -15,7 +15,7 @@ from ..memory.packing import Packing, max_own_blocks
 from ..memory.ref_table import UNTRACKED
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
-from .letter import Letter
+from .local_message import LocalMessage
 from .wire import InBlock, Pickle, References
 
 #: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
@@ -28,65 +28,65 @@ class Attachments:
     def __init__(self) -> None:
         self.chunks: list[Any] = []
         self.fds: list[int] = []
-        self.keep: list[Any] = []
+        self.keep_alive: list[Any] = []
         #: With their places in the message's list.
         self.blocks: dict[Block | Buffer, int] = {}
         #: Whether there is anything beside the pickle.
-        self.more = False
-        self.fresh: Container[Block] | None = None
+        self.has_attachments = False
+        self.owned_blocks: Container[Block] | None = None
         #: Who gets the message.
         self.peer = SAME_MACHINE
-        self.starting: list[Any] | None = None
+        self.worker_resources: list[Any] | None = None
         #: Whether definitions that came from elsewhere travel as they are now: see ``definitions``.
-        self.in_full = False
-        self.enclosed: list[Any] = []
-        self._copies: list[bytearray] = []
+        self.full_definitions = False
+        self.objects: list[Any] = []
+        self._buffers: list[bytearray] = []
         self._packing: Packing | None = None
 
     def clear(self) -> None:
         """Let go of everything; what has left in a payload is the payload's."""
         self.chunks.clear()
-        self.fds, self.keep, self.blocks = [], [], {}
-        self.more = False
-        self.fresh = None
-        self.peer, self.in_full = SAME_MACHINE, False
-        self.starting = None
-        self.enclosed, self._copies = [], []
+        self.fds, self.keep_alive, self.blocks = [], [], {}
+        self.has_attachments = False
+        self.owned_blocks = None
+        self.peer, self.full_definitions = SAME_MACHINE, False
+        self.worker_resources = None
+        self.objects, self._buffers = [], []
         self._packing = None
 
     @property
     def packing(self) -> Packing:
         """The storages that are to be packed."""
-        self.more = True
+        self.has_attachments = True
         if self._packing is None:
             self._packing = Packing()
         return self._packing
 
     @property
-    def own_blocks(self) -> int:
+    def block_count(self) -> int:
         return len(self.blocks)
 
-    def enclose(self, obj: Any) -> int:
-        self.more = True
-        self.enclosed.append(obj)
-        return len(self.enclosed) - 1
+    def attach_object(self, obj: Any) -> int:
+        self.has_attachments = True
+        self.objects.append(obj)
+        return len(self.objects) - 1
 
-    def attach(self, fd: int, owner: Any) -> int:
+    def attach_fd(self, fd: int, owner: Any) -> int:
         if not self.peer.passes_descriptors:
             raise MarshalError("a handle, or whatever else has a file descriptor, cannot be sent to another machine")
-        self.more = True
+        self.has_attachments = True
         self.fds.append(fd)
-        self.keep.append(owner)
+        self.keep_alive.append(owner)
         return len(self.fds) - 1
 
-    def refer(self, block: Block, storage: Any) -> int:
+    def attach_block(self, block: Block, storage: Any) -> int:
         index = self.blocks.get(block)
         if index is None:
-            self.more = True
+            self.has_attachments = True
             if block.number == UNTRACKED:
                 recycling.prepare_to_send(block)
             self.blocks[block] = index = len(self.blocks)
-            self.keep.append(storage)
+            self.keep_alive.append(storage)
         return index
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
@@ -95,33 +95,33 @@ class Attachments:
         if raw.nbytes < OUT_OF_BAND or not self.peer.shares_memory:
             return True
         if self.peer.same_process:
-            self.more = True
-            self._copies.append(bytearray(raw))
+            self.has_attachments = True
+            self._buffers.append(bytearray(raw))
             return False
-        if self.own_blocks >= max_own_blocks() or (self._packing is not None and self._packing.has_buffers):
+        if self.block_count >= max_own_blocks() or (self._packing is not None and self._packing.has_buffers):
             self.packing.take_buffer(raw)
             return False
         found = content.block_containing([raw], raw.nbytes)
         if found is None:
             return True
         block, storage = found
-        self.more = True
+        self.has_attachments = True
         # A buffer of its own, also if a block has the content of two.
         self.blocks[Buffer(block)] = len(self.blocks)
-        self.keep.append(storage)
+        self.keep_alive.append(storage)
         return False
 
-    def letter(self) -> bytes | Letter:
+    def local_message(self) -> bytes | LocalMessage:
         """What was collected for this process."""
         pickled = b"".join(self.chunks)
-        return Letter(pickled, self.enclosed, self._copies) if self.more else pickled
+        return LocalMessage(pickled, self.objects, self._buffers) if self.has_attachments else pickled
 
     def payload(self, limit: int) -> bytes | Message:
         """What was collected, as one payload of at most ``limit`` bytes."""
         # A large buffer that had to stay in the pickle was written to it as it is.
         chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
-        refer = self.refer if self.peer.shares_memory else None
-        rows = self._packing.place(refer, chunks) if self._packing is not None else ()
+        attach_block = self.attach_block if self.peer.shares_memory else None
+        rows = self._packing.place(attach_block, chunks) if self._packing is not None else ()
         blocks = self.blocks
         only_blocks = not self.fds
         fds = self.fds + [block.fd for block in blocks]
@@ -129,8 +129,8 @@ class Attachments:
         size = sum(map(len, chunks))
         if not blocks and not rows and not in_bag and size <= limit:
             pickled = b"".join(chunks)
-            return Pickle.encode(pickled, fds, self.keep) if fds else pickled
+            return Pickle.encode(pickled, fds, self.keep_alive) if fds else pickled
         chunks += References.tail(rows, blocks)
         if in_bag or sum(map(len, chunks)) > limit:
-            return InBlock.encode(chunks, fds, self.keep, blocks, in_bag)
-        return References.encode(b"".join(chunks), fds, self.keep, blocks, only_blocks)
+            return InBlock.encode(chunks, fds, self.keep_alive, blocks, in_bag)
+        return References.encode(b"".join(chunks), fds, self.keep_alive, blocks, only_blocks)

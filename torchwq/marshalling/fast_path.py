@@ -22,12 +22,12 @@ from ..memory.recycling import block_of
 from ..memory.ref_table import UNTRACKED
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
-from .letter import Letter
+from .local_message import LocalMessage
 from .tensors import alias, is_unusual, rebuild, rebuild_packed
 
 #: How many different pickles are remembered, and how many tensors one may have.
-_MOST: Final = 1024
-_MOST_TENSORS: Final = 64
+_MAX_SHAPES: Final = 1024
+_MAX_TENSORS: Final = 64
 
 #: Type of the collection, its keys if it is a dict, and how its tensors lie. A tensor alone has its own type. Of a
 #: message with packed tensors also where in the last block they begin, and -1 for those that have a block of their own.
@@ -37,9 +37,9 @@ _Shape = tuple[type, tuple[str, ...], tuple[Geometry, ...], tuple[int, ...]]
 _Found = tuple[Block, torch.UntypedStorage, Geometry]
 
 #: The pickle, and behind it the rows of packed tensors, if there are any.
-_pickles: dict[_Shape, bytes] = {}
+_prefixes: dict[_Shape, bytes] = {}
 #: What lies so begins with these bytes, in any message.
-known: dict[bytes, _Shape] = {}
+shapes: dict[bytes, _Shape] = {}
 
 
 class _Tensor:
@@ -64,10 +64,10 @@ def _build(shape: _Shape, tensors: Sequence[Any]) -> Any:
     return list(tensors) if cls is list else tuple(tensors)
 
 
-def _pickle_of(shape: _Shape) -> bytes:
-    if len(_pickles) >= _MOST:
-        _pickles.clear()
-        known.clear()
+def _prefix_of(shape: _Shape) -> bytes:
+    if len(_prefixes) >= _MAX_SHAPES:
+        _prefixes.clear()
+        shapes.clear()
     geometries, shifts = shape[2:]
     rows: list[Row] = []
     if shifts:
@@ -83,8 +83,8 @@ def _pickle_of(shape: _Shape) -> bytes:
     else:
         tensors = [_Tensor(rebuild, index, where) for index, where in enumerate(geometries)]
     pickled = pickle.dumps(_build(shape, tensors), 5)
-    _pickles[shape] = prefix = b"".join((pickled, *rows_to_bytes(rows))) if rows else pickled
-    known[prefix] = shape
+    _prefixes[shape] = prefix = b"".join((pickled, *rows_to_bytes(rows))) if rows else pickled
+    shapes[prefix] = shape
     return prefix
 
 
@@ -94,7 +94,7 @@ def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | No
     values: Any = obj
     if type(obj) is dict:
         values = obj.values()
-    if not 0 < len(obj) <= _MOST_TENSORS:
+    if not 0 < len(obj) <= _MAX_TENSORS:
         return None
     for value in values:
         if type(value) is not torch.Tensor:
@@ -107,7 +107,7 @@ def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | No
     return keys, values
 
 
-def may_be(obj: Any) -> bool:
+def is_candidate(obj: Any) -> bool:
     """Whether it is worth looking at ``obj``, which is no tensor: a collection that begins with one."""
     cls = type(obj)
     if cls is tuple or cls is list:
@@ -115,7 +115,7 @@ def may_be(obj: Any) -> bool:
     return cls is dict and bool(obj) and type(next(iter(obj.values()))) is torch.Tensor
 
 
-class PlainLetter(Letter):
+class LocalTensors(LocalMessage):
     """The shortest way within a process: such tensors, and what to make of them again."""
 
     __slots__ = ("_cls", "_keys", "_places")
@@ -128,18 +128,20 @@ class PlainLetter(Letter):
         self._keys = keys
         self._places = places
 
-    def open(self, *, as_it_is: bool = False) -> Any:
+    def decode(self, *, original_tensors: bool = False) -> Any:
         tensors = (
-            self.enclosed if as_it_is else [alias(*each) for each in zip(self.enclosed, self._places, strict=True)]
+            self.objects
+            if original_tensors
+            else [alias(*each) for each in zip(self.objects, self._places, strict=True)]
         )
         return _build((self._cls, self._keys, (), ()), tensors)
 
-    def copy(self) -> Letter:
+    def copy(self) -> LocalMessage:
         return self  # it is not used up
 
 
-def encode_here(obj: Any) -> Letter | None:
-    """The letter with a tensor, dict, list or tuple; None if it has to take the general way."""
+def encode_local(obj: Any) -> LocalMessage | None:
+    """The message with a tensor, dict, list or tuple; None if it has to take the general way."""
     content = ((), [obj]) if type(obj) is torch.Tensor else _tensors_in(obj)
     if content is None:
         return None
@@ -151,40 +153,40 @@ def encode_here(obj: Any) -> Letter | None:
         places.append((tensor.untyped_storage().data_ptr(), geometry(tensor)))
     if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
         return None  # the same tensor twice arrives as one
-    return PlainLetter(type(obj), keys, list(tensors), places)
+    return LocalTensors(type(obj), keys, list(tensors), places)
 
 
 #: A message taken apart: its pickle, and the rows of packed tensors behind that; whether there are any; the blocks and
 #: storages that it refers to.
-Parts = tuple[bytes, bool, list[Block], list[torch.UntypedStorage]]
+Prepared = tuple[bytes, bool, list[Block], list[torch.UntypedStorage]]
 
 
-def take_tensor_apart(
-    tensor: torch.Tensor, fresh: Container[Block] | None
+def prepare_tensor(
+    tensor: torch.Tensor, owned_blocks: Container[Block] | None
 ) -> tuple[bytes, Block, torch.UntypedStorage] | None:
-    """A tensor, as ``take_apart`` does it: the pickle, the block and its storage."""
-    found = _block_for(tensor, fresh)
+    """A tensor, as ``prepare`` does it: the pickle, the block and its storage."""
+    found = _block_for(tensor, owned_blocks)
     if found is None:
         return None
     block, storage, where = found
     shape: _Shape = (torch.Tensor, (), (where,), ())
-    return _pickles.get(shape) or _pickle_of(shape), block, storage
+    return _prefixes.get(shape) or _prefix_of(shape), block, storage
 
 
-def take_apart(obj: Any, fresh: Container[Block] | None) -> Parts | None:
+def prepare(obj: Any, owned_blocks: Container[Block] | None) -> Prepared | None:
     """A dict, list or tuple, for a message; None if it has to take the general way.
 
-    The tensors are shared then; or copied, unless they are on a block of ``fresh``, if that is given.
+    The tensors are shared then; or copied, unless they are on a block of ``owned_blocks``, if that is given.
     """
     content = _tensors_in(obj)
     if content is None:
         return None
     keys, tensors = content
-    if fresh is not None and len(tensors) > 1:
-        return _by_value(type(obj), keys, tensors, fresh)
+    if owned_blocks is not None and len(tensors) > 1:
+        return _by_value(type(obj), keys, tensors, owned_blocks)
     found_all: list[_Found] = []
     for tensor in tensors:
-        found = _block_for(tensor, fresh)
+        found = _block_for(tensor, owned_blocks)
         if found is None:
             return None
         found_all.append(found)
@@ -193,9 +195,9 @@ def take_apart(obj: Any, fresh: Container[Block] | None) -> Parts | None:
 
 
 def _by_value(
-    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], fresh: Container[Block]
-) -> Parts | None:
-    """Those that are not on blocks of ``fresh`` are copied, the small ones among them into one block."""
+    cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], owned_blocks: Container[Block]
+) -> Prepared | None:
+    """Those that are not on blocks of ``owned_blocks`` are copied, the small ones among them into one block."""
     found_all: list[_Found] = []
     places: list[Geometry] = []
     shifts: list[int] = []
@@ -210,7 +212,7 @@ def _by_value(
         seen.add(storage._cdata)
         block = block_of(storage)
         found: _Found | None = None
-        if block is not None and not sharing.goes_by_value(block, fresh):
+        if block is not None and not sharing.goes_by_value(block, owned_blocks):
             found = block, storage, geometry(tensor)
         else:
             nbytes = tensor.numel() and sharing.span_bytes(tensor)
@@ -245,21 +247,21 @@ def _by_value(
     return _parts((cls, keys, tuple(places), tuple(shifts) if len(small) > 1 else ()), found_all)
 
 
-def _parts(shape: _Shape, found_all: Sequence[_Found]) -> Parts | None:
+def _parts(shape: _Shape, found_all: Sequence[_Found]) -> Prepared | None:
     blocks = [block for block, _, _ in found_all]
     if len(set(blocks)) < len(blocks):
         return None  # tensors that share a block, or the same tensor twice
-    begin = _pickles.get(shape) or _pickle_of(shape)
+    begin = _prefixes.get(shape) or _prefix_of(shape)
     return begin, bool(shape[3]), blocks, [storage for _, storage, _ in found_all]
 
 
-def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found | None:
+def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _Found | None:
     """The block that a plain tensor is on now, or has been copied to; None if it is not plain, or has none."""
     if tensor.requires_grad or is_unusual(tensor):
         return None
     storage = tensor.untyped_storage()
     block = block_of(storage)
-    if sharing.goes_by_value(block, fresh):
+    if sharing.goes_by_value(block, owned_blocks):
         found = sharing.copy(tensor) if tensor.numel() else None
         if found is None:
             return None
@@ -284,14 +286,14 @@ def _block_for(tensor: torch.Tensor, fresh: Container[Block] | None) -> _Found |
     return block, storage, where
 
 
-def take_one(shape: _Shape, number: int, nbytes: int) -> Any:
+def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:
     """The object of that shape on one block, if that is here. Else None, and nothing is taken."""
     tensor = take_tensor(number, nbytes, shape[2][0])
     return tensor if tensor is None or shape[0] is torch.Tensor else _build(shape, [tensor])
 
 
-def take(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
-    """The object of that shape on several blocks, or with packed tensors; None as ``take_one`` has it."""
+def decode(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
+    """The object of that shape on several blocks, or with packed tensors; None as ``decode_one`` has it."""
     geometries, shifts = shape[2:]
     tensors = take_packed(references, geometries, shifts, shape) if shifts else take_tensors(references, geometries)
     return None if tensors is None else _build(shape, tensors)
@@ -317,8 +319,8 @@ def learn(obj: Any, rows: Sequence[Row]) -> None:
         if not shifts:
             return
     shape = (cls, keys, tuple(geometry(tensor) for tensor in tensors), shifts)
-    if shape not in _pickles:
-        _pickle_of(shape)
+    if shape not in _prefixes:
+        _prefix_of(shape)
 
 
 def _shifts(rows: Sequence[Row], count: int) -> tuple[int, ...]:

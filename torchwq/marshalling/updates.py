@@ -7,7 +7,7 @@ part, with what the last message brought. Invariants:
   home sent it. Whoever passes it on keeps that stamp; what it has sealed has none, and changes nothing.
 * A part that is the same at home as before stays as it is here. So a cache that the worker fills stays filled.
 * A part that the worker itself has changed since, or has put other contents into, stays as well: as with globals.
-* Of what was brought only *outlines* are kept. They do not keep alive what the definition consists of.
+* Of what was brought only *fingerprints* are kept. They do not keep alive what the definition consists of.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def remember(obj: Any, stamp: int, parts: Mapping[Any, Any]) -> None:
     definition = definitions.of(obj)
     if definition is not None and not definition.is_home:
         definition.stamp = stamp
-        definition.brought = _outlines(parts)
+        definition.fingerprints = _fingerprints(parts)
 
 
 def is_newer(obj: Any, stamp: int) -> bool:
@@ -55,29 +55,29 @@ def changes(obj: Any, stamp: int, parts: Mapping[Any, Any], current: Callable[[A
     if definition is None or not is_newer(obj, stamp):
         return []
     definition.stamp = stamp
-    brought = definition.brought
+    fingerprints = definition.fingerprints
     found: list[tuple[Any, Any]] = []
-    outlines = _outlines(parts)
-    if outlines == brought:
+    fingerprints_now = _fingerprints(parts)
+    if fingerprints_now == fingerprints:
         return []
-    for key, outline in outlines.items():
-        before = brought.get(key, _OF_MISSING)
-        if outline != before and _outline(current(key)) == before:
-            brought[key] = outline
+    for key, fingerprint in fingerprints_now.items():
+        before = fingerprints.get(key, _MISSING_FINGERPRINT)
+        if fingerprint != before and _fingerprint(current(key)) == before:
+            fingerprints[key] = fingerprint
             found.append((key, parts[key]))
-    for key in [key for key in brought if key not in parts]:
-        if _outline(current(key)) == brought.pop(key):
+    for key in [key for key in fingerprints if key not in parts]:
+        if _fingerprint(current(key)) == fingerprints.pop(key):
             found.append((key, MISSING))
     if found:
         definitions.forget_sealed()
     return found
 
 
-def _outlines(parts: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {key: value if type(value) in _PLAIN else _outline(value) for key, value in parts.items()}
+def _fingerprints(parts: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value if type(value) in _OWN_FINGERPRINT else _fingerprint(value) for key, value in parts.items()}
 
 
-class _Same:
+class _Identity:
     """Equals what stands for the very same object."""
 
     __slots__ = ("_id", "_reference")
@@ -90,7 +90,7 @@ class _Same:
             self._reference = None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same) or self._id != other._id:
+        if not isinstance(other, _Identity) or self._id != other._id:
             return False
         return self._reference is None or (self._reference() is not None and other._reference() is not None)
 
@@ -98,22 +98,22 @@ class _Same:
         return self._id
 
 
-def _outline(value: Any) -> Any:
-    """What equals the outline of the same when it comes again, as far as can be told."""
+def _fingerprint(value: Any) -> Any:
+    """What equals the fingerprint of the same when it comes again, as far as can be told."""
     if value is MISSING:
-        return _OF_MISSING
+        return _MISSING_FINGERPRINT
     try:
-        return _outlined(value, [])
+        return _fingerprint_of(value, [])
     except Exception:
-        return _Same(value)
+        return _Identity(value)
 
 
-#: Those of which one never equals another's: they are their own outline.
-_PLAIN: Final = frozenset({str, bytes, type(None), types.CodeType})
+#: Those of which one never equals another's: they are their own fingerprint.
+_OWN_FINGERPRINT: Final = frozenset({str, bytes, type(None), types.CodeType})
 _NUMBERS: Final = frozenset({int, bool, complex})
 _COLLECTIONS: Final = frozenset({dict, list, tuple})
-_AS_THEY_ARE: Final = (types.ModuleType, types.BuiltinFunctionType, enum.Enum)
-_PARTS: Final[dict[type, tuple[str, ...]]] = {
+_BY_IDENTITY: Final = (types.ModuleType, types.BuiltinFunctionType, enum.Enum)
+_PARTS_OF: Final[dict[type, tuple[str, ...]]] = {
     staticmethod: ("__func__",),
     classmethod: ("__func__",),
     property: ("fget", "fset", "fdel", "__doc__"),
@@ -123,9 +123,9 @@ _PARTS: Final[dict[type, tuple[str, ...]]] = {
 }
 
 
-def _outlined(value: Any, around: list[Any]) -> Any:
+def _fingerprint_of(value: Any, around: list[Any]) -> Any:
     cls = type(value)
-    if cls in _PLAIN:
+    if cls in _OWN_FINGERPRINT:
         return value
     if cls in _NUMBERS:
         return cls, value
@@ -135,15 +135,15 @@ def _outlined(value: Any, around: list[Any]) -> Any:
         return cls, value.hex()
     if cls is types.FunctionType and definitions.of(value) is not None:
         return weakref.ref(value)
-    if issubclass(cls, type) or isinstance(value, _AS_THEY_ARE) or definitions.of(value) is not None:
-        return _Same(value)
+    if issubclass(cls, type) or isinstance(value, _BY_IDENTITY) or definitions.of(value) is not None:
+        return _Identity(value)
     for depth, each in enumerate(around):
         if each is value:
             return "around", depth
     around.append(value)
     try:
         contents = _contents(value, cls, around)
-        return _Same(value) if contents is None else (_Same(cls), *contents)
+        return _Identity(value) if contents is None else (_Identity(cls), *contents)
     finally:
         around.pop()
 
@@ -155,8 +155,8 @@ def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
             return None
         cells = [_cell(cell) for cell in value.__closure__ or ()]
         found = [value.__code__, value.__defaults__, value.__kwdefaults__, vars(value), cells]
-    elif cls in _PARTS:
-        found = [getattr(value, name) for name in _PARTS[cls]]
+    elif cls in _PARTS_OF:
+        found = [getattr(value, name) for name in _PARTS_OF[cls]]
     elif cls is np.ndarray:
         return None if value.dtype.hasobject else [value.dtype, value.shape, hash(value.tobytes())]
     elif (origin := typing.get_origin(value)) is not None:
@@ -168,7 +168,7 @@ def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
     elif isinstance(value, (list, tuple, collections.deque)):
         found = [*value, *_attributes(value)]
     elif isinstance(value, (set, frozenset)):
-        return [frozenset(_outlined(each, around) for each in value)]
+        return [frozenset(_fingerprint_of(each, around) for each in value)]
     elif (
         cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
@@ -180,7 +180,7 @@ def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
         return [value]
     else:
         return None
-    return [_outlined(each, around) for each in found]
+    return [_fingerprint_of(each, around) for each in found]
 
 
 def _is_of_module(function: types.FunctionType) -> bool:
@@ -219,4 +219,4 @@ def _attributes(value: Any) -> list[Any]:
     return found
 
 
-_OF_MISSING: Final = _Same(MISSING)
+_MISSING_FINGERPRINT: Final = _Identity(MISSING)

@@ -63,7 +63,7 @@ multiprocessing.reduction.register(RegisteredByNumber, _reduce_by_number)  # typ
 
 
 def here(obj: Any) -> Any:
-    return codec.decode(*codec.received(codec.encode_one(obj, LIMIT, "obj", peer=SAME_PROCESS)))
+    return codec.decode(*codec.deliver_local(codec.encode_one(obj, LIMIT, "obj", peer=SAME_PROCESS)))
 
 
 def through_marshal(obj: Any) -> Any:
@@ -186,9 +186,9 @@ def test_what_processes_inherit_is_refused_by_an_ordinary_message_with_its_place
         with pytest.raises(MarshalError, match=r"args\[0\]\['held'\]\[0\] cannot be sent: .* through inheritance"):
             codec.encode_all([obj], LIMIT, peer=SAME_PROCESS if stays else SAME_MACHINE)
         held: list[Any] = []
-        payload = codec.encode_all([obj], LIMIT, peer=SAME_PROCESS if stays else SAME_MACHINE, starting=held)[0]
+        payload = codec.encode_all([obj], LIMIT, peer=SAME_PROCESS if stays else SAME_MACHINE, worker_resources=held)[0]
         if stays:
-            codec.decode(*codec.received(payload))
+            codec.decode(*codec.deliver_local(payload))
     with pytest.raises(MarshalError, match="through inheritance"):  # nothing of the others is left in the encoder
         codec.encode_all([obj], LIMIT)
 
@@ -196,9 +196,9 @@ def test_what_processes_inherit_is_refused_by_an_ordinary_message_with_its_place
 def test_a_lock_that_only_a_forked_process_could_use_is_refused_with_the_remedy() -> None:
     lock = multiprocessing.get_context("fork").Lock()
     with pytest.raises(MarshalError, match=r"args\[0\] cannot be sent: .*get_context\('spawn'\).Lock"):
-        codec.encode_all([lock], LIMIT, starting=[])
-    payload = codec.encode_all([lock], LIMIT, peer=SAME_PROCESS, starting=[])[0]
-    assert codec.decode(*codec.received(payload)) is lock
+        codec.encode_all([lock], LIMIT, worker_resources=[])
+    payload = codec.encode_all([lock], LIMIT, peer=SAME_PROCESS, worker_resources=[])[0]
+    assert codec.decode(*codec.deliver_local(payload)) is lock
 
 
 def test_a_ctype_with_memory_of_its_own_goes_by_value_whoever_shares_its_type() -> None:
