@@ -63,7 +63,7 @@ def test_an_owner_that_lives_and_cannot_answer_keeps_its_name(monkeypatch: pytes
     with torchwq.workqueue("busy"):
         here = directory.get()
         with monkeypatch.context() as patched:
-            patched.setattr(directory, "_REPLY_SECONDS", 0.2)
+            patched.setattr(directory, "REPLY_TIMEOUT", 0.2)
             patched.setattr(here, "_answer", lambda link, data, fds: here._gone(link))
             patched.setattr(directory, "existing", lambda: None)  # as another process sees it
             with pytest.raises(NamespaceError, match="is there and has not answered"):

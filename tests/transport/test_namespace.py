@@ -63,7 +63,7 @@ def test_garbage_on_the_socket_harms_nobody() -> None:
 
 def test_the_lock_of_a_stopped_process_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     space = namespace.current()
-    monkeypatch.setattr(namespace, "_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(namespace, "LOCK_TIMEOUT", 0.1)
     with space.locked(), pytest.raises(NamespaceError, match="stopped"), space.locked():
         pass
     with space.locked():

@@ -13,7 +13,8 @@ from tests.conftest import wait_until
 from torchwq.transport import alarm as alarm_module
 from torchwq.transport import descriptors, kinds, polling
 from torchwq.transport.alarm import Alarm
-from torchwq.transport.waiting import MAX_SLEEP, Waiter
+from torchwq.transport.timing import MAX_SLEEP
+from torchwq.transport.waiting import Waiter
 
 
 def test_a_message_ends_the_wait() -> None:

@@ -24,7 +24,7 @@ from ..errors import QueueClosed, WorkerDied
 from ..futures import TimedOut
 from ..transport import awaiting
 from ..transport.endpoint import Received
-from ..transport.waiting import MAX_SLEEP
+from ..transport.timing import MAX_SLEEP
 from ..workers import shutdown
 
 T = TypeVar("T")

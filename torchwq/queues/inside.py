@@ -15,8 +15,8 @@ from ..transport.connection import Connection
 from ..transport.endpoint import Received
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
+from ..transport.timing import MAX_SLEEP
 from ..transport.trailer import number_of
-from ..transport.waiting import MAX_SLEEP
 
 
 class Inside:

@@ -30,6 +30,7 @@ from ..transport import kinds
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
+from ..transport.timing import REPLY_TIMEOUT
 from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
@@ -37,7 +38,6 @@ from ..workers.thread_exit import ThreadExitHook
 from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, Hello, Seat
 from .role import CLOSED_HERE, ENDED, SocketRole
 
-_REPLY_SECONDS = 30.0
 #: How long, in seconds, the end of the process waits for the thread that has sent the last answer to say goodbye.
 _LAST_PATIENCE = 2.0
 
@@ -223,7 +223,7 @@ def accept(fds: Sequence[int], link: Link) -> WorkerSide:
     Raises QueueClosed if the owner is gone without having answered.
     """
     try:
-        reply = link.wait(_REPLY_SECONDS)
+        reply = link.wait(REPLY_TIMEOUT)
     except EOFError:
         reply = None
     if reply is None:

@@ -19,13 +19,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from typing import Final
 
 from . import reactor
 from .fork import reset_in_child
-
-#: How long, in seconds, the end of the process waits for what the thread is just at.
-_MOMENT: Final = 1.0
+from .timing import CLEANUP_TIMEOUT, POLL_INTERVAL
 
 _pending: deque[Callable[[], None]] = deque()
 _is_running = False
@@ -63,10 +60,10 @@ def _start() -> None:
 
 def finish() -> None:
     """At the end of the process: do what is left. What the thread is just at is waited for, for a moment."""
-    until = time.monotonic() + _MOMENT
+    until = time.monotonic() + CLEANUP_TIMEOUT
     _run_pending()
     while _is_running and time.monotonic() < until:
-        time.sleep(0.001)
+        time.sleep(POLL_INTERVAL)
 
 
 def _run_pending() -> None:

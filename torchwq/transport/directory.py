@@ -34,11 +34,9 @@ from .endpoint import Received
 from .fork import closed_in_child, reset_in_child
 from .link import Link, socket_type
 from .sockets import peer_uid
+from .timing import ACCEPT_INTERVAL, RECONNECT_INTERVAL, REPLY_TIMEOUT
 
 _REQUEST: Final = struct.Struct("=cQQ")
-_REPLY_SECONDS: Final = 30.0
-#: How long one waits who has found no free descriptor, or an owner that could not answer.
-_RETRY_SECONDS: Final = 0.1
 
 #: Given the asking process's link and pid: sends the reply itself and keeps the link. False: not any more.
 Opener = Callable[[Link, int], bool]
@@ -129,7 +127,7 @@ class Directory:
         """Who asks waits in the socket meanwhile. It would be reported as readable all the time."""
         watcher = reactor.get()
         watcher.set_reader(self._socket.fileno(), None)
-        watcher.call_later(_RETRY_SECONDS, self._listen_again)
+        watcher.call_later(ACCEPT_INTERVAL, self._listen_again)
         if self._has_told:
             return
         self._has_told = True
@@ -234,7 +232,7 @@ def ask(name: str) -> tuple[Link, Received] | None:
     existing_here = existing()
     if path is None or (existing_here is not None and path == existing_here.path):
         return None
-    until = time.monotonic() + _REPLY_SECONDS
+    until = time.monotonic() + REPLY_TIMEOUT
     while True:
         link = _connect(name, path)
         if link is None:
@@ -246,7 +244,7 @@ def ask(name: str) -> tuple[Link, Received] | None:
             # It has ended, or it lives and could not answer: which of both, connecting again tells.
             link.close()
             if time.monotonic() < until:
-                time.sleep(_RETRY_SECONDS / 10)
+                time.sleep(RECONNECT_INTERVAL)
                 continue
             received = None
         except BaseException:
@@ -255,7 +253,7 @@ def ask(name: str) -> tuple[Link, Received] | None:
         if received is None:
             link.close()
             raise NamespaceError(
-                f"the owner of the queue {name!r} is there and has not answered for {_REPLY_SECONDS:.0f} s: it may be "
+                f"the owner of the queue {name!r} is there and has not answered for {REPLY_TIMEOUT:.0f} s: it may be "
                 f"stopped, or have no file descriptor left"
             )
         if received[0] == b"N":

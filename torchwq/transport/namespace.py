@@ -31,13 +31,12 @@ from typing import Final
 from ..errors import NamespaceError, ResourceError
 from . import descriptors
 from .fork import closed_in_child, reset_in_child
+from .timing import LOCK_TIMEOUT, MIN_ORPHAN_AGE, POLL_INTERVAL
 
 VARIABLE: Final = "TORCHWQ_NAMESPACE"
 _PREFIX: Final = "torchwq-"
 #: The longest path that fits into a sockaddr_un on every system, less the file name of a socket.
-_LONGEST: Final = 100 - 30
-_LOCK_SECONDS: Final = 10.0
-_YOUNG_SECONDS: Final = 10.0
+_MAX_FOLDER_PATH: Final = 100 - 30
 
 
 class Namespace:
@@ -88,7 +87,7 @@ class Namespace:
         except OSError as error:
             raise NamespaceError(error.errno, f"the namespace folder {self.path} cannot be used: {error}") from error
         try:
-            until = time.monotonic() + _LOCK_SECONDS
+            until = time.monotonic() + LOCK_TIMEOUT
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,9 +95,9 @@ class Namespace:
                 except BlockingIOError:
                     if time.monotonic() > until:
                         raise NamespaceError(
-                            f"another process has held {self.path}/lock for {_LOCK_SECONDS:.0f} s; is it stopped?"
+                            f"another process has held {self.path}/lock for {LOCK_TIMEOUT:.0f} s; is it stopped?"
                         ) from None
-                    time.sleep(0.001)
+                    time.sleep(POLL_INTERVAL)
             yield
         finally:
             os.close(fd)
@@ -136,7 +135,7 @@ def _folder() -> str:
             folder = os.path.abspath(candidate)  # this process, and those below it, may go to other directories
         except FileNotFoundError:  # the working directory is gone
             continue
-        if len(os.fsencode(folder)) < _LONGEST and os.path.isdir(folder) and os.access(folder, os.W_OK):
+        if len(os.fsencode(folder)) < _MAX_FOLDER_PATH and os.path.isdir(folder) and os.access(folder, os.W_OK):
             return folder
     raise NamespaceError("no writable folder with a short enough path for sockets: set TMPDIR to one")
 
@@ -149,7 +148,7 @@ def _sweep(folder: str) -> None:
         return
     for path in paths:
         with contextlib.suppress(OSError):
-            if not _usable(str(path)) or time.time() - path.lstat().st_mtime < _YOUNG_SECONDS:
+            if not _usable(str(path)) or time.time() - path.lstat().st_mtime < MIN_ORPHAN_AGE:
                 continue
             fd = _open(f"{path}/alive")
             try:

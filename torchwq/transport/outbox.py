@@ -36,20 +36,17 @@ from .atomic import HAS_GIL, serialized
 from .endpoint import Endpoint
 from .payload import Payload, Promises
 from .sockets import NotSent
+from .timing import CLAIM_TIMEOUT, POLL_INTERVAL, SUBMIT_PAUSE
 from .trailer import PICKLE, trailer
 
 Sent = Callable[[int, bytes], None]
 
-#: Threads that hand in more than the one that sends can keep up with pause so long, in seconds, from so many messages
-#: on.
-_PAUSE: Final = 0.001
+#: A thread that submits a message while so many wait pauses, so that the sending thread keeps up.
 _MAX_SUBMITTED: Final = 256
 #: So many messages that waited are sent at a time.
 _FLUSH_BATCH: Final = 256
 #: The tag of what concerns the connection only.
 _CONTROL: Final = -1
-#: How long, in seconds, who closes waits for the one that sends.
-_LAST_PATIENCE: Final = 2.0
 
 
 class Outbox:
@@ -219,7 +216,7 @@ class Outbox:
         self.submitted.append((payload, ident))
         self._process()
         if len(self.submitted) > _MAX_SUBMITTED and self.sending_thread != ident:
-            time.sleep(_PAUSE)
+            time.sleep(SUBMIT_PAUSE)
 
     def _process(self) -> None:
         """Do what there is to do, unless somebody is at it, who will."""
@@ -318,9 +315,9 @@ class Outbox:
         """Become the one that sends; also who is it further down its stack. Sending takes no time: who is at it for
         long is stuck, perhaps in a finalizer of the user's that waits for this."""
         me = get_ident()
-        until = time.monotonic() + _LAST_PATIENCE
+        until = time.monotonic() + CLAIM_TIMEOUT
         while self.sending_thread and self.sending_thread != me and time.monotonic() < until:
-            time.sleep(_PAUSE)
+            time.sleep(POLL_INTERVAL)
         self.sending_thread = me
 
     def withdraw(self) -> list[tuple[bytes, Payload | None]]:

@@ -19,12 +19,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import TypeVar
+
+from .timing import MAX_PARKED
 
 R = TypeVar("R")
-
-#: Nobody sleeps longer without looking, in seconds.
-_MAX_SLEEP: Final = 1.0
 
 
 class ParkingLot:
@@ -51,8 +50,8 @@ class ParkingLot:
         try:
             found = attempt()
             if found is None and not stop():
-                left = _MAX_SLEEP if deadline is None else deadline - time.monotonic()
-                latch.acquire(timeout=max(0.0, min(left, _MAX_SLEEP)))
+                left = MAX_PARKED if deadline is None else deadline - time.monotonic()
+                latch.acquire(timeout=max(0.0, min(left, MAX_PARKED)))
         finally:
             try:
                 self.asleep.remove(latch)

@@ -26,15 +26,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from . import debug, descriptors
 from .alarm import Alarm
 from .fork import closed_in_child, reset_in_child
+from .timing import POLL_INTERVAL, THREAD_START_TIMEOUT
 
 Callback = Callable[[], None]
-#: How long, in seconds, a thread that may have been started is waited for.
-_MOMENT: Final = 0.2
 
 
 @dataclass(slots=True)
@@ -143,9 +141,9 @@ class Reactor:
                     raise
                 # The interpreter ends: Python 3.12 starts no thread then, nor is there a need for one.
             except BaseException:  # Ctrl-C: perhaps the thread was started, perhaps not
-                until = time.monotonic() + _MOMENT
+                until = time.monotonic() + THREAD_START_TIMEOUT
                 while not thread.is_alive() and time.monotonic() < until:
-                    time.sleep(0.001)
+                    time.sleep(POLL_INTERVAL)
                 if not thread.is_alive():
                     self._thread = None
                 raise

@@ -29,14 +29,12 @@ from .sockets import (
     scm_rights,
     set_buffer_size,
 )
+from .timing import SEND_TIMEOUT
 
 #: Below the smallest default buffer of a socket (208 KiB) by enough that several fit.
 MAX_MESSAGE: Final = 32 * 1024
 RECEIVE_FLAGS: Final = NO_WAIT | CLOEXEC
 _BUFFER: Final = 1 << 20
-#: How long ``send_with_timeout`` waits, in seconds. By ``poll``, which goes on after a signal with the time that is
-#: left; a ``send`` with SO_SNDTIMEO begins anew each time.
-_MOMENT: Final = 0.02
 
 
 class SeqpacketEndpoint:
@@ -69,7 +67,8 @@ class SeqpacketEndpoint:
     def send_with_timeout(self, data: bytes) -> bool:
         if self.try_send(data):
             return True
-        polling.writable(_MOMENT, self._socket.fileno())
+        # Not a ``send`` with SO_SNDTIMEO, whose time begins anew with each signal.
+        polling.writable(SEND_TIMEOUT, self._socket.fileno())
         return self.try_send(data)
 
     def try_receive(self) -> Received | None:

@@ -31,16 +31,11 @@ from typing import Final, Protocol, TypeVar
 from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
+from .timing import MAX_SLEEP, MAX_SPIN_NS, MIN_SPIN_NS, SHORT_SLEEP_NS
 
 T = TypeVar("T")
 
-#: Longest sleep in seconds before a message is tried for again.
-MAX_SLEEP: Final = 0.5
-_MAX_SPIN: Final = 100_000  # nanoseconds
-_MIN_SPIN: Final = 10_000
 _POLLS_PER_YIELD: Final = 4
-#: A sleep shorter than this would have been better spent spinning.
-_SHORT_SLEEP: Final = 400_000
 #: The alarm's reason when it wakes those who wait now.
 _WAKE: Final = "wake"
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
@@ -70,7 +65,7 @@ class Waiter:
         self._source = source
         self.alarm = Alarm()
         self._can_spin = cores() > 1
-        self._spin = _MAX_SPIN if self._can_spin else 0
+        self._spin = MAX_SPIN_NS if self._can_spin else 0
         # Reentrant: a finalizer that runs in the middle of falling asleep may close this.
         self._guard = threading.RLock()
         #: One for each wait that has begun, and those of them that ``wake_all`` ends.
@@ -133,8 +128,8 @@ class Waiter:
             alarmed = self._sleep(max(remaining, 0.0))
             found = attempt()
             if found is not None:
-                if self._can_spin and time.monotonic_ns() - asleep_since < _SHORT_SLEEP:
-                    self._spin = min(_MAX_SPIN, max(_MIN_SPIN, self._spin * 4))
+                if self._can_spin and time.monotonic_ns() - asleep_since < SHORT_SLEEP_NS:
+                    self._spin = min(MAX_SPIN_NS, max(MIN_SPIN_NS, self._spin * 4))
                 return found
             if alarmed or (deadline is not None and time.monotonic() >= deadline):
                 return None
@@ -158,7 +153,7 @@ class Waiter:
                 os.sched_yield()
         finally:
             self._polls.append(poll)
-        self._spin = self._spin // 2 if self._spin > _MIN_SPIN else 0
+        self._spin = self._spin // 2 if self._spin > MIN_SPIN_NS else 0
         return None
 
     def _take_poll(self) -> select.poll:
