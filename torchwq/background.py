@@ -1,13 +1,13 @@
 """``BackgroundTask``: one function in one worker, as a future, or as an iterator that produces ahead.
 
-The iterator is a workqueue: the consumer writes a *credit* for each item that may be made, the producer reads a
-credit, makes an item, and writes it. At the start there are ``prefetch`` credits; taking an item gives one more. So
-there are never more than ``prefetch`` items that were made and not yet taken, and a producer whose consumer has gone
-reads "closed".
+The iterator is a workqueue with credit-based flow control. The consumer writes a *credit* for each item that the
+producer may make; the producer reads a credit, makes an item, and writes it. The task begins with ``prefetch`` credits,
+and taking an item gives one more. So at most ``prefetch`` items are made and not yet taken, and a producer whose
+consumer has left reads "closed".
 
-What ends a task, other than its items, comes over the worker's control connection and completes the future. Its
-thread holds a plain task (that runs to its end whoever looks), but only a weak reference to an iterator: when its
-consumer drops it, the producer stops.
+The worker's control connection brings the task's end, which completes the future in a thread of the task's own. The
+thread keeps a plain task alive, which runs to its end in any case. It has only a weak reference to an iterator: when
+the consumer drops the iterator, the producer stops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Final, TypeVar, final
 from torch.utils.data import Dataset
 
 from .errors import MarshalError, QueueClosed, ResourceError, WorkerDied
-from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
 from .transport import cleanup, reactor
@@ -36,15 +35,15 @@ from .workers.backend import find
 T = TypeVar("T")
 
 _ENTRY: Final = "torchwq.background:run_worker"
-#: How long, in seconds, a producer may go on with the item it is at after its consumer has left.
+#: How many seconds a producer has to finish its present item after the consumer has left.
 _GRACE_PERIOD: Final = 5.0
 
-# What the producer writes: a kind and a value.
+# The producer writes pairs: one of these kinds, and a value.
 _ITEM, _END, _ERROR, _NO_ITERATOR, _DIED = range(5)
 
 
 class _IsIterator(enum.Enum):
-    """What a worker tells in a value's place when its function turns out to give an iterator."""
+    """Sent in the place of a value by a worker whose function has returned an iterator."""
 
     YES = enum.auto()
 
@@ -61,23 +60,23 @@ class BackgroundTask(unretrieved.Future[T]):
     ``cancel()`` returns False.
 
     As an iterator, if ``f`` is a generator function or returns an iterator, or if ``f`` is a Dataset or another
-    iterable: the items are made in the worker, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop
-    early, or :meth:`close`, stops the producer. An error surfaces at the item where it happened, after the items before
-    it. An exhausted task stays exhausted; its ``result()`` is the generator's return value.
+    iterable: the worker makes the items, at most ``prefetch`` ahead of their consumer. Leaving a ``for`` loop early, or
+    :meth:`close`, stops the producer. An error is raised at the item where it happened, after the items before it. An
+    exhausted task stays exhausted; its ``result()`` is the generator's return value.
 
     Args:
         f: a function; or an iterator, an iterable, an iterable Dataset, or a map-style Dataset, which is read from
-            index 0 to its end. It gets no ``mapid``. It travels as code; see ``upvalues``.
-        *args: its arguments.
+            index 0 to its end. A function gets no ``mapid``. It travels as code; see ``upvalues``.
+        *args: the function's arguments.
         prefetch: how many items may be ready and not taken; at least 1.
-        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`. A producer that is a thread ends when it next
-            asks for leave to produce, not in the middle of an item.
-        upvalues: whether ``f`` may be a closure and use global data of ``__main__``: these are then copied to the
+        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`. A producer that is a thread ends between two
+            items, not in the middle of one.
+        upvalues: whether ``f`` may be a closure and use global data of ``__main__``, which are then copied to the
             worker.
 
     Raises:
-        ClosureError: ``f`` drags data along.
-        MarshalError: ``f`` or an argument cannot travel.
+        ClosureError: ``f`` is a closure, or uses global data of ``__main__``.
+        MarshalError: ``f`` or an argument cannot be sent.
         ValueError: ``prefetch`` is less than 1, or there is no such ``backend``.
         TypeError: ``f`` is neither a function nor iterable, or is iterable and arguments were given.
 
@@ -110,7 +109,7 @@ class BackgroundTask(unretrieved.Future[T]):
                 raise TypeError("arguments are for a function; a Dataset or an iterable takes none")
             self._length = _length_or_none(f)
         self._queue = workqueue()
-        self._queue._tell_no_failures()  # the future does
+        self._queue._tell_no_failures()  # the future reports them
         try:
             self._queue.write(*range(prefetch))
             held: list[Any] = []
@@ -141,7 +140,7 @@ class BackgroundTask(unretrieved.Future[T]):
         _unfinished.add(completion)
         try:
             completion.start()
-        except BaseException:  # no more threads
+        except BaseException:  # no thread is left
             _unfinished.discard(completion)
             self._queue.close()
             self._worker.kill(signal.SIGKILL)
@@ -149,7 +148,7 @@ class BackgroundTask(unretrieved.Future[T]):
         weakref.finalize(self, _kill_later, self._worker).atexit = False
 
     def __iter__(self) -> Generator[Any, None, None]:
-        """Yield what is left of the items. The producer is stopped when the loop is left early."""
+        """Yield the items that are left. Leaving the loop early stops the producer."""
         try:
             while True:
                 try:
@@ -161,13 +160,13 @@ class BackgroundTask(unretrieved.Future[T]):
             self.close()
 
     def __next__(self) -> Any:
-        """The next item; waits for it.
+        """Wait for the next item, and return it.
 
         Raises:
-            StopIteration: there are no more, or the task was closed.
-            WorkerDied: the worker died; what it had produced before came first.
+            StopIteration: no item is left, or the task was closed.
+            WorkerDied: the worker died; the items that it had made came first.
             TypeError: the task is not an iterator.
-            Exception: what the producer raised at this item.
+            Exception: the producer's error at this item.
         """
         if self._returned is not None:
             raise TypeError(f"{self!r} is not an iterator: its function returned {self._returned}")
@@ -185,7 +184,7 @@ class BackgroundTask(unretrieved.Future[T]):
             self.close()
             raise
         except WorkerDied as death:
-            kind, value = _DIED, death  # raised below: not where it is handled, or both would be shown
+            kind, value = _DIED, death  # raised outside of this block: else both errors would be shown
         if kind == _NO_ITERATOR:
             self._returned = value
             self._queue.close()
@@ -195,25 +194,25 @@ class BackgroundTask(unretrieved.Future[T]):
             try:
                 raise self._end_error() or value
             finally:
-                del value  # or the error would keep this frame, and that the error
+                del value  # else the error and this frame would keep each other alive
         self.close()
         if kind == _ERROR:
-            self.ignore_error()  # it is told here
+            self.ignore_error()  # raised here
             raise exceptions.unpack(value)
         raise StopIteration
 
     def _end_error(self) -> BaseException | None:
-        """The worker is gone without an end of its items: prefer what it said, or how it died, to "nobody is left"."""
+        """Return the error of a worker that ended before its items did; None if it is not known in time."""
         try:
             return self.exception(timeout=_GRACE_PERIOD)
         except TimeoutError:
             return None
 
     def __len__(self) -> int:
-        """Number of items in all, where the source has a length.
+        """Return the number of items in all, if the source has a length.
 
         Raises:
-            TypeError: it has none, as generators have none.
+            TypeError: the source, for example a generator, has no length.
         """
         if self._length is None:
             raise TypeError(f"{self._name} has no length")
@@ -223,12 +222,12 @@ class BackgroundTask(unretrieved.Future[T]):
         return True
 
     def close(self) -> None:
-        """Stop producing; the task is exhausted then. A plain task runs on to its end. May be called again."""
+        """Stop producing; the task is then exhausted. A plain task runs on to its end. Idempotent."""
         self._exhausted = True
         if not self._queue.closed:
             self._queue.close()
             if self._is_iterator:
-                self.ignore_error()  # of an item that its consumer did not want
+                self.ignore_error()  # of an item that the consumer did not want
             completion = self._completion()
             if completion is not None:
                 reactor.get().call_later(_GRACE_PERIOD, completion.end_producer)
@@ -240,7 +239,7 @@ class BackgroundTask(unretrieved.Future[T]):
 
 
 def _kill_later(process: worker.Worker) -> None:
-    """A task is garbage: of an iterator, whose worker may still be at an item."""
+    """A task is garbage. Kill its worker later: an iterator's worker may still make an item."""
     if not process.ended_event.is_set():
         cleanup.call_soon(lambda: reactor.get().call_later(_GRACE_PERIOD, lambda: process.kill(signal.SIGKILL)))
 
@@ -253,7 +252,7 @@ def _length_or_none(source: Any) -> int | None:
 
 
 class _Completion(threading.Thread):
-    """Completes the future: unpickling and callbacks are not for the reactor's thread."""
+    """The thread that completes the future: the reactor's must not unpickle or run callbacks."""
 
     def __init__(
         self,
@@ -306,13 +305,13 @@ class _Completion(threading.Thread):
         return outcome or (None, self._process.death_error(f"the task {self._name_of_task}"))
 
 
-#: Plain tasks that exit waits for. Everything in it may yet turn out to be an iterator.
+#: Tasks that exit waits for: plain ones, and those that may still turn out to be iterators.
 _unfinished: set[_Completion] = set()
 
 
 @reset_in_child
 def _forget() -> None:
-    _unfinished.clear()  # their threads are the parent's
+    _unfinished.clear()  # the parent has their threads
 
 
 def _finish_all() -> None:
@@ -325,7 +324,7 @@ shutdown.at_finish(_finish_all)
 
 
 def run_worker(context: child.Context) -> int:
-    """Entry of a task's worker: sends (value, packed error) at its end, and that it is an iterator if so."""
+    """Run the task in its worker. Sends ``_IS_ITERATOR`` first if it is one, and (value, packed error) at its end."""
     limit = context.max_payload
     value: Any = None
     items: WorkQueue | None = None
@@ -337,14 +336,14 @@ def run_worker(context: child.Context) -> int:
             context.send(codec.encode((_IS_ITERATOR, None), limit))
             value = _produce(produced, items)
         else:
-            with contextlib.suppress(QueueClosed):  # by close(), which a plain task does not care about
+            with contextlib.suppress(QueueClosed):  # by close(), which does not stop a plain task
                 items.write((_NO_ITERATOR, type(produced).__name__))
             value = produced
         payload = codec.encode_result(value, limit, "the task's result", peer=context.peer)
     except QueueClosed:
         payload = codec.encode((None, None), limit)
     except SystemExit as stop:
-        if status := exit_status(stop):
+        if status := child.exit_status(stop):
             return status
         if items is not None:
             with contextlib.suppress(QueueClosed):
@@ -363,15 +362,14 @@ def run_worker(context: child.Context) -> int:
 def _iterator_over(source: Any) -> Iterator[Any]:
     if hasattr(source, "__iter__"):
         return iter(source)
-    try:
-        length = len(source)
-    except TypeError:
+    length = _length_or_none(source)
+    if length is None:
         return iter(source)  # the old protocol: __getitem__ until IndexError
     return (source[index] for index in range(length))
 
 
 def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
-    """Make an item for each credit; returns the iterator's return value, or None if the consumer has left."""
+    """Write an item for each credit. Returns the iterator's return value, or None if the consumer has left."""
     try:
         for _ in items:
             try:
@@ -390,9 +388,9 @@ def _produce(produced: Iterator[Any], items: WorkQueue) -> Any:
 
 
 def _write_error(items: WorkQueue | None, packed: exceptions.PackedException | BaseException) -> None:
-    """Let the consumer meet the error after the items before it."""
+    """Write the error to the consumer, after the items before it."""
     if items is not None:
-        if isinstance(packed, BaseException):  # of a thread
+        if isinstance(packed, BaseException):  # the worker is a thread
             packed = exceptions.pack(packed, peer=SAME_PROCESS)
         try:
             items.writeup((_ERROR, packed))

@@ -1,8 +1,8 @@
-"""``DataLoader``: torch's, with the transport under its workers replaced.
+"""``DataLoader``: torch's, with another transport between it and its workers.
 
-A subclass, so that frameworks which look for ``torch.utils.data.DataLoader`` take it, and everything that is not
-about workers stays torch's: argument checks, samplers, collation, ``num_workers=0``. Only ``_get_iterator`` gives
-another iterator, of :mod:`torchwq.loading`.
+It is a subclass, so that frameworks which check for ``torch.utils.data.DataLoader`` accept it. Argument checks,
+samplers, collation and ``num_workers=0`` stay torch's. Only ``_get_iterator`` returns an iterator of
+:mod:`torchwq.loading`.
 """
 
 from __future__ import annotations
@@ -29,43 +29,42 @@ T_co = TypeVar("T_co", covariant=True)
 class DataLoader(torch.utils.data.DataLoader[T_co]):
     """Loads batches of a dataset with workers, like ``torch.utils.data.DataLoader``: same arguments, same batches.
 
-    Batches come through shared memory that is used again, so passing one costs a message. Change the import; nothing
-    else has to change. For equal seeds the batches are the same, bit for bit. Workers start as they do with
-    torch: forked where that is the platform's default. A batch can be kept for as long as you like, and be
-    changed in place.
+    Change the import, and nothing else. Batches come through shared memory that is used again, so passing one costs a
+    message. For equal seeds the batches are the same, bit for bit. Workers start as with torch: by fork where that is
+    the platform's default. You can keep a batch for as long as you like, and change it in place.
 
     Args:
         dataset, batch_size, shuffle, sampler, batch_sampler, collate_fn, pin_memory, drop_last, timeout,
             worker_init_fn, generator, prefetch_factor, persistent_workers, pin_memory_device, in_order: as for torch's
             DataLoader.
-        num_workers: how many worker processes load batches; 0 loads in this process, by torch's own code; ``"auto"``
-            begins with one and adds more while the consumer waits for batches and they help: one for each idle core,
-            and up to four for each core (at least 8) if they mostly wait themselves. The logger ``torchwq`` tells when
-            it adds some, and why it does not any more. (With an iterable dataset, whose parts depend on the number, one
-            for each core from the start.)
-        multiprocessing_context: as for torch's; with ``"forkserver"`` or ``"spawn"`` workers come from torchwq's warm
-            fork server, with a clean environment: the dataset and the functions may be from a notebook or ``__main__``,
-            lambdas and closures included, and tensors and arrays in the dataset are in memory once for all workers.
-        on_worker_death: ``"raise"`` raises WorkerDied; ``"restart"`` starts the worker again and makes what it had in
-            hand again. The batches of a map-style dataset stay the same, bit for bit.
-        max_restarts: how often that is done in the life of an iterator.
+        num_workers: how many worker processes load batches; 0 loads in this process, by torch's own code. ``"auto"``
+            begins with one worker, and adds workers while the consumer waits for batches and more workers help: one for
+            each idle core, and up to four for each core (at least 8) if workers mostly wait themselves. The logger
+            ``torchwq`` reports what it adds, and why it stops. (An iterable dataset, whose parts depend on the number,
+            gets one worker for each core from the start.)
+        multiprocessing_context: as for torch's DataLoader. With ``"forkserver"`` or ``"spawn"``, torchwq's warm fork
+            server starts workers with a clean environment: the dataset and the functions may come from a notebook or
+            ``__main__``, lambdas and closures included, and all workers share the memory of the dataset's tensors and
+            arrays.
+        on_worker_death: ``"raise"`` raises WorkerDied. ``"restart"`` starts another worker, which makes the batches
+            again that the dead one had in hand. The batches of a map-style dataset stay the same, bit for bit.
+        max_restarts: how many restarts an iterator may do.
         prefetch_across_epochs: when the sampler has no more indices, workers go on with the first batches of the next
             epoch. Needs ``persistent_workers=True``, ``in_order=True`` and a map-style dataset.
-        snapshot_every_n_steps: after how many batches workers (and the sampler) tell their state, if any. Where
-            it is large, a larger number saves time; what came after the last one is then made again when a state is
-            loaded. 0 or None: only at the beginning of an epoch.
-        backend: ``"process"``, or ``"thread"``: workers are threads of this process. They start at once, share the
-            dataset (each has a shallow copy of it, so that setting its attributes is each worker's own affair), and
-            their batches are not copied: what a ``collate_fn`` passes on as it is, is the dataset's own. That pays
-            where loading waits, or releases the GIL. They also share the global generators of random numbers: with the
-            same seeds the batches are the same only if the dataset draws from none of these, but for example from one
-            made with ``get_worker_info().seed``.
+        snapshot_every_n_steps: after how many batches workers (and the sampler) report their state, if they have one. A
+            larger number saves time where the state is large; loading a state then makes the batches after the last
+            report again. 0 or None: only at the beginning of an epoch.
+        backend: ``"process"``, or ``"thread"``: workers are threads of this process. They start at once, and pay where
+            loading waits or releases the GIL. Threads share the dataset (each has a shallow copy, whose attributes it
+            may set), and batches are not copied: an object that ``collate_fn`` passes on is the dataset's own. Threads
+            also share the global random generators: equal seeds give equal batches only if the dataset draws from other
+            ones, for example one made with ``get_worker_info().seed``.
 
     Raises:
-        ValueError: for combinations that make no sense, with torch's own words where torch has them.
-        MarshalError: (by iterating) workers begin clean, and something of the dataset cannot travel to them; the
-            message names its place.
-        WorkerDied: (by iterating) a worker was killed; the message tells which, how, and what it had in hand.
+        ValueError: for invalid combinations of arguments, with torch's own messages where torch has them.
+        MarshalError: (by iterating) a part of the dataset cannot be sent to workers that begin clean; the message names
+            its place.
+        WorkerDied: (by iterating) a worker was killed; the message says which, how, and what it had in hand.
 
     Source: ``torch.utils.data.DataLoader``; ``torchdata.stateful_dataloader`` for ``state_dict``.
 
@@ -121,7 +120,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             pin_memory_device=pin_memory_device,
             in_order=in_order,
         )
-        # Under the names of the arguments: frameworks make loaders anew from such attributes.
+        # The attributes have the names of the arguments: frameworks remake loaders from them.
         self.on_worker_death = on_worker_death
         self.max_restarts = max_restarts
         self.prefetch_across_epochs = prefetch_across_epochs
@@ -137,11 +136,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     def __reduce__(self) -> Any:
         """A copy has the arguments, not the workers.
 
-        Not by ``__getstate__`` and ``__setstate__``: a wrapper that passes on what it does not have itself would pass
-        on these two as well, and the wrapper's state would land in the loader.
+        ``__getstate__`` and ``__setstate__`` would not do: a wrapper that delegates unknown attributes would delegate
+        these two as well, and set the wrapper's state in the loader.
         """
         found = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        if not isinstance(found, dict):  # a subclass has its own idea of it, or slots
+        if not isinstance(found, dict):  # of a subclass with its own ``__getstate__``, or slots
             return copyreg.__newobj__, (type(self),), found  # type: ignore[attr-defined]
         kept = dict(found)
         if "_stats" in kept:
@@ -166,7 +165,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             self.check_worker_number_rationality()
         self._stats.workers, self._stats.state = self.num_workers, None
         iterator = Iterator(self, self._stats, loaded)
-        # Noted here and not in __iter__: a subclass may wrap it, and the wrapper keeps it alive.
+        # Here and not in __iter__: a subclass may wrap the iterator, and the wrapper keeps it alive.
         self._last_iterator = weakref.ref(iterator)
         return iterator
 
@@ -180,18 +179,18 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """From where the loader can go on: after the batch that its iterator has handed out last.
+        """Return a state from which a loader goes on after the last batch that this one's iterator has returned.
 
         Returns:
-            Plain data, which can be saved with a checkpoint. Before the first epoch, and after the end of one was
-            reached (StopIteration), it stands for the beginning of the next.
+            Plain data, which can be saved with a checkpoint. Before the first epoch and after the end of an epoch
+            (StopIteration), it stands for the beginning of the next.
 
-        The random numbers that a dataset draws in its workers go on where they were only if the loader was made with
-        ``on_worker_death="restart"``, or was given a state or asked for one before: noting their state costs workers
-        about 0.1 ms a batch.
+        The random numbers that a dataset draws in its workers go on, too, if the loader was made with
+        ``on_worker_death="restart"``, has loaded a state, or has returned one before. Otherwise workers do not save
+        their generators, which costs about 0.1 ms a batch.
 
         Raises:
-            Exception: what ``state_dict`` of the dataset, its iterator or the sampler has raised.
+            Exception: an error from ``state_dict`` of the dataset, its iterator or the sampler.
 
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
@@ -208,19 +207,19 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         return captured.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Let the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
+        """Make the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
 
-        A map-style dataset is not asked for the batches before that: the sampler alone is moved on. An iterable one
-        is, unless it or its iterator has ``state_dict`` and ``load_state_dict``.
+        For a map-style dataset only the sampler skips the batches before. An iterable dataset makes them again, unless
+        it or its iterator has ``state_dict`` and ``load_state_dict``.
 
         Args:
-            state_dict: what :meth:`state_dict` has returned, in this process or in another one.
+            state_dict: a state that :meth:`state_dict` has returned, in this process or in another one.
             strict: False lets a loader with another number of workers go on at the same sample of a map-style dataset,
-                with a warning: which worker makes which batch has changed, and workers' random numbers begin anew.
+                with a warning: other workers make the batches, and their random numbers begin anew.
 
         Raises:
-            ValueError: it is no state of a loader like this one; the message tells what it needs, for example the
-                number of workers.
+            ValueError: the state is not one of a loader like this; the message says what this loader needs, for example
+                the number of workers.
 
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """
@@ -231,7 +230,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self._saves_rng = True
 
     def stats(self) -> LoaderStatistics:
-        """Tell what the loader has done so far, and whether it or the training that it feeds is the slower one.
+        """Return what the loader has done so far, and whether it or the training loop is the slower one.
 
         With ``num_workers=0`` nothing is counted.
         """
@@ -249,7 +248,7 @@ def _check(on_worker_death: str, max_restarts: int, backend: str, multiprocessin
 
 
 def _numbers_of_workers(num_workers: int | str, iterable: bool) -> tuple[int, int]:
-    """How many workers there are at first, and, if that may change, how many there may be."""
+    """Return the number of workers at first, and the largest number if it may change, else 0."""
     if not isinstance(num_workers, str):
         return num_workers, 0
     if num_workers != "auto":

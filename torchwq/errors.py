@@ -1,8 +1,7 @@
-"""Every error that torchwq raises on its own account.
+"""The errors that torchwq raises.
 
 Each derives from :class:`TorchwqError`, so that one ``except`` catches them all, *and* from the builtin that a caller
-who has never read this page would expect. They live below all other layers because all of them raise them, and
-they all survive pickling, because a worker that is itself an owner passes them on.
+would expect. All can be pickled, because a worker that is itself an owner passes them on.
 """
 
 from __future__ import annotations
@@ -30,50 +29,49 @@ class TorchwqError(Exception):
 
 
 class MarshalError(TorchwqError, TypeError):
-    """An object cannot travel to another process.
+    """An object cannot be sent to another process.
 
-    The message names the place of the offending object inside what was written, e.g. ``args[0]['model'].hook``.
-    Nothing has been sent when it is raised.
+    The message names the object's place in the argument, e.g. ``args[0]['model'].hook``. Nothing has been sent.
     """
 
 
 class ClosureError(MarshalError):
-    """A function or class would drag data along that the caller did not pass.
+    """A function or class captures data that the caller has not passed.
 
-    The message names each captured variable with its type and size, and the two ways out: pass the data as an
-    argument, or use ``writeup`` / ``upvalues=True``.
+    The message names each captured variable with its type and size, and the two remedies: pass the data as an argument,
+    or use ``writeup`` / ``upvalues=True``.
     """
 
 
 class QueueClosed(TorchwqError, RuntimeError):
-    """The queue was closed: by its owner, because its owner has ended, or this handle was closed in this process."""
+    """The owner has closed the queue or has ended, or this process has closed the handle."""
 
 
 class MutexError(TorchwqError, RuntimeError):
-    """A mutex was released by a thread that does not hold it, taken again by one that does, or inherited by a fork."""
+    """A thread releases a mutex that it does not hold, acquires one that it holds, or uses one inherited by a fork."""
 
 
 class NamespaceError(TorchwqError, OSError):
-    """A named queue can be neither opened nor created: the namespace of this process tree cannot be used."""
+    """A named queue can be neither opened nor created, because the process tree's namespace cannot be used."""
 
 
 class ResourceError(TorchwqError, OSError):
-    """Memory or file descriptors ran out. The message names the limit and how to raise it."""
+    """No memory or file descriptor is left. The message names the limit and how to raise it."""
 
 
 class WorkerStartError(TorchwqError, OSError):
-    """Workers cannot be started: no Python interpreter was found for them, or it cannot be run. The message tells."""
+    """Workers cannot be started. The message says why, e.g. that no Python interpreter was found for them."""
 
 
 class RemoteError(TorchwqError, RuntimeError):
-    """A worker raised an exception which could not be carried over as an object.
+    """A worker raised an exception that cannot be sent as an object.
 
-    The message holds the type and the text of the original exception, and the worker's traceback.
+    The message has the exception's type and text, and the worker's traceback.
     """
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that came from a worker: its traceback there, as text."""
+    """The cause of an exception from a worker: the worker's traceback, as text."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -84,14 +82,13 @@ class RemoteTraceback(Exception):
 
 
 class WorkerDied(TorchwqError, RuntimeError):
-    """A worker ended without having finished, or no worker is left to answer.
+    """A worker ended before it had finished, or no worker is left to answer.
 
     Attributes:
-        mapid: number of the worker in its ``map``, or None where it is not known.
-        pid: its process id, or None.
-        signal: the signal that ended it (:class:`signal.Signals`), or None.
-        exitcode: its exit status (0 to 255) if it ended by itself, ``-signal`` if a signal ended it, or None if
-            that is not known.
+        mapid: the worker's number in its ``map``, or None if it is not known.
+        pid: the worker's process id, or None.
+        signal: the signal that ended the worker (:class:`signal.Signals`), or None.
+        exitcode: the worker's exit status (0 to 255), or ``-signal`` if a signal ended it; None if it is not known.
     """
 
     def __init__(
@@ -115,7 +112,7 @@ class WorkerDied(TorchwqError, RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """Ends a worker that is a thread, in the middle of whatever it does. Not for users, who never see it."""
+    """Ends a worker that is a thread, whatever it does. Internal: no call raises it to users."""
 
 
 def _rebuild_worker_died(message: str, fields: dict[str, Any]) -> WorkerDied:

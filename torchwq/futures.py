@@ -1,7 +1,7 @@
-"""Time limits that have passed are told alike on every Python.
+"""One timeout error for all versions of Python.
 
-From Python 3.11 on the errors of ``concurrent.futures`` and ``asyncio`` for that are the builtin TimeoutError. On 3.10
-each is one of its own. What is raised here is all three, so that code written for either Python catches it.
+Since Python 3.11, ``concurrent.futures`` and ``asyncio`` raise the builtin TimeoutError; on 3.10 each has a class of
+its own. ``TimedOut`` derives from all three, so code written for either version catches it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if sys.version_info >= (3, 11):
 else:
 
     class TimedOut(TimeoutError, concurrent.futures.TimeoutError, asyncio.TimeoutError):
-        """A time limit has passed."""
+        """A timeout has expired."""
 
     class Future(concurrent.futures.Future[T]):
-        """One whose waits end with ``TimedOut``."""
+        """A future that raises ``TimedOut``."""
 
         def result(self, timeout: float | None = None) -> T:
             try:
                 return super().result(timeout)
             except concurrent.futures.TimeoutError:
-                if self.done():  # it is what the task has raised, or was done in the last moment
+                if self.done():  # the task has raised this error, or has ended just now
                     return super().result(0)
                 raise TimedOut from None
 

@@ -1,14 +1,13 @@
 """``torchwq.map``: start workers that run a function, and wait for them.
 
-The owner looks at the call before anything starts: whether the function wants its ``mapid``, whether its arguments
-fit, whether it drags data along. What can be wrong is then wrong in the caller's own traceback.
+The owner checks the call before a worker starts: whether the function takes a ``mapid``, whether its arguments fit,
+whether it is a closure. So such errors have the caller's own traceback.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,14 +25,14 @@ _ENTRY = "torchwq.mapping:run_worker"
 
 
 class _Outcomes:
-    """What the workers of a map have told. It outlives the :class:`Map`: somebody must print what nobody asks for.
+    """The answers of a map's workers. They outlive the :class:`Map`, to print the errors that were never retrieved.
 
     Invariants:
 
-    * A worker's answer becomes its value or its error once, under the lock, in a thread where users' code may run.
-    * An error leaves ``errors`` for ``retrieved`` before it is raised or printed. So it is never printed after it was
-      raised, and this object, which the finalizer keeps, does not keep the map by a raised error's traceback. The owner
-      of a queue may raise the error as a cause; the worker notes that (``error_was_retrieved``).
+    * A worker's answer becomes its value or its error once, under the lock, in a thread that may run users' code.
+    * An error moves from ``errors`` to ``retrieved`` before it is raised or printed. So no error is printed after it
+      was raised, and this object, which the finalizer keeps, does not keep the map alive by a raised error's traceback.
+      If the owner of a queue raises the error as a cause, the worker notes that (``error_was_retrieved``).
     """
 
     def __init__(self, n: int, name: str) -> None:
@@ -67,23 +66,16 @@ class _Outcomes:
             self.changed.notify_all()
             is_over = self._is_dropped and self.ended == self.n
         if is_over:
-            # After what else has come with the end: somebody who tells of an error says so.
-            reactor.get().call_later(0, lambda: cleanup.call_soon(self._finish))
+            # Later, after a queue has noted in ``error_will_be_retrieved`` that a reader gets the error.
+            reactor.get().call_later(0, lambda: cleanup.call_soon(self.print_errors))
 
     def drop(self) -> None:
-        """Nobody can ask any more."""
+        """The map is garbage: print its errors when all workers have ended."""
         with self.changed:
             self._is_dropped = True
             is_over = self.ended == self.n
         if is_over:
-            self._finish()
-
-    def _finish(self) -> None:
-        """It is dropped, and all workers have ended."""
-        if any(self._is_unretrieved(process) for process in self.workers):
             self.print_errors()
-        else:
-            self._discard()
 
     def _is_unretrieved(self, process: worker.Worker) -> bool:
         mapid = process.info.mapid
@@ -91,14 +83,8 @@ class _Outcomes:
             return False
         return process.exitcode != 0 or (mapid not in self._answers and mapid not in self.values)
 
-    def _discard(self) -> None:
-        _pending.discard(self)
-        answers, self._answers = self._answers, {}
-        for unread in answers.values():
-            exceptions.discard_answer(*unread)
-
     def resolve(self, process: worker.Worker) -> None:
-        """Turn what a worker that has ended sent last into its value or its error, once."""
+        """Decode the answer of a worker that has ended into its value or its error, once."""
         mapid = process.info.mapid
         with self._resolving:
             if mapid in self.values or mapid in self.errors or mapid in self.retrieved:
@@ -113,7 +99,7 @@ class _Outcomes:
             self.errors[mapid] = error
 
     def move_errors(self, mapids: Iterable[int], errors: dict[int, BaseException]) -> None:
-        """Put the errors of these workers into ``errors``, for one who raises them."""
+        """Move the errors of these workers to the caller's ``errors``. The caller raises or prints them."""
         with self._resolving:
             for mapid in mapids:
                 if mapid in self.errors:
@@ -122,17 +108,20 @@ class _Outcomes:
                     del self.errors[mapid]
 
     def print_errors(self, at_exit: bool = False) -> None:
-        """Print what nobody has asked for, and can ask for any more."""
+        """Print the errors that were not retrieved, and forget all answers."""
         for process in filter(self._is_unretrieved, self.workers):
             if process.error_will_be_retrieved and not at_exit:
-                return  # to one who reads from a queue; if not, then at exit
+                return  # a reader of a queue will get it; if not, it is printed at exit
             self.resolve(process)
-            handed: dict[int, BaseException] = {}
-            self.move_errors([process.info.mapid], handed)
-            for mapid, error in handed.items():
+            errors: dict[int, BaseException] = {}
+            self.move_errors([process.info.mapid], errors)
+            for mapid, error in errors.items():
                 if unretrieved.should_report(process, error):
                     unretrieved.log_error(f"worker {mapid} of torchwq.map({self.n}, {self._name})", error)
-        self._discard()
+        _pending.discard(self)
+        answers, self._answers = self._answers, {}
+        for unread in answers.values():
+            exceptions.discard_answer(*unread)
 
 
 def _error_of(find: Callable[[], _Outcomes | None], mapid: int) -> BaseException | None:
@@ -143,17 +132,16 @@ def _error_of(find: Callable[[], _Outcomes | None], mapid: int) -> BaseException
     return outcomes.errors.get(mapid)
 
 
-#: Those whose errors may still have to be printed.
+#: Answers that may have errors to print.
 _pending: set[_Outcomes] = set()
 
 
 @reset_in_child
 def _forget() -> None:
-    _pending.clear()  # they are the parent's
+    _pending.clear()  # the parent prints them
 
 
 def _print_all() -> None:
-    """At exit."""
     for outcomes in list(_pending):
         outcomes.print_errors(at_exit=True)
 
@@ -163,10 +151,10 @@ shutdown.at_report(_print_all)
 
 @final
 class Map:
-    """Workers started by :func:`torchwq.map`. ``len`` of it is their number.
+    """Workers started by :func:`torchwq.map`. ``len(m)`` is their number.
 
-    An error of theirs that nobody asks for, by :meth:`join` or :meth:`check_errors`, is printed (logged by the logger
-    ``torchwq``) when the map is dropped and its workers have ended, or the interpreter ends.
+    An error that neither :meth:`join` nor :meth:`check_errors` has raised is logged (by the logger ``torchwq``) when
+    the map is dropped and its workers have ended, or when the interpreter exits.
 
     Source: what torch-ipc's ``ipc.map`` returns.
     """
@@ -182,18 +170,18 @@ class Map:
         """Wait until all workers have ended.
 
         Args:
-            timeout: how long to wait at most, in seconds; None waits for ever.
+            timeout: how many seconds to wait at most; None waits for ever.
 
         Returns:
             What each worker's function returned, in the order of mapid; None for one that ended on QueueClosed.
             Workers whose error :meth:`check_errors` has already raised are left out.
 
         Raises:
-            TimeoutError: not within ``timeout``; ``join`` can be called again.
+            TimeoutError: a worker has not ended within ``timeout``; ``join`` can be called again.
             Exception: the error of the failed worker with the lowest mapid: the exception that its function raised,
                 caused by a RemoteTraceback with the worker's traceback (from a thread, the exception itself, with its
-                own); WorkerDied if the worker died, or ended before it had answered; ResourceError if its answer could
-                not be received. Notes on it name the others that failed.
+                own traceback); WorkerDied if the worker died, or ended before it had answered; ResourceError if the
+                owner could not receive its answer. Notes on the error name the other workers that failed.
 
         Source: torch-ipc's ``m:join``.
         """
@@ -209,20 +197,20 @@ class Map:
         if failed:
             shutdown.block_daemon_at_exit()
             error = self._errors[failed[0]]
-            for other in failed[1:]:
-                if self._errors[other] is error:
-                    continue  # threads may raise the same one
-                exceptions.add_note(error, f"worker {other} failed as well: {_summary(self._errors[other])}")
+            for mapid in failed[1:]:
+                other = self._errors[mapid]
+                if other is not error:  # threads may raise the same exception
+                    exceptions.add_note(error, f"worker {mapid} failed as well: {type(other).__name__}: {other}")
             raise error
         asked = [mapid for mapid in range(outcomes.n) if mapid not in self._consumed]
         for mapid in asked:
-            if mapid not in outcomes.values:  # its error was printed: the program ends
+            if mapid not in outcomes.values:  # its error was printed: the process is exiting
                 shutdown.block_daemon_at_exit()
                 raise outcomes.workers[mapid].death_error()
         return [outcomes.values[mapid] for mapid in asked]
 
     def check_errors(self) -> None:
-        """Raise the error of a worker that has failed, if any has; do not wait.
+        """Raise the error of a worker that has failed, if one has. Never waits.
 
         The error is consumed: a later call raises the next one, a later :meth:`join` returns the others' results.
 
@@ -243,7 +231,7 @@ class Map:
 
     @property
     def pids(self) -> list[int | None]:
-        """Process ids of the workers, in the order of mapid; None for one that has not started yet, or is a thread."""
+        """Process ids of the workers, in the order of mapid. None: the worker has not started yet, or is a thread."""
         return [process.pid for process in self._outcomes.workers]
 
     def __len__(self) -> int:
@@ -264,33 +252,32 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     ``mapid`` is passed if ``f`` requires one more positional argument, takes ``*args``, or has a parameter called
     ``mapid``; otherwise ``f(*args)`` is run. Workers are processes with a clean environment: the caller's
     ``__main__`` is not imported, so scripts need no ``if __name__ == "__main__":``, and functions from notebooks
-    work. ``sys.path``, the working directory, environment variables and warning filters are the owner's;
-    ``torch.set_num_threads(1)`` is set.
+    work. A worker has the owner's ``sys.path``, working directory, environment variables and warning filters, and calls
+    ``torch.set_num_threads(1)``.
 
-    With ``backend="thread"`` the workers are daemon threads of this process, and everything else is as it is with
-    processes: arguments and results are copied, but for tensors, closures are refused, and the first error is raised by
-    ``join``. Tensors are not moved to shared memory. Threads cannot be killed; they pay where the work releases the
-    GIL, or waits.
+    With ``backend="thread"`` the workers are daemon threads of this process. Like processes, they get copies of
+    arguments and return copies of results, except for tensors; closures are refused, and ``join`` raises the first
+    error. Tensors are not moved to shared memory. Threads cannot be killed. They pay where the work releases the GIL,
+    or waits.
 
     Args:
         n: number of workers.
         f: the function. It travels as code; see ``upvalues``.
-        *args: its arguments; a :class:`WorkQueue` among them arrives as a worker's handle. Locks, queues and shared
-            values of ``multiprocessing`` may be among them, as they may be among those of a process that it starts with
-            ``spawn``.
+        *args: its arguments. A :class:`WorkQueue` arrives as a worker's handle. Locks, queues and shared values of
+            ``multiprocessing`` are allowed, as in the arguments of a process that it starts with ``spawn``.
         backend: ``"process"`` or ``"thread"``.
-        upvalues: whether ``f`` may be a closure, and use global data of ``__main__``: these are then copied to the
+        upvalues: whether ``f`` may be a closure, and use global data of ``__main__``, which are then copied to the
             workers.
 
     Returns:
-        A :class:`Map`. The workers go on if it is dropped; they are ended when the owner ends.
+        A :class:`Map`. The workers go on if it is dropped, and end with their owner.
 
     Raises:
         ValueError: ``n`` is less than 1, or there is no such ``backend``.
         TypeError: ``f`` cannot be called, or not with ``args``.
-        ClosureError: ``f`` drags data along.
-        MarshalError: ``f`` or an argument cannot travel.
-        ResourceError: a limit of the system does not allow so many workers.
+        ClosureError: ``f`` is a closure, or uses global data of ``__main__``.
+        MarshalError: ``f`` or an argument cannot be sent.
+        ResourceError: the system's limits do not allow so many workers.
 
     See also: "Processes or threads" in the documentation.
 
@@ -322,7 +309,7 @@ def _wants_mapid(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, bo
     """Whether to pass mapid as the last positional argument, or by keyword. Raises TypeError if ``args`` do not fit."""
     try:
         signature = inspect.signature(f)
-    except ValueError:  # some builtins tell nothing about themselves
+    except ValueError:  # a builtin without a signature
         return False, False
     parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -345,7 +332,7 @@ def _wants_mapid(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, bo
 
 
 def run_worker(context: child.Context) -> int:
-    """Entry of a map's worker: runs the function, sends (value, packed error)."""
+    """Run the function in a worker of a map, and send (value, packed error)."""
     failed = False
     try:
         function, args, keywords = codec.decode(*context.receive())
@@ -354,7 +341,7 @@ def run_worker(context: child.Context) -> int:
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
     except SystemExit as stop:
-        if status := exit_status(stop):
+        if status := child.exit_status(stop):
             return status
         payload = codec.encode((None, None), context.max_payload)
     except BaseException as error:
@@ -364,15 +351,3 @@ def run_worker(context: child.Context) -> int:
         payload = exceptions.encode(packed, context.max_payload, context.peer)
     context.send(payload)
     return int(failed)
-
-
-def exit_status(stop: SystemExit) -> int:
-    """The exit status that ``sys.exit`` asks for, as the interpreter would give it."""
-    if stop.code is None or isinstance(stop.code, int):
-        return stop.code or 0
-    print(stop.code, file=sys.stderr)
-    return 1
-
-
-def _summary(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

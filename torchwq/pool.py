@@ -1,22 +1,21 @@
 """``BackgroundTaskPool``: a ``concurrent.futures.Executor`` on torchwq's workers.
 
-One thread per pool does everything that has an order: it gives a task to a worker that has none, completes futures,
-replaces workers that died. A worker gets its next task only when it has finished the one before. So it is always
-known which task a dead worker had in hand, every other task is still in the pool and can be cancelled or given to
-another worker, and no short task waits behind a long one while a worker is idle.
+One thread per pool assigns tasks to idle workers, completes futures, and replaces workers that died. A worker gets its
+next task when it has finished the one before. So the pool always knows which task a dead worker had, no short task
+waits behind a long one while a worker is idle, and every other task can still be cancelled.
 
-A worker that is a thread takes its next task by itself, in the moment in which it has finished one: the two changes of
-threads that asking the pool's thread would take cost many times what a small task does.
+A worker that is a thread takes its next task by itself when it has finished one: switching to the pool's thread and
+back would cost many times as much as a small task.
 
 Invariants:
 
-* A task that a worker takes by itself is assigned to it before it sends the result of the one before, and stays so
-  until the pool's thread has its result, or has learnt that the worker has ended. The assigned tasks are in the
-  order in which the worker does them: the result that comes is that of the first. A worker that has none is idle.
+* A task that a worker takes by itself is assigned to it before it sends the result of the one before, until the pool's
+  thread has the task's result or the worker's end. The assigned tasks of a worker are in the order in which it does
+  them: the result that comes is that of the first. A worker without assigned tasks is idle.
 * ``wants_wakeup`` is set, under the lock, unless all ``n`` workers run and have tasks: then each of them looks at
   ``waiting``, or sends a result, before the pool's thread needs to know of a new task.
-* A worker that is a thread may be interrupted (``ThreadWorker.terminate``), but not while it takes a task. The tasks
-  assigned to it fail then, as with any worker that ends.
+* ``ThreadWorker.terminate`` does not interrupt a worker while it takes a task (Note [interrupting threads]). The tasks
+  assigned to the worker then fail, as with any worker that ends.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
 from .errors import QueueClosed
-from .mapping import exit_status
 from .marshalling import codec, exceptions
 from .transport.fork import reset_in_child
 from .transport.waiting import cores
@@ -51,37 +49,37 @@ class _Task:
     future: unretrieved.Future[Any]
     payload: codec.Encoded
     name: str
-    #: Whether its future is running already: a worker that was dead could not take it.
+    #: Whether the future is running already: the task came back from a worker that was dead.
     started: bool = False
-    #: Whether its error is printed if nobody asks for it.
+    #: Whether to print the task's error if no caller retrieves it.
     should_report: bool = True
 
     def start(self) -> bool:
-        """Whether it is to be done now, and cannot be cancelled any more."""
+        """Set the future running. Returns False if it was cancelled."""
         self.started = self.started or self.future.set_running_or_notify_cancel()
         return self.started
 
 
 class _PoolThread(threading.Thread):
-    """The pool itself. ``events`` brings it (kind, worker, message).
+    """The pool's thread. Its ``events`` are (kind, worker, message).
 
-    What is under ``lock``, others touch too; a worker that is a thread adds to its own assigned tasks. Only this thread
-    touches the rest.
+    Other threads use what ``lock`` guards; a worker that is a thread also appends to its own assigned tasks. Only this
+    thread uses the rest.
     """
 
     def __init__(self, n: int, setup: codec.Encoded, backend: Backend, held: list[Any]) -> None:
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
-        # Reentrant, because a pool that is garbage may be collected by any thread, at any time.
-        self.lock = threading.RLock()  # over ``waiting``, ``closing``, ``broken`` and ``wants_wakeup``
+        #: Guards the next four. Reentrant, because any thread may collect a pool, at any time.
+        self.lock = threading.RLock()
         self.waiting: deque[_Task] = deque()
         self.closing = False
         self.broken: BaseException | None = None
-        #: Whether this thread is to be told of a new task.
+        #: Whether ``submit`` must send this thread an event.
         self.wants_wakeup = True
         self._setup = setup
-        self._held = held  # what the setup needs as long as there are workers
+        self._held = held  # objects that the setup message needs as long as workers start
         self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
@@ -105,6 +103,7 @@ class _PoolThread(threading.Thread):
             _pools.discard(self)
 
     def _assign_tasks(self) -> None:
+        wanted = 0
         while self.broken is None:
             with self.lock:
                 self.wants_wakeup = bool(self._idle) or len(self._workers) < self.n
@@ -120,12 +119,10 @@ class _PoolThread(threading.Thread):
             assigned = self._assigned[process.info.mapid]
             assigned.append(task)
             if not process.send(task.payload):
-                # It died idle: another one gets the task as soon as the end of this one is told.
+                # It died idle. Another worker gets the task after this one's end event.
                 assigned.remove(task)
                 with self.lock:
                     self.waiting.appendleft(task)
-        else:
-            return
         for _ in range(wanted):
             self._start_worker()
 
@@ -135,7 +132,7 @@ class _PoolThread(threading.Thread):
             (process,) = starting.start(
                 1, _ENTRY, self._on_message, self._on_end, backend=self._backend, first_mapid=mapid, of=self.n
             )
-        except Exception as error:  # whatever it is: those who wait for a task must hear of it
+        except Exception as error:  # any error must fail the futures
             self._mark_broken(error)
             return
         self._workers[mapid] = process
@@ -146,7 +143,7 @@ class _PoolThread(threading.Thread):
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
         following = None
-        if process.peer.same_process and mapid not in self._starting:  # this is its own thread
+        if process.peer.same_process and mapid not in self._starting:  # in the worker's thread
             following = self._next_task(self._assigned[mapid])
         self.events.put(("message", process, (data, fds)))
         if following is not None:
@@ -192,13 +189,13 @@ class _PoolThread(threading.Thread):
             task.should_report = not self._is_killed and unretrieved.should_report(process, death)
             _complete(task, None, death)
         if mapid in self._starting:
-            # One that dies before it can work would be replaced for ever.
+            # A replacement would probably die, too, and so on for ever.
             self._starting.discard(mapid)
             if self.broken is None:
                 self._mark_broken(process.death_error("the pool's initializer"))
 
     def _mark_broken(self, cause: BaseException) -> None:
-        """No worker can be had: fail what waits, refuse what comes."""
+        """No worker can be started: fail all tasks, present and future."""
         with self.lock:
             self.broken = cause
             waiting, self.waiting = list(self.waiting), deque()
@@ -236,7 +233,7 @@ class _PoolThread(threading.Thread):
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has set it
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has completed it
         if error is not None:
             if not task.should_report:
                 task.future.ignore_error()
@@ -262,30 +259,30 @@ shutdown.at_finish(_finish_all)
 
 @reset_in_child
 def _forget() -> None:
-    _pools.clear()  # their threads are the parent's
+    _pools.clear()  # the parent has their threads
 
 
 @final
 class BackgroundTaskPool(concurrent.futures.Executor):
     """A pool of ``n`` workers that run tasks: ``submit``, ``map``, ``shutdown``, ``with``.
 
-    Its futures work with ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``; what has not
-    started can be cancelled. Functions get no ``mapid``; :func:`torchwq.worker_info` tells them where they run. A
-    worker that died is replaced; only the task that it had in hand fails, with WorkerDied. Workers start when tasks
-    need them.
+    Its futures work with ``concurrent.futures.wait`` and ``as_completed`` and ``asyncio.wrap_future``. Tasks that have
+    not started can be cancelled. Functions get no ``mapid``; :func:`torchwq.worker_info` returns in which worker they
+    run. Workers start when tasks need them. If a worker dies, only the task that it had in hand fails, with WorkerDied,
+    and the pool replaces the worker.
 
     Args:
-        n: the largest number of workers; None: as many as this process may use cores.
+        n: the largest number of workers; None: the number of cores that this process may use.
         backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`.
-        upvalues: whether functions may be closures and use global data of ``__main__``: these are then copied each
-            time.
-        initializer: a function that each worker runs before its first task.
-        initargs: its arguments. If it raises, the pool is broken: tasks get ``concurrent.futures.BrokenExecutor``.
+        upvalues: whether functions may be closures and use global data of ``__main__``, copied with each task.
+        initializer: a function that each worker runs before its first task. If it raises, the pool is broken: tasks
+            fail with ``concurrent.futures.BrokenExecutor``.
+        initargs: the arguments of ``initializer``.
 
     Raises:
         ValueError: ``n`` is less than 1, or there is no such ``backend``.
         TypeError: ``n`` is no integer.
-        ClosureError, MarshalError: the initializer or its arguments cannot travel.
+        ClosureError, MarshalError: the initializer or its arguments cannot be sent.
 
     Source: torch-ipc's ``ipc.BackgroundTaskPool``; ``concurrent.futures.ProcessPoolExecutor``.
     """
@@ -324,12 +321,11 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         """Run ``fn(*args, **kwargs)`` in a worker.
 
         Returns:
-            The future of its result. Its ``result()`` raises what ``fn`` raised, with the worker's traceback, or
-            WorkerDied.
+            The result's future. It raises the exception of ``fn``, with the worker's traceback, or WorkerDied.
 
         Raises:
-            ClosureError: ``fn`` drags data along; pass it as an argument, or make the pool with ``upvalues=True``.
-            MarshalError: ``fn`` or an argument cannot travel.
+            ClosureError: ``fn`` captures data; pass the data as arguments, or make the pool with ``upvalues=True``.
+            MarshalError: ``fn`` or an argument cannot be sent.
             RuntimeError: the pool was shut down.
             concurrent.futures.BrokenExecutor: the initializer has failed.
 
@@ -350,10 +346,10 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks, and end the workers when those that were submitted are done.
+        """Accept no more tasks, and end the workers when the submitted tasks are done.
 
         Args:
-            wait: return only when all is done and the workers have ended.
+            wait: return only when the workers have ended.
             cancel_futures: cancel the tasks that have not started.
 
         Source: ``concurrent.futures.Executor.shutdown``.
@@ -363,7 +359,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             self._pool.join()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
-        """Wait for what was submitted; not after Ctrl-C, which ends all, but for threads that do not execute Python."""
+        """Shut down and wait. After Ctrl-C cancel and kill instead, and do not wait for threads: they may not end."""
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         if interrupted:
             self._pool.shut_down(cancel=True)
@@ -377,7 +373,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
 
 def run_worker(context: child.Context) -> int:
-    """Entry of a pool's worker: the initializer, then tasks until None; for each (value, packed error)."""
+    """Run the initializer and then tasks in a worker of a pool, until None. For each, send (value, packed error)."""
     limit = context.max_payload
     while True:
         try:
@@ -394,7 +390,7 @@ def run_worker(context: child.Context) -> int:
             value = None if function is None else function(*args, **(kwargs or {}))
             payload = codec.encode_result(value, limit, "the task's result", peer=context.peer)
         except SystemExit as stop:
-            return exit_status(stop)
+            return child.exit_status(stop)
         except BaseException as error:
             payload = _failure(context, error)
         value = function = args = kwargs = call = None

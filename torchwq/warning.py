@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's by which they came about, however deep below it they are found."""
+"""Warnings that point at the user's line of code, however deep in this library they arise."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 import warnings
 from typing import Final
 
-#: Modules between the user's line and the warning: this library's, and those through which it is called.
+#: Modules that may stand between the user's line and the warning: this library's, and those that call it.
 _INTERNAL: Final = ("torchwq", "torch.utils.data", "contextlib", "threading", "concurrent.futures", "weakref")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """``warnings.warn`` with the first line outside of this library as its place; without one, that of the caller."""
+    """Call ``warnings.warn`` with the first line outside of this library as its place, else with the caller's line."""
     level, frame = 2, sys._getframe(1)
     found = 2
     while frame is not None:

@@ -1,28 +1,26 @@
-"""What a kind of workers has to offer, and the table of all kinds: ``backend="..."`` is a key of it.
+"""The interface of a kind of workers, and the table of all kinds: ``backend="..."`` is a key of it.
 
-Whoever starts workers looks the name up once, here, and asks the object from then on. Nobody compares names, and nobody
-asks what class a worker has: what a worker can take is its ``peer``, whether force ends it is ``can_be_killed``. The
-implementations are ``processes`` and ``threads``; ``starting`` has the line of each in the table.
+A caller looks the name up once, here, and uses the ``Backend`` from then on. No other code compares names or classes of
+workers: ``Worker.peer`` says what a message to a worker may hold, ``can_be_killed`` whether a signal ends it.
+``starting`` registers the implementations, ``processes`` and ``threads``.
 
-A backend for other machines (Ray, say) is one more module and one more such line. That module has to have:
+A backend for other machines (Ray, say) is one more module and one more line in ``starting``. The module needs:
 
-* A ``Worker``: ``send`` takes bytes, because the worker's ``peer`` is ``OTHER_MACHINE`` and the encoder keeps to that:
-  tensors go by value, in the message, and what needs a descriptor is refused with its place. ``on_message`` is called
-  with ``(worker, bytes, [])`` for each message, then ``on_end`` once (see ``worker``), from one thread that blocks for
-  nobody. The liveness is what the other system tells of an actor's end; it becomes ``exitcode`` or ``reason``, and then
-  ``_report_end()``. ``pid`` stays None: it would be that of a process here. ``kill`` is the other system's.
-* A ``Context`` (see ``child``) that runs ``entry`` over there: ``receive``, ``send``, ``finish``, and ``peer`` and
-  ``max_payload`` as what leads back to the owner has them. What ``processes`` puts into the setup
-  (namespace, limits, descriptors) stays on this machine; what is left of it (``sys.path``, environment, filters, seed,
-  ``info``) goes along.
-* ``connect``: two ends with the methods of :class:`~torchwq.transport.endpoint.Endpoint`; and what stands for the
-  second in a message to the worker, as ``loading.startup._WorkersEnd`` does for one that consists of descriptors:
-  over TCP an address and a secret.
-* Before a byte from there is unpickled, proof that the sender is one of ours: there are no peer credentials over TCP.
+* A ``Worker``. Its ``peer`` is ``OTHER_MACHINE``, so the encoder sends tensors by value and refuses what needs a
+  descriptor; ``send`` gets bytes. One thread, which never blocks, calls ``on_message(worker, bytes, [])`` for each
+  message and then ``on_end`` once (see ``worker``). When the other system reports the actor's end, the worker sets
+  ``exitcode`` or ``reason`` and calls ``_report_end()``. ``pid`` stays None: a pid names a process of this machine.
+* A ``Context`` (see ``child``) that runs ``entry`` on the other machine: ``receive``, ``send``, ``finish``, and the
+  ``peer`` and ``max_payload`` of the connection to the owner. Of the setup that ``processes`` sends, ``sys.path``,
+  environment, filters, seed and ``info`` go along; namespace, limits and descriptors stay on this machine.
+* ``connect``: two ends with the methods of :class:`~torchwq.transport.endpoint.Endpoint`, and an object that stands for
+  the second end in a message: over TCP, an address and a secret. ``loading.startup._WorkersEnd`` is the one for ends
+  that consist of descriptors.
+* Proof that the sender belongs to this program, before it unpickles a byte: TCP has no peer credentials.
 
-Handles on queues and channels are descriptors, so a worker over there is refused one, until a handle can also travel
-as an address. ``map`` and pools need no handle; ``BackgroundTask`` does. A loader's worker counts in words that it
-shares with its loader (``loading.counters``), and puts its batches together for this machine.
+Such a worker cannot get handles on queues and channels, because those are descriptors, until a handle can travel as an
+address. ``map`` and pools need no handle; ``BackgroundTask`` does. A loader's worker counts in words that it shares
+with its loader (``loading.counters``), and collates batches for this machine.
 """
 
 from __future__ import annotations
@@ -45,11 +43,11 @@ class Backend(abc.ABC):
 
     #: What users call it.
     name: str
-    #: What its workers are to their owner, and their owner to them.
+    #: The capabilities that a worker and its owner have for each other.
     peer: Capabilities
-    #: Whether force ends its workers, whatever they are at.
+    #: Whether a signal ends its workers, whatever they do.
     can_be_killed: bool
-    #: What a user may give for these workers, of what not all kinds of workers have.
+    #: Arguments of users that only some backends take, of those that this one takes.
     options: frozenset[str] = frozenset()
 
     @abc.abstractmethod
@@ -57,39 +55,36 @@ class Backend(abc.ABC):
         """Start one worker that runs ``entry`` (``module:function``) with a :class:`~.child.Context`.
 
         Args:
-            info: its place among those that are started with it; they have the same ``group``.
+            info: the worker's place among those started with it, which have the same ``group``.
             on_message, on_end: see ``worker``.
 
         Raises:
-            OSError: a limit of the system does not allow it.
-            WorkerStartError: it cannot be started for another reason.
+            OSError: the system's limits do not allow another worker.
+            WorkerStartError: the worker cannot be started for another reason.
         """
 
     @abc.abstractmethod
     def connect(self) -> Ends:
-        """A connection beside the one that each worker has: the end that stays, and the end for a worker.
+        """Make a connection beside the one that each worker has. Returns the owner's end and the worker's.
 
-        Raises OSError if descriptors have run out.
+        Raises OSError if the process has no descriptor left.
         """
 
     @abc.abstractmethod
     def warm_up(self, wait: bool) -> None:
-        """Get ready what the first worker would wait for, if there is such a thing; ``wait``: until it is.
-
-        Raises as ``start``.
-        """
+        """Prepare what the first worker would wait for. ``wait``: return when that is done. Raises as ``start``."""
 
 
 _table: Final[dict[str, Backend]] = {}
 
 
 def register(backend: Backend) -> None:
-    """Let users start workers of this kind, by its name."""
+    """Add a backend to the table."""
     _table[backend.name] = backend
 
 
 def find(name: str) -> Backend:
-    """The backend of this name. Raises ValueError if there is none."""
+    """Return the backend of this name. Raises ValueError if no backend has it."""
     try:
         return _table[name]
     except (KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""What runs in a worker process, from the fork to its end.
+"""Runs in a worker process, from the fork to its end.
 
-A clean environment: the module ``__main__`` is empty, no thread runs, no queue is open. What the owner is *now*
-comes along: environment variables, working directory, ``sys.path``, ``sys.argv``, warning filters, where stdout and
-stderr go.
+The environment is clean: the module ``__main__`` is empty, no other thread runs, no queue is open. The worker takes
+over the owner's *present* environment variables, working directory, ``sys.path``, ``sys.argv``, warning filters, stdout
+and stderr.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ..transport.trailer import payload_of
 from . import client, failures, info, multiprocessing_state, privileges, shutdown
 
 _PR_SET_PDEATHSIG: Final = 1
-#: After so many seconds no worker is there any more whose owner has died.
+#: How many seconds a worker may live after its owner's death.
 ORPHAN_TIMEOUT: Final = 3.0
 
 
 class Context:
     """The connection of a worker to its owner, as an entry function uses it."""
 
-    #: What a message to the owner may hold.
+    #: Says what a message to the owner may hold.
     peer = SAME_MACHINE
     max_payload: int
 
@@ -51,41 +51,49 @@ class Context:
         self.max_payload = end.max_payload
 
     def receive(self) -> endpoint.Received:
-        """Wait for the next message. Raises EOFError if the owner sends no more."""
+        """Wait for the next message. Raises EOFError if the owner has closed the connection."""
         while (received := self._connection.receive()) is None:
             pass
         return received
 
     def send(self, payload: bytes | Message) -> None:
-        """Send a message; never blocks. Raises BrokenPipeError if the owner does not listen any more."""
+        """Send a message; never blocks. Raises BrokenPipeError if the owner has closed the connection."""
         self._connection.send(payload)
 
     def report_failure(self, error: Any) -> None:
-        """The worker will end, with this packed error: what it had open is left as by one that failed."""
+        """Tell the worker's handles that its function has failed, with this packed error. The worker will end."""
         shutdown.failed = True
         failures.process_state.fail(error, ends=True)
 
     def report_task_failure(self, error: Any) -> None:
-        """A task has failed, with this packed error; the worker goes on."""
+        """Tell the worker's handles that a task has failed, with this packed error. The worker goes on."""
         failures.process_state.fail(error, ends=False)
 
     def report_success(self) -> None:
-        """A task has ended, and not failed."""
+        """Tell the worker's handles that a task has ended without an error."""
         failures.process_state.succeed()
 
     def finish(self) -> None:
-        """Wait until everything is sent."""
+        """Wait until all messages are sent."""
         self._connection.outbox.wait_empty()
 
     def close(self) -> None:
-        """Nothing more is received or sent."""
+        """Close the connection."""
         self._connection.close()
 
 
+def exit_status(stop: SystemExit) -> int:
+    """Return the exit status that ``sys.exit`` asks for, as the interpreter would."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
 def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
-    """Run one worker; returns its exit status."""
+    """Run one worker. Returns its exit status."""
     _die_with_the_server()
-    # Empty: what comes along of the owner's is found in there by ``marshalling.namespaces``.
+    # ``marshalling.namespaces`` puts the definitions of the owner's ``__main__`` there.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main = types.ModuleType("__main__")
     vars(main)["__torchwq_worker__"] = True
     _redirect_streams(stdout, stderr)
@@ -108,9 +116,9 @@ def main(control: Sequence[int], server: int, stdout: int, stderr: int) -> int:
 
 
 def set_signal_handlers() -> None:
-    """Leave Ctrl-C to the owner; let everything else end the worker, whatever handlers it was born with."""
-    # Python's default handler would print a traceback for a Ctrl-C that is the owner's to handle. A handler, and
-    # not SIG_IGN, because programs that the worker starts would inherit that.
+    """Leave Ctrl-C to the owner; SIGHUP and SIGTERM end the worker, whatever handlers it has inherited."""
+    # The owner handles Ctrl-C; Python's default handler would print a traceback here. Programs that the worker starts
+    # would inherit SIG_IGN, but not a handler.
     signal.signal(signal.SIGINT, lambda *_: None)
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -136,9 +144,9 @@ def _redirect_streams(stdout: int, stderr: int) -> None:
 
 
 def _set_up(context: Context) -> Callable[[Context], int]:
-    """Take over what the owner sends, and return the entry function."""
+    """Apply the owner's setup message, and return the entry function."""
     data, fds = context.receive()
-    if not payload_of(data):  # it was too large for a message
+    if not payload_of(data):  # the environment is too large for a message: it is in a block
         with contextlib.closing(anonymous.Descriptor(fds.pop())) as block:
             data = bytes(anonymous.map_private(block.fd))
     setup = pickle.loads(data)
@@ -147,9 +155,9 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     os.environ.clear()
     os.environ.update(setup["environment"])
     os.environ[namespace.VARIABLE] = setup["namespace"]
-    namespace.current()  # now: the user's code may change the environment
+    namespace.current()  # before the user's code can change the environment
     directory.started_ns = setup["started_ns"]
-    with contextlib.suppress(OSError):  # a directory that was removed under the owner
+    with contextlib.suppress(OSError):  # the directory was removed
         os.chdir(setup["directory"])
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
@@ -174,7 +182,7 @@ def _seed(seed: int) -> None:
 
 
 def _run_exit_handlers() -> None:
-    """End as an interpreter does: other threads, exit functions, streams; the caller then leaves with ``os._exit``."""
+    """Do what the interpreter does at exit, except for the exit itself: join threads, run exit functions, flush."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         shutdown.run()

@@ -1,16 +1,15 @@
-"""The connection of this process to a fork server: its own, or, in a worker, the one that forked it.
+"""The connection to a fork server: to one of this process, or, in a worker, to the server that forked it.
 
-A process that was started by torchwq shares its forefather's server, so workers of workers start as fast. Any other
-process starts a server when it first needs one. If the server dies, all its workers have died with it; the next
-order starts another.
+A worker shares the server of its owner, so workers of workers start as fast. Any other process starts a server with its
+first worker. A server's death kills its workers; the next request starts another server.
 
 Invariants:
 
-* A server that does not fit this process any more (see :mod:`.privileges`) gets no order: the next order starts another
-  one. The old one forks nothing more, and ends with its last worker.
-* A worker is ordered from one connection, and the same one tells of it and passes signals on.
-* What the server will not tell of any more is told as ended, once: whoever takes a worker out of ``_requested`` or
-  ``_running`` tells it. Both are changed under the lock.
+* A server that does not fit this process any more (see :mod:`.privileges`) gets no request: the next request starts
+  another server. The old one forks no more, and ends with its last worker.
+* The connection that requests a worker also reports its end and passes signals on.
+* Each worker's end is reported once: the thread that takes the worker out of ``_requested`` or ``_running`` reports it.
+  Both change under the lock.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ _ENTRY: Final = f"{__package__}.child"
 
 
 class RequestedWorker(Protocol):
-    """A worker that was ordered from a server. Called in the reactor's thread; must not block."""
+    """A worker that a server was asked to fork. The reactor's thread calls the methods; they must not block."""
 
     def on_started(self, pid: int) -> None: ...
 
     def on_ended(self, status: int | None, reason: str) -> None:
-        """``status`` as of ``waitpid``; None if the worker was never started or nobody can tell."""
+        """``status``: as of ``waitpid``; None if it is not known, or the worker was never started."""
         ...
 
 
@@ -55,10 +54,10 @@ class ServerConnection:
     """A connection to one fork server. Safe to use from several threads.
 
     Args:
-        sock: leads to the server; taken over.
+        sock: the socket to the server; the connection closes it.
         process: the server, if this process has started it.
         guarded_folder: the namespace folder that the server will remove; empty if it has none.
-        server_privileges: those that the server has.
+        server_privileges: the server's privileges; None: those of the calling thread.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class ServerConnection:
         self._hard_limits = privileges.hard_limits()
         self._executable = executable.set_by_user()
         self.lost = False
-        #: Why it was lost, if nobody here wanted that.
+        #: Why the connection was lost, unless this process closed it.
         self.failure = ""
         self._answered = False
         self.warm = threading.Event()
@@ -88,7 +87,7 @@ class ServerConnection:
         reactor.get().set_reader(sock.fileno(), self._ready)
 
     def fits(self) -> bool:
-        """Whether what the server forks would stand as a child of the calling thread does."""
+        """Whether a worker from this server has the privileges that a child of the calling thread would have."""
         return (
             executable.set_by_user() in (None, self._executable)
             and privileges.allows(self._hard_limits)
@@ -96,7 +95,7 @@ class ServerConnection:
         )
 
     def request(self, worker: RequestedWorker, fds: Sequence[int]) -> None:
-        """Have a worker forked that gets ``fds``. Raises BrokenPipeError if the server is gone."""
+        """Ask the server to fork a worker that gets ``fds``. Raises BrokenPipeError if the server is dead."""
         with self._lock:
             if self.lost:
                 raise BrokenPipeError(errno.EPIPE, "the fork server is gone")
@@ -111,17 +110,17 @@ class ServerConnection:
                 raise
 
     def retire(self, *, keep_folder: bool) -> None:
-        """Order nothing more: the server ends with its last worker. ``keep_folder``: another one guards it now."""
+        """Request no more: the server ends with its last worker. ``keep_folder``: another server guards the folder."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.send(server.FRAME.pack(b"R", int(keep_folder), 0))
 
     def request_preload(self) -> None:
-        """Have the imports done that the first worker needs; ``warm`` is set when they are."""
+        """Ask the server to import what workers need; sets ``warm`` when the server has answered."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.send(server.FRAME.pack(b"P", 0, 0))
 
     def kill(self, pid: int, number: signal.Signals) -> None:
-        """Send a signal to a worker. The server does it, because only it knows that the pid is still the worker's."""
+        """Send a signal to a worker, through the server: only the parent knows that the pid is still the worker's."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.send(server.FRAME.pack(b"K", pid, number))
 
@@ -171,7 +170,7 @@ class ServerConnection:
             self.failure = "the fork server ended before it was ready; it has printed why, if this process has a stderr"
         with self._lock:
             self.lost = True
-        self.warm.set()  # whoever waits for it must not wait for ever
+        self.warm.set()
         reactor.get().remove(self._socket.fileno())
         self._report_all_ended(self.failure)
 
@@ -185,35 +184,35 @@ class ServerConnection:
 
     @property
     def is_over(self) -> bool:
-        """Whether the server has ended, and there is nothing left to do."""
+        """Whether the server has ended and was waited for."""
         return self.lost and (self.process is None or self.process.poll() is not None)
 
     def close(self) -> None:
-        """Give the server up; it ends, with whatever workers are left, and is waited for."""
+        """Close the connection. The server ends, with the workers that are left; wait for it."""
         with self._lock:
             self.lost = True
         self.warm.set()
         if self._socket.fileno() >= 0:
             reactor.get().remove(self._socket.fileno())
         self._socket.close()
-        if self._requested or self._running:  # by a thread that starts workers while the interpreter ends
+        if self._requested or self._running:  # a thread has requested them while the interpreter exits
             reactor.get().call_later(0, lambda: self._report_all_ended("the process that had started it is ending"))
         if self.process is not None:
             try:
                 self.process.wait(2)
             except subprocess.TimeoutExpired:
-                with contextlib.suppress(PermissionError):  # privileges that the server has were given up here
+                with contextlib.suppress(PermissionError):  # this process has dropped privileges that the server has
                     self.process.kill()
                     self.process.wait()
 
     def abandon(self) -> None:
         self._socket.close()
         if self.process is not None:
-            self.process.returncode = 0  # not this process's child: nothing to wait for, nothing to warn about
+            self.process.returncode = 0  # the parent's child: keeps Popen from waiting and warning
 
 
 def _limit(number: int) -> str:
-    """Which limit an error number of the server's stands for."""
+    """Return the limit that an error number of the server stands for, for an error message."""
     if number == errno.EAGAIN:
         return " (a limit on processes: RLIMIT_NPROC or the cgroup's pids.max)"
     if number in (errno.EMFILE, errno.ENFILE):
@@ -222,7 +221,7 @@ def _limit(number: int) -> str:
 
 
 _connection: ServerConnection | None = None
-#: Connections to servers that did not fit any more, whose workers may still run.
+#: Connections to servers that do not fit any more, but may have workers.
 _retired: list[ServerConnection] = []
 _guard = threading.RLock()
 
@@ -235,14 +234,14 @@ def _forget() -> None:
 
 
 def connect() -> ServerConnection:
-    """The connection of this process, to a server that fits it; made now if there is none.
+    """Return this process's connection to a server that fits it; starts one if necessary.
 
-    Raises WorkerStartError if there is no program to start a server with, ResourceError if the system allows none.
+    Raises WorkerStartError if no program can run the server, ResourceError if the system's limits do not allow it.
     """
     with _guard:
         if _connection is not None and _is_usable(_connection):
             return _connection
-    space = namespace.current()  # before the lock, which it takes: making it may connect us, to have it guarded
+    space = namespace.current()  # before ``_guard``: making the namespace may call ``_guard_folder``
     with _guard:
         if _connection is not None and _is_usable(_connection):
             return _connection
@@ -254,7 +253,7 @@ def _is_usable(connection: ServerConnection) -> bool:
 
 
 def adopt_connection(fd: int) -> None:
-    """Use the connection that this worker was given when it was forked: it has the privileges of the server."""
+    """Use the connection that the server gave this worker; both have the same privileges."""
     global _connection
     _connection = ServerConnection(socket.socket(fileno=fd), None)
 
@@ -270,7 +269,7 @@ def close() -> None:
 
 
 def _launch(folder: str) -> ServerConnection:
-    """Start a server that guards ``folder``, and use it from now on."""
+    """Start a server that guards ``folder``, and use it for all further requests."""
     global _connection
     new = _start(folder)
     old, _connection = _connection, new
@@ -290,7 +289,7 @@ def _start(folder: str) -> ServerConnection:
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     server_privileges = privileges.current()
     try:
-        reactor.get()  # which the connection needs, and cannot do without once there is a server
+        reactor.get()  # starting it may fail, so this comes before the server
         ours, theirs = descriptors.socketpair()
     except OSError as error:
         raise anonymous.resource_error(error) from error
@@ -316,22 +315,22 @@ def _start(folder: str) -> ServerConnection:
 
 
 def _start_path_and_directory() -> tuple[list[str], str | None]:
-    """``sys.path`` without what depends on the working directory, and the directory to begin in; None: this one.
+    """Return ``sys.path`` as absolute paths, and the server's first working directory; None: that of this process.
 
-    If this one was removed, nothing is found in it any more, and libraries that want to know where they are fail.
+    If the working directory was removed, the server starts in the root: libraries that ask for it would fail.
     """
     try:
-        here = os.getcwd()
+        directory = os.getcwd()
     except FileNotFoundError:
         return [path for path in sys.path if os.path.isabs(path)], "/"
-    return [os.path.join(here, path) for path in sys.path], None
+    return [os.path.join(directory, path) for path in sys.path], None
 
 
 def _guard_folder(path: str) -> None:
-    """A folder was made: the server sees to its end if this process is killed.
+    """Start a server that removes the new folder if this process is killed.
 
-    Without a server it is removed when this process ends, or by the next one that makes a folder. Whoever needs workers
-    is told why there is none.
+    If no server can be started, this process removes the folder when it exits, or the next program that makes one.
+    The first worker's start then raises the error.
     """
     with _guard, contextlib.suppress(TorchwqError):
         if _connection is None or not _is_usable(_connection):

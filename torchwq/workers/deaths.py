@@ -1,4 +1,4 @@
-"""Says who it was that a table of peers has lost, and who may still come."""
+"""Raises the deaths that a table of peers shows, and says whether another peer may still come."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ H = TypeVar("H")
 
 
 def death_of(table: PeerTable, slot: int, what: str) -> WorkerDied:
-    """The error that tells of the end of the process that had ``slot``, and ``what`` open."""
+    """Return the error for the death of the process that had ``slot`` of the table, and ``what`` open."""
     pid = table.pid(slot)
     if table.has_failed(slot):
         return WorkerDied(
@@ -26,7 +26,7 @@ def death_of(table: PeerTable, slot: int, what: str) -> WorkerDied:
     if process is None:
         return worker.death_error(pid=pid, reason=f"its process ended without having closed {what}")
     if not reactor.get().is_in_current_thread:
-        process.ended_event.wait(1.0)  # the kernel may be faster than the fork server, of which the reactor hears
+        process.ended_event.wait(1.0)  # the kernel may report the death before the fork server does
     return process.death_error()
 
 
@@ -39,14 +39,15 @@ def raise_next_death(
     unless: Callable[[], bool] = lambda: False,
     so: str = "",
 ) -> None:
-    """Raise WorkerDied for a death that is still to be told, if there is one, and note that it was told.
+    """Raise WorkerDied for the next death that ``seen`` does not have, if there is one, and add it there.
 
     Args:
-        seen: what was told already.
-        table: of those who have ``what`` open.
+        seen: the deaths that were raised already.
+        table: the peers that have ``what`` open.
         concerning: see :meth:`SeenFailures.next_unseen_death`.
-        unless: whether something comes first, such as what the dead one wrote; asked when the death was seen.
-        so: what the death means for the one who is told, to begin the error with.
+        unless: called after a death was found; True leaves it for later, for example because a message that the dead
+            peer wrote comes first.
+        so: the beginning of the error's message: what the death means for the caller.
     """
     found = seen.next_unseen_death(table, concerning)
     if found is not None and not unless():
@@ -58,14 +59,14 @@ def raise_next_death(
 
 
 def others_may_come(handles: LocalHandles[H], table: PeerTable | None, waits: Callable[[int], bool]) -> bool:
-    """Whether somebody in another place may still do what all handles of this process wait for.
+    """Return whether a peer elsewhere may still do what all handles of this process wait for.
 
-    A handle under way may come: one within this process; and one that has left for another process, but in a message
-    that nobody will read it is under way for ever, so once no worker lives, none comes any more.
+    A handle in flight may arrive, within this process or in another. A message that no process will read keeps its
+    handle in flight for ever; so a handle in flight to another process counts only while a worker lives.
 
     Args:
-        handles: those of this process.
-        table: of those who have the thing open; None if no other process can have it.
+        handles: the handles of this process.
+        table: the peers that have the object open; None if no other process can have it.
         waits: whether the process of a slot waits for the same.
     """
     if handles.pending:

@@ -1,8 +1,9 @@
-"""Which program runs Python here: what the fork server is started with.
+"""Finds the Python interpreter that the fork server runs on.
 
-That is ``sys.executable``, unless Python is embedded in another program: then it may be None, empty, a folder, or that
-other program, which must not be started a second time to find out. So a program is tried only if its name is that of a
-Python, and only if it is not the one that runs here; and it is taken only if it answers as this Python would.
+That is ``sys.executable``, unless Python is embedded in another program: then ``sys.executable`` may be None, empty, a
+folder, or that other program, which must not be started a second time. So a candidate is run only if its name is that
+of a Python interpreter, and only if it is not the program that runs here; and it is taken only if it reports the same
+build of Python.
 
 Source: ``multiprocessing.set_executable``, which has the same purpose and checks nothing.
 """
@@ -21,31 +22,31 @@ from typing import Final
 
 from ..errors import WorkerStartError
 
-#: Names of Pythons: python3.11, python3.13t, pypy3, mayapy, hython.
+#: Names of interpreters: python3.11, python3.13t, pypy3, mayapy, hython.
 _PYTHON: Final = re.compile(r"(ython|py)[0-9.]*[a-z]?(\.exe)?$", re.IGNORECASE)
-#: How long, in seconds, one may take to say what it is.
+#: How many seconds a candidate may take to report its build.
 _PROBE_TIMEOUT: Final = 30.0
-#: Tells versions, builds and platforms apart whose modules do not fit each other.
+#: Distinguishes versions, builds and platforms whose extension modules do not fit each other.
 _EXTENSION_SUFFIX: Final = importlib.machinery.EXTENSION_SUFFIXES[0]
 _PROBE: Final = "import importlib.machinery as m; print(m.EXTENSION_SUFFIXES[0])"
 _REMEDY: Final = "name this Python's interpreter with torchwq.set_executable(path)"
 
 _set_by_user: str | None = None
-#: What was found for which ``sys.executable``.
+#: ``sys.executable`` when ``find`` searched, and the result.
 _found: tuple[object, str] | None = None
 
 
 def set_executable(path: str | bytes | os.PathLike[str] | None) -> None:
-    """Set the Python interpreter that workers are started with.
+    """Set the Python interpreter that runs workers.
 
-    Needed where Python is embedded in another program, and ``sys.executable`` is that program, or nothing. Workers that
-    run already are not affected.
+    Needed where Python is embedded in another program, and ``sys.executable`` is that program or empty. Running workers
+    are not affected.
 
     Args:
-        path: the interpreter, of the same version and build as the one that runs here; None to look for it again.
+        path: the interpreter, of the same version and build as the one that runs here; None to search for it again.
 
     Raises:
-        WorkerStartError: it is no such interpreter; the message says why.
+        WorkerStartError: ``path`` is no such interpreter; the message says why.
 
     Source: ``multiprocessing.set_executable``.
     """
@@ -61,7 +62,7 @@ def set_executable(path: str | bytes | os.PathLike[str] | None) -> None:
 
 
 def find() -> str:
-    """The program that runs Python here. Looked for once. Raises WorkerStartError if there is none."""
+    """Return the interpreter; searches once. Raises WorkerStartError if there is none."""
     global _found
     if _set_by_user is not None:
         return _set_by_user
@@ -71,13 +72,13 @@ def find() -> str:
 
 
 def set_by_user() -> str | None:
-    """What ``set_executable`` has set."""
+    """Return the interpreter that ``set_executable`` has set."""
     return _set_by_user
 
 
 @contextlib.contextmanager
 def for_multiprocessing() -> Iterator[None]:
-    """Let multiprocessing, too, start the interpreter and nothing else. Raises WorkerStartError if there is none."""
+    """Make multiprocessing start this interpreter, too. Raises WorkerStartError if there is none."""
     before, program = spawn.get_executable(), find()
     if before and os.fsdecode(before) == program:
         yield
@@ -111,17 +112,12 @@ def _search() -> str:
 
 def _candidates() -> Iterator[str]:
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    paths = [sys.executable, _multiprocessing_executable(), getattr(sys, "_base_executable", None)]
+    paths = [sys.executable, spawn.get_executable(), getattr(sys, "_base_executable", None)]
     for prefix in (sys.exec_prefix, sys.base_exec_prefix):
         paths += [f"{prefix}/bin/python{version}{getattr(sys, 'abiflags', '')}", f"{prefix}/bin/python3"]
     for path in paths:
         if path:
             yield os.path.abspath(os.fsdecode(path))
-
-
-def _multiprocessing_executable() -> str | bytes | None:
-    """What the user has told multiprocessing to start."""
-    return spawn.get_executable()  # type: ignore[no-any-return,unused-ignore]
 
 
 def _is_running_here(program: str) -> bool:
@@ -132,7 +128,7 @@ def _is_running_here(program: str) -> bool:
 
 
 def _fault(program: str) -> str:
-    """Why it cannot be executed; empty if it can."""
+    """Return why ``program`` cannot be executed; empty if it can."""
     if not os.path.exists(program):
         return "there is no such file, or this user may not look there"
     if not os.path.isfile(program):
@@ -143,7 +139,7 @@ def _fault(program: str) -> str:
 
 
 def _probe_fault(program: str) -> str:
-    """Why it is not this Python; empty if it is."""
+    """Run ``program``; return why it is not an interpreter of this build, empty if it is."""
     try:
         answer = subprocess.run(
             [program, "-I", "-S", "-c", _PROBE],

@@ -1,11 +1,11 @@
-"""Tells those whose queues a worker has open that its function has failed.
+"""Reports the failure of a worker's function to the handles that the worker has open.
 
-Invariants:
+Note [failures before closing]. The invariants:
 
-* A worker's state is its process's, or, if it is a thread, its own. What listens to it was opened by that worker, and
-  is told at once, in the thread in which the function has failed: before what the function has opened is closed.
-* What a ``with`` block has closed because an error left it is *in doubt* until the function ends: only then it is known
-  whether the function has failed. It is told then, of a failure or of none.
+* A worker process has one ``FailureState``; a worker that is a thread has its own. The worker's handles listen to it.
+  The thread whose function fails tells the listeners at once, before it closes what the function has opened.
+* A handle that a ``with`` block closes because of an error is *in doubt* until the function ends: only then is it known
+  whether the function fails. The handle then reports the failure, or that there was none.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Failure:
     """One failure of one worker.
 
     Attributes:
-        number: different for each failure in a process.
-        mapid: the worker's.
-        error: the packed exception, or, of a worker that is a thread, the exception itself; None if it is not known.
-        ends: whether the worker's process ends because of it.
+        number: unique among the failures of a process.
+        mapid: the worker's number.
+        error: the packed exception of a process, or the exception itself of a thread; None if it is not known.
+        ends: whether the worker's process ends because of the failure.
     """
 
     number: int
@@ -37,20 +37,20 @@ class Failure:
 
 
 class Listener(Protocol):
-    """Something that a worker has opened."""
+    """A handle that a worker has opened."""
 
     def worker_failed(self, failure: Failure) -> None:
-        """Its worker's function has failed."""
+        """The worker's function has failed."""
 
     def worker_succeeded(self) -> None:
-        """Its worker's function has ended, and not failed. Only what is in doubt is told."""
+        """The worker's function has ended without an error. Only handles in doubt are told."""
 
 
 _numbers: Final = itertools.count(1)
 
 
 class FailureState:
-    """Whether one worker's function has failed, and who is to be told."""
+    """The listeners to the failures of one worker."""
 
     def __init__(self) -> None:
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
@@ -63,28 +63,28 @@ class FailureState:
         self._listeners.discard(listener)
 
     def mark_in_doubt(self, listener: Listener) -> bool:
-        """It was closed by an error that may be that of the function. Returns whether it will be told which."""
+        """Note that an error closed this handle; the function may fail with it. Returns False outside of a worker."""
         if info.worker_info() is None:
             return False
         self._in_doubt.append(listener)
         return True
 
     def fail(self, error: Any, *, ends: bool) -> None:
-        """The function has failed."""
-        known = info.worker_info()
-        failure = Failure(next(_numbers), None if known is None else known.mapid, error, ends)
+        """Tell the listeners that the function has failed."""
+        worker = info.worker_info()
+        failure = Failure(next(_numbers), None if worker is None else worker.mapid, error, ends)
         in_doubt, self._in_doubt = self._in_doubt, []
         for listener in {*self._listeners, *in_doubt}:
             listener.worker_failed(failure)
 
     def succeed(self) -> None:
-        """The function has ended, and what it had opened may be used by the worker's next one."""
+        """Tell the handles in doubt that the function has ended without an error."""
         in_doubt, self._in_doubt = self._in_doubt, []
         for listener in in_doubt:
             listener.worker_succeeded()
 
 
-#: Of this process, if it is a worker.
+#: The state of this process, if it is a worker.
 process_state = FailureState()
 
 

@@ -1,8 +1,8 @@
-"""Whether a library has put green threads in the place of the operating system's.
+"""Detects green threads in the place of the operating system's.
 
-gevent's and eventlet's monkey patching let ``threading`` start green threads, which share one thread of the system. The
-threads of this library, which watch connections and wait for workers' answers, then run only when the rest of the
-program waits by that library's means, and a wait for an answer keeps the answer from coming.
+The monkey patches of gevent and eventlet make ``threading`` start green threads, which share one thread of the system.
+The threads of torchwq, which watch connections and receive answers, then run only while the program waits through
+gevent or eventlet. A plain wait for an answer blocks the thread that would receive it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def check(what: str) -> None:
-    """Raise RuntimeError, which says what to do, if ``what`` would wait for ever."""
+    """Raise RuntimeError with the remedy if threads are green: ``what`` would wait for ever."""
     start: Any = getattr(threading, "_start_joinable_thread", None) or getattr(threading, "_start_new_thread", None)
     if start is None or isinstance(start, types.BuiltinFunctionType):
         return

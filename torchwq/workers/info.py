@@ -1,4 +1,4 @@
-"""What a worker knows about itself."""
+"""What a worker can ask about itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class WorkerInfo:
     """A worker's place among the workers it was started with.
 
     Attributes:
-        mapid: its number, from 0.
-        num_workers: how many were started together.
-        seed: what ``random``, ``numpy.random`` and ``torch`` were seeded with in this worker process; different in
-            each, and the same again in a run in which the owner has called ``torch.manual_seed`` with the same value.
-            Threads share these generators: there it is a seed for one of the worker's own.
+        mapid: the worker's number, from 0.
+        num_workers: how many workers were started together.
+        seed: the seed of ``random``, ``numpy.random`` and ``torch`` in this worker process. It differs between workers,
+            and repeats in a run whose owner calls ``torch.manual_seed`` with the same value. Threads share these
+            generators: a thread can seed a generator of its own with it.
     """
 
     mapid: int
@@ -31,16 +31,16 @@ _thread_local = threading.local()
 
 @reset_in_child
 def _forget() -> None:
-    """The thread that has forked may be a worker; the child is none."""
+    """The child of a fork is no worker, even if the thread that forked is one."""
     global _thread_local
     _thread_local = threading.local()
 
 
 def worker_info() -> WorkerInfo | None:
-    """Tell which worker this is.
+    """Return which worker this is.
 
     Returns:
-        A :class:`WorkerInfo` in a worker, be it a process or a thread; None anywhere else.
+        A :class:`WorkerInfo` in a worker, process or thread; None anywhere else.
 
     Source: ``torch.utils.data.get_worker_info``.
     """
@@ -52,6 +52,6 @@ def set_thread_info(info: WorkerInfo) -> None:
     _thread_local.info = info
 
 
-def set_process_info(info: WorkerInfo | None) -> None:
+def set_process_info(info: WorkerInfo) -> None:
     global _process_info
     _process_info = info

@@ -1,12 +1,12 @@
-"""What multiprocessing hands on to each process that it starts, and torchwq to each worker.
+"""The state that multiprocessing passes to each process that it starts, and torchwq to each worker.
 
-The *key* by which its processes know each other: without it, a manager refuses a worker. And the *resource tracker*:
-the process that removes named semaphores and shared memory when all are gone who could use them. A worker with a
-tracker of its own would have the owner's shared memory removed when the worker ends.
+The *key* authenticates processes to each other: without it, a manager refuses a worker. The *resource tracker* is the
+process that removes named semaphores and shared memory when no process can use them any more. A tracker of a worker's
+own would remove the owner's shared memory when the worker ends.
 
-The tracker is started with the first worker, as multiprocessing does it: a worker that came before it could not get it
-any more. Private to multiprocessing is where a process has the tracker's descriptor; this is what
-``multiprocessing.spawn`` itself does in a new process, from Python 3.8 to 3.14.
+The tracker starts with the first worker, as with multiprocessing: a later one would not reach that worker. Where a
+process keeps the tracker's descriptor is private to multiprocessing; ``adopt`` sets it as ``multiprocessing.spawn``
+does in a new process, from Python 3.8 to 3.14.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _tracker: Any = getattr(resource_tracker, "_resource_tracker", None)
 
 
 def authkey() -> bytes:
-    """The owner's."""
+    """Return the key of this process."""
     return bytes(process.current_process().authkey)
 
 
 def tracker_descriptor() -> Descriptor | None:
-    """A duplicate of the descriptor by which this process talks to the tracker, which runs from now on.
+    """Start the tracker if necessary, and return a duplicate of the descriptor that leads to it.
 
-    None where there is none to be had. Raises ResourceError if descriptors have run out.
+    Returns None if no tracker can be started. Raises ResourceError if no descriptor is left.
     """
     try:
         with executable.for_multiprocessing():
             descriptors.fill_stdio()
             fd = resource_tracker.getfd()
-    except WorkerStartError:  # whoever starts the worker is told
+    except WorkerStartError:  # the fork server's start raises it
         return None
     except OSError as error:
         raise resource_error(error) from error
-    except Exception:  # a finalizer in the middle of starting it
+    except Exception:  # a finalizer runs this while the tracker is being started
         fd = getattr(_tracker, "_fd", None)
     if fd is None:
         return None
@@ -52,14 +52,14 @@ def tracker_descriptor() -> Descriptor | None:
 
 
 def start_tracker() -> None:
-    """Start the tracker now, if that is possible."""
+    """Start the tracker, if possible."""
     with contextlib.suppress(Exception), executable.for_multiprocessing():
         descriptors.fill_stdio()
         resource_tracker.ensure_running()
 
 
 def adopt(authkey: bytes, tracker_fd: int | None) -> None:
-    """At the worker: have the owner's."""
+    """In a worker: use the owner's key and tracker."""
     process.current_process().authkey = authkey
     if tracker_fd is not None and hasattr(_tracker, "_fd"):
         _tracker._fd = tracker_fd

@@ -1,13 +1,15 @@
-"""What the kernel lets a process do, and where: what a worker has from the fork server, which must fit its owner.
+"""The privileges of a thread, which the workers of a fork server must share with their owner.
 
-An owner may give up its privileges, or enter a container, after its fork server was started. What the server forks
-would still have them. So the connection to a server remembers the standing that the owner had when the server was
-started, and each order compares: a server that does not fit any more is not used.
+An owner may drop privileges, or enter a container, after its fork server has started. The server's workers would still
+have the old ones. So the connection to a server remembers the owner's privileges at the server's start, and each
+request compares: a server that does not fit any more gets none.
 
-What a process can change in itself without asking anybody (its limits, downwards, its cores, its umask, its niceness)
-is not compared. A worker gets it from the thread that orders the worker, as a fork would: ``inheritable_settings``.
+A process may change its limits (downwards), cores, umask and niceness without any privilege. These are not compared. A
+worker gets them from the thread that requests it, as a child of a fork would: ``inheritable_settings``.
 
-The calling *thread's* is looked at: on Linux credentials, namespaces and cores belong to threads.
+On Linux, credentials, namespaces and cores belong to threads, so all functions look at the calling thread.
+
+Source: credentials(7), capabilities(7), namespaces(7), proc(5).
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from typing import Any, Final
 from ..transport import descriptors
 
 _NAMESPACES: Final = ("cgroup", "ipc", "mnt", "net", "pid_for_children", "time_for_children", "user", "uts")
-#: Lines of /proc/<pid>/status that tell what the kernel lets a process do.
+#: Lines of /proc/<pid>/status about privileges.
 _STATUS_FIELDS: Final = ("Cap", "NoNewPrivs:", "Seccomp")
 _MAX_FILE_SIZE: Final = 1 << 16
 _LIMITS: Final = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
 
 def current() -> tuple[Hashable, ...]:
-    """Credentials, capabilities, filters, namespaces, root and control group of the calling thread.
+    """Return credentials, capabilities, filters, namespaces, root and control group of the calling thread.
 
-    What cannot be looked at, for want of /proc, is left out.
+    Without /proc, only the credentials and the root.
     """
     return (*_credentials(), *_kernel_state())
 
@@ -66,21 +68,21 @@ def _read(name: str) -> str:
 
 
 def hard_limits() -> list[int]:
-    """The hard resource limits of this process, in the order of their numbers."""
+    """Return the hard resource limits of this process, in the order of their numbers."""
     return [resource.getrlimit(number)[1] for number in _LIMITS]
 
 
 def allows(hard: list[int]) -> bool:
-    """Whether a process with these hard limits can take on the limits that this one has now: nobody can raise them."""
-    return all(_at_most(mine, theirs) for mine, theirs in zip(hard_limits(), hard, strict=True))
-
-
-def _at_most(limit: int, other: int) -> bool:
-    return other == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= other)
+    """Whether a process with the limits ``hard`` can lower them to those of this process."""
+    unlimited = resource.RLIM_INFINITY
+    return all(
+        theirs == unlimited or (ours != unlimited and ours <= theirs)
+        for ours, theirs in zip(hard_limits(), hard, strict=True)
+    )
 
 
 def inheritable_settings() -> dict[str, Any]:
-    """What a worker takes over from the thread that orders it: limits, cores, umask, niceness."""
+    """Return limits, cores, umask and niceness, which a worker gets from the thread that requests it."""
     return {
         "limits": [(number, *resource.getrlimit(number)) for number in _LIMITS],
         "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
@@ -93,7 +95,7 @@ def _umask() -> int:
     for line in _read("status").splitlines():
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)
-    # It can only be asked for by setting it. What another thread makes meanwhile is nobody else's to read.
+    # Reading it means setting it: no other user may read a file that another thread makes meanwhile.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -108,5 +110,5 @@ def apply_settings(settings: dict[str, Any]) -> None:
     if settings["cores"] is not None and os.sched_getaffinity(0) != settings["cores"]:
         os.sched_setaffinity(0, settings["cores"])
     if os.getpriority(os.PRIO_PROCESS, 0) != settings["nice"]:
-        with contextlib.suppress(PermissionError):  # to a lower niceness: it was given to the owner by somebody else
+        with contextlib.suppress(PermissionError):  # only root lowers niceness, as for the owner
             os.setpriority(os.PRIO_PROCESS, 0, settings["nice"])

@@ -1,6 +1,6 @@
 """A worker that is a process.
 
-Two sources tell about it: its control connection brings its messages, the fork server its end.
+The owner receives its messages over the control connection, and the news of its end from the fork server.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ProcessWorker(Worker):
     def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         super().__init__(info, on_message, on_end, group)
         self._kill_at_start: signal.Signals | None = None
-        #: The connection from which it was ordered.
+        #: The connection that requested the worker.
         self._server: client.ServerConnection | None = None
         ours, theirs = kinds.pair()
         self._connection = Connection(ours, waitable=False)
@@ -60,7 +60,7 @@ class ProcessWorker(Worker):
             try:
                 self._server.request(self, fds)
             except BrokenPipeError:
-                self._server = client.connect()  # the other one had died unnoticed
+                self._server = client.connect()  # the server had died unnoticed
                 self._server.request(self, fds)
         except BaseException:
             self._server = None
@@ -69,7 +69,7 @@ class ProcessWorker(Worker):
             os.close(null)
 
     def _abandon(self) -> None:
-        """Nobody will know of it: it could not be ordered, or not be told what to do."""
+        """Drop the worker: the request or the setup message has failed."""
         self._drop_callbacks()
         if self._server is not None:
             self.kill(signal.SIGKILL)
@@ -101,7 +101,7 @@ class ProcessWorker(Worker):
             self.kill(self._kill_at_start)
 
     def on_ended(self, status: int | None, reason: str) -> None:
-        self._ready()  # what it said before it ended
+        self._ready()  # the messages that it sent before its end
         self.exitcode = None if status is None else os.waitstatus_to_exitcode(status)
         self.reason = reason
         remember_ended(self)
@@ -116,7 +116,7 @@ class ProcessWorker(Worker):
             except EOFError:
                 self._connection.watch(None)
                 return
-            except ResourceError as error:  # a message is lost; this stands in its place, for whoever waits for it
+            except ResourceError as error:  # the message is lost; ``on_message`` gets this in its place
                 received = error, []
             if received is None:
                 return
@@ -148,10 +148,7 @@ class Processes(Backend):
 
 
 def _setup(info: WorkerInfo, entry: str, limit: int) -> Message:
-    """The message that a worker begins with, of at most ``limit`` bytes; ``child`` takes it apart.
-
-    Raises ResourceError.
-    """
+    """Return the first message to a worker, of at most ``limit`` bytes; ``child`` decodes it. Raises ResourceError."""
     environment = pickle.dumps(_environment(info, entry))
     tracker = multiprocessing_state.tracker_descriptor()
     keep = [] if tracker is None else [tracker]
@@ -162,7 +159,7 @@ def _setup(info: WorkerInfo, entry: str, limit: int) -> Message:
 
 
 def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
-    """What a worker takes over from its owner as it is now."""
+    """Return the owner's present state, which the worker takes over."""
     try:
         directory = os.getcwd()
     except FileNotFoundError:
@@ -183,7 +180,7 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
 
 
 def _warning_filters() -> list[tuple[Any, ...]]:
-    """The warning filters, their categories by name: no worker has to import a module only to ignore its warnings."""
+    """Return the warning filters, with categories by name: no worker imports a module only to ignore its warnings."""
     filters = []
     for action, message_, category, module, line in warnings.filters:
         if not isinstance(category, type):

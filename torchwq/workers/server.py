@@ -1,22 +1,25 @@
-"""The fork server: a program of its own that imports torch once and then forks a clean worker in milliseconds.
+"""The fork server: a program that imports torch once and then forks a clean worker in milliseconds.
 
-It is run as a script, by its path, and imports nothing but the standard library until the first worker is ordered:
-so it can stand guard over the namespace folder from the moment there is one, at the price of a bare interpreter.
+The owner runs it as a script, by its path. Until the first request it imports nothing but the standard library: so it
+can guard the namespace folder from the beginning, at the price of a bare interpreter.
 
 Invariants:
 
-* It has one thread whenever it forks, and no torch thread pool, so forking it is safe.
-* Each client (the process that started it, and every worker it has forked) holds one connection. A client whose
-  connection ends has died: its workers are killed at once. When the first client is gone, everything is killed, the
-  namespace folder is removed and the server ends. Nothing depends on a dying process doing anything.
-* It runs in a session of its own: Ctrl-C and hang-ups of the terminal reach the owner, not the workers.
-* If the server itself is killed, the kernel kills its workers (PR_SET_PDEATHSIG).
+* The server has one thread whenever it forks, and no thread pool of torch, so forking is safe.
+* Each client (the process that started the server, and every worker that it has forked) has one connection. When a
+  client dies, its connection ends, and the server kills its workers at once. When the first client dies, the server
+  kills all workers, removes the namespace folder and ends. A dying process does nothing for that.
+* The server runs in a session of its own: Ctrl-C and hang-ups of the terminal reach the owner, not the workers.
+* If the server is killed, the kernel kills its workers (PR_SET_PDEATHSIG, see prctl(2)).
 
-Frames are 16 bytes, ``op, number, token``. To the server: ``F`` fork a worker (with its control socket's
-descriptors, and the owner's stdout and stderr), ``P`` import what workers need and say ``P``, ``K`` send signal
-``token`` to process ``number``, ``R`` fork nothing more for this client, and end with its last worker; ``number`` is 1
-if another server guards the namespace folder now. From it: ``S`` worker ``token`` has pid ``number``, ``E`` it could
-not be forked (errno), ``X`` process ``number`` has ended with wait status ``token``.
+Note [fork server frames]. A frame is 16 bytes: ``op, number, token``.
+
+To the server: ``F`` fork a worker; the frame carries the descriptors of its control socket, and the owner's stdout and
+stderr. ``P`` import what workers need, and answer ``P``. ``K`` send signal ``token`` to process ``number``. ``R`` fork
+no more for this client, and end with its last worker; ``number`` is 1 if another server guards the folder now.
+
+From the server: ``S`` worker ``token`` has pid ``number``. ``E`` worker ``token`` could not be forked, with errno
+``number``. ``X`` process ``number`` has ended with wait status ``token``.
 """
 
 import array
@@ -58,16 +61,16 @@ class Client:
         try:
             sent = self.connection.send(self.unsent, socket.MSG_DONTWAIT)
         except ConnectionError:
-            sent = len(self.unsent)  # the client is gone; the loop will notice
+            sent = len(self.unsent)  # the client is dead; the loop will notice
         except OSError:
-            return  # no room now, or none in the kernel: the loop tries again
+            return  # the socket or the kernel has no room now: the loop tries again
         self.unsent = self.unsent[sent:]
 
 
 class Server:
     def __init__(self, connection: socket.socket, namespace: str, entry: str) -> None:
         self.namespace = namespace
-        #: The module whose ``main`` a worker runs, and that function, once it is imported.
+        #: The module whose ``main`` a worker runs; ``worker`` is that function after ``preload``.
         self.entry = entry
         self.worker: Callable[[list[int], int, int, int], int]
         self.selector = selectors.DefaultSelector()
@@ -123,7 +126,7 @@ class Server:
         if op == b"P":
             self.preload()
             client.send(b"P", 0, token)
-        elif op == b"F" and flags & socket.MSG_CTRUNC:  # some of its descriptors did not fit into this process
+        elif op == b"F" and flags & socket.MSG_CTRUNC:  # this process has no room for the descriptors
             client.send(b"E", errno.EMFILE, token)
         elif op == b"F" and client.retired:
             client.send(b"E", errno.EPERM, token)
@@ -140,7 +143,7 @@ class Server:
             os.close(fd)
 
     def preload(self) -> None:
-        """Import once what every worker needs; freeze it, so that workers do not copy it for the collector's sake."""
+        """Import once what every worker needs. ``gc.freeze`` keeps collections in workers from copying its pages."""
         if not self.preloaded:
             with self.guarded():
                 importlib.import_module("torchwq")  # torch comes along
@@ -152,7 +155,7 @@ class Server:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Notice the end of the first client from another thread, while this one is busy. No fork may happen within."""
+        """Watch the first client from another thread while this one is busy. Do not fork within."""
         stop, stop_write = socket.socketpair()
 
         def watch() -> None:
@@ -219,7 +222,7 @@ class Server:
                 client.send(b"X", pid, status)
 
     def disconnect(self, client: Client) -> None:
-        """The process behind ``client`` is gone: its workers go too."""
+        """The process behind ``client`` has died: kill its workers."""
         first = client is self.first
         for pid, owner in self.workers.items():
             if first or owner is client:
@@ -235,7 +238,7 @@ class Server:
 def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # A worker gets the limits that its owner has; this process needs two descriptors for each.
+    # The server needs two descriptors for each worker. A worker gets the limits of its owner.
     with contextlib.suppress(OSError, ValueError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,11 +1,10 @@
-"""What happens when a process of ours ends by itself.
+"""What torchwq does when the interpreter exits.
 
-In this order, because each step needs the ones after it still to be there: finish what was promised (plain tasks and
-pools, as ``concurrent.futures`` does; not after Ctrl-C), close queues, so that workers that read from them end by
-themselves, end the workers that are left, tell of errors that nobody has asked for, give up the fork server and the
-namespace.
+The steps are in this order because each needs what later steps close: finish plain tasks and pools, as
+``concurrent.futures`` does (not after Ctrl-C); close queues, so that workers that read from them end by themselves; end
+the other workers; print errors that were never retrieved; close the fork server and the namespace.
 
-A process that is killed does none of this; then the fork server does what is needed.
+A process that is killed does none of this. Then the fork server ends the workers and removes the namespace.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from ..transport import cleanup, directory, namespace
 from ..transport.fork import reset_in_child
 from . import client, worker
 
-#: How long, in seconds, workers may take to end by themselves after their queues were closed, and after SIGTERM.
-_GRACE: Final = 0.3
+#: How many seconds workers have to end after their queues were closed, and again after SIGTERM.
+_GRACE_PERIOD: Final = 0.3
 
 _finish: list[Callable[[], None]] = []
 _close: list[Callable[[], None]] = []
 _report: list[Callable[[], None]] = []
 _done = False
-#: Whether this process is a worker that ends with an error.
+#: Whether this process is a worker whose function has failed.
 failed = False
 
 
@@ -43,29 +42,30 @@ def _forget() -> None:
 
 
 def at_finish(callback: Callable[[], None]) -> None:
-    """Let ``callback()`` wait for what must be finished before exit."""
+    """Call ``callback()`` at exit, to wait for tasks that must be finished."""
     _finish.append(callback)
 
 
 def at_close(callback: Callable[[], None]) -> None:
-    """Let ``callback()`` close what workers may be waiting for."""
+    """Call ``callback()`` at exit, to close queues and channels that workers may wait for."""
     _close.append(callback)
 
 
 def at_report(callback: Callable[[], None]) -> None:
-    """Let ``callback()`` tell of errors that nobody has asked for, when no worker is left that could have some."""
+    """Call ``callback()`` at exit, when no worker is left, to print errors that were never retrieved."""
     _report.append(callback)
 
 
 def interrupted() -> bool:
-    """Whether this process is ending because of Ctrl-C: an interactive one goes on after it, and ends otherwise."""
+    """Whether this process exits because of Ctrl-C. An interactive interpreter goes on after Ctrl-C."""
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
 
 
 def block_daemon_at_exit() -> None:
-    """Called where a call that has waited is about to raise: keep a daemon of the user's there if the process ends.
+    """While the process exits, never return in a daemon thread of the user's.
 
-    What it would be told is only that this process ends. A daemon that waits for something else is not told either.
+    A call that has waited calls this before it raises: the error would only say that the process exits, which Python
+    does not tell daemon threads that wait for anything else either.
     """
     if worker.owner_is_exiting:
         thread = threading.current_thread()
@@ -74,18 +74,18 @@ def block_daemon_at_exit() -> None:
 
 
 def run() -> None:
-    """End everything of this process, once."""
+    """Run all steps, once."""
     global _done
     if _done:
         return
     _done = True
     cleanup.finish()
     if not interrupted():
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends all that exit was waiting for
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the waiting
             _call_all(_finish)
     worker.owner_is_exiting = True
     _call_all(_close)
-    end_workers(_GRACE)
+    end_workers(_GRACE_PERIOD)
     cleanup.finish()
     _call_all(_report)
     directory.close()
@@ -98,12 +98,12 @@ def _call_all(callbacks: list[Callable[[], None]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except Exception:  # the others must be called all the same
+        except Exception:  # the other callbacks must run nevertheless
             traceback.print_exc()
 
 
 def end_workers(grace: float) -> None:
-    """End all workers of this process: wait, ask, force; threads can only be asked."""
+    """End all workers of this process: wait, then SIGTERM, then SIGKILL for processes."""
     for number in (None, signal.SIGTERM, signal.SIGKILL):
         left = [each for each in worker.active_workers() if each.can_be_killed or number is not signal.SIGKILL]
         for each in left:
@@ -114,5 +114,5 @@ def end_workers(grace: float) -> None:
             each.ended_event.wait(max(0.0, until - time.monotonic()))
 
 
-# Before the interpreter waits for threads, where concurrent.futures does the same; atexit is the fallback.
+# As concurrent.futures does: before the interpreter waits for threads. atexit is the fallback.
 getattr(threading, "_register_atexit", atexit.register)(run)

@@ -1,4 +1,4 @@
-"""Starts workers, of whatever kind: the table of the kinds that there are is filled here."""
+"""Starts workers of any backend, and registers the backends."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _started = itertools.count()
 def warm_up(wait: bool = True) -> None:
     """Start the fork server now, so that the first workers start as fast as later ones.
 
-    Without it, the server starts when it is first needed, which takes as long as importing torch does. Workers share
-    the server of the process that started them, so this does nothing in a worker.
+    Otherwise the first worker starts the server, which takes as long as importing torch does. Workers share the server
+    of the process that started them, so this does nothing in a worker.
 
     Args:
-        wait: return when the server is ready; False returns at once and lets it get ready in the background.
+        wait: return when the server is ready; False returns at once, and the server gets ready in the background.
 
     Raises:
-        WorkerStartError: there is no Python interpreter to start it with, or it could not get ready.
-        ResourceError: a limit of the system does not allow it.
+        WorkerStartError: no Python interpreter was found for the server, or the server failed to get ready.
+        ResourceError: the system's limits do not allow another process.
 
     Source: what ``multiprocessing.set_forkserver_preload`` is for.
     """
@@ -42,11 +42,11 @@ def warm_up(wait: bool = True) -> None:
 
 
 def check_number(n: Any, what: str) -> int:
-    """``n`` as a number of workers. Raises TypeError if it is none, ValueError if it is less than 1.
+    """Return ``n`` as a number of workers. Raises TypeError if it is no integer, ValueError if it is less than 1.
 
     Args:
-        n: what the user has given.
-        what: how it is given properly.
+        n: the user's argument.
+        what: the call with a proper argument, for the error.
     """
     try:
         number = operator.index(n)
@@ -69,7 +69,7 @@ def start(
 ) -> list[Worker]:
     """Start ``n`` workers that run ``entry`` (``module:function``), numbered from ``first_mapid``, of ``of`` in all.
 
-    Raises ResourceError if descriptors or threads have run out, WorkerStartError if no process can be started.
+    Raises ResourceError if no descriptor or thread is left, WorkerStartError if no process can be started.
     """
     group = next(_started)
     seed = _base_seed(group)
@@ -88,5 +88,5 @@ def start(
 
 
 def _base_seed(group: int) -> int:
-    """Different for each start, and reproducible if the owner has seeded torch. Leaves torch's generator alone."""
+    """Return a seed that differs for each start and follows from torch's. Does not draw from torch's generator."""
     return (torch.initial_seed() * 6364136223846793005 + (group + 1) * 1442695040888963407) % 2**62

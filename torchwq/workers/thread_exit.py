@@ -1,4 +1,4 @@
-"""Tells that a thread has ended, to whom its being busy matters."""
+"""A hook that runs when a thread ends."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 
-class _Side(Protocol):
+class _Listener(Protocol):
     def on_thread_exit(self, ident: int) -> None: ...
 
 
 class ThreadExitHook:
-    """Lives in its thread's locals, and so as long as its thread: a thread that ends is not busy any more."""
+    """Calls ``listener.on_thread_exit(ident)`` when its thread ends. Put it into the thread's ``threading.local``."""
 
-    def __init__(self, side: _Side, ident: int) -> None:
-        weakref.finalize(self, _tell_end, weakref.ref(side), ident).atexit = False
+    def __init__(self, listener: _Listener, ident: int) -> None:
+        weakref.finalize(self, _on_thread_exit, weakref.ref(listener), ident).atexit = False
 
 
-def _tell_end(find: Callable[[], _Side | None], ident: int) -> None:
-    side = find()
-    if side is not None:
-        side.on_thread_exit(ident)
+def _on_thread_exit(reference: Callable[[], _Listener | None], ident: int) -> None:
+    listener = reference()
+    if listener is not None:
+        listener.on_thread_exit(ident)

@@ -1,16 +1,16 @@
 """A worker that is a thread of this process.
 
-It runs the same entry functions as a process does, and what it has opened is closed when it ends, as the end of a
-process would close it: so nobody waits for a worker that has left.
+It runs the same entry functions as a process does. Its end closes all handles that it has opened, as the end of a
+process would; so no other thread waits for a worker that has left.
 
 Invariants:
 
-* The worker's own thread calls ``on_message`` and ``on_end``. Before its end is told, everything that belongs to it has
-  been closed.
-* A thread cannot be killed. It ends when its function does; what wakes a function that waits is that the queues and
-  channels are closed from which it reads.
-* It is interrupted (``force``) in its function only, not while it tells its owner something, or ends: what it does then
-  takes locks that others need, and an interruption between taking a lock and noting that would leave it locked.
+* The worker's own thread calls ``on_message`` and ``on_end``. Before ``on_end``, it closes all that it owns.
+* A thread cannot be killed. It ends when its function returns; closing the queues and channels from which the function
+  reads wakes it.
+* Note [interrupting threads]: ``terminate`` interrupts the thread in its function only, not while it sends to its owner
+  or ends. There it takes locks that other threads need, and an exception between taking a lock and noting that would
+  leave the lock locked.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from .child import Context
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, register
 
-#: Stands where descriptors would in a message that stays in this process; see ``marshalling.local_message``.
+#: In the place of the descriptors of a message that stays in this process.
 _NO_DESCRIPTORS: Final = [-1]
-#: How long, in seconds, one who interrupts a thread waits for it to have told what it is telling.
+#: How many seconds ``terminate`` waits for the thread to finish a message to its owner.
 _INTERRUPT_TIMEOUT: Final = 1.0
-#: How long, in seconds, a thread that has ended may take until it is gone.
+#: How many seconds ``wait`` waits for the thread to be gone after ``ended_event``.
 _JOIN_TIMEOUT: Final = 1.0
 
 
 def _raise_pending_interrupt() -> None:
-    """What is to interrupt this thread does it here: it comes at the latest when a function is called."""
+    """Python raises a pending asynchronous exception at the latest when a function is called: here."""
 
 
 class OwnedResource(Protocol):
-    """Something that a worker has opened."""
+    """A handle that a worker has opened."""
 
     def close_for_worker(self, worker: ThreadWorker, failed: bool) -> None:
-        """Close it, or let go of it. ``failed``: the worker has ended with an error."""
+        """Close the handle. ``failed``: the worker has ended with an error."""
         ...
 
 
@@ -68,11 +68,12 @@ class ThreadWorker(Worker):
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.owned_resources: weakref.WeakSet[OwnedResource] = weakref.WeakSet()
         self.failures = failures.FailureState()
-        #: Whether its function has failed, as far as it has said so.
+        #: Whether ``report_failure`` was called.
         self.has_failed = False
-        #: Held while the thread must not be interrupted, and by whoever interrupts it.
+        #: See Note [interrupting threads]: the thread holds it while it cannot be interrupted, ``terminate`` while it
+        #: interrupts.
         self._uninterruptible = threading.Lock()
-        self.started_event.set()  # it has no pid
+        self.started_event.set()  # a thread has no pid
         self._is_ending = False
         self.thread = threading.Thread(
             target=self._run, args=(entry,), name=f"torchwq-worker-{info.mapid}", daemon=True
@@ -94,24 +95,24 @@ class ThreadWorker(Worker):
         if self.ended_event.is_set():
             return False
         self._inbox.put(payload)
-        return True  # if it ends without looking there, it ends with this in hand
+        return True
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         pass
 
-    def wait(self, seconds: float | None) -> bool:
+    def wait(self, timeout: float | None) -> bool:
         if self is current():
-            return True  # who waits for it is dropped in the worker itself
-        if not super().wait(seconds):
+            return True  # a finalizer that runs in the worker waits for it
+        if not super().wait(timeout):
             return False
-        # It has ended for all but itself. Not for long: what it does last may want a lock that this thread has.
+        # Not for long: the thread's last statements may need a lock that the calling thread holds.
         self.thread.join(_JOIN_TIMEOUT)
         return True
 
     def terminate(self, number: signal.Signals) -> None:
-        """Raise Interrupted, a SystemExit, in it, as soon as it executes Python code again.
+        """Raise Interrupted, a SystemExit, in the thread as soon as it executes Python code again.
 
-        A daemon thread that comes back from torch's C++ code when the interpreter has ended would end the process by
+        A daemon thread that returned from torch's C++ code after the interpreter's end would abort the process by
         ``std::terminate``.
         """
         if self.thread.ident is None or not self._uninterruptible.acquire(timeout=_INTERRUPT_TIMEOUT):
@@ -124,7 +125,7 @@ class ThreadWorker(Worker):
             self._uninterruptible.release()
 
     def send_to_owner(self, payload: Any) -> None:
-        """Tell the owner something. Called by the thread itself."""
+        """Send a message to the owner. The thread itself calls this."""
         with self._uninterruptible:
             _raise_pending_interrupt()
             self._on_message(self, payload, _NO_DESCRIPTORS)
@@ -138,7 +139,7 @@ class ThreadWorker(Worker):
             run: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
             code = run(_ThreadContext(self))
         except SystemExit:
-            pass  # interrupted
+            pass
         except BaseException:
             if not sys.is_finalizing():
                 traceback.print_exc()
@@ -146,27 +147,24 @@ class ThreadWorker(Worker):
             while not self._is_ending:
                 try:
                     self._refuse_interrupts()
-                except SystemExit:  # it was interrupted while it ended
+                except SystemExit:  # interrupted while it was ending
                     pass
-            self._close(failed=bool(code))
+            if code and not self.has_failed:
+                self.failures.fail(None, ends=False)
+            for resource in list(self.owned_resources):
+                resource.close_for_worker(self, bool(code))
             self.exitcode = code
             self._report_end()
 
     def _refuse_interrupts(self) -> None:
-        """From now on it cannot be interrupted. Raises what it was interrupted by before, if that has not come yet."""
+        """Allow no interruption from now on. Raises one that is still pending."""
         with self._uninterruptible:
             self._is_ending = True
         _raise_pending_interrupt()
 
-    def _close(self, failed: bool) -> None:
-        if failed and not self.has_failed:
-            self.failures.fail(None, ends=False)
-        for each in list(self.owned_resources):
-            each.close_for_worker(self, failed)
-
 
 class _ThreadContext(Context):
-    """What a worker's entry function has of its owner, for a thread."""
+    """The connection of a thread to its owner, as an entry function uses it."""
 
     peer = SAME_PROCESS
     max_payload = LocalEndpoint.max_payload
@@ -220,21 +218,21 @@ def _forget() -> None:
 
 
 def current() -> ThreadWorker | None:
-    """The worker that this thread is; None if it is none."""
+    """Return the worker that this thread is, or None."""
     worker: ThreadWorker | None = getattr(_current, "worker", None)
     return worker
 
 
 def current_failures() -> failures.FailureState:
-    """Of the worker that this thread is; else of this process."""
+    """Return the failures of the worker that this thread is, or those of this process."""
     worker = current()
     return failures.process_state if worker is None else worker.failures
 
 
 def user_threads() -> list[threading.Thread]:
-    """The threads beside this one that could do with its things what it does: the main one, and those of the user.
+    """Return the other threads that may use the handles of this one: the main thread, and those of the user.
 
-    None for a worker, which has things of its own. Daemons are not counted: mostly they are some library's.
+    No other thread uses the handles of a worker. Daemons do not count: most belong to some library.
     """
     if current() is not None:
         return []
@@ -247,7 +245,7 @@ def user_threads() -> list[threading.Thread]:
 
 
 def owned_by_this_worker(resource: OwnedResource) -> None:
-    """What was opened in this thread is closed when the thread ends, if it is a worker."""
+    """Close ``resource``, which this thread has opened, when the thread ends, if the thread is a worker."""
     worker = current()
     if worker is not None:
         worker.owned_resources.add(resource)

@@ -1,16 +1,16 @@
-"""Errors that nobody has asked for: each is printed once, with its traceback, as asyncio does it.
+"""Logs errors that were never retrieved, each once, with its traceback, as asyncio does.
 
-A report stands for one error. It is made when the error is known, and taken back when somebody asks for the error. It
-is printed when the object that could have been asked is garbage, or when the process ends.
+A report stands for one error. The report is made when the error is known, and dropped when a caller retrieves the
+error. It is printed when the object that would give the error is garbage, or when the process exits.
 
-Invariants:
+Note [unretrieved errors]. The invariants:
 
-* Whoever takes a report out of ``_pending`` does with it what is to be done: nothing, or printing. So it is printed at
-  most once, and never after somebody has asked.
-* Printing runs users' code (``__str__`` of an error), so it happens in the thread that cleans up, or in the one that
-  ends the process; never in a finalizer, and never in the reactor's thread.
-* What a worker tells while its owner's process is ending may be a consequence of that: torchwq's own errors are not
-  reported then, and after Ctrl-C none is.
+* The thread that takes a report out of ``_pending`` drops or prints it. So an error is printed at most once, and never
+  after it was retrieved.
+* Printing runs users' code (``__str__`` of an error). So the cleanup thread prints, or the thread that exits; never a
+  finalizer, and never the reactor's thread.
+* A worker's error may be a consequence of its owner's exit. torchwq's own errors are not reported then, and after
+  Ctrl-C none is.
 
 Source: ``Task.__del__`` of asyncio, https://github.com/python/cpython/blob/3.11/Lib/asyncio/tasks.py
 """
@@ -35,13 +35,13 @@ log = logging.getLogger("torchwq")
 
 
 class Report:
-    """An error that is printed unless somebody asks for it: see ``retrieved``.
+    """An error that is printed unless a caller retrieves it: see ``retrieved``.
 
     Args:
-        holder: the object that can be asked.
-        what: whose error it is.
+        holder: the object from which a caller would get the error.
+        what: whose error it is, for the log.
         error: the error.
-        process: the worker that has ended with it, if it has; somebody else may tell of the error then.
+        process: the worker that ended with the error, if one did: a reader of a queue may get the error too.
     """
 
     __slots__ = ("_finalizer", "error", "process", "what")
@@ -55,27 +55,27 @@ class Report:
         self._finalizer.atexit = False
 
     def retrieved(self) -> None:
-        """Somebody has asked for the error."""
+        """A caller has got the error: do not print it."""
         _pending.discard(self)
         self._finalizer.detach()
 
 
-#: Reports of errors that can still be asked for, and those that are about to be printed.
+#: Reports of errors that a caller can still retrieve, and those that are about to be printed.
 _pending: set[Report] = set()
 
 
 @reset_in_child
 def _forget() -> None:
-    _pending.clear()  # they are the parent's to tell
+    _pending.clear()  # the parent prints them
 
 
 def log_error(what: str, error: BaseException) -> None:
-    """Print an error. Only where users' code may run."""
+    """Print an error. Call it only in threads that may run users' code."""
     log.error("%s: exception was never retrieved", what, exc_info=error)
 
 
 def should_report(process: Worker, error: BaseException) -> bool:
-    """Whether an error with which a worker has ended is one to be told, if nobody asks for it."""
+    """Whether to print the error of an ended worker if no caller retrieves it."""
     if isinstance(error, QueueClosed):
         return False
     return not process.ended_at_exit or not (isinstance(error, TorchwqError) or shutdown.interrupted())
@@ -88,17 +88,16 @@ def _print_later(report: Report) -> None:
 def _print(report: Report, at_exit: bool = False) -> None:
     process = report.process
     if process is not None and process.error_will_be_retrieved and not process.error_was_retrieved and not at_exit:
-        return  # to one who reads from a queue; if not, then at exit
+        return  # a reader of a queue will get it; if not, it is printed at exit
     try:
         _pending.remove(report)
     except KeyError:
-        return  # the end of the process was faster
+        return  # printed at exit meanwhile
     if process is None or not process.error_was_retrieved:
         log_error(report.what, report.error)
 
 
 def _print_all() -> None:
-    """At exit."""
     for report in list(_pending):
         _print(report, at_exit=True)
 
@@ -107,9 +106,9 @@ shutdown.at_report(_print_all)
 
 
 class Future(futures.Future[T]):
-    """One whose error is printed if nobody asks for it."""
+    """A future that prints its error if no caller retrieves it."""
 
-    #: Whether the error that it has, or will have, is nobody's concern any more.
+    #: Whether the error, present or future, must not be printed.
     _is_retrieved = False
     _report: Report | None = None
 
@@ -122,12 +121,12 @@ class Future(futures.Future[T]):
                 self.ignore_error()
             raise
         finally:
-            self = None  # type: ignore[assignment] # the error's traceback would keep it alive
+            self = None  # type: ignore[assignment] # the error's traceback would keep the future alive
 
     def cancel(self) -> bool:
-        """As always; and whoever cancels it does not want to know of an error either, be it too late for cancelling.
+        """Cancel as always, and never print the error, even if it is too late to cancel.
 
-        That is what ``Executor.map`` does with the rest when one of its results is an error.
+        ``Executor.map`` cancels the rest when one of its results is an error.
         """
         self.ignore_error()
         return super().cancel()
@@ -139,17 +138,17 @@ class Future(futures.Future[T]):
         return error
 
     def set_exception(self, exception: BaseException | None, what: str = "", process: Worker | None = None) -> None:
-        """Complete it with an error. ``what``, ``process``: see ``Report``."""
+        """Complete the future with an error. ``what``, ``process``: see ``Report``."""
         if exception is not None and not self._is_retrieved:
             self._report = Report(self, what or "a future", exception, process)
         try:
             super().set_exception(exception)
-        except BaseException:  # it was cancelled, or is done
+        except BaseException:  # cancelled, or done
             self.ignore_error()
             raise
 
     def ignore_error(self) -> None:
-        """Somebody knows of the error that it has, or will have; or nobody needs to."""
+        """Do not print the error that the future has or will have."""
         self._is_retrieved = True
         report, self._report = self._report, None
         if report is not None:

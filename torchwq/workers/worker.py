@@ -1,11 +1,11 @@
-"""A worker as its owner sees it: what it was told, what it says, and how it ended. What processes and threads share.
+"""A worker as its owner sees it: the part that processes and threads share.
 
 Invariants:
 
-* ``on_message`` and ``on_end`` are called in this order: for every message that the worker sent, then for its end,
-  exactly once; by the reactor's thread, or by the worker itself if it is a thread. In the place of a message that was
-  lost, because its descriptors did not fit into this process, there is the ResourceError.
-* A worker counts as living from the order to its end; ``active_workers()`` is what exit has to take care of.
+* A worker's callbacks run in this order: ``on_message`` for every message that the worker sent, then ``on_end`` exactly
+  once. The reactor's thread calls them, or the worker itself if it is a thread. If this process has no room for a
+  message's descriptors, the message is lost and ``on_message`` gets the ResourceError in its place.
+* A worker is active from the request to its end. At exit, ``shutdown`` ends all ``active_workers()``.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ _MEMORY_HINT = (
 
 
 class Worker(abc.ABC):
-    """One worker. Made by :func:`start`."""
+    """One worker. :func:`.starting.start` makes it."""
 
     #: What a message to it may hold.
     peer: Capabilities
-    #: Whether ``kill`` ends it, whatever it is at.
+    #: Whether ``kill`` ends the worker, whatever it does.
     can_be_killed: bool
 
     def __init__(self, info: WorkerInfo, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
         self.info = info
-        #: Workers that were started together have the same.
+        #: The same for all workers that were started together.
         self.group = group
         self.requested_at = time.monotonic()
         self.pid: int | None = None
         self.exitcode: int | None = None
         self.reason = ""
-        #: Set when ``pid`` is known, or never will be.
+        #: Set when ``pid`` is known, or when the worker has ended without one.
         self.started_event = threading.Event()
         self.ended_event = threading.Event()
-        #: What must live as long as the worker does.
+        #: Objects that must live as long as the worker.
         self.keep_alive: object = None
-        #: Whether it ended while its owner's process did, and so perhaps because of that.
+        #: Whether it ended while its owner was exiting, and so perhaps because of that.
         self.ended_at_exit = False
-        #: Gives the error with which its function has failed, once that is known. Runs users' code.
+        #: Returns the error of the worker's function, after the worker's end. Runs users' code.
         self.error: Callable[[], BaseException | None] = _nothing
-        #: Whether somebody was told of that error already; whether somebody will be, who waits for its answers.
+        #: Whether a reader of a queue has got that error as a cause; whether a reader that waits will get it.
         self.error_was_retrieved = self.error_will_be_retrieved = False
         self._on_message = on_message
         self._on_end = on_end
@@ -68,34 +68,33 @@ class Worker(abc.ABC):
 
     @property
     def identity(self) -> object:
-        """What tells it from all other workers that live."""
+        """Distinguishes the worker from all active ones."""
         return self.pid
 
     @abc.abstractmethod
     def send(self, payload: Any) -> bool:
-        """Send a message; never blocks. Returns False if the worker is dead and has not got it: ``on_end`` tells."""
+        """Send a message; never blocks. Returns False if the worker is dead and will not get it: ``on_end`` follows."""
 
     @abc.abstractmethod
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Send it a signal; as soon as it is started, if it is not yet. Nothing happens if it has ended, or is a
-        thread."""
+        """Send the worker a signal, if necessary as soon as it has started. Ended workers and threads ignore it."""
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until it has ended, for so many seconds at most. Returns whether it has."""
-        return self.ended_event.wait(seconds)
+    def wait(self, timeout: float | None) -> bool:
+        """Wait at most ``timeout`` seconds for the worker's end. Returns whether it has ended."""
+        return self.ended_event.wait(timeout)
 
     def terminate(self, number: signal.Signals) -> None:
-        """Have it end, because its process does, or at the user's wish: by a signal; a thread by an exception."""
+        """End the worker at exit or at the user's wish: a process by the signal, a thread by an exception."""
         self.kill(number)
 
     def death_error(self, in_hand: str = "") -> WorkerDied:
-        """The error that tells how it ended."""
+        """Return the error that says how the worker ended."""
         return death_error(
             mapid=self.info.mapid, pid=self.pid, exitcode=self.exitcode, reason=self.reason, in_hand=in_hand
         )
 
     def add_end_callback(self, callback: Callable[[Worker], None]) -> None:
-        """Call ``callback(self)`` when it has ended; at once if it has."""
+        """Call ``callback(self)`` when the worker has ended; now if it has ended already."""
         with self._lock:
             if not self.ended_event.is_set():
                 self._end_callbacks.append(callback)
@@ -106,14 +105,14 @@ class Worker(abc.ABC):
         _active.discard(self)
 
     def _drop_callbacks(self) -> None:
-        """Report no more. This object may be kept for a while; what it reported to must not be."""
+        """Drop the callbacks, and with them what they refer to: this object may live on for a while."""
         self._on_end = self._on_message = _nothing
 
     def _report_end(self) -> None:
-        _active.discard(self)
+        self._unregister()
         self.ended_at_exit = owner_is_exiting
         with _listeners_lock:
-            listeners = list(_listeners)  # those that were there while it lived: what comes later is not concerned
+            listeners = list(_listeners)  # later ones were not there while the worker lived
         with self._lock:
             self.started_event.set()
             self.ended_event.set()
@@ -132,17 +131,17 @@ def _nothing(*args: object) -> None:
 
 
 class EndListener:
-    """Something that wants to know of the end of every worker of this process."""
+    """Learns of the end of every worker of this process; see ``add_end_listener``."""
 
     def on_worker_end(self, worker: Worker) -> None:
-        """Runs in the reactor's thread, or in that of a worker which is a thread; must not block."""
+        """Runs in the reactor's thread, or in the worker's own if that is a thread. Must not block."""
 
 
-#: Whether this process is ending its workers, because it ends.
+#: Whether this process is exiting, and therefore ends its workers.
 owner_is_exiting = False
 _active: set[Worker] = set()
 _by_pid: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictionary()
-#: Keeps workers that have ended findable for those who learn of it a moment later.
+#: Workers that have ended: ``find`` returns them to callers that learn of the end a moment later.
 _recent: deque[Worker] = deque(maxlen=1024)
 _listeners: weakref.WeakSet[EndListener] = weakref.WeakSet()
 _listeners_lock = threading.RLock()
@@ -162,7 +161,7 @@ def active_workers() -> list[Worker]:
 
 
 def find(pid: int) -> Worker | None:
-    """The worker of this process that has this pid, also if it has ended, as long as someone holds it."""
+    """Return the worker of this process that has or had this pid, as long as a reference to it exists."""
     return _by_pid.get(pid)
 
 
@@ -175,18 +174,18 @@ def register_pid(worker: Worker, pid: int) -> None:
 
 
 def remember_ended(worker: Worker) -> None:
-    """One that is a process has ended; keep it findable for a while."""
+    """Keep a worker process that has ended, so that ``find`` returns it for a while."""
     _recent.append(worker)
     recycling.note_worker_exit()
 
 
 def add_end_listener(listener: EndListener) -> None:
-    """Tell ``listener`` of each worker's end from now on, for as long as it lives."""
+    """Tell ``listener`` of each worker's end from now on. Keeps a weak reference to it."""
     with _listeners_lock:
         _listeners.add(listener)
 
 
-def signal_of(exitcode: int | None) -> signal.Signals | None:
+def _signal_of(exitcode: int | None) -> signal.Signals | None:
     if exitcode is None or exitcode >= 0:
         return None
     try:
@@ -203,11 +202,11 @@ def death_error(
     reason: str = "",
     in_hand: str = "",
 ) -> WorkerDied:
-    """The error for a worker that ended without having finished."""
+    """Return the error for a worker that ended before it had finished."""
     who = f"worker {mapid}" if mapid is not None else "a worker"
     if pid is not None:
         who += f" (pid {pid})"
-    number = signal_of(exitcode)
+    number = _signal_of(exitcode)
     if reason:
         how = f"died: {reason}"
     elif number is not None:
