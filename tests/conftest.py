@@ -31,7 +31,7 @@ import pytest
 
 import torchwq
 from tests.interpreter import Interpreter
-from torchwq.memory import pool, received_blocks, recycling, ref_table
+from torchwq.memory import pool, received_blocks, recycling, state_lock, tree_table
 from torchwq.transport import debug, directory, namespace
 from torchwq.workers import client
 
@@ -97,7 +97,7 @@ def _services() -> None:
     with torchwq.workqueue("warm-up"):
         pass
     directory.get()
-    ref_table.current()
+    tree_table.current()
     # torch's own heap need not be looked through each time that garbage is collected.
     gc.collect()
     gc.freeze()
@@ -171,7 +171,7 @@ def trim() -> None:
 
 def let_memory_go() -> None:
     """Give up at once, too, what a message is believed to have lost: between two tests, none is under way any more."""
-    with recycling.lock, mock.patch.object(recycling, "_IN_FLIGHT_TIMEOUT_AFTER_LOSS", 0.0):
+    with state_lock.lock, mock.patch.object(recycling, "_IN_FLIGHT_TIMEOUT_AFTER_LOSS", 0.0):
         trim()
 
 

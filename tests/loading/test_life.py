@@ -24,7 +24,7 @@ import pytest
 import torchwq
 from tests.conftest import wait_until
 from torchwq.loading.counters import Counters
-from torchwq.memory import recycling
+from torchwq.memory import maintenance, recycling
 
 from . import datasets
 
@@ -334,7 +334,7 @@ def test_more_workers_than_descriptors_is_an_error_that_names_the_limit(method: 
 def test_memory_of_workers_that_have_nothing_to_do_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what the loader keeps for them, which does not read meanwhile."""
     monkeypatch.setattr(recycling, "IDLE_TIMEOUT", 0.1)
-    monkeypatch.setattr(recycling, "PERIOD", 0.05)
+    monkeypatch.setattr(maintenance, "PERIOD", 0.05)
     data = datasets.Plain(64, 50_000)
     loader: Any = torchwq.DataLoader(
         data, batch_size=8, num_workers=2, persistent_workers=True, multiprocessing_context="fork"

@@ -21,7 +21,7 @@ from torchwq.errors import ResourceError
 from torchwq.loading import internals, result_receiver, worker_pool
 from torchwq.loading.result_receiver import ResultReceiver
 from torchwq.marshalling import codec
-from torchwq.memory import recycling
+from torchwq.memory import state_lock
 from torchwq.transport import reactor
 from torchwq.transport.waiting import Waiter
 
@@ -275,7 +275,7 @@ def test_garbage_is_closed_without_waiting_where_others_wait(monkeypatch: pytest
         assert decoding.wait(30)
         del cycle
         if where == "lock":
-            with recycling.lock:
+            with state_lock.lock:
                 gc.collect()
         else:
             reactor.get().call_later(0, collect)

@@ -15,7 +15,7 @@ import torch
 
 import torchwq
 from torchwq.marshalling import codec
-from torchwq.memory import pool, received_blocks, recycling
+from torchwq.memory import maintenance, pool, received_blocks
 from torchwq.memory.message import Message, Payload
 from torchwq.transport.trailer import PICKLE, trailer
 
@@ -104,7 +104,7 @@ def give_up_memory() -> None:
     gc.collect()
     received_blocks.trim()
     pool.trim()
-    recycling.maintain()
+    maintenance.run()
 
 
 _kept: list[Any] = []

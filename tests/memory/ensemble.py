@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import torchwq
-from torchwq.memory import pool, received_blocks, recycling
+from torchwq.memory import maintenance, pool, received_blocks
 
 WAIT = 30.0
 #: What the conductor does while an answer is under way.
@@ -216,7 +216,7 @@ class Ensemble:
             received_blocks.trim()
         elif meanwhile == "tick":
             for _ in range(3):
-                recycling.maintain()
+                maintenance.run()
         self.mine[key] = commands.read(timeout=WAIT)
 
     def publish(self, key: int, name: int) -> None:

@@ -12,7 +12,7 @@ import torchwq
 from tests.conftest import wait_until
 from tests.loading import datasets
 from tests.marshalling.support import Peer, started_peer
-from torchwq.memory import limits, recycling
+from torchwq.memory import limits, maintenance, recycling, state_lock
 from torchwq.memory.block import MAPPED, Block
 
 
@@ -70,7 +70,7 @@ def test_a_reader_at_its_limit_looks_at_no_block_that_is_in_use(
 
 
 def _mapped() -> int:
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         recycling.poll_all()
         return sum(block.kind == MAPPED for block in recycling.by_number.values())
@@ -90,7 +90,7 @@ def test_an_epochs_workers_leave_no_descriptors_but_of_what_is_kept(method: str)
     before = len(os.listdir("/proc/self/fd"))
     kept.clear()
     assert _mapped() == 0
-    wait_until(lambda: (recycling.maintain(), len(os.listdir("/proc/self/fd")))[1] <= before - 10)
+    wait_until(lambda: (maintenance.run(), len(os.listdir("/proc/self/fd")))[1] <= before - 10)
 
 
 def test_blocks_of_a_worker_that_has_ended_go_when_they_are_not_used(peer: Peer) -> None:
@@ -104,7 +104,7 @@ def test_blocks_of_a_worker_that_has_ended_go_when_they_are_not_used(peer: Peer)
 
         torchwq.map(1, answer, queue).join(30)
         kept = [queue.read(timeout=10) for _ in range(20)][:2]
-        wait_until(lambda: (recycling.maintain(), _mapped())[1] <= len(kept))
+        wait_until(lambda: (maintenance.run(), _mapped())[1] <= len(kept))
         assert [each[0].item() for each in kept] == [0, 1]
 
 

@@ -25,7 +25,7 @@ from tests.injection import in_the_middle
 from tests.marshalling.support import Peer, apply_to_kept, drop_kept, keep, started_peer
 from tests.queues.handles import worker_handle
 from torchwq.marshalling.wire import References
-from torchwq.memory import promises, recycling, ref_table
+from torchwq.memory import maintenance, promises, recycling, state_lock, tree_table
 from torchwq.memory.anonymous import Descriptor
 from torchwq.memory.message import Message
 from torchwq.memory.promises import KeptBlocks, SenderLeft, SentBlocks
@@ -66,7 +66,7 @@ class Wire(RuleBasedStateMachine):
         self.current = set(range(1, 7))
         self.last_number = 6
         self.left_out = 0
-        table = ref_table.current()
+        table = tree_table.current()
         assert table is not None
         self.is_current = table.is_current
         table.is_current = lambda number: number in self.current  # type: ignore[method-assign]
@@ -161,7 +161,7 @@ class Wire(RuleBasedStateMachine):
                     os.close(fd)
             del fds
         assert len(os.listdir("/proc/self/fd")) == self.before, "all descriptors are closed with the last message"
-        table = ref_table.current()
+        table = tree_table.current()
         assert table is not None
         table.is_current = self.is_current  # type: ignore[method-assign]
 
@@ -228,7 +228,7 @@ def test_a_program_that_does_not_read_gets_rid_of_what_its_worker_has_given_up(p
     peer.ask(make_and_keep, 300)
     assert kept_by(peer.queue) == 1
     peer.ask(drop_kept)
-    recycling.maintain()  # the tensor is gone here, too
+    maintenance.run()  # the tensor is gone here, too
     peer.queue.write((give_up_all, ()))
     wait_until(lambda: not kept_by(peer.queue), what="what was kept to be given up")
     peer.queue.read(timeout=30)
@@ -244,7 +244,7 @@ def test_a_queue_in_which_nothing_is_to_be_read_is_not_ready(peer: Peer) -> None
     """What the worker says to the connection is no answer."""
     peer.ask(make_and_keep, 300)
     peer.ask(drop_kept)
-    recycling.maintain()
+    maintenance.run()
     peer.queue.write((tick_after_the_answer, ()))
     peer.queue.read(timeout=30)
     wait_until(lambda: peer.queue._role.end.is_readable(), what="what is sent aside")
@@ -304,7 +304,7 @@ def test_an_answer_of_a_sender_that_was_stopped_for_long_arrives(peer: Peer) -> 
     wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, what="the worker to be stopped")
     gc.collect()
     for _ in range(5):
-        recycling.maintain()
+        maintenance.run()
     recycling.expire_in_flight()
     os.kill(pid, signal.SIGCONT)
     good, out = peer.queue.read(timeout=30)
@@ -417,7 +417,7 @@ def test_who_comes_to_a_closed_connection_takes_no_room_away(monkeypatch: pytest
 
 
 def test_workers_that_come_and_go_while_nobody_reads_give_their_room_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recycling, "PERIOD", 0.01)
+    monkeypatch.setattr(maintenance, "PERIOD", 0.01)
     with torchwq.workqueue() as queue:
         before = promises._granted
         for _ in range(3):
@@ -430,7 +430,7 @@ class RecordingOutbox:
         self.had_lock: list[bool] = []
 
     def send_control(self, message: Any) -> None:
-        self.had_lock.append(recycling.is_locked_here())
+        self.had_lock.append(state_lock.is_locked_by_this_thread())
 
 
 def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
@@ -438,7 +438,7 @@ def test_promises_are_taken_back_without_the_lock_of_the_memory() -> None:
     outbox = RecordingOutbox()
     sent = SentBlocks(1, 10, outbox.send_control, [0])
     sent.note_promise(message_with([7]))
-    recycling.maintain()
+    maintenance.run()
     assert outbox.had_lock == [False]
 
 

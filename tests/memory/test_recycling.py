@@ -31,7 +31,7 @@ from tests.marshalling.support import (
     started_peer,
 )
 from torchwq.marshalling import codec
-from torchwq.memory import limits, pool, received_blocks, recycling, ref_table, storages
+from torchwq.memory import limits, maintenance, pool, received_blocks, recycling, storages, tree_table
 from torchwq.transport import sockets
 
 
@@ -287,14 +287,14 @@ def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose:
     pool.trim()
     received_blocks.trim()
     for _ in range(5):
-        recycling.maintain()
+        maintenance.run()
     scribble(300)
     good, out = peer.queue.read(timeout=30)
     assert good
     assert (out == 4).all()
     peer.ask(drop_kept)
     del out
-    wait_until(lambda: (recycling.maintain(), pool.trim(), received_blocks.trim(), recycling.open_blocks)[-1] == 0)
+    wait_until(lambda: (maintenance.run(), pool.trim(), received_blocks.trim(), recycling.open_blocks)[-1] == 0)
 
 
 def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Peer) -> None:
@@ -309,7 +309,7 @@ def test_a_row_that_is_used_again_does_not_take_an_unread_answer_along(peer: Pee
         wait_until(lambda: unread(peer.queue) > 200, what="the second answer")
         other.echo(torch.ones(5))
         for _ in range(6):
-            recycling.maintain()
+            maintenance.run()
         good, out = peer.queue.read(timeout=30)
         assert good, out
         assert (out == 4).all()
@@ -642,7 +642,7 @@ def test_more_memory_than_there_is_is_refused_with_the_limits_name(monkeypatch: 
 
 
 def test_without_a_reference_table_tensors_travel_by_descriptor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ref_table, "current", lambda: None)
+    monkeypatch.setattr(tree_table, "current", lambda: None)
     tensor = torch.zeros(10)
     out = roundtrip(tensor)
     out[3] = 3
@@ -654,9 +654,9 @@ def test_without_a_reference_table_tensors_travel_by_descriptor_alone(monkeypatc
 
 def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recycling, "IDLE_TIMEOUT", 0.0)
-    monkeypatch.setattr(recycling, "PERIOD", 0.01)
+    monkeypatch.setattr(maintenance, "PERIOD", 0.01)
     torchwq.empty(100)
-    recycling.maintain()
+    maintenance.run()
     wait_until(lambda: torchwq.memory_stats().blocks == 0)
 
 

@@ -12,14 +12,14 @@ import pytest
 
 import torchwq
 from tests.marshalling.support import roundtrip
-from torchwq.memory import limits, ref_table, rows
+from torchwq.memory import limits, ref_table, rows, tree_table
 from torchwq.memory.ref_table import ROWS, RefTable
 
 
 @pytest.fixture
 def table() -> Iterator[str]:
     """Where a reference table of its own can be opened, as often as there are processes to play."""
-    fd = ref_table._create()
+    fd = ref_table.create()
     yield f"/proc/self/fd/{fd}"
     os.close(fd)
 
@@ -113,15 +113,15 @@ def test_what_is_no_reference_table_is_not_taken_for_one(
     """The maker of the tree's folder has ended, and its process id and descriptor's number stand for something else."""
     fd = make()
     (tmp_path / "ref-table").symlink_to(f"/proc/{os.getpid()}/fd/{fd if fd >= 0 else 1_000_000}")
-    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ref_table, "_table", None)
-    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
-    monkeypatch.setattr(ref_table, "failure_reason", "")
+    monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(tree_table, "_table", None)
+    monkeypatch.setattr(tree_table, "_retry_at", 0.0)
+    monkeypatch.setattr(tree_table, "failure_reason", "")
     monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
     before = sorted(os.listdir("/proc/self/fd"))
-    assert ref_table.current() is None
+    assert tree_table.current() is None
     assert sorted(os.listdir("/proc/self/fd")) == before
-    assert "TORCHWQ_NAMESPACE" in ref_table.failure_reason
+    assert "TORCHWQ_NAMESPACE" in tree_table.failure_reason
     tensor = torchwq.zeros(10)
     with pytest.warns(RuntimeWarning, match="made anew.*TORCHWQ_NAMESPACE"):
         tensor = roundtrip(tensor)
@@ -135,22 +135,22 @@ def test_what_is_no_reference_table_is_not_taken_for_one(
 def test_a_table_that_could_not_be_had_is_looked_for_again(
     table: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ref_table, "_table", None)
-    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
-    monkeypatch.setattr(ref_table, "failure_reason", "")
-    monkeypatch.setattr(ref_table, "_RETRY_INTERVAL", 0.0)
+    monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(tree_table, "_table", None)
+    monkeypatch.setattr(tree_table, "_retry_at", 0.0)
+    monkeypatch.setattr(tree_table, "failure_reason", "")
+    monkeypatch.setattr(tree_table, "_RETRY_INTERVAL", 0.0)
     monkeypatch.setattr(ref_table, "SLOTS", 0)
     (tmp_path / "ref-table").symlink_to(table)
-    assert ref_table.current() is None
-    assert "processes share memory" in ref_table.failure_reason
+    assert tree_table.current() is None
+    assert "processes share memory" in tree_table.failure_reason
     monkeypatch.undo()
-    monkeypatch.setattr(ref_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(ref_table, "_table", None)
-    monkeypatch.setattr(ref_table, "_retry_at", 0.0)
-    found = ref_table.current()
+    monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
+    monkeypatch.setattr(tree_table, "_table", None)
+    monkeypatch.setattr(tree_table, "_retry_at", 0.0)
+    found = tree_table.current()
     assert found is not None
-    assert not ref_table.failure_reason
+    assert not tree_table.failure_reason
     monkeypatch.undo()
     found.abandon()
 

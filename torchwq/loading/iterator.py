@@ -35,7 +35,7 @@ from torch.utils.data import IterableDataset
 
 from .. import warning
 from ..marshalling import exceptions
-from ..memory import recycling
+from ..memory import recycling, state_lock
 from ..transport import reactor
 from ..transport.fork import closed_in_child
 from ..transport.waiting import cores
@@ -350,7 +350,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             return
         # Garbage is collected at any moment, in any thread. Some must not wait for what close waits for, because that
         # waits for them.
-        if self._pool.is_in_own_thread or recycling.is_locked_here() or reactor.get().is_in_current_thread:
+        if self._pool.is_in_own_thread or state_lock.is_locked_by_this_thread() or reactor.get().is_in_current_thread:
             threading.Thread(target=self.close, name="torchwq-close", daemon=True).start()
         else:
             self.close()

@@ -28,7 +28,7 @@ from ..errors import ResourceError
 from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
 from ..marshalling.local_message import LocalMessage
-from ..memory import limits, ref_table
+from ..memory import limits, tree_table
 from ..memory.anonymous import Descriptor, duplicates, resource_error
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
@@ -81,7 +81,7 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
 
 def _fork(context: Any, config: LoaderConfig, worker_config: WorkerConfig, end: Endpoint) -> Process:
     definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
-    ref_table.current()  # of a table that it made itself, the worker's blocks would mean nothing here
+    tree_table.current()  # of a table that it made itself, the worker's blocks would mean nothing here
     handover: list[int] = []
     try:
         for fd in [*end.handover(), *[end.fileno()] * _PIPES]:

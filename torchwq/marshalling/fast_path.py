@@ -17,7 +17,7 @@ import torch
 from ..memory import recycling, sharing
 from ..memory.block import MAPPED, Block, Geometry
 from ..memory.packing import SLICE, SMALL, Row, rows_to_bytes
-from ..memory.received_blocks import take_packed, take_tensor, take_tensors
+from ..memory.received_blocks import take_tensor, take_tensors
 from ..memory.recycling import block_of
 from ..memory.ref_table import UNTRACKED
 from ..memory.slices import aligned, slice_of
@@ -295,7 +295,7 @@ def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:
 def decode(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
     """The object of that shape on several blocks, or with packed tensors; None as ``decode_one`` has it."""
     geometries, shifts = shape[2:]
-    tensors = take_packed(references, geometries, shifts, shape) if shifts else take_tensors(references, geometries)
+    tensors = take_tensors(references, geometries, shifts, shape)
     return None if tensors is None else _build(shape, tensors)
 
 

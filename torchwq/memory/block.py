@@ -55,7 +55,7 @@ class SlicePrototypes:
 
 
 class Block:
-    """One block. Changed under ``recycling.lock`` only, but for a made one that is not lent yet."""
+    """One block. Changed under ``state_lock.lock`` only, but for a made one that is not lent yet."""
 
     __slots__ = (
         "__weakref__",

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..transport.fork import reset_in_child
-from . import pool, recycling
+from . import pool, recycling, state_lock
 from .block import MADE, Block
 
 #: How many of the last blocks may have what is to be sent.
@@ -82,7 +82,7 @@ def _piece(part: bytes | memoryview) -> tuple[Any, int, int]:
 
 def _storage_if_equal(block: Block, pieces: Sequence[tuple[Any, int, int]]) -> Any:
     """The storage of ``block`` if it begins with ``pieces``, else None."""
-    with recycling.lock:
+    with state_lock.lock:
         if not block.has_content or block.kind != MADE:
             return None
         storage = block.storage  # as long as it is here, the pool does not take the block

@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from . import limits, pool, recycling, sharing, storages
+from . import limits, pool, recycling, sharing, state_lock, storages
 from .block import Block
 from .slices import aligned, cut_shared, slice_of
 
@@ -188,7 +188,7 @@ class Packing:
             assert group.storage is not None
             if high - low <= SMALL:
                 fill = functools.partial(_copy_one, group.storage.data_ptr() + low, high - low)
-                with recycling.lock:
+                with state_lock.lock:
                     found = pool.fill_free_block(high - low, fill)
                 if found is not None:
                     return [Row(WHOLE, 0, low, high - low, refer(*found), 0)]
@@ -286,7 +286,7 @@ class _Placement:
         job = functools.partial(fill, items, shifts)
         filled = None
         if nbytes <= SMALL and kind != SHARED:  # moving takes locks of its own
-            with recycling.lock:
+            with state_lock.lock:
                 filled = pool.fill_free_block(nbytes, job)
         filled = filled or pool.fill_block(nbytes, job)
         if filled is None:

@@ -29,7 +29,7 @@ from typing import Final, TypeVar
 
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
-from . import anonymous, limits, recycling, storages
+from . import anonymous, limits, maintenance, recycling, state_lock, storages
 from .block import MADE, Block
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
 
 def _acquire(nbytes: int) -> Block | None:
     capacity = capacity_for(nbytes)
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         rings = _rings.setdefault(capacity, {})
         block = _free_one(rings.get(nbytes))
@@ -179,7 +179,7 @@ def _fit(old: Block, nbytes: int) -> Block:
         storage = storages.open_shared(old.fd, nbytes)
         block = Block(MADE, storage, storages.descriptor(storage), old.capacity)
     finally:
-        with recycling.lock:
+        with state_lock.lock:
             recycling.retire(old)
     _add(block)
     return block
@@ -196,14 +196,14 @@ def _make(nbytes: int, capacity: int) -> Block:
 
 
 def _add(block: Block) -> None:
-    with recycling.lock:
+    with state_lock.lock:
         recycling.add(block)
         _acquired[block] = False
 
 
 def _publish(block: Block) -> None:
     """The block is in the ring again: whatever uses it now decides when it is free."""
-    with recycling.lock:
+    with state_lock.lock:
         forked = _acquired.pop(block, None)
         if forked is None:
             return  # this is the child of a fork, which does not know the block
@@ -238,17 +238,17 @@ def _on_period(now: float) -> None:
     _retire_free(None if over else now - recycling.IDLE_TIMEOUT)
 
 
-recycling.on_period(_on_period)
+maintenance.on_period(_on_period)
 
 
 def trim() -> None:
     """Give everything back that is free now."""
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         _retire_free(None)
 
 
-@recycling.before_fork
+@state_lock.before_fork
 def _before_fork() -> None:
     """What has tensors here will have them in the child too."""
     for block in _acquired:

@@ -41,7 +41,7 @@ from ..transport import reactor
 from ..transport.endpoint import Endpoint, Received
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.trailer import BARE, KIND, number_of, payload_of
-from . import limits, recycling, ref_table
+from . import limits, maintenance, recycling, tree_table
 from .anonymous import Descriptor
 from .message import Message
 from .ref_table import UNTRACKED
@@ -217,7 +217,7 @@ class KeptBlocks:
         """Let the reactor call ``poll_control`` in a while."""
         if not self._is_poll_scheduled and self._poll_control is not None:
             self._is_poll_scheduled = True
-            reactor.get().call_later(recycling.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
+            reactor.get().call_later(maintenance.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
 
     def abandon(self) -> None:
         self._kept.clear()
@@ -316,12 +316,12 @@ class SentBlocks:
         self._sent.update(message.numbers)
         self._uncertain.difference_update(message.numbers)
         self._recent.update(message.numbers)
-        recycling.schedule_maintenance()
+        maintenance.schedule()
 
     def revoke_stale(self) -> bool:
         """Take back, by a message, what was promised for blocks that are no more, and, where little room is left, for
         those that were not sent for a while. Returns whether there is anything to look at again."""
-        table = ref_table.current()
+        table = tree_table.current()
         sent = set(self._sent)
         used, self._recent = self._recent, set()
         is_crowded = len(sent) > self._room // 2
@@ -348,7 +348,7 @@ def _revoke_all_stale() -> bool:
     return any(looks)
 
 
-recycling.after_period(_revoke_all_stale)  # whoever sends sees to others' messages, too, which takes locks of theirs
+maintenance.after_period(_revoke_all_stale)  # whoever sends sees to others' messages, too, which takes locks of theirs
 
 
 class _ControlMessage:

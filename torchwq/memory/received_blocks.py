@@ -1,10 +1,10 @@
-"""What messages bring: blocks of other processes, mapped once and kept, and this process's own ones coming home.
+"""The blocks that messages bring: those of other processes, mapped once and kept, and this process's own.
 
-A block that was here before costs nothing but a look into the table: its storage is still mapped, its pages are in the
-page table. Where a connection has one reader (answers), no descriptor comes with a block that was sent over it before
-(``promises``). Where any of many may read (questions), one comes all the same, and is closed unused.
+A block that this process knows costs nothing but a look-up: its storage is still mapped, its pages are in the page
+table. Where a connection has one reader (answers), a block that was sent over it before comes without a descriptor
+(``promises``). Where any of several may read (questions), it comes with one, which is closed unused.
 
-If this process may not have one more descriptor, the data are copied out of the block instead, with one warning.
+If this process may not open one more descriptor, it copies the data out of the block instead, with one warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from ..errors import ResourceError
-from . import limits, recycling, ref_table, slices, storages
+from . import limits, maintenance, recycling, slices, state_lock, storages, tree_table
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry, SlicePrototypes
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .promises import Epoch
@@ -28,7 +28,7 @@ from .ref_table import IN_USE, UNTRACKED
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
 _FLAGS: Final = (0, IN_USE, 0, 0)
 
-#: How often a message's block was here already, and how often it had to be mapped.
+#: How often this process knew a message's block, and how often it had to map one.
 hits = misses = 0
 
 
@@ -46,13 +46,17 @@ class ReceivedBlocks:
         rows: Sequence[Row] = (),
         data: Any = b"",
     ) -> None:
-        """Take the blocks out of the message: (number, bytes) of each. Their descriptors are in ``fds`` from ``first``
-        on; each is closed as soon as it is not needed, and -1 in its place then: a process may have room for all of
-        a message's descriptors, but not twice.
+        """Take the blocks out of the message.
 
-        Without descriptors, this process keeps those of the blocks, see Note [in-band promises]. Raises ResourceError
-        if there is no memory for one; none is taken then. ``rows`` are the slices in the blocks, and in ``data``, the
-        message.
+        Args:
+            references: (number, bytes) of each block.
+            fds: has the descriptors of the blocks from ``first`` on. Each is closed, and replaced by -1, as soon as it
+                is not needed: a process may have room for all of a message's descriptors, but not twice. If empty, this
+                process keeps the descriptors, see Note [in-band promises].
+            buffers: which blocks are buffers of the pickle.
+            rows: the slices in the blocks, and in ``data``, the message.
+
+        Raises ResourceError if there is no memory for a block; none is taken then.
         """
         self._blocks: list[Block] = []
         self._storages: list[torch.UntypedStorage] = []
@@ -66,13 +70,14 @@ class ReceivedBlocks:
         self._views: dict[int, Any] = {}
         self._slices: dict[Row, torch.UntypedStorage] = {}
         self._buffers = buffers
-        with recycling.lock:
+        with state_lock.lock:
             recycling.drain_finalizers()
             recycling.poll(len(references))
             try:
                 self._take_all(references)
             except BaseException as error:
-                # Never one reference too many may count as got. An interruption leaves that open, so it counts none.
+                # The table must never count one reference too many as received. After an interruption it is not known
+                # which were counted, so no more are.
                 if isinstance(error, ResourceError):
                     recycling.note_discarded(number for number, _ in references[len(self._blocks) :])
                 self._release()
@@ -80,7 +85,7 @@ class ReceivedBlocks:
 
     def _take_all(self, references: Sequence[tuple[int, int]]) -> None:
         global hits
-        by_number, table = recycling.by_number, ref_table.current()
+        by_number, table = recycling.by_number, tree_table.current()
         fds, at = self._fds, self._first
         for number, nbytes in references:
             fd = fds[at] if fds else -1
@@ -101,7 +106,7 @@ class ReceivedBlocks:
             self._storages.append(storage)
 
     def _kept(self, number: int) -> int:
-        """The descriptor of a block that came with an earlier message."""
+        """The descriptor that an earlier message has brought."""
         fd = self._fds.descriptor(number) if isinstance(self._fds, Epoch) else -1
         if fd < 0:
             raise ResourceError(0, "a message refers to shared memory that has not come with it: the message is lost")
@@ -110,7 +115,7 @@ class ReceivedBlocks:
     def tensor(self, index: int, geometry: Geometry) -> torch.Tensor:
         """A new tensor on the message's block ``index``."""
         block = self._blocks[index]
-        with recycling.lock:  # a fork may give the block up at any time
+        with state_lock.lock:  # a fork may retire the block at any time
             if block.kind == MAPPED or block.kind == MADE:
                 tensor = recycling.prototype(block, geometry).detach()
                 if block.kind == MAPPED:
@@ -119,7 +124,7 @@ class ReceivedBlocks:
         return storages.place(self._storages[index], *geometry)
 
     def packed_tensor(self, group: int, geometry: Geometry) -> torch.Tensor:
-        """A new tensor that lies so on the message's packed storage ``group``."""
+        """A new tensor of this geometry on the message's packed storage ``group``."""
         code, offset, size, stride = geometry
         itemsize = storages.DTYPES[code].itemsize
         row = self._row(group, offset * itemsize)
@@ -127,7 +132,7 @@ class ReceivedBlocks:
         return self.tensor(row.block, geometry) if row.kind == WHOLE else storages.place(self._packed(row), *geometry)
 
     def packed_storage(self, group: int) -> torch.UntypedStorage:
-        """The message's packed storage ``group``, which is in one piece."""
+        """The message's packed storage ``group``, which must be in one piece."""
         row = self._row(group, 0)
         return self._storages[row.block] if row.kind == WHOLE else self._packed(row)
 
@@ -149,13 +154,13 @@ class ReceivedBlocks:
         return storage
 
     def _view(self, index: int) -> Any:
-        """The memory of a block, to be cut into slices, which keep it in use."""
+        """The memory of a block, for slices, which keep the block in use."""
         view = self._views.get(index)
         if view is None:
             block = self._blocks[index]
             whole = storages.place(self._storages[index], *storages.bytes_geometry(block.nbytes))
-            self._views[index] = view = whole.numpy()  # and this, for as long as it lives, keeps the tensor
-            with recycling.lock:
+            self._views[index] = view = whole.numpy()  # keeps the tensor alive
+            with state_lock.lock:
                 if block.kind == MAPPED:
                     recycling.watch(whole, block)
         return view
@@ -177,29 +182,29 @@ class ReceivedBlocks:
                 yield packs[row.block][row.shift : row.shift + row.nbytes]
 
     def memory(self, index: int) -> memoryview:
-        """The bytes of a block that is read and not changed. Valid until ``done``."""
+        """The bytes of a block, to read. Valid until ``done``."""
         return storages.memory(self._storages[index])
 
     def private_memory(self, index: int) -> memoryview:
         """The bytes of a block, to keep and to change: a page is copied when it is changed."""
         block, storage = self._blocks[index], self._storages[index]
         if block.kind == PLAIN and not storage.is_shared():
-            return storages.lasting_memory(storage)  # was copied out already
+            return storages.lasting_memory(storage)  # is a copy already
         try:
             mapping, view = storages.map_private(storages.descriptor(storage), block.nbytes)
         except ResourceError as error:
             if error.errno != errno.EMFILE:
                 raise
             return storages.lasting_memory(torch.UntypedStorage(block.nbytes).copy_(storage))
-        with recycling.lock:
+        with state_lock.lock:
             if block.kind in (MADE, MAPPED):
                 block.users += 1
                 recycling.watch(mapping, block, mapping=True)
         return view
 
     def done(self) -> None:
-        """What the message's objects use of the blocks, they use by themselves from now on."""
-        with recycling.lock:
+        """The message's objects exist: from now on only they keep the blocks in use."""
+        with state_lock.lock:
             self._release()
 
     def _release(self) -> None:
@@ -220,15 +225,15 @@ def _low(row: Row) -> int:
 
 
 def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | None:
-    """The tensor of a message that is nothing but one, if its block is here. Else None, and nothing is taken."""
+    """The tensor of a message with nothing else, if this process knows its block. Else None, and takes nothing."""
     global hits
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         recycling.poll(1)
         block = recycling.by_number.get(number)
         if block is None or block.nbytes != nbytes:
             return None
-        storage, table = block.storage, ref_table.current()
+        storage, table = block.storage, tree_table.current()
         if storage is None or table is None:
             return None
         hits += 1
@@ -243,8 +248,44 @@ def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | 
         return tensor
 
 
-def _all_here(references: Iterable[tuple[int, int]]) -> list[Block] | None:
-    """The blocks of a message, if all are here and none is another's. Under the lock."""
+def take_tensors(
+    references: Iterable[tuple[int, int]],
+    geometries: Sequence[Geometry],
+    shifts: Sequence[int] = (),
+    key: Any = None,
+) -> list[torch.Tensor] | None:
+    """The same for a message of several tensors.
+
+    Each has a block of its own, but that those whose ``shifts`` is not -1 are slices of the last block.
+
+    Args:
+        shifts: where each slice begins in its block, in bytes.
+        key: the same object for all messages of the same ``geometries`` and ``shifts``.
+    """
+    global hits
+    with state_lock.lock:
+        recycling.drain_finalizers()
+        recycling.poll(len(geometries))
+        table, found = tree_table.current(), _known_blocks(references)
+        if table is None or found is None:
+            return None
+        if not shifts:
+            pairs = zip(found, geometries, strict=True)
+            tensors = [recycling.prototype(block, geometry).detach() for block, geometry in pairs]
+        else:
+            tensors = _tensors_and_slices(found, geometries, shifts, key)
+        now = time.monotonic()
+        for block in found:
+            table.count_received(block.number, _FLAGS[block.kind])
+            if block.kind == MAPPED:
+                block.used_at = now
+                recycling.start_polling(block)
+        hits += len(found)
+        return tensors
+
+
+def _known_blocks(references: Iterable[tuple[int, int]]) -> list[Block] | None:
+    """The blocks of a message, if this process has made or mapped all of them. Under the lock."""
     found = []
     for number, nbytes in references:
         block = recycling.by_number.get(number)
@@ -254,69 +295,24 @@ def _all_here(references: Iterable[tuple[int, int]]) -> list[Block] | None:
     return found
 
 
-def take_tensors(references: Iterable[tuple[int, int]], geometries: Sequence[Geometry]) -> list[torch.Tensor] | None:
-    """The same for a message of several tensors, each on a block of its own."""
-    global hits
-    with recycling.lock:
-        recycling.drain_finalizers()
-        recycling.poll(len(geometries))
-        table, found = ref_table.current(), _all_here(references)
-        if table is None or found is None:
-            return None
-        now = time.monotonic()
-        tensors = []
-        for block, geometry in zip(found, geometries, strict=True):
-            kind = block.kind
-            tensor = recycling.prototype(block, geometry).detach()
-            table.count_received(block.number, _FLAGS[kind])
-            if kind == MAPPED:
-                block.used_at = now
-                recycling.start_polling(block)
-            tensors.append(tensor)
-        hits += len(tensors)
-        return tensors
-
-
-def take_packed(
-    references: Iterable[tuple[int, int]], geometries: Sequence[Geometry], shifts: Sequence[int], key: Any
-) -> list[torch.Tensor] | None:
-    """The same for a message with tensors that are slices of its last block, where ``shifts`` is not -1. ``key`` is the
-    same for messages that are alike in all this."""
-    global hits
-    with recycling.lock:
-        recycling.drain_finalizers()
-        recycling.poll(len(geometries))
-        table, found = ref_table.current(), _all_here(references)
-        if table is None or found is None:
-            return None
-        now = time.monotonic()
-        pack = found[-1]
-        slice_prototypes = pack.slice_prototypes
-        if slice_prototypes is None or slice_prototypes.key is not key:
-            places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
-            pack.slice_prototypes = slice_prototypes = SlicePrototypes(pack.storage, key, places)
-        cut, own = iter(slice_prototypes.prototypes), iter(found)
-        tensors = []
-        for geometry, shift in zip(geometries, shifts, strict=True):
-            if shift < 0:
-                block = next(own)
-                tensor = recycling.prototype(block, geometry).detach()
-            else:
-                block = pack
-                tensor = next(cut).detach()
-            if block.kind == MAPPED:
-                recycling.start_polling(block)
-            tensors.append(tensor)
-        for block in found:
-            table.count_received(block.number, _FLAGS[block.kind])
-            block.used_at = now
-        hits += len(found)
-        return tensors
+def _tensors_and_slices(
+    blocks: Sequence[Block], geometries: Sequence[Geometry], shifts: Sequence[int], key: Any
+) -> list[torch.Tensor]:
+    pack = blocks[-1]
+    cached = pack.slice_prototypes
+    if cached is None or cached.key is not key:
+        places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
+        pack.slice_prototypes = cached = SlicePrototypes(pack.storage, key, places)
+    sliced, own = iter(cached.prototypes), iter(blocks)
+    return [
+        (recycling.prototype(next(own), geometry) if shift < 0 else next(sliced)).detach()
+        for geometry, shift in zip(geometries, shifts, strict=True)
+    ]
 
 
 def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage]:
-    """A block for a reference to one that is not in the table, or not as it is there. Under the lock."""
-    table = ref_table.current()
+    """A block for a reference to an unknown one, or to one of another size. Under the lock."""
+    table = tree_table.current()
     tracked = table is not None and table.is_current(number) and number not in recycling.by_number
     storage = _map(fd, nbytes)
     if storage is None:
@@ -330,7 +326,7 @@ def _new(number: int, nbytes: int, fd: int) -> tuple[Block, torch.UntypedStorage
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
-    """Map a block; None if this process may not have one more descriptor. Under the lock."""
+    """Map a block; None if this process may not open one more descriptor. Under the lock."""
     global misses
     while recycling.open_blocks >= limits.max_open_blocks():
         idle = recycling.next_idle()
@@ -346,14 +342,6 @@ def _map(fd: int, nbytes: int) -> torch.UntypedStorage | None:
         raise
 
 
-def _retire_idle() -> None:
-    """Give up the mapped blocks that nobody uses here. Under the lock."""
-    for block in list(recycling.by_number.values()):
-        if block.kind == MAPPED and not block.in_use():
-            recycling.release(block)
-            recycling.retire(block)
-
-
 def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
     storage = torch.UntypedStorage(nbytes)
     view = storages.memory(storage)
@@ -364,14 +352,12 @@ def _copy_out(fd: int, nbytes: int) -> torch.UntypedStorage:
     return storage
 
 
-def _on_period(now: float) -> None:
+@maintenance.on_period
+def _maintain(now: float) -> None:
     recycling.retire_idle(now - recycling.IDLE_TIMEOUT)
 
 
-recycling.on_period(_on_period)
-
-
-@recycling.before_fork
+@state_lock.before_fork
 def _before_fork() -> None:
     for block in list(recycling.by_number.values()):
         if block.kind == MAPPED and block.in_use():
@@ -379,8 +365,11 @@ def _before_fork() -> None:
 
 
 def trim() -> None:
-    """Give up the mapped blocks that are not in use."""
-    with recycling.lock:
+    """Retire the mapped blocks that are not in use."""
+    with state_lock.lock:
         recycling.drain_finalizers()
         recycling.poll_all()
-        _retire_idle()
+        for block in list(recycling.by_number.values()):
+            if block.kind == MAPPED and not block.in_use():
+                recycling.release(block)
+                recycling.retire(block)

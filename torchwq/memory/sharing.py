@@ -24,7 +24,7 @@ from torch.multiprocessing import reductions
 
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
-from . import limits, pool, recycling, storages
+from . import limits, pool, recycling, state_lock, storages
 from .block import MAPPED, Block, Geometry
 from .slices import aligned, cut_shared, slice_of
 
@@ -62,7 +62,7 @@ def is_current(block: Block) -> bool:
     """Whether the storage's block can be sent; if not, because its maker is dead, the storage has none any more."""
     if block.kind != MAPPED or recycling.is_current(block):
         return True
-    with recycling.lock:
+    with state_lock.lock:
         recycling.retire(block)
     return False
 
@@ -85,7 +85,7 @@ def share(tensor: torch.Tensor) -> Block | None:
     Raises ResourceError if there is no memory, and IsSlice if it is on a slice, perhaps only now.
     """
     geometry = storages.geometry(tensor)
-    with recycling.lock:
+    with state_lock.lock:
         storage = tensor.untyped_storage()
         block = recycling.block_of(storage)
         if block is not None:
@@ -108,7 +108,7 @@ def share(tensor: torch.Tensor) -> Block | None:
             if not _wait_for(other):
                 return None
             key = tensor.untyped_storage()._cdata  # another one, if it has been moved
-        with recycling.lock:
+        with state_lock.lock:
             storage = tensor.untyped_storage()
             block = recycling.block_of(storage)
             if block is not None:
@@ -131,7 +131,7 @@ def share(tensor: torch.Tensor) -> Block | None:
 def _wait_for(other: _Mover) -> bool:
     """Wait for another thread's move. False if that cannot be waited for: a finalizer or a signal handler writes what
     its own thread is just moving, or runs while that holds a lock."""
-    if other.thread == threading.get_ident() or recycling.is_locked_here():
+    if other.thread == threading.get_ident() or state_lock.is_locked_by_this_thread():
         return False
     other.done.wait(1.0)  # and look again
     return True
@@ -161,7 +161,7 @@ def move_to(tensor: torch.Tensor, make: Callable[[], torch.UntypedStorage]) -> b
             if not _wait_for(other):
                 return False
             key = tensor.untyped_storage()._cdata
-        with recycling.lock:
+        with state_lock.lock:
             storage = tensor.untyped_storage()
             if storage.is_shared() or not storages.is_sole_owner(tensor, storage):
                 return False
@@ -198,7 +198,7 @@ def copy_all(tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[Block, torch.
     fill = functools.partial(_copy_all, tensors)
     copied = None
     if nbytes <= _SMALL:
-        with recycling.lock:
+        with state_lock.lock:
             copied = pool.fill_free_block(nbytes, fill)
     return copied or pool.fill_block(nbytes, fill)
 
@@ -235,7 +235,7 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
     fill = functools.partial(_copy, tensor, nbytes)
     copied = None
     if nbytes <= _SMALL:
-        with recycling.lock:
+        with state_lock.lock:
             copied = pool.fill_free_block(nbytes, fill)
     copied = copied or pool.fill_block(nbytes, fill)
     if copied is None:
@@ -275,7 +275,7 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
     if fd < 0:
         warnings.warn(_OWN_FILE, RuntimeWarning, stacklevel=2)
         return None
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         return recycling.adopt(storage, fd)
 
@@ -283,7 +283,7 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
 def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
     """A new tensor in a block of ``nbytes`` > 0 bytes, its values arbitrary. None if there is no descriptor for it."""
     place = functools.partial(_place, geometry)
-    with recycling.lock:
+    with state_lock.lock:
         tensor = pool.fill_free_block(nbytes, place)
     return pool.fill_block(nbytes, place) if tensor is None else tensor
 
@@ -299,7 +299,7 @@ def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:
         return rebuild_slice, (found.base, found.shift, storage.nbytes())  # and the base comes here next
     block = recycling.block_of(storage)
     if block is not None:
-        with recycling.lock:
+        with state_lock.lock:
             recycling.mark_escaped(block)
     return reductions.reduce_storage(storage)
 

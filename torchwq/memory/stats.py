@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import limits, pool, received_blocks, recycling, ref_table
+from . import limits, pool, received_blocks, recycling, state_lock, tree_table
 from .block import ADOPTED, MAPPED
 from .ref_table import IN_FLIGHT, IN_USE, UNTRACKED
 
@@ -50,10 +50,10 @@ class MemoryStats:
 
 def memory_stats() -> MemoryStats:
     """Count everything that is there now."""
-    with recycling.lock:
+    with state_lock.lock:
         recycling.drain_finalizers()
         recycling.poll_all()
-        table = ref_table.current()
+        table = tree_table.current()
         made = pool.blocks()
         states = [
             table.state(block.number) if table is not None and block.number != UNTRACKED else None for block in made

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import Final
 
-from ..memory import recycling
+from ..memory import maintenance
 from ..transport import cleanup, directory, namespace
 from ..transport.fork import reset_in_child
 from . import client, worker
@@ -91,7 +91,7 @@ def run() -> None:
     directory.close()
     client.close()
     namespace.remove()
-    recycling.end()
+    maintenance.end()
 
 
 def _call_all(callbacks: list[Callable[[], None]]) -> None:
