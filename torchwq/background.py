@@ -113,15 +113,8 @@ class BackgroundTask(unretrieved.Future[T]):
         try:
             self._queue.write(*range(prefetch))
             held: list[Any] = []
-            payload = codec.encode_call(
-                f,
-                args,
-                (self._queue, iterable),
-                codec.CALL_LIMIT,
-                upvalues=upvalues,
-                peer=workers.peer,
-                worker_resources=held,
-            )
+            call = f, args, (self._queue, iterable)
+            payload = codec.encode_call(*call, upvalues=upvalues, peer=workers.peer, worker_resources=held)
             self.set_running_or_notify_cancel()
             events: queue.SimpleQueue[tuple[Any, list[int]] | None] = queue.SimpleQueue()
             (self._worker,) = starting.start(

@@ -288,16 +288,13 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
     if not callable(f):
         raise TypeError(f"a function is needed to run, not {type(f).__name__}: torchwq.map(number, function, *args)")
     by_position, by_keyword = _wants_mapid(f, args)
-    limit = codec.CALL_LIMIT
     payloads = []
     held: list[Any] = []
     for mapid in range(n):
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
         payloads.append(
-            codec.encode_call(
-                f, positional, keywords, limit, upvalues=upvalues, peer=workers.peer, worker_resources=held
-            )
+            codec.encode_call(f, positional, keywords, upvalues=upvalues, peer=workers.peer, worker_resources=held)
         )
     outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
     started = Map(outcomes)

@@ -303,13 +303,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         self._upvalues = upvalues
         held: list[Any] = []
         setup = codec.encode_call(
-            initializer,
-            initargs,
-            None,
-            codec.CALL_LIMIT,
-            upvalues=upvalues,
-            peer=self._backend.peer,
-            worker_resources=held,
+            initializer, initargs, None, upvalues=upvalues, peer=self._backend.peer, worker_resources=held
         )
         self._pool = _PoolThread(n, setup, self._backend, held)
         _pools.add(self._pool)
@@ -332,7 +326,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         Source: ``concurrent.futures.Executor.submit``.
         """
         pool, peer = self._pool, self._backend.peer
-        payload = codec.encode_call(fn, args, kwargs, codec.CALL_LIMIT, upvalues=self._upvalues, peer=peer)
+        payload = codec.encode_call(fn, args, kwargs, upvalues=self._upvalues, peer=peer)
         future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:

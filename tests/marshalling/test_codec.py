@@ -250,7 +250,7 @@ def test_what_is_one_object_stays_one_and_cycles_stay_cycles() -> None:
 
 def test_parts_of_a_call_stay_one_object() -> None:
     shared = {"x": np.zeros(10)}
-    function, args, extra = codec.decode(*received(codec.encode_call(same, (shared, shared), {"k": shared}, LIMIT)))
+    function, args, extra = codec.decode(*received(codec.encode_call(same, (shared, shared), {"k": shared})))
     assert function is same
     assert args[0] is args[1] is extra["k"]
 
@@ -605,7 +605,7 @@ class Raises:
 def test_an_error_that_is_not_about_the_object_comes_out_as_it_is(error: BaseException) -> None:
     for attempt in (
         lambda: codec.encode_all([1, [Raises(error)]], LIMIT),
-        lambda: codec.encode_call(same, ([Raises(error)],), None, LIMIT),
+        lambda: codec.encode_call(same, ([Raises(error)],), None),
     ):
         with pytest.raises(type(error)) as caught:
             attempt()

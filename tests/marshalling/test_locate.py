@@ -17,7 +17,7 @@ from torchwq import MarshalError
 from torchwq.marshalling import codec
 
 from . import library
-from .support import LIMIT, marshal
+from .support import marshal
 
 LOCK = threading.Lock()
 
@@ -118,11 +118,11 @@ def test_the_contracts_example_at_a_queue() -> None:
 
 def test_a_call_names_the_argument_or_the_function() -> None:
     with pytest.raises(MarshalError, match=r"^args\[1\]\['x'\] cannot be sent"):
-        codec.encode_call(library.plain, (1, {"x": LOCK}), None, LIMIT)
+        codec.encode_call(library.plain, (1, {"x": LOCK}), None)
     with pytest.raises(MarshalError, match=r"^function method\.__self__\.lock cannot be sent"):
-        codec.encode_call(library.Holder(lock=LOCK).method, (), None, LIMIT)
+        codec.encode_call(library.Holder(lock=LOCK).method, (), None)
     with pytest.raises(MarshalError, match=r"^the call\['key'\] cannot be sent"):
-        codec.encode_call(library.plain, (), {"key": LOCK}, LIMIT)
+        codec.encode_call(library.plain, (), {"key": LOCK})
 
 
 def test_a_shared_part_is_named_where_it_is_met_first() -> None:

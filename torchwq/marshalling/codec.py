@@ -244,7 +244,6 @@ def encode_call(
     function: Any,
     args: Sequence[Any],
     extra: Any,
-    limit: int,
     *,
     upvalues: bool = False,
     peer: Capabilities = SAME_MACHINE,
@@ -254,6 +253,7 @@ def encode_call(
 
     Raises MarshalError, which names the place (``args[0]['model'].hook``), or ResourceError.
     """
+    limit = CALL_LIMIT
     try:
         return encode(
             (function, tuple(args), extra),
