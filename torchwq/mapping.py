@@ -27,7 +27,7 @@ _ENTRY = "torchwq.mapping:run_worker"
 class _Outcomes:
     """The answers of a map's workers. They outlive the :class:`Map`, to print the errors that were never retrieved.
 
-    Invariants:
+    Invariants, beside those of Note [unretrieved errors]:
 
     * A worker's answer becomes its value or its error once, under the lock, in a thread that may run users' code.
     * An error moves from ``errors`` to ``retrieved`` before it is raised or printed. So no error is printed after it

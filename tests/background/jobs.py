@@ -1,4 +1,4 @@
-"""What the workers of these tests run. Functions of an importable module: they go by name."""
+"""Functions for the workers of these tests. Their module can be imported, so they travel by name."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def give_map(n: int) -> Any:
 
 
 def counted(n: int, made: torch.Tensor) -> Generator[int, None, None]:
-    """``made[0]`` tells how many items were made, ``made[1]`` whether the producer was ended properly."""
+    """``made[0]`` counts the items; ``made[1]`` is set if the producer was closed."""
     try:
         for number in range(n):
             made[0] += 1
@@ -143,7 +143,7 @@ def stuck_at(n: int, gate: torch.Tensor, made: torch.Tensor) -> Generator[int, N
 
 
 def hand_over(gate: torch.Tensor) -> Generator[Any, None, None]:
-    """Yields a tensor, and then what the consumer has written into it."""
+    """Yields a tensor, and then the values that the consumer has written into it."""
     tensor = torch.zeros(4)
     yield {"batch": [tensor]}
     wait_for(gate)

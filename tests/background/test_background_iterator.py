@@ -1,4 +1,4 @@
-"""A BackgroundTask over what yields items produces them ahead: how far, in what order, and how it ends."""
+"""A BackgroundTask over an iterator produces items ahead: how far, in which order, and how it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flags(n: int = 2) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.int64).share_memory_()
 
 
-# --- what can be iterated ---
+# --- sources of items ---
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_exactly_prefetch_items_are_made_ahead(prefetch: int) -> None:
         wait_until(lambda wanted=taken + prefetch: int(made[0]) == wanted, what="the items ahead")
         assert next(task) == taken
     wait_until(lambda: int(made[0]) == 10 + prefetch)
-    # All that the producer was allowed to make before it was closed, it makes: had it been more, it would be seen
+    # The producer uses all credits that it had before it was closed: more credits would show as more items
     task.close()
     wait_until(lambda: int(made[1]) == 1, what="the end of the producer")
     assert int(made[0]) == 10 + prefetch

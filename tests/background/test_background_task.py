@@ -86,7 +86,7 @@ def test_callbacks_get_the_task_once() -> None:
     gate[0] = 1
     assert all_called.wait(30)
     assert called == [task]
-    task.add_done_callback(called.append)  # it is done: called at once
+    task.add_done_callback(called.append)  # called at once, since the task is done
     assert called == [task, task]
 
 
@@ -130,7 +130,7 @@ def test_a_killed_worker_is_worker_died() -> None:
     error = caught.value
     assert (error.signal, error.exitcode) == (signal.SIGKILL, -signal.SIGKILL)
     assert error.pid is not None
-    assert "die" in str(error)  # what it had in hand
+    assert "die" in str(error)  # the task that the worker had in hand
 
 
 def test_a_result_that_cannot_be_sent_names_the_place() -> None:
@@ -226,7 +226,7 @@ def test_it_does_not_keep_its_result_alive() -> None:
     task = torchwq.BackgroundTask(jobs.take_all, flags())
     result = task.result()
     del task, result
-    # The fixture that looks for what is left behind does the rest: the result held a descriptor
+    # A fixture checks that nothing is left behind: the result held a descriptor
 
 
 def test_repr_tells_the_function_and_the_state() -> None:

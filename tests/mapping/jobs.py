@@ -1,4 +1,4 @@
-"""What the workers of these tests run. Functions of an importable module: they go by name."""
+"""Functions for the workers of these tests. Their module can be imported, so they travel by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wait_for(flag: torch.Tensor, index: int = 0) -> None:
         time.sleep(0.001)
 
 
-# --- the mapid rule: each returns what it was given ---
+# --- the mapid rule: each function returns its arguments ---
 
 
 def nothing() -> str:
@@ -246,7 +246,7 @@ def double_questions(queue: torchwq.WorkQueue) -> int:
     return count
 
 
-# --- what comes back ---
+# --- results ---
 
 
 def give(kind: str) -> Any:
@@ -297,7 +297,7 @@ def flag_at_gate(gate: torch.Tensor, flag: torch.Tensor) -> None:
     flag[0] = 1
 
 
-# --- what a worker knows ---
+# --- worker_info ---
 
 
 def who_am_i() -> Any:

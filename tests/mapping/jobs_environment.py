@@ -1,4 +1,4 @@
-"""What the workers of the tests of the environment run."""
+"""Functions for the workers of the tests of the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a program of its own that uses torchwq, and finds out what is left of it when it has ended."""
+"""Runs a program that uses torchwq, and finds the processes and files that it leaves behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchwq.map: which arguments the function gets, what join and check_errors give back, and what is refused at once."""
+"""torchwq.map: the function's arguments, the results of join and check_errors, and the calls that it refuses."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_check_errors_raises_while_the_others_work_and_join_leaves_it_out() -> N
     error = check_until_raised(workers)
     assert isinstance(error, KeyError)
     assert isinstance(error.__cause__, torchwq.RemoteTraceback)
-    workers.check_errors()  # it was consumed
+    workers.check_errors()  # the error was consumed
     with pytest.raises(TimeoutError):
         workers.join(timeout=0.01)
     gate[0] = 1
@@ -426,7 +426,7 @@ def test_a_big_result_and_none() -> None:
 def test_a_result_that_cannot_be_sent_names_the_place() -> None:
     with pytest.raises(torchwq.MarshalError, match="lock") as caught:
         torchwq.map(1, jobs.give, "lock").join()
-    # The place inside of what the function returned, not of what torchwq wraps it in
+    # The place in the function's result, not in torchwq's answer
     assert "result['hooks'][1]" in str(caught.value)
 
 
@@ -459,10 +459,10 @@ def test_a_map_that_is_never_joined_leaves_no_descriptor() -> None:
         workers = torchwq.map(2, jobs.set_and_return, flags(2))
         wait_until(lambda: not worker.active_workers())
         del workers
-    # The fixture that looks for what is left behind does the rest
+    # A fixture checks that nothing is left behind
 
 
-# --- workers know who they are ---
+# --- worker_info ---
 
 
 def test_worker_info() -> None:

@@ -1,4 +1,4 @@
-"""Workers start clean: nothing of ``__main__`` is imported, and what the owner is *now* comes along."""
+"""Workers start clean: they do not import ``__main__``, and get the owner's *present* environment."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_what_the_owner_is_now_comes_along(run_script: Any, tmp_path: Path) -> N
 
 
 def test_a_module_beside_the_script_is_found(run_script: Any, tmp_path: Path) -> None:
-    """The script's folder is on its workers' path, and what they print goes where its own output goes now."""
+    """The script's folder is on its workers' path, and they print to its present stdout."""
     (tmp_path / "beside.py").write_text(
         textwrap.dedent(
             """

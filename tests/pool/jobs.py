@@ -1,4 +1,4 @@
-"""What the workers of these tests run. Functions of an importable module: they go by name."""
+"""Functions for the workers of these tests. Their module can be imported, so they travel by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def meet(here: torch.Tensor, place: int) -> tuple[int, int]:
     return os.getpid(), threading.get_ident()
 
 
-#: Where ``note`` notes that it has run.
+#: ``note`` calls this.
 note_done: Callable[[list[int]], Any] = list
 
 

@@ -1,4 +1,4 @@
-"""BackgroundTaskPool: what torchwq adds to an executor: deaths, closures, tensors, worker_info, being dropped."""
+"""BackgroundTaskPool beyond an executor: deaths, closures, tensors, worker_info, garbage pools."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_closure_as_initializer_is_refused() -> None:
         torchwq.BackgroundTaskPool(1, initializer=lambda: data.append(2))
 
 
-# --- what tasks give back ---
+# --- results ---
 
 
 def test_tensors_are_shared() -> None:
@@ -135,7 +135,7 @@ def test_the_death_of_an_idle_worker_harms_no_task() -> None:
         for _ in range(10):
             pid = pool.submit(os.getpid).result()
             os.kill(pid, signal.SIGKILL)
-            while psutil.pid_exists(pid):  # without a pause: the pool may not have heard of it yet
+            while psutil.pid_exists(pid):  # without a pause: the pool may not have received the end event
                 pass
             assert pool.submit(jobs.square, 4).result(timeout=30) == 16
 
@@ -189,7 +189,7 @@ def test_an_initializer_that_fails_breaks_the_pool(initializer: Any, cause: type
         assert "broken" in repr(pool)
 
 
-# --- workers know who they are ---
+# --- worker_info ---
 
 
 def test_worker_info() -> None:

@@ -1,4 +1,4 @@
-"""BackgroundTaskPool is a concurrent.futures.Executor: what holds for those holds for it."""
+"""BackgroundTaskPool behaves as the executors of concurrent.futures do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of backends: a further kind of workers is one line in it, and nobody compares names."""
+"""The table of backends: one line adds a kind of workers, and no code compares names."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _looks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def alone(monkeypatch: pytest.MonkeyPatch, path: object) -> None:
-    """Nothing else tells where the interpreter is."""
+    """Leave no other sign of where the interpreter is."""
     monkeypatch.setattr(sys, "executable", path)
     monkeypatch.setattr(sys, "_base_executable", path)
     monkeypatch.setattr(executable.spawn, "get_executable", lambda: path)

@@ -1,4 +1,4 @@
-"""What multiprocessing hands on to the processes that it starts, workers have too: its objects, key and tracker."""
+"""Workers get the state that multiprocessing passes to its processes: its objects, key and tracker."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ WORKERS = """
             1, use, theirs, other, value, raw, event, lock, ctx.Condition(), queue, simple, semaphore, barrier,
             torch.channels_last, q, backend=backend,
         )
-        gc.collect()  # the condition: nobody here holds it
+        gc.collect()  # drops the condition here
         answer = q.read(timeout=50)
         assert answer == "torch.channels_last", answer
         assert event.wait(50) and semaphore.acquire(timeout=50)

@@ -1,4 +1,4 @@
-"""What an owner's workers may do is what the owner may do now, not what it could when their server was started."""
+"""Workers have their owner's present privileges, not those that it had when the fork server started."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_privileges_that_were_given_up_are_given_up_for_new_workers(run_script: 
             for question in queue:
                 queue.write((question, who()))
 
-        def below():  # a worker, whose own workers must not have what it has given up
+        def below():  # a worker whose own workers must not have the privileges that it has dropped
             import os
             from torchwq.workers import client
             shares_the_server = client._connection.fits()
@@ -92,7 +92,7 @@ def test_privileges_that_were_given_up_are_given_up_for_new_workers(run_script: 
         os.setuid(65534)
         try:
             print("workers are", torchwq.map(1, who).join(40)[0][:2])
-        except torchwq.WorkerStartError as error:  # nobody else may execute this interpreter
+        except torchwq.WorkerStartError as error:  # another user may not execute this interpreter
             print("workers are", who()[:2], error)
         """,
         fresh=True,

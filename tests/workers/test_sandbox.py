@@ -1,4 +1,4 @@
-"""What a sandbox refuses is done in another way, or the error names the call: never a wrong value, and no hang."""
+"""In a sandbox, torchwq replaces a refused system call, or its error names it: no wrong value, and no hang."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_done_in_another_way_is_named(monkeypatch: pytest.MonkeyP
 
 
 def test_a_loader_with_workers_refuses_green_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gevent puts a function of its own in the place of what starts a thread."""
+    """gevent replaces the function that starts a thread."""
 
     def start_green_thread(*_: object) -> int:
         raise AssertionError("nothing is to be started")

@@ -1,4 +1,4 @@
-"""A program whose standard streams are closed: their descriptors are never a queue's, nor what workers print to."""
+"""If a program's standard streams are closed, neither queues nor workers' prints use their descriptors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PROGRAM = """
 
 
 def test_what_workers_print_goes_nowhere_if_the_program_has_no_streams(tmp_path: Path) -> None:
-    """Not into what the program itself has opened in their place, and not into a queue."""
+    """Neither into a file that the program has opened with their descriptors, nor into a queue."""
     script, report = tmp_path / "program.py", tmp_path / "report"
     script.write_text(textwrap.dedent(PROGRAM))
     environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}

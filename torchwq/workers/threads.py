@@ -37,7 +37,7 @@ from .child import Context
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker, register
 
-#: In the place of the descriptors of a message that stays in this process.
+#: In the place of the descriptors of a message that stays in this process; see ``marshalling.local_message``.
 _NO_DESCRIPTORS: Final = [-1]
 #: How many seconds ``terminate`` waits for the thread to finish a message to its owner.
 _INTERRUPT_TIMEOUT: Final = 1.0
@@ -149,7 +149,7 @@ class ThreadWorker(Worker):
                     self._refuse_interrupts()
                 except SystemExit:  # interrupted while it was ending
                     pass
-            if code and not self.has_failed:
+            if code and not self.has_failed:  # Note [failures before closing]
                 self.failures.fail(None, ends=False)
             for resource in list(self.owned_resources):
                 resource.close_for_worker(self, bool(code))

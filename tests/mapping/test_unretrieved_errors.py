@@ -1,4 +1,4 @@
-"""An error that nobody asks for is printed once, with its traceback; one that somebody has asked for never is."""
+"""An error that was never retrieved is printed once, with its traceback; a retrieved one never is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-#: Each error says by its text what is to become of it.
+#: The text of each error says whether it must be printed.
 PROGRAM = """
     import concurrent.futures, gc, os, signal, sys, time
     import torchwq
@@ -113,7 +113,7 @@ PROGRAM = """
     pool.submit(len, "").result()
     gc.collect()
 
-    # At the end of the process: what runs then is ended, and is none.
+    # At exit, running workers are ended; that is no error.
     run(time.sleep, 100)
     left = ended(run(fail, "printed: left"))
     if backend == "process":
