@@ -75,7 +75,7 @@ LONGEST = [
     "workers/test_server.py",
     "workers/test_multiprocessing_state.py",
     "mapping/test_map_ends.py",
-    "mapping/test_errors_nobody_asks_for.py",
+    "mapping/test_unretrieved_errors.py",
     "mapping/test_map_clean_environment.py",
     "locking/test_mutex.py",
     "channels/test_chaos.py",
