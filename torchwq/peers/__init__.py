@@ -1,3 +1,3 @@
-"""Who is there: words and locks that processes share, and the table of those who have something open.
+"""Which processes have a thing open: words and locks that processes share, and the table of peers.
 
-Nothing here knows what a queue, a channel or a block is."""
+No module here knows what a queue, a channel or a block is."""

@@ -1,7 +1,7 @@
-"""The handles that a process has on one thing, and those that are on their way to its threads.
+"""The handles that one process has on a thing, and the handles that are on their way to threads of this process.
 
-Who waits at a thing asks here whether another handle of this process could still do what it waits for. Handles on their
-way to other processes are counted in the table of peers.
+A thread that waits asks here whether another handle of its process could still end the wait. Handles on their way to
+other processes are counted in the table of peers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ class LocalHandles(Generic[H]):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._handles: weakref.WeakSet[H] = weakref.WeakSet()
-        #: How many are on their way to threads of this process.
+        #: How many handles are on their way to threads of this process.
         self.pending = 0
-        #: Whether any ever was.
         self.ever_pending = False
 
     def add(self, handle: H) -> None:
@@ -34,16 +33,16 @@ class LocalHandles(Generic[H]):
             self._handles.discard(handle)
 
     def all(self) -> list[H]:
-        """Those that somebody has."""
+        """The handles that are in use."""
         with self._lock:
             return list(self._handles)
 
     def count_pending(self, number: int) -> None:
-        """So many more are pending; they have come, or were dropped, if negative."""
+        """``number`` more handles are pending; if it is negative, so many have arrived or were dropped."""
         with self._lock:
             self.ever_pending = self.ever_pending or number > 0
             self.pending += number
 
     def any_other_than(self, handles: Container[H]) -> bool:
-        """Whether there is another one than these, or a pending one."""
+        """Whether there is a pending handle, or one that is not in ``handles``."""
         return self.pending > 0 or any(each not in handles for each in self.all())

@@ -1,25 +1,25 @@
-"""Tells who waits at a table of peers that something has happened there: an event, so that nobody has to poll.
+"""Reports changes in a table of peers as events, so that a thread that waits there need not poll.
 
-Two events are enough, and the reactor watches both:
+The reactor watches two kinds of descriptors:
 
-* the table's *bell* (see ``table``): a peer that comes, leaves, fails or shows something new rings it;
-* a *pidfd* (see pidfd_open(2)) of each process that has a slot: it becomes readable when that process has ended,
-  however it ended. The kernel releases the locks of a process before.
+* the table's ``notify_fd`` (see ``table``): a peer that comes, leaves, fails or changes a word writes to it;
+* a *pidfd* of each process that has a slot (see pidfd_open(2)), which becomes readable when that process has ended,
+  however it ended. The kernel has released the locks of the process by then.
 
 Invariants:
 
-* Who wants to know opens the monitor first and looks at the table afterwards. So it sees what happened before, and is
-  told of what happens later.
-* A peer that claims a slot rings after its slot is filled, and the monitor looks for new slots at each ring. So each
-  peer that lives is watched, or its ring is still to be heard.
-* The record lock decides whether a peer lives; a pidfd only says that it is time to look. The monitor opens a pidfd and
-  looks at the lock again afterwards: if the peer lives then, the pidfd is that peer's, although its process id may be
-  another's soon.
-* What no event covers is looked at by whoever waits, every ``POLL_INTERVAL`` seconds: a peer in another PID namespace,
-  whose id means nothing here; a system that has no pidfd, eventfd or epoll (before Linux 5.3, macOS) or refuses them;
-  a process without free descriptors; a peer that executes another program, which ends its locks and not its process;
-  a dead process whose lock a forked child has for another moment.
-* While nobody waits, nothing is watched and no descriptor is open for it.
+* The caller opens the monitor first and reads the table afterwards. So it sees what happened before, and the monitor
+  reports what happens later.
+* A peer fills its slot before it notifies, and the monitor looks for new slots at each notification. So each living
+  peer is watched, or its notification is still to come.
+* The record lock decides whether a peer is alive; a pidfd only says that it is time to look. The monitor opens the
+  pidfd and then looks at the lock: if the peer is alive then, the pidfd is that peer's, and not that of a later
+  process with the same id.
+* The caller itself looks every ``POLL_INTERVAL`` seconds for what no event covers: a peer in another PID namespace,
+  whose process id means nothing here; a system that has no pidfd, eventfd or epoll (before Linux 5.3, macOS) or
+  refuses them; a process without free descriptors; a peer that executes another program, which ends its locks and not
+  its process; a dead process whose lock a forked child holds for another moment.
+* While nobody waits, the monitor watches nothing and has no descriptor open.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..transport import descriptors, reactor
 from ..transport.fork import closed_in_child
 from .table import PeerTable
 
-#: Seconds between two looks of one who waits at what no event covers.
+#: A thread that waits looks this often, in seconds, for what no event covers.
 POLL_INTERVAL: Final = 1.0
 
 
@@ -45,7 +45,7 @@ class PeerMonitor:
 
     Args:
         table: the table, in which this process has a slot.
-        on_change: called in the reactor's thread, which it must not hold up, when there may be something new.
+        on_change: called in the reactor's thread, which it must not block, when the table may have changed.
     """
 
     def __init__(self, table: PeerTable, on_change: Callable[[], None]) -> None:
@@ -54,19 +54,19 @@ class PeerMonitor:
         self._lock = threading.RLock()
         self._num_watchers = 0
         self._epoll: select.epoll | None = None
-        #: By peer_id; -1 for one that no event tells of.
+        #: By peer id; -1 for a peer whose end causes no event.
         self._pidfds: dict[int, int] = {}
         self._closed = False
         closed_in_child(self)
 
     @property
     def covers_all_peers(self) -> bool:
-        """Whether events tell of everybody that it has found."""
+        """Whether the end of each known peer causes an event."""
         return self._epoll is not None and -1 not in self._pidfds.values()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within this, ``on_change`` is called."""
+        """Call ``on_change`` within this block."""
         self.open()
         try:
             yield
@@ -77,7 +77,7 @@ class PeerMonitor:
                     self._unwatch_all()
 
     def open(self) -> None:
-        """Have ``on_change`` called from now on, until ``close``."""
+        """Call ``on_change`` from now on, until ``close``."""
         with self._lock:
             self._num_watchers += 1
             if self._num_watchers > 1 or self._closed:
@@ -85,13 +85,13 @@ class PeerMonitor:
             try:
                 self._epoll = self._open_epoll()
                 self._update_pidfds()
-            except BaseException:  # Ctrl-C: the next one finds the peers that this has not found
+            except BaseException:  # Ctrl-C: the next ``open`` finds the peers that this one has not found
                 self._num_watchers -= 1
                 self._unwatch_all()
                 raise
 
     def close(self) -> None:
-        """Stop for good, before the table is left. May be called again."""
+        """Stop for good, before this process leaves the table. May be called again."""
         with self._lock:
             self._closed = True
             self._unwatch_all()
@@ -100,22 +100,22 @@ class PeerMonitor:
         if self._table.notify_fd < 0:
             return None
         try:
-            reactor.get()  # which has to have descriptors, too
+            reactor.get()  # it may need descriptors, too
             epoll = descriptors.epoll()
         except ResourceError:
             return None
         if epoll is not None:
-            # Edge-triggered: nobody silences a bell that all processes hear, and each ring wakes this once.
+            # Edge-triggered: no process reads the eventfd, and each notification wakes this one once.
             try:
                 epoll.register(self._table.notify_fd, select.EPOLLIN | select.EPOLLET)
-            except (OSError, ValueError):  # this process leaves the table just now
+            except (OSError, ValueError):  # another thread is leaving the table
                 epoll.close()
                 return None
             reactor.get().set_reader(epoll.fileno(), self._on_event)
         return epoll
 
     def _on_event(self) -> None:
-        """The bell was rung, or a peer's process has ended."""
+        """A peer has notified, or its process has ended."""
         with self._lock:
             if self._closed or not self._num_watchers:
                 return
@@ -125,16 +125,16 @@ class PeerMonitor:
         self._on_change()
 
     def _update_pidfds(self) -> None:
-        """Watch each peer that lives, and no other."""
+        """Watch each living peer, and no other."""
         ended = set(self._pidfds)
         try:
-            for slot, peer_id, lives in self._table.other_peers():
-                if lives:
+            for slot, peer_id, alive in self._table.other_peers():
+                if alive:
                     ended.discard(peer_id)
                     if peer_id not in self._pidfds:
                         self._pidfds[peer_id] = self._watch_process(slot, peer_id)
         except (OSError, ValueError):
-            if self._table.fd >= 0:  # else this process leaves it just now
+            if self._table.fd >= 0:  # else another thread is leaving the table
                 raise
         for peer_id in ended:
             self._unwatch(self._pidfds.pop(peer_id))
@@ -155,7 +155,7 @@ class PeerMonitor:
 
     def _on_process_end(self, peer_id: int) -> None:
         with self._lock:
-            # Its lock should have ended, too. If that is still to come, no event will tell of it.
+            # The kernel should have released its lock, too. If it has not yet, no event will say when.
             fd = self._pidfds.get(peer_id, -1)
             if fd >= 0:
                 self._pidfds[peer_id] = -1

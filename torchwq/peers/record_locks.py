@@ -1,16 +1,16 @@
-"""Locks on single bytes of a shared file: the kernel releases them when their holder ends, however it ends.
+"""Locks on single bytes of a shared file. The kernel releases them when their process ends, however it ends.
 
-So a lock on a byte says that a process is there, and nothing has to be repaired when it is killed. See fcntl(2), "Open
+So a lock on a byte says that a process is alive, and a killed process leaves nothing to repair. See fcntl(2), "Open
 file description locks" (``F_OFD_SETLK``), and lockf(3).
 
 Invariants:
 
-* A lock belongs to an *open file description* in which no other process has a part: not one that was sent a descriptor,
-  nor, but for a moment, one that was forked. POSIX's older locks belong to the process, and closing *any* descriptor of
-  the file gives them up; a process that is sent a file twice closes one. They serve only where the system has no
-  others, and are taken again there.
-* Among the threads of one process a lock keeps nobody out: who needs that takes a lock of the process first.
-* Only the holder's process takes part in a lock: ``is_held`` tells of others, and of itself a process knows.
+* A lock belongs to an *open file description* that this process shares with no other: neither with one that it has sent
+  a descriptor, nor, except for a moment, with a forked child. POSIX's older locks belong to the process, and closing
+  *any* descriptor of the file releases them: a process that receives a file twice closes one of the two. They are used
+  only where the system has no others.
+* A lock does not exclude other threads of its process: they take a lock of the process first.
+* ``is_held`` tells of other processes only. A process knows itself which locks it holds.
 """
 
 from __future__ import annotations
@@ -27,25 +27,24 @@ from typing import Final
 from ..errors import ResourceError
 from ..transport import descriptors, namespace
 
-#: Whether the system has locks of open file descriptions.
 HAS_OFD_LOCKS: Final = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK") and sys.maxsize > 1 << 32
 _FLOCK: Final = struct.Struct("@hhqqi4x")
-_OPEN_FILES: Final = "/proc/self/fd"
+_FD_FOLDER: Final = "/proc/self/fd"
 
 
 class RecordLocks:
     """The locks of one open file description. Safe to use from several threads.
 
     Args:
-        fd: the file, opened by this process itself; the caller closes it, and with it all locks end.
+        fd: the file, opened by this process itself. The caller closes it, which releases all locks.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._trying = threading.RLock()
+        self._probe_lock = threading.RLock()
 
     def acquire(self, byte: int, *, wait: bool = False) -> bool:
-        """Take the lock on a byte. Returns whether nobody else had it, which is sure after a ``wait``."""
+        """Take the lock on a byte. Returns whether this process has it now; with ``wait``, always True."""
         try:
             if HAS_OFD_LOCKS:
                 command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
@@ -59,7 +58,7 @@ class RecordLocks:
         return True
 
     def release(self, byte: int) -> None:
-        """Give the lock on a byte back."""
+        """Release the lock on a byte."""
         if HAS_OFD_LOCKS:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
         else:
@@ -68,9 +67,9 @@ class RecordLocks:
     def is_held(self, byte: int) -> bool:
         """Whether another open file description, and so another process, has the lock on a byte."""
         if HAS_OFD_LOCKS:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            return bool(_FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
-        with self._trying:
+            wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            return bool(_FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, wanted))[0] != fcntl.F_UNLCK)
+        with self._probe_lock:
             if self.acquire(byte):
                 self.release(byte)
                 return False
@@ -78,9 +77,11 @@ class RecordLocks:
 
 
 def lockable_memory(nbytes: int) -> int:
-    """New memory that its receivers can open once more: where there is no /proc, by a name in the tree's folder, as
-    long as that is there. Raises ResourceError."""
-    if not HAS_OFD_LOCKS or os.path.exists(_OPEN_FILES):
+    """New memory that a receiver of its descriptor can open again. Raises ResourceError.
+
+    Where there is no /proc, it has a name in the process tree's folder, as long as that exists.
+    """
+    if not HAS_OFD_LOCKS or os.path.exists(_FD_FOLDER):
         return descriptors.memory_file("torchwq", nbytes)
     try:
         fd, path = tempfile.mkstemp(prefix="peers-", dir=namespace.current().path)
@@ -97,10 +98,10 @@ def _path_of(fd: int) -> str:
 
 
 def reopen(fd: int) -> int:
-    """An open file description of this process's own of such memory. Raises ResourceError."""
+    """Open such memory again, for an open file description of this process's own. Raises ResourceError."""
     if not HAS_OFD_LOCKS:
         return descriptors.dup(fd)
-    for path in (f"{_OPEN_FILES}/{fd}", _path_of(fd)):
+    for path in (f"{_FD_FOLDER}/{fd}", _path_of(fd)):
         try:
             again = descriptors.open_file(path, os.O_RDWR)
         except ResourceError:

@@ -1,23 +1,24 @@
-"""The table of peers: who has something open, in memory that all of them share. Each has a slot, and counts there.
+"""The table of peers: which processes have a thing open. It lies in memory that all of them share.
 
-For what belongs to no process in particular, as channels and locks do not: nobody is there whom the others could tell
-of their coming and going. So each tells it in the table, and the kernel tells of those who could not: a process holds
-its slot by a lock on the table's memory (``peers.record_locks``), which ends with the process, however it ends.
+No process owns a channel or a mutex, so there is none to which the others could report. Instead each process claims a
+slot of the table and counts there. It holds its slot by a record lock (``record_locks``), which the kernel releases
+when the process ends, however it ends.
 
-Invariants:
+Note [Peers and slots]
 
-* Only its holder writes the words of a slot.
-* A slot is claimed, and words of the head are changed, under the lock of the head. That lock, too, ends with its
-  holder: what is changed under it is changed word by word, such that it may end after any of them.
-* A slot whose holder has left is FREE, and keeps its counts: they go on counting under the next holder, so that sums
-  over all slots stay true. A slot that is not FREE and not held is a dead process's. It stays so, for all to see, until
-  ``REUSE_AFTER`` others have come after it: then it is claimed again, and its counts, too, go on.
-* Each *peer* of a slot has a number of its own. Who remembers deaths remembers peers, not slots.
-* Whoever claims a slot, leaves one or shows something that others wait for rings the *bell* afterwards: an eventfd that
-  all processes have, which nobody reads. Each process that waits hears each ring, by an edge-triggered epoll of its own
-  (``monitor``). A process that is killed rings nothing; of that its pidfd tells.
-* A handle that leaves for another process is counted in ISSUED before, and in REDEEMED when it is there. So one that is
-  under way is seen in the difference of the sums; one whose message nobody will read stays there for ever.
+* A *peer* is one process's use of the table, until it leaves or dies. Each peer has an id that no other ever gets,
+  while its slot is used again. So deaths are remembered by peer id.
+* Only the peer that holds a slot writes the slot's words.
+* Claiming a slot and writing a word of the header need the header lock. That lock ends with its holder, too, so what
+  is written under it is valid after each single word.
+* A slot whose peer has left is FREE. It keeps its counts, and the next peer counts on: sums over all slots stay right.
+* A slot that is neither FREE nor locked shows a dead peer, until ``REUSE_AFTER`` more peers have come. Then it is
+  claimed again, and its counts go on, too.
+* A peer that claims a slot, leaves, or changes a word that others wait for writes to ``notify_fd`` afterwards: an
+  eventfd that all peers have and none reads. Each process that waits gets each notification by an edge-triggered epoll
+  of its own (``monitor``). A killed process notifies nobody; its pidfd becomes readable.
+* A handle counts in HANDLES_SENT before it leaves for another process, and in HANDLES_RECEIVED when it has arrived. The
+  difference is the number of handles in flight. A handle whose message nobody reads is in flight for ever.
 """
 
 from __future__ import annotations
@@ -39,38 +40,34 @@ from .shared_words import WORD, SharedWords
 MAX_PEERS: Final = 4096
 _SLOT_WORDS: Final = 16  # two cache lines
 
-#: How many come before a dead process's slot is claimed again: until then everybody can be told of the death.
+#: A dead peer's slot is claimed again after so many more peers: until then every process can learn of the death.
 REUSE_AFTER: Final = 1024
 
-#: Words of the head: how many slots were ever claimed, and how often one was; how often it was a dead process's. The
-#: others are the user's.
+#: Words of the header: how many slots were ever claimed; the last peer's id; how many dead peers' slots were claimed
+#: again. The others are the user's.
 _NUM_USED_SLOTS, _LAST_PEER_ID, _NUM_REPLACED_DEATHS = range(3)
-#: Words of a slot: its holder's process id, 0 if it is FREE, with FAILED set if it has failed; the peer's number;
-#: handles sent to other processes, and received; in which PID namespace the holder has its id, 0 if that is not known.
-#: The others are the user's.
+#: Words of a slot: its holder's process id, with _FAILED added if it has failed, or 0 if the slot is FREE; the peer's
+#: id; handles sent to other processes, and received; the holder's PID namespace, or 0 if that is not known. The others
+#: are the user's.
 _HOLDER, _PEER_ID, _HANDLES_SENT, _HANDLES_RECEIVED, _PID_NAMESPACE = range(5)
 _FAILED: Final = 1 << 62
-#: The first words that the user may use, of the head and of a slot.
+#: The first words that the user may use, of the header and of a slot.
 FIRST_HEADER_WORD, FIRST_SLOT_WORD = 3, 5
 
-# Which byte's lock means what; slot n's is byte 1 + n.
-_HEAD_LOCK: Final = 0
+# The bytes that are locked: the header's, each slot's, and one for the user.
+_HEADER_LOCK: Final = 0
 _FIRST_SLOT_LOCK: Final = 1
 
 
 def _new_memory() -> tuple[int, int]:
-    """New memory, and its notify_fd; -1 where the system has no eventfd."""
+    """New memory, and an eventfd; -1 where the system has none."""
     fd = lockable_memory(WORD * _SLOT_WORDS * (1 + MAX_PEERS))
     try:
-        notify_fd = descriptors.eventfd()
+        event = descriptors.eventfd()
     except BaseException:
         os.close(fd)
         raise
-    return fd, -1 if notify_fd is None else notify_fd
-
-
-def _split_fds(fds: Sequence[int]) -> tuple[int, int]:
-    return (fds[0], fds[1]) if len(fds) > 1 else (fds[0], -1)
+    return fd, -1 if event is None else event
 
 
 def _pid_namespace() -> int:
@@ -84,15 +81,15 @@ class PeerTable:
     """One process's mapping of a table, with its slot. Safe to use from several threads.
 
     Args:
-        fds: what ``handover`` gave in another process, which this object takes over, also if it fails; none to make a
+        fds: what ``handover`` gave in another process, which this object takes over even if it raises; none makes a
             new table.
-        reset_words: words of a slot that say how its holder is now, and do not count: 0 for each new holder.
+        reset_words: words of a slot that are 0 for each new peer, because they describe its state and do not count.
 
-    Raises ResourceError if descriptors or memory have run out, or slots.
+    Raises ResourceError if descriptors, memory or slots have run out.
     """
 
     def __init__(self, fds: Sequence[int] = (), reset_words: Sequence[int] = ()) -> None:
-        fd, self.notify_fd = _split_fds(fds) if fds else _new_memory()
+        fd, self.notify_fd = (*fds, -1)[:2] if fds else _new_memory()  # one without a second has no eventfd
         try:
             self._memory = SharedWords(_SLOT_WORDS, MAX_PEERS, _SLOT_WORDS, fd)
         except BaseException:
@@ -101,7 +98,7 @@ class PeerTable:
         self._lock_fd = -1
         self._thread_lock = threading.RLock()
         self._depth = 0
-        self.words = self._memory.words
+        self.words, self.slot_offset = self._memory.words, self._memory.slot_offset
         self.slot = -1
         try:
             try:
@@ -121,11 +118,11 @@ class PeerTable:
         return self._memory.fd
 
     def handover(self) -> list[int]:
-        """The descriptors for another process: one or two, as many in each process."""
+        """The descriptors for another process: one or two, the same number in each process."""
         return [self.fd] if self.notify_fd < 0 else [self.fd, self.notify_fd]
 
     def notify_all(self) -> None:
-        """Let all who wait look at the table."""
+        """Wake the monitors of all peers."""
         with self._thread_lock:
             if self.notify_fd >= 0:
                 os.write(self.notify_fd, (1).to_bytes(8, "little"))
@@ -151,25 +148,25 @@ class PeerTable:
         return slot
 
     def _acquire_slot(self) -> int | None:
-        """Take the lock of a slot that is FREE; or that of the first who has died, if enough have come since."""
-        claimed, came = int(self.words[_NUM_USED_SLOTS]), int(self.words[_LAST_PEER_ID])
-        holders = self._memory.column(_HOLDER, claimed).tolist()
+        """Lock a slot that is FREE; or that of the first dead peer, if enough peers have come since; or a new one."""
+        used, last_peer_id = int(self.words[_NUM_USED_SLOTS]), int(self.words[_LAST_PEER_ID])
+        holders = self._memory.column(_HOLDER, used).tolist()
         for slot, holder in enumerate(holders):
             if not holder and self._locks.acquire(_FIRST_SLOT_LOCK + slot):
                 return slot
-        if claimed >= REUSE_AFTER:
-            peer_ids = self._memory.column(_PEER_ID, claimed).tolist()
-            for peer_id, slot in sorted(zip(peer_ids, range(claimed), strict=True)):
-                if came - peer_id < REUSE_AFTER and claimed < MAX_PEERS:
+        if used >= REUSE_AFTER:
+            peer_ids = self._memory.column(_PEER_ID, used).tolist()
+            for peer_id, slot in sorted(zip(peer_ids, range(used), strict=True)):
+                if last_peer_id - peer_id < REUSE_AFTER and used < MAX_PEERS:
                     break
                 if holders[slot] and not self.is_alive(slot) and self._locks.acquire(_FIRST_SLOT_LOCK + slot):
                     return slot
-        return claimed if claimed < MAX_PEERS and self._locks.acquire(_FIRST_SLOT_LOCK + claimed) else None
+        return used if used < MAX_PEERS and self._locks.acquire(_FIRST_SLOT_LOCK + used) else None
 
     # Locks
 
     def acquire_user_lock(self, *, wait: bool) -> bool:
-        """Take a lock that is its user's, as a process: its threads must see to it that only one of them does."""
+        """Take a lock that the table leaves to its user. It excludes other processes, not threads of this one."""
         return self._locks.acquire(_FIRST_SLOT_LOCK + MAX_PEERS, wait=wait)
 
     def release_user_lock(self) -> None:
@@ -177,84 +174,80 @@ class PeerTable:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the head, which is for moments only. Reentrant."""
+        """Hold the header lock, for moments only. Reentrant."""
         with self._thread_lock:
             if not self._depth and self._lock_fd >= 0:
-                self._locks.acquire(_HEAD_LOCK, wait=True)
+                self._locks.acquire(_HEADER_LOCK, wait=True)
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
                 if not self._depth and self._lock_fd >= 0:
-                    self._locks.release(_HEAD_LOCK)
+                    self._locks.release(_HEADER_LOCK)
 
     # Slots
-
-    def slot_offset(self, slot: int) -> int:
-        """Where the words of a slot begin."""
-        return self._memory.slot_offset(slot)
 
     def used_slots(self) -> range:
         """Every slot that was ever claimed."""
         return range(int(self.words[_NUM_USED_SLOTS]))
 
     def pid(self, slot: int) -> int:
-        """Who holds it; 0 if nobody does."""
+        """The process id of a slot's holder; 0 if the slot is FREE."""
         return int(self.words[self.slot_offset(slot) + _HOLDER]) & ~_FAILED
 
     def shares_pid_namespace(self, slot: int) -> bool:
-        """Whether the process id of a slot's holder means that process here, too."""
+        """Whether the process id of a slot's holder means the same process in this PID namespace."""
         theirs = self.get_word(slot, _PID_NAMESPACE)
         return theirs != 0 and theirs == self.get_word(self.slot, _PID_NAMESPACE)
 
     def was_shared(self) -> bool:
-        """Whether it was ever open in another process."""
+        """Whether another process ever had a slot."""
         return int(self.words[_LAST_PEER_ID]) > 1
 
     def peer_id(self, slot: int) -> int:
-        """The number of the present peer of a slot, or of the last one: no other of any slot has it."""
+        """The id of the peer that holds a slot, or held it last."""
         return int(self.words[self.slot_offset(slot) + _PEER_ID])
 
     @property
     def num_deaths(self) -> int:
-        """How many have died or failed. Only grows."""
-        return int(self.words[_NUM_REPLACED_DEATHS]) + sum(not lives for _, lives in self.other_slots())
+        """How many peers have died or failed. Only grows."""
+        return int(self.words[_NUM_REPLACED_DEATHS]) + sum(not alive for _, alive in self.other_slots())
 
     def other_slots(self) -> Iterator[tuple[int, bool]]:
-        """The slots of other processes that have it open, and those that died or failed: slot, and whether it lives."""
-        return ((slot, lives) for slot, _, lives in self.other_peers())
+        """The slots of other peers that have not left, and whether the peer is alive: it may have died or failed."""
+        return ((slot, alive) for slot, _, alive in self.other_peers())
 
     def other_peers(self) -> Iterator[tuple[int, int, bool]]:
-        """The same, with the number of the peer in between."""
+        """The same, with the peer's id in between."""
         for slot in self.used_slots():
             if slot == self.slot:
                 continue
-            while True:  # whoever claims it again has its lock before he changes the number
+            while True:  # a peer that claims the slot again takes its lock before it changes the id
                 peer_id = self.peer_id(slot)
-                lives = self._is_peer_alive(slot)
+                alive = self._is_peer_alive(slot)
                 if peer_id == self.peer_id(slot):
                     break
-            if lives is not None:
-                yield slot, peer_id, lives
+            if alive is not None:
+                yield slot, peer_id, alive
 
     def _is_peer_alive(self, slot: int) -> bool | None:
-        """Whether its holder lives; None if it is free. One who leaves while this looks has not died."""
+        """Whether a slot's peer is alive; None if the slot is FREE. A peer that leaves meanwhile has not died."""
         at = self.slot_offset(slot) + _HOLDER
         while holder := self.words[at]:
             if self.is_alive(slot):
                 return True
-            # Whoever leaves says so before giving up the lock.
+            # A peer that leaves writes 0 before it releases the lock.
             if self.words[at] == holder and not self.is_alive(slot):
                 return False
         return None
 
     def has_failed(self, slot: int) -> bool:
-        """Whether a slot that does not live was left by a worker that ended with an error, and was not killed."""
+        """Whether a slot's peer is a worker that ended with an error, and was not killed."""
         return bool(self.words[self.slot_offset(slot) + _HOLDER] & _FAILED)
 
     def is_alive(self, slot: int) -> bool:
-        """Whether its holder lives and has it open."""
+        """Whether a slot's holder is alive and has not failed."""
         if slot == self.slot:
             return True
         return not self.has_failed(slot) and self._locks.is_held(_FIRST_SLOT_LOCK + slot)
@@ -262,10 +255,10 @@ class PeerTable:
     # Counts
 
     def counter(self, word: int) -> Callable[[], None]:
-        """What adds one to a word of this process's slot, which only this may change then. Any thread may call it.
+        """A function that adds one to a word of this process's slot, in any thread. Nothing else may change the word.
 
-        With the GIL it is one call of C code, in which no other thread can come between reading and writing; it is part
-        of what each item costs. Without, it takes a lock.
+        Each item of a channel costs calls of it. With the GIL it is a single call of C code, which no other thread can
+        interrupt between reading and writing. Without the GIL it takes a lock.
         """
         at = self.slot_offset(self.slot) + word
         count = map(self.words.__setitem__, itertools.repeat(at), itertools.count(int(self.words[at]) + 1)).__next__
@@ -280,13 +273,13 @@ class PeerTable:
         return count_locked
 
     def add(self, word: int, number: int) -> None:
-        """Add to a word of this process's slot, if it has not left."""
+        """Add to a word of this process's slot, unless it has left."""
         with self.locked():
             if self.fd >= 0:
                 self.words[self.slot_offset(self.slot) + word] += number
 
     def set_word(self, word: int, value: int) -> None:
-        """Let others see ``value`` in this process's slot, if it has not left."""
+        """Write a word of this process's slot, unless it has left."""
         with self.locked():
             if self.fd >= 0:
                 self.words[self.slot_offset(self.slot) + word] = value
@@ -298,14 +291,14 @@ class PeerTable:
         """Sum of a word over all slots."""
         return sum(self._memory.column(word, int(self.words[_NUM_USED_SLOTS])))
 
-    # Handles under way to other processes
+    # Handles in flight to other processes
 
     def count_handles_sent(self, number: int) -> None:
-        """So many more handles are about to leave for other processes; they have not left after all, if negative."""
+        """``number`` more handles are about to leave for other processes; if negative, they were not sent after all."""
         self.add(_HANDLES_SENT, number)
 
     def count_handle_received(self) -> None:
-        """A handle has come to this process."""
+        """A handle has arrived in this process."""
         self.add(_HANDLES_RECEIVED, 1)
 
     def any_handle_sent(self) -> bool:
@@ -319,11 +312,11 @@ class PeerTable:
     # Leaving
 
     def leave(self, *, failed: bool = False, keep_memory: bool = False) -> None:
-        """Give up the slot and the memory. ``failed``: as one who cannot do what others wait for. May be called again.
+        """Give up the slot and the memory. May be called again.
 
-        ``keep_memory``: other threads may still count in it; the process ends.
-
-        A slot that was not given up is a dead process's.
+        Args:
+            failed: this process ends with an error, so it will not do what others wait for.
+            keep_memory: the process ends, and other threads may still count.
         """
         with self._thread_lock:
             if self.fd < 0:
@@ -336,8 +329,8 @@ class PeerTable:
             self._close()
 
     def abandon(self) -> None:
-        """Give up the descriptors, and with them the locks, without a word."""
-        self._thread_lock, self._depth = threading.RLock(), 0  # a thread that a fork has not copied may have it
+        """Give up the descriptors, and with them the locks, without leaving."""
+        self._thread_lock, self._depth = threading.RLock(), 0  # after a fork its holder may be a thread of the parent
         self._close()
 
     def _close(self) -> None:
