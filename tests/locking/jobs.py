@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from typing import Any
 
 import torch
 
 import torchwq
+from torchwq.locking.layout import NUM_WAITING
 
 
 def count(mutex: torchwq.Mutex, shared: torch.Tensor, times: int) -> None:
@@ -75,3 +78,11 @@ def end(mutex: torchwq.Mutex) -> None:
 def when_told(gate: torchwq.Channel, end: Any, mutex: torchwq.Mutex) -> None:
     gate.read()
     end(mutex)
+
+
+def leave_a_thread_at_the_barrier(mutex: torchwq.Mutex, n: int) -> None:
+    """End while a daemon thread waits."""
+    threading.Thread(target=mutex.barrier, args=(n,), daemon=True).start()
+    table = mutex._state.table
+    while not table.get_word(table.slot, NUM_WAITING):
+        time.sleep(0.01)

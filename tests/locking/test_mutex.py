@@ -226,6 +226,13 @@ def test_when_all_others_have_gone_the_barrier_cannot_be_completed() -> None:
         mutex.barrier(3)
 
 
+def test_a_process_that_ends_while_a_thread_of_it_waits_does_not_count_as_arrived() -> None:
+    mutex = torchwq.mutex()
+    torchwq.map(1, jobs.leave_a_thread_at_the_barrier, mutex, 3).join(20)
+    wait_until(lambda: not list(mutex._state.table.other_slots()))
+    assert mutex.barrier(1) == 0
+
+
 def test_a_barrier_times_out_and_does_not_count_who_has_left() -> None:
     mutex = torchwq.mutex()
     with pytest.raises(TimeoutError):
@@ -258,7 +265,7 @@ def test_a_mutex_may_go_while_its_barrier_is_looked_at(
 ) -> None:
     kept = [torchwq.mutex()._state]
     wait_until(lambda: kept[0].closed)
-    table, look = kept[0].table, kept[0].monitor._on_change
+    table, look = kept[0].table, kept[0]._barrier._monitor._on_change
     locked = table.locked
 
     def lose_it() -> contextlib.AbstractContextManager[None]:

@@ -1,16 +1,17 @@
-"""A barrier that does not wait for the dead: a few words under the table's lock, and descriptors that wake who waits.
+"""A barrier that does not wait for the dead: words under the table's lock, and eventfds that wake whole generations.
 
-Invariants:
+As in ``threading.Barrier``, those who pass together are a *generation*. Invariants:
 
-* A round ends when its number changes: because as many have arrived as it needs, or, BROKEN, because a death was
-  noticed. It is counted from 0 again then.
-* All who wait have been told of the losses that there had been when the first of them arrived. So one more than that
-  concerns each of them, and whoever sees it ends the round for all.
-* What other processes do, and threads that end with a handle, the monitor tells; the cleanup thread looks then, for the
-  reactor must not wait for the table's lock. Who waits looks himself every ``POLL_INTERVAL`` seconds only for what no
-  event tells: a thread of the user's that ends, a handle that is dropped, and what the monitor's events do not cover.
-* Each handle is told, once, of each death since it was sent: at a barrier where it waits, or before it has arrived at
-  the next one.
+* A generation ends when its number changes: because as many threads have arrived as it needs, or because somebody has
+  noticed a failure, which makes it BROKEN.
+* KNOWN_FAILURES is the number of failures when the first thread of a generation arrived. Each thread that waits has
+  been told of these. One more failure concerns all of them, so whoever notices it breaks the generation.
+* The monitor reports what other processes do, and threads that end with a handle. The cleanup thread then checks the
+  generation, because the reactor must not wait for the table's lock. A thread that waits checks it, too, every
+  ``POLL_INTERVAL`` seconds, for what causes no event: a user's thread ends, a handle is dropped, or what the monitor
+  does not cover.
+* Each handle is told once of each failure since it was sent: while it waits at a barrier, or before it arrives there.
+* A process that leaves while threads of it wait breaks the generation: these threads will not go on.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
 
-from ..errors import WorkerDied
+from ..errors import MutexError, WorkerDied
 from ..memory import anonymous
 from ..peers.failures import SeenFailures
 from ..peers.local_handles import LocalHandles
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..peers.table import PeerTable
-from ..transport import descriptors
-from ..transport.descriptors import close_fds
-from ..workers import threads
+from ..transport import cleanup, descriptors
+from ..transport.descriptors import close_fds, close_with
+from ..transport.fork import closed_in_child
+from ..workers import shutdown, threads
 from ..workers.deaths import others_may_come, raise_next_death
 from .layout import (
     BROKEN,
@@ -46,16 +48,16 @@ from .layout import (
     THREAD_FAILURES,
 )
 
-#: For so many seconds a thread waits as if nothing could be wrong.
+#: Seconds for which a thread waits before it looks for failures: mostly the others are about to arrive.
 _FIRST_WAIT: Final = 0.25
-#: Where the system has no eventfd, nothing wakes who waits: he looks so often, in seconds.
+#: Where the system has no eventfd, a thread that waits looks this often, in seconds.
 _POLL_INTERVAL_WITHOUT_EVENTS: Final = 0.001
 
 _PREFIX: Final = "the barrier cannot be completed: "
 
 
-def new_generation_events() -> list[int]:
-    """What wakes those who wait at a barrier: readable from the end of a round of its parity to the end of the next."""
+def new_events() -> list[int]:
+    """Eventfds for even and odd generations, readable from the end of one to the end of the next. None on macOS."""
     events: list[int] = []
     try:
         for _ in range(2):
@@ -69,30 +71,32 @@ def new_generation_events() -> list[int]:
     return events
 
 
-class _MutexState(Protocol):
-    """One process's part of a mutex (``state.MutexState``), to which the barrier belongs."""
-
-    table: PeerTable
-    monitor: PeerMonitor
-    slot: int
-    handles: LocalHandles[object]
-    closed: bool
-
-    def check_usable(self) -> None:
-        """Raise MutexError if it cannot be used any more."""
+def raise_closed() -> NoReturn:
+    """This process has given up its mutexes."""
+    shutdown.block_daemon_at_exit()
+    raise MutexError("this process is ending, and has given up its mutexes")
 
 
 class Barrier:
-    """One process's part of it."""
+    """One process's part of the barrier. Owns ``events``.
 
-    def __init__(self, state: _MutexState, events: Sequence[int]) -> None:
-        self._state: _MutexState = weakref.proxy(state)  # which owns it
-        self._events = events
-        self._table = state.table
-        self._words = state.table.words
-        self._slot = state.slot
+    Args:
+        table: those who have the mutex.
+        handles: those of this process.
+        events: what ``new_events`` gave, in this process or another.
+    """
+
+    def __init__(self, table: PeerTable, handles: LocalHandles[Any], events: Sequence[int]) -> None:
+        self.events = events
+        self._closing = close_with(self, *events)
+        self._table = table
+        self._handles = handles
+        self._words = table.words
+        self._num_waiting = table.slot_offset(table.slot) + NUM_WAITING
+        self._monitor = PeerMonitor(table, _check_later(self))
         #: Threads of this process that have come to the barrier.
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        closed_in_child(self)
 
     def wait(self, n: int, timeout: float | None, seen: SeenFailures) -> int:
         self._threads.add(threading.current_thread())
@@ -101,96 +105,97 @@ class Barrier:
         with self._table.locked():
             if self._has_unseen_failure(seen):
                 if words[NUM_ARRIVED] and self._num_failures() > words[KNOWN_FAILURES]:
-                    self._break()  # who waits has not been told yet
+                    self._break()  # the threads that wait have not been told yet
                 self._raise_unseen_failure(seen)
-            number = int(words[GENERATION])
+            generation = int(words[GENERATION])
             if not words[NUM_ARRIVED]:
                 words[PARTIES], words[KNOWN_FAILURES] = n, self._num_failures()
             elif words[PARTIES] != n:
                 raise ValueError(f"a barrier of {int(words[PARTIES])} is waited for already, and this one is of {n}")
             if words[NUM_ARRIVED] + 1 == n:
                 self._next_generation()
-                return self._take_position(number)
+                return self._take_position(generation)
             words[NUM_ARRIVED] += 1
-            words[self._slot + NUM_WAITING] += 1
+            words[self._num_waiting] += 1
         timed_out = None
         try:
-            self._wait_for_end(number, deadline)
+            self._wait_for_end(generation, deadline)
         except TimeoutError as error:
             timed_out = error
         finally:
             with self._table.locked():
-                if not self._state.closed:
-                    words[self._slot + NUM_WAITING] -= 1
-                    if words[GENERATION] == number:
+                if self._table.fd >= 0:
+                    words[self._num_waiting] -= 1
+                    if words[GENERATION] == generation:
                         words[NUM_ARRIVED] -= 1
                         if timed_out is not None:
                             raise timed_out
-        if words[BROKEN + number % 2] == number + 1:
+        if self._table.fd < 0:
+            raise_closed()
+        if words[BROKEN + generation % 2] == generation + 1:
             self._raise_unseen_failure(seen)
             raise WorkerDied(
                 "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
             )
         with self._table.locked():
-            return self._take_position(number)
+            return self._take_position(generation)
 
-    def _take_position(self, number: int) -> int:
-        """In which place this thread goes on after a round."""
-        position = int(self._words[NUM_RELEASED + number % 2])
-        self._words[NUM_RELEASED + number % 2] = position + 1
+    def _take_position(self, generation: int) -> int:
+        """In which place this thread goes on after a generation has ended."""
+        position = int(self._words[NUM_RELEASED + generation % 2])
+        self._words[NUM_RELEASED + generation % 2] = position + 1
         return position
 
     def _next_generation(self) -> None:
-        number = int(self._words[GENERATION])
+        generation = int(self._words[GENERATION])
         self._words[NUM_ARRIVED] = 0
-        self._words[NUM_RELEASED + number % 2] = 0
-        self._words[GENERATION] = number + 1
-        if self._events:
-            os.write(self._events[number % 2], (1).to_bytes(8, "little"))
+        self._words[NUM_RELEASED + generation % 2] = 0
+        self._words[GENERATION] = generation + 1
+        if self.events:
+            os.write(self.events[generation % 2], (1).to_bytes(8, "little"))
             with contextlib.suppress(BlockingIOError):
-                os.read(self._events[1 - number % 2], 8)
+                os.read(self.events[1 - generation % 2], 8)
 
     def _break(self) -> None:
-        number = int(self._words[GENERATION])
-        self._words[BROKEN + number % 2] = number + 1
+        generation = int(self._words[GENERATION])
+        self._words[BROKEN + generation % 2] = generation + 1
         self._next_generation()
 
-    def _wait_for_end(self, number: int, deadline: float | None) -> None:
+    def _wait_for_end(self, generation: int, deadline: float | None) -> None:
         poll = select.poll()
-        if self._events:
-            poll.register(self._events[number % 2], select.POLLIN)
-        if not self._sleep(poll, number, deadline, _FIRST_WAIT):
-            with self._state.monitor.watching():
+        if self.events:
+            poll.register(self.events[generation % 2], select.POLLIN)
+        if not self._sleep(poll, generation, deadline, _FIRST_WAIT):
+            with self._monitor.watching():
                 self.check()
-                while not self._sleep(poll, number, deadline, POLL_INTERVAL):
+                while not self._sleep(poll, generation, deadline, POLL_INTERVAL):
                     self.check()
 
-    def _sleep(self, poll: select.poll, number: int, deadline: float | None, longest: float) -> bool:
-        """Whether the round has ended, within so many seconds."""
+    def _sleep(self, poll: select.poll, generation: int, deadline: float | None, longest: float) -> bool:
+        """Whether the generation ends within ``longest`` seconds. Raises TimeoutError after ``deadline``."""
         until = time.monotonic() + longest
-        while self._words[GENERATION] == number:
+        while self._words[GENERATION] == generation:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 self.check()
-                if self._words[GENERATION] != number:
+                if self._words[GENERATION] != generation:
                     break
                 raise TimeoutError("not all have come to the barrier in time")
             if now >= until:
                 return False
             left = (until if deadline is None else min(until, deadline)) - now
-            poll.poll(1000 * (left if self._events else min(left, _POLL_INTERVAL_WITHOUT_EVENTS)))
-            self._state.check_usable()
+            poll.poll(1000 * (left if self.events else min(left, _POLL_INTERVAL_WITHOUT_EVENTS)))
+            if self._table.fd < 0:
+                raise_closed()
         return True
 
     def check(self) -> None:
-        """End the round if it cannot be completed. The monitor has this called when there may be something new."""
+        """Break the generation if it cannot be completed."""
         words = self._words
         with self._table.locked():
-            if (
-                not self._state.closed
-                and words[NUM_ARRIVED]
-                and (self._num_failures() > words[KNOWN_FAILURES] or self._all_wait_here())
-            ):
+            if self._table.fd < 0 or not words[NUM_ARRIVED]:
+                return
+            if self._num_failures() > words[KNOWN_FAILURES] or self._all_wait_here():
                 self._break()
 
     def _num_failures(self) -> int:
@@ -208,14 +213,38 @@ class Barrier:
             )
 
     def _all_wait_here(self) -> bool:
-        """Whether some that had the mutex have given it up, and all that have it wait here already.
+        """Whether some handles on the mutex were closed, and the threads of all others wait here already.
 
-        Daemon threads of this process that have never come to the barrier are not known.
+        This does not know of daemon threads that have never come to the barrier.
         """
-        table, waiting = self._table, int(self._words[self._slot + NUM_WAITING])
-        if others_may_come(self._state.handles, table, lambda slot: bool(table.get_word(slot, NUM_WAITING))):
+        table, waiting = self._table, int(self._words[self._num_waiting])
+        if others_may_come(self._handles, table, lambda slot: bool(table.get_word(slot, NUM_WAITING))):
             return False
-        if len(self._state.handles.all()) > waiting:
+        if len(self._handles.all()) > waiting:
             return False
         known = {thread for thread in list(self._threads) if thread.is_alive()}.union(threads.user_threads())
         return bool(self._words[HANDLES_CLOSED]) and len(known) <= max(1, waiting)
+
+    def leave(self, failed: bool) -> None:
+        """Leave the table. ``failed``: see ``PeerTable.leave``."""
+        self._monitor.close()
+        with self._table.locked():
+            if self._words[self._num_waiting] and self._words[NUM_ARRIVED]:
+                self._break()
+            self._table.leave(failed=failed)
+        self._closing()
+
+    def abandon(self) -> None:
+        self._closing()
+
+
+def _check_later(barrier: Barrier) -> Callable[[], None]:
+    """Has the cleanup thread check the barrier, if that is still there."""
+    find = weakref.ref(barrier)
+
+    def check() -> None:
+        found = find()
+        if found is not None:
+            found.check()
+
+    return lambda: cleanup.call_soon(check)

@@ -76,7 +76,7 @@ class Mutex:
     @property
     def abandoned(self) -> WorkerDied | None:
         """While the lock is held: how the last holder died, if it died with the lock held; else None."""
-        return self._state.abandoned
+        return self._state.lock.abandoned
 
     def barrier(self, n: int, *, timeout: float | None = None) -> int:
         """Wait until ``n`` threads, in whatever processes, wait here.
@@ -106,7 +106,7 @@ class Mutex:
 
     def __enter__(self) -> WorkerDied | None:
         self._state.acquire(None)
-        return self._state.abandoned
+        return self._state.lock.abandoned
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -116,13 +116,13 @@ class Mutex:
     def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
         """See ``threads.OwnedResource``."""
         self._state.handles.discard(self)
-        self._state.worker_thread_ended(failed)
+        self._state.on_worker_thread_end(failed)
 
     def __repr__(self) -> str:
         state = self._state
         if state.forked:
             return "<torchwq.Mutex, of another process>"
-        status = "closed" if state.closed else "locked" if state.is_locked else "unlocked"
+        status = "closed" if state.closed else "locked" if state.lock.is_locked else "unlocked"
         return f"<torchwq.Mutex, {status}>"
 
     def __reduce__(self) -> Any:
@@ -158,7 +158,7 @@ class _Target(Target):
 
 
 def _target_of(mutex: Mutex) -> Target:
-    return _Target(mutex._state, mutex._state.failures_seen_by_new_handle())
+    return _Target(mutex._state, mutex._state.present_failures())
 
 
 def _receive(fds: list[int], name: bytes, seen: tuple[list[int], int]) -> HandleRef:

@@ -1,9 +1,10 @@
-"""A lock that ends with the process that holds it, however that ends.
+"""A robust lock: it is released when its holder ends, and the next holder learns of that.
 
-It is a record lock of the kernel, on the table. A word beside it says who holds it; whoever gets the lock and finds
-somebody there knows that he died with it.
+The name is that of pthread_mutexattr_setrobust(3). The lock is a record lock of the kernel, on the table of peers. The
+word HOLDER beside it holds the holder's process id: a thread that gets the lock and finds an id there knows that the
+last holder ended without having released it.
 
-Invariant: among the threads of a process ``_thread_lock`` comes first, because a record lock is the process's.
+Invariant: a thread takes ``_thread_lock`` first, because a record lock does not exclude threads of the same process.
 """
 
 from __future__ import annotations
@@ -17,32 +18,36 @@ from .. import warning
 from ..errors import MutexError, WorkerDied
 from ..peers.table import PeerTable
 from ..workers import worker
+from ..workers.thread_exit import ThreadExitHook
 from .layout import HOLDER
 
-#: How long one that must not block sleeps between two tries, in seconds: at first, and at most.
+#: No event tells of a record lock: a thread with a deadline tries again after so many seconds, at first and at most.
 _FIRST_SLEEP: Final = 0.0001
 _MAX_SLEEP: Final = 0.005
 
 
 class RobustLock:
-    """One process's part of it."""
+    """One process's part of the lock."""
 
     def __init__(self, table: PeerTable) -> None:
         self._table = table
         self._words = table.words
         self._thread_lock = threading.Lock()
         self._holder = 0
+        self._exit_hooks = threading.local()
         #: See ``Mutex.abandoned``.
         self.abandoned: WorkerDied | None = None
 
     @property
     def is_locked(self) -> bool:
-        """Whether anybody holds it, in any process."""
+        """Whether a thread of any process holds it."""
         return bool(self._words[HOLDER])
 
     def acquire(self, deadline: float | None) -> bool:
-        me = threading.get_ident()
-        if self._holder == me:
+        ident = threading.get_ident()
+        if not hasattr(self._exit_hooks, "hook"):
+            self._exit_hooks.hook = ThreadExitHook(self, ident)
+        if self._holder == ident:
             raise MutexError("this thread holds the mutex already: it would wait for itself")
         if not self._thread_lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
             return False
@@ -53,15 +58,15 @@ class RobustLock:
         except BaseException:
             self._thread_lock.release()
             raise
-        before = int(self._words[HOLDER])
+        dead_holder = int(self._words[HOLDER])
         try:
             self._words[HOLDER] = os.getpid()
-            self._holder = me
-            self.abandoned = None if not before else self._report_dead_holder(before)
+            self._holder = ident
+            self.abandoned = None if not dead_holder else self._report_death(dead_holder)
         except BaseException as error:
-            # A warning that is an error has told; after Ctrl-C the next one is told.
-            self._words[HOLDER] = 0 if isinstance(error, Warning) else before
-            self._let_go()
+            # A warning that is raised has reported the death. After Ctrl-C the next holder reports it.
+            self._words[HOLDER] = 0 if isinstance(error, Warning) else dead_holder
+            self._unlock()
             raise
         return True
 
@@ -77,7 +82,7 @@ class RobustLock:
             sleep = min(2 * sleep, _MAX_SLEEP)
         return True
 
-    def _report_dead_holder(self, pid: int) -> WorkerDied:
+    def _report_death(self, pid: int) -> WorkerDied:
         text = "the last holder of this mutex"
         process = worker.find(pid)
         if pid == os.getpid():
@@ -100,15 +105,15 @@ class RobustLock:
         if self._holder != threading.get_ident():
             raise MutexError("this thread does not hold the mutex, and cannot release it")
         self._words[HOLDER] = 0
-        self._let_go()
+        self._unlock()
 
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         self._holder = 0
         self.abandoned = None
         self._table.release_user_lock()
         self._thread_lock.release()
 
     def on_thread_exit(self, ident: int) -> None:
-        """If it has the lock, the next one gets it, and is told: HOLDER stays."""
-        if self._holder == ident:
-            self._let_go()
+        """Unlock if this thread holds the lock. HOLDER stays, so the next holder learns of it."""
+        if self._holder == ident and self._table.fd >= 0:
+            self._unlock()
