@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torchwq
-from torchwq.queues.protocol import TOOK
+from torchwq.queues.protocol import ADOPT
 from torchwq.queues.worker import WorkerSide
 
 
@@ -135,7 +135,7 @@ def leave_by_a_full_link(queue: torchwq.WorkQueue, signals: torchwq.Channel) -> 
     assert isinstance(side, WorkerSide)
     signals.read()
     while not side._link.unsent:
-        side._link.send(TOOK)
+        side._link.send(ADOPT)  # which says nothing without a descriptor
     queue.close()
 
 

@@ -15,7 +15,7 @@ def test_a_seat_is_read_as_it_was_written(seat: Seat) -> None:
 
 
 def test_each_message_says_of_which_kind_it_is() -> None:
-    told = [protocol.LEAVING, protocol.GOODBYE, protocol.IN_DOUBT, protocol.TOOK, protocol.ADOPT]
+    told = [protocol.LEAVING, protocol.GOODBYE, protocol.IN_DOUBT, protocol.ADOPT]
     kinds = [*map(protocol.kind_of, told), Hello.KIND, FunctionFailed.KIND]
     assert len(set(kinds)) == len(kinds)
     assert protocol.kind_of(Hello.encode(77)) == Hello.KIND

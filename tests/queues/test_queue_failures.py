@@ -102,15 +102,15 @@ def test_no_reader_finds_nobody_left_before_a_handle_that_an_error_has_closed_is
     """The reactor forgets the handle and notes the doubt; a reader may look in between."""
     with torchwq.workqueue() as owner:
         role: Any = owner._role
-        remove = role._remove
+        remove = role.members.remove
         seen: list[bool] = []
 
         def remove_and_look(*args: Any, **kwargs: Any) -> Any:
             found = remove(*args, **kwargs)
-            seen.append(role._nobody_left())
+            seen.append(role.members.nobody_left())
             return found
 
-        monkeypatch.setattr(role, "_remove", remove_and_look)
+        monkeypatch.setattr(role.members, "remove", remove_and_look)
         workers = torchwq.map(1, jobs.square_or_fail, owner, "with")
         owner.write(3)
         assert type(told(lambda: owner.read(timeout=40)).__cause__) is jobs.Unfit

@@ -49,8 +49,8 @@ def test_a_worker_says_goodbye_although_its_link_is_full() -> None:
     with torchwq.workqueue() as owner:
         signals = torchwq.channel()
         workers = torchwq.map(1, jobs.leave_by_a_full_link, owner, signals)
-        wait_until(lambda: owner._role._pids)  # type: ignore[attr-defined]
-        (member,) = owner._role._members.values()  # type: ignore[attr-defined]
+        wait_until(lambda: owner._role.members._identities)  # type: ignore[attr-defined]
+        (member,) = owner._role.members  # type: ignore[attr-defined]
         connection = member.link._connection
         connection.watch(None)
         signals.write("go")
@@ -265,7 +265,7 @@ def test_an_answer_given_just_before_the_last_worker_leaves_comes_before_its_lea
         worker = worker_handle(owner)
         owner.write("question")
         role, left = owner._role, []
-        is_troubled = role.is_troubled
+        may_raise = role.may_raise
 
         def answer_and_leave() -> bool:
             """Between the owner's look at its answers and its look at its workers."""
@@ -274,9 +274,9 @@ def test_an_answer_given_just_before_the_last_worker_leaves_comes_before_its_lea
                 worker.write(worker.read())
                 worker.close()
                 wait_until(lambda: role.alarm.is_set(), what="the owner's knowing that nobody is left")
-            return is_troubled()
+            return may_raise()
 
-        role.is_troubled = answer_and_leave
+        role.may_raise = answer_and_leave
         read = owner.read if way == "read" else lambda: asyncio.run(owner.aread())
         assert read() == "question"
         with pytest.raises(torchwq.WorkerDied, match="no worker is left"):
@@ -332,7 +332,7 @@ def test_threads_that_write_together_keep_to_the_capacity(opened: bool, monkeypa
         if opened:
             owner._role.open_to_processes()
         most = 0
-        send = owner._role._send_here
+        send = owner._role._send
 
         def send_late(payload: object) -> None:
             nonlocal most
@@ -340,7 +340,7 @@ def test_threads_that_write_together_keep_to_the_capacity(opened: bool, monkeypa
             send(payload)
             most = max(most, owner.statistics().unsent + owner.statistics().written - owner.statistics().taken)
 
-        monkeypatch.setattr(owner._role, "_send_here", send_late)
+        monkeypatch.setattr(owner._role, "_send", send_late)
         threads = [threading.Thread(target=owner.write, args=(number,)) for number in range(12)]
         for thread in threads:
             thread.start()

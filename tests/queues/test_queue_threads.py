@@ -196,8 +196,8 @@ def test_memory_does_not_grow_with_workers_that_have_left() -> None:
             torchwq.map(5, jobs.answer_many, q, 0, backend="thread").join(20)
         gc.collect()
         owner = q._role
-        wait_until(lambda: not owner._pids)  # type: ignore[union-attr]
-        assert not owner._members  # type: ignore[union-attr]
+        wait_until(lambda: not owner.members._identities)  # type: ignore[union-attr]
+        assert not len(owner.members)  # type: ignore[union-attr]
 
 
 def test_between_threads_a_change_of_shape_after_writing_is_not_seen() -> None:

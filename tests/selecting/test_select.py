@@ -163,7 +163,7 @@ def test_fileno_of_a_queue_shows_answers_that_were_taken_in_already() -> None:
         worker.write(worker.read(timeout=10) + 1)
         queue.drain(10)
         assert is_readable(queue.fileno())
-        queue._role._look_again()
+        queue._role.members._look_again()
         assert is_readable(queue.fileno())
         assert queue.read(nonblocking=True) == 2
         assert queue.read(nonblocking=True) is None

@@ -185,7 +185,7 @@ class WorkQueue(ReadableHandle[Any]):
     def _tell_no_failures(self) -> None:
         """Do not tell the owner of workers that fail: who has made it for his own use hears of that otherwise."""
         assert isinstance(self._role, Owner)
-        self._role.tells_failures = False
+        self._role.troubles.tells_failures = False
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every question written so far has its answer waiting here.
@@ -329,7 +329,7 @@ def _target_of(handle: WorkQueue) -> Target:
 
 
 def _receive(fds: list[int], name: str | None) -> HandleRef:
-    assert len(fds) == handover_size() + 2
+    assert len(fds) >= handover_size() + 2
     return HandleRef(_OwnedElsewhere([Descriptor(fd) for fd in fds], None, name))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ..memory.board import Slot
 from ..transport.link import Link
 from ..workers import worker
+from .counters import Slot
 
 #: How long after their start, in seconds, workers may be on their way to a queue that all others have left: those that
 #: were started together with one that came, and any others.
@@ -18,7 +18,7 @@ _JUST_STARTED: Final = 3.0
 
 
 class Notes:
-    """What the owner knows of a side in a thread of its process: as ``board.Slot``."""
+    """What the owner knows of a side in a thread of its process: as ``counters.Slot``."""
 
     __slots__ = ("busy_threads", "number", "taken")
 
@@ -54,7 +54,7 @@ class Member:
     sender: int = 0
 
 
-def patience(came: Container[object], groups: Container[int]) -> float:
+def time_to_come(came: Container[object], groups: Container[int]) -> float:
     """For how many more seconds a worker of this process may be on its way to a queue; at most 0 if none is.
 
     Args:

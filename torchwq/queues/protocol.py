@@ -23,8 +23,6 @@ LEAVING: Final = b"L"
 GOODBYE: Final = b"B"
 #: It has left, as with ``GOODBYE``, but by an error that may yet turn out to be a failure of its worker's function.
 IN_DOUBT: Final = b"D"
-#: It has taken a question while the owner waits for that.
-TOOK: Final = b"T"
 #: With a descriptor: the link of another handle, which it passes on.
 ADOPT: Final = b"A"
 
@@ -37,7 +35,7 @@ def kind_of(data: bytes) -> bytes:
 class Seat(NamedTuple):
     """From the owner, first of all: what the handle has to know."""
 
-    #: Its slot on the board.
+    #: Its slot of the counters.
     slot: int
     #: The queue's capacity.
     capacity: int | None

@@ -114,7 +114,7 @@ def _open_closed(name: str) -> WorkQueue | None:
     if process is None or name not in _closed or process.requested_at > _closed[name][0]:
         return None
     owner = _closed[name][1]
-    if owner.inside.is_over(True):
+    if owner.questions.is_over():
         raise QueueClosed(f"the queue {name!r} was closed before this worker came to open it")
     return WorkQueue(ThreadSide(owner), name)
 

@@ -5,7 +5,7 @@ that all workers share, and these read from it too. Answers always go straight t
 
 Invariants are those of ``worker``: each question taken is noted before it is handed out, in the order of the questions,
 and a thread is busy from taking a question until it answers, takes another, or ends. The notes are here instead of on
-the board, and ``Owner.taking`` is the lock over taking and noting, for all these sides together.
+the counters, and ``Questions.taking`` is the lock over taking and noting, for all these sides together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ThreadSide(Role):
         self._known: set[int] = set()
         self._threads = threading.local()
         super().__init__()
-        self.number = owner.admit_here(self.notes)
+        self.number = owner.add_thread(self.notes)
         owner.sides.add(self)
         self._failures = threads.current_failures()
         self._failures.add(self)
@@ -52,32 +52,29 @@ class ThreadSide(Role):
 
     def take(self) -> Received | None:
         owner, ident, notes = self.owner, get_ident(), self.notes
-        inside = owner.inside
-        with owner.taking:
+        questions = owner.questions
+        with questions.taking:
             if self.closed:
                 return None
-            received = inside.take()
+            received = questions.take_numbered()
             if received is None:
-                if inside.is_over(bool(owner.closed)):
+                if questions.is_over():
                     self.closed = ENDED
                 return None
-            notes.number = inside.number
+            notes.number = questions.number_taken
             notes.taken += 1
             self._busy.add(ident)
         if ident not in self._known:
             self._known.add(ident)
             self._threads.exit_hook = ThreadExitHook(self, ident)
-        if owner.someone_waits_for_room:
-            owner.note_taken()
+        owner.note_taken()
         return received
 
     def send(self, payload: Any) -> None:
         owner = self.owner
         if self.closed or owner.closed:
             raise self.closed_error()
-        owner.answers.put(codec.deliver_local(payload))
-        if owner.inside.box is None:
-            owner.alarm.set()  # it looks at the socket
+        owner.answers.put(payload)
         self.written += 1
         self._busy.discard(get_ident())
 
@@ -87,10 +84,10 @@ class ThreadSide(Role):
         self.owner.answers.wake_all()  # drain looks at who is busy
 
     def sleep(self, deadline: float | None) -> Received | None:
-        return self.owner.inside.sleep(self.take, deadline, lambda: self.closed or self.owner.closed)
+        return self.owner.questions.wait(self.take, deadline, lambda: self.closed or self.owner.closed)
 
     def may_raise(self) -> bool:
-        return bool(self.closed) or self.owner.inside.is_over(bool(self.owner.closed))
+        return bool(self.closed) or self.owner.questions.is_over()
 
     def raise_failure(self) -> None:
         if self.closed:
@@ -100,10 +97,10 @@ class ThreadSide(Role):
         return self.owner.handle_descriptors()
 
     def has_message(self) -> bool:
-        return self.owner.inside.has_question()
+        return self.owner.questions.can_take()
 
     def watch(self) -> None:
-        self.owner.inside.watch(self._readiness)
+        self._readiness.set(*self.owner.questions.filenos())
 
     def rewatch(self) -> None:
         """Questions come from elsewhere now."""
@@ -111,25 +108,25 @@ class ThreadSide(Role):
             self.watch()
 
     def close(self, in_doubt: bool = False) -> None:
-        with self.owner.taking:
+        with self.owner.questions.taking:
             if self.closed == CLOSED_HERE:
                 return
             self.closed = CLOSED_HERE
         self._failures.remove(self)
         if in_doubt and self._failures.mark_in_doubt(self):
             self._is_in_doubt = True
-            self.owner.doubt(self)
-        self.owner.dismiss_here(self.number)
+            self.owner.troubles.doubt(self)
+        self.owner.remove_thread(self.number)
         self._retire()
 
     def worker_failed(self, failure: Failure) -> None:
         worker = threads.current()
-        self.owner.note_failure(Failed(worker, None, self.owner.in_hand_of(self.number), failure))
+        self.owner.troubles.note_failure(Failed(worker, None, self.owner.members.in_hand(self.number), failure))
         self.worker_succeeded()
 
     def worker_succeeded(self) -> None:
         if self._is_in_doubt:
-            self.owner.doubt_is_over(self)
+            self.owner.troubles.doubt_is_over(self)
 
     @property
     def unsent(self) -> int:

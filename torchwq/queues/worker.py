@@ -2,8 +2,8 @@
 
 Invariants:
 
-* Each question taken is noted in this handle's slot of the board before it is handed to the caller. The slot's number
-  is that of the latest question, in whatever order threads, or the calls of one thread's stack, note theirs.
+* Each question taken is noted in this handle's slot of the counters before it is handed to the caller. The slot's
+  number is that of the latest question, in whatever order threads, or the calls of one thread's stack, note theirs.
 * ``_taking`` covers "receive and note". It is reentrant: a finalizer or a signal handler may read, write or close in
   the middle of it. So what the notes say is changed by statements that nothing interrupts, see
   Note [Statements that nothing interrupts], and looked at afresh after each call.
@@ -24,9 +24,9 @@ from collections.abc import Sequence
 
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor, duplicates
-from ..memory.board import ASKED, BUSY, LOST, Board
 from ..memory.promises import SentBlocks
-from ..transport import kinds
+from ..pipe.room import SharedRoom
+from ..transport import descriptors, kinds
 from ..transport import link as links
 from ..transport.endpoint import Received
 from ..transport.link import Link
@@ -35,7 +35,8 @@ from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
 from ..workers.thread_exit import ThreadExitHook
-from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, TOOK, FunctionFailed, Hello, Seat
+from .counters import ASKED, BUSY, LOST, Counters
+from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, FunctionFailed, Hello, Seat
 from .role import CLOSED_HERE, ENDED, SocketRole
 
 #: How long, in seconds, the end of the process waits for the thread that has sent the last answer to say goodbye.
@@ -43,7 +44,7 @@ _LAST_PATIENCE = 2.0
 
 
 class WorkerSide(SocketRole):
-    """A worker's role. Takes over ``fds``: the endpoint's, then the board's."""
+    """A worker's role. Takes over ``fds``: the endpoint's, those of the counters, and of the room, if there is one."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
         self._taking = threading.RLock()
@@ -51,16 +52,20 @@ class WorkerSide(SocketRole):
         #: What is to be told as soon as the last answer has left.
         self._untold: deque[bytes] = deque()
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
-            end = kinds.adopt(fds[:-1])
+            size = kinds.handover_size()
+            rest = list(fds[size + 1 :])
+            made.callback(descriptors.close_fds, rest)
+            end = kinds.adopt(fds[:size])
             made.callback(end.close)
-            self._board = Board(fds[-1])
-            made.callback(self._board.close)
+            self._counters = Counters(fds[size])
+            made.callback(self._counters.close)
+            self._room = None if capacity is None else SharedRoom(self._counters.words, ASKED, rest)
             super().__init__(end, False, self._answered, self._tell_untold)
             made.pop_all()
         self._receive = self.connection.take
         self.capacity = capacity
-        self._slot = self._board.slot(slot)
-        self._words = self._board.words
+        self._slot = self._counters.slot(slot)
+        self._words = self._counters.words
         self._state = 0
         self._state_at = self._slot.state_index
         self._number_at = self._slot.number_index
@@ -103,11 +108,11 @@ class WorkerSide(SocketRole):
             else:
                 self._state += BUSY + 1
                 self._busy.add(ident)
-            if self._board.fd < 0:
+            if self._counters.fd < 0:
                 return received
             words[self._state_at] = self._state
-            if self._board.fd >= 0 and words[ASKED]:
-                self._link.ping(TOOK)
+            if self._room is not None:
+                self._room.made()
             return received
 
     def _meet(self, ident: int) -> None:
@@ -152,8 +157,9 @@ class WorkerSide(SocketRole):
             pass  # the owner is gone: whoever gets this handle will see that
         finally:
             ours.close()
+        room = [] if self._room is None else self._room.handover()
         with self._taking:
-            fds = duplicates([*self.end.handover(), self._board.fd])
+            fds = duplicates([*self.end.handover(), self._counters.fd, *room])
         return [*fds, theirs]
 
     def worker_failed(self, failure: Failure) -> None:
@@ -165,7 +171,7 @@ class WorkerSide(SocketRole):
     def worker_succeeded(self) -> None:
         if self._is_in_doubt:
             self._is_in_doubt = False
-            if self._board.fd < 0:  # it has left already
+            if self._counters.fd < 0:  # it has left already
                 self._link.close_when_sent(self._retire)
 
     def _tell_untold(self) -> None:
@@ -173,7 +179,7 @@ class WorkerSide(SocketRole):
             self._tell(self._untold.popleft())
 
     def close(self, in_doubt: bool = False) -> None:
-        if self._board.fd < 0 or self.closed == CLOSED_HERE:
+        if self._counters.fd < 0 or self.closed == CLOSED_HERE:
             return
         self.closed = CLOSED_HERE
         self.alarm.set()
@@ -196,7 +202,9 @@ class WorkerSide(SocketRole):
         self._tell(IN_DOUBT if self._is_in_doubt else GOODBYE)
         with self._taking:
             self.connection.close()
-            self._board.close()
+            if self._room is not None:
+                self._room.close()
+            self._counters.close()
         if not self._is_in_doubt:
             self._link.close_when_sent(self._retire)
         self._here.release()
@@ -209,7 +217,7 @@ class WorkerSide(SocketRole):
 
     def abandon(self) -> None:
         super().abandon()
-        self._board.abandon()
+        self._counters.abandon()
 
     @property
     def last_taken(self) -> int:

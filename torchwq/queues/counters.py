@@ -9,7 +9,7 @@ and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the t
   counts do not add up to what it has sent.
 * A worker killed between taking a question and noting it leaves the counts short for ever. So the owner counts each
   death as one possible such loss, and believes it only when the socket is empty and nothing moves.
-* ``asked`` in the head is set by an owner that waits for questions to be taken; workers then ping it.
+* ``ASKED`` in the head says whether the owner waits for questions to be taken: see Note [Waiting for room].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOST: Final = 1
 _WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
 
 
-class Board(SharedWords):
+class Counters(SharedWords):
     """A mapping of one queue's counters. Takes over ``fd``."""
 
     def __init__(self, fd: int | None = None) -> None:
@@ -37,18 +37,15 @@ class Board(SharedWords):
     def slot(self, number: int) -> Slot:
         return Slot(self.words, self.slot_offset(number))
 
-    def set_asked(self, asked: bool) -> None:
-        self.words[ASKED] = int(asked)
-
 
 class Slot:
-    """One handle's part of the board."""
+    """One handle's part of the counters."""
 
     __slots__ = ("_words", "number_index", "state_index")
 
     def __init__(self, words: memoryview, index: int) -> None:
         self._words = words
-        #: Where its two words are in the board's ``words``.
+        #: Where its two words are in the counters' ``words``.
         self.number_index = index
         self.state_index = index + 1
 

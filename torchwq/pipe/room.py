@@ -1,0 +1,255 @@
+"""The room that a bounded queue or channel has, and how its writers wait for it.
+
+A writer takes a *claim*, writes, and gives the claim back: the message counts by itself then. While all that read are
+threads of this process, whoever takes a message wakes one who waits. Once other processes read, too, it does so through
+a word of shared memory and an event's descriptor, which all of them have.
+
+Note [Waiting for room]
+~~~~~~~~~~~~~~~~~~~~~~~
+The word says whether anybody waits, the descriptor is readable when there may be room. Two parties write one thing and
+look at another, so each passes a memory fence in between:
+
+* A writer empties the descriptor, sets the word, passes a fence, and counts. It sleeps only if there was no room then.
+* Whoever takes a message counts it as taken, passes a fence, and looks at the word. If it is set, it clears it and
+  makes the descriptor readable.
+
+So either the writer sees the room, or it is woken. One event wakes one writer (``EPOLLEXCLUSIVE``, see epoll_ctl(2)).
+Two messages may have been taken since, and the second has found the word cleared. So a writer that has waited, however
+its wait ends, looks whether there is room for others, and passes the event on.
+
+Who is killed in between leaves at worst an event that nobody passes on, or a message that nobody has counted as taken.
+Therefore no sleep is longer than ``waiting.MAX_SLEEP``, after which everybody counts again.
+
+Invariants:
+
+* ``_claimed`` counts writers that were let in and have not written yet. It changes together with ``_claims``, which
+  counts all that were ever let in, by statements that nothing interrupts. So a finalizer or a signal handler that
+  writes in the middle of another write is counted there.
+* No lock of this object is held while a message is written: only that of ``lock``, which its maker chose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Final, TypeVar
+
+from ..transport import descriptors, reactor
+from ..transport.parking import ParkingLot
+from ..transport.fork import closed_in_child
+from ..transport.waiting import MAX_SLEEP, Waiter
+
+R = TypeVar("R")
+
+#: After so many seconds a writer looks for the first time whether it waits in vain.
+_FIRST_LOOK: Final = 0.25
+#: How often a finalizer that writes in the reactor's thread looks, in seconds: what would make room may be its work.
+_REACTOR_PERIOD: Final = 0.02
+#: More than the descriptor ever holds, in bytes.
+_ALL: Final = 4096
+
+
+class Room:
+    """The room for ``capacity`` messages. Safe to use from several threads.
+
+    Args:
+        capacity: how many messages may wait to be taken.
+        count: how many do, as far as they have been written.
+        is_closed: whether it does not matter any more: writing tells then.
+        lock: held while one counts and writes, where that must be one step for all that write.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        count: Callable[[], int],
+        is_closed: Callable[[], object],
+        lock: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        self.capacity = capacity
+        self._count = count
+        self._is_closed = is_closed
+        self._lock = lock
+        self._guard = threading.RLock()
+        self._claims = 0
+        self._claimed = 0
+        self._changes = 0
+        self._lot = ParkingLot(self._has_room)
+        self._shared: SharedRoom | None = None
+
+    def share(self, shared: SharedRoom) -> None:
+        """Readers of other processes make room from now on, too."""
+        self._shared = shared
+        self.wake_all()
+
+    def write(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
+        """Call ``write``, and return what it does (not None), as soon as there is room, or all is closed.
+
+        ``look`` is called by one who waits, now and then and after each ``wake_all``. It raises if there is no use in
+        waiting, or returns in how many seconds it wants to be called again at the latest.
+        """
+        found = self._attempt(write)
+        return self._wait(write, look) if found is None else found
+
+    def made(self) -> None:
+        """A message was taken. Called after it was counted as taken."""
+        shared = self._shared
+        if shared is not None:
+            shared.made()
+        elif self._lot.asleep:
+            self._lot.wake_one()
+
+    def wake_all(self) -> None:
+        """Let all of this process that wait look at the state of things."""
+        self._changes += 1
+        self._lot.wake_all()
+        shared = self._shared
+        if shared is not None:
+            shared.wake_all()
+
+    @property
+    def claimed(self) -> int:
+        """How many messages were let in and are not written yet."""
+        return self._claimed
+
+    def _changed_since(self, changes: int) -> Callable[[], bool]:
+        return lambda: self._changes != changes
+
+    def _has_room(self) -> bool:
+        return bool(self._is_closed()) or self._count() + self._claimed < self.capacity
+
+    def _claim(self) -> bool:
+        with self._guard:
+            while True:
+                before, count = self._claims, self._count()
+                if count + self._claimed >= self.capacity:
+                    return False
+                if before == self._claims:  # no finalizer or signal handler has written while this counted
+                    self._claims += 1
+                    self._claimed += 1
+                    return True
+
+    def _attempt(self, write: Callable[[], R]) -> R | None:
+        """What ``write`` returns; None, and it is not called, if there is no room."""
+        with self._lock():
+            if self._is_closed():
+                return write()
+            if not self._claim():
+                return None
+            is_written = False
+            try:
+                found = write()
+                is_written = True
+            finally:
+                with self._guard:
+                    self._claimed -= 1
+                if not is_written:
+                    self.made()
+            return found
+
+    def _wait(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
+        attempt = functools.partial(self._attempt, write)
+        seconds: float | None = _FIRST_LOOK
+        try:
+            while True:
+                changes, shared = self._changes, self._shared
+                if reactor.get().is_in_current_thread:
+                    seconds = _REACTOR_PERIOD
+                until = None if seconds is None else time.monotonic() + seconds
+                place = self._lot if shared is None else shared
+                found = place.wait(attempt, until, self._changed_since(changes))
+                if found is not None:
+                    return found
+                seconds = look()
+        finally:
+            if self._has_room():
+                self.made()
+
+
+class SharedRoom:
+    """The word and the descriptor by which processes tell each other of room.
+
+    Args:
+        words: memory that they share.
+        index: of the word.
+        fds: the descriptors that ``handover`` of another one gave, which this object takes over; none to make new ones.
+
+    Raises ResourceError: descriptors have run out.
+    """
+
+    def __init__(self, words: memoryview, index: int, fds: Sequence[int] = ()) -> None:
+        self._words, self._index = words, index
+        if not fds:
+            fd = descriptors.eventfd()
+            fds = descriptors.pipe() if fd is None else [fd]
+        self._read_fd, self._write_fd = fds[0], fds[-1]
+        self._closing = descriptors.close_with(self, *set(fds))
+        #: Held while the words and the descriptors are used. Taking and releasing it is the fence of the note.
+        self._fence = threading.RLock()
+        self._waiter: Waiter | None = None
+        closed_in_child(self)
+
+    def handover(self) -> list[int]:
+        """The descriptors, which stay this object's, from which another process makes the same."""
+        return list(dict.fromkeys((self._read_fd, self._write_fd)))
+
+    def fileno(self) -> int:
+        """Readable when there may be room."""
+        return self._read_fd if self._closing.alive else -1
+
+    def made(self) -> None:
+        """See ``Room.made``."""
+        with self._fence:
+            if self._closing.alive and self._words[self._index]:
+                self._words[self._index] = 0
+                with contextlib.suppress(BlockingIOError):  # a pipe that is full is readable
+                    os.write(self._write_fd, (1).to_bytes(8, "little"))
+
+    def wait(self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object]) -> R | None:
+        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), if there is a
+        reason to ``stop``, or for no reason. See Note [Waiting for room]."""
+        found = self._asked(attempt)
+        if found is not None:
+            return found
+        with self._fence:
+            waiter = self._waiter
+            if waiter is None and self._closing.alive:
+                waiter = self._waiter = Waiter(self)
+        if waiter is None:
+            return attempt()
+        latest = time.monotonic() + MAX_SLEEP
+        return waiter.wait(
+            functools.partial(self._asked, attempt), latest if deadline is None else min(latest, deadline), stop
+        )
+
+    def _asked(self, attempt: Callable[[], R | None]) -> R | None:
+        with self._fence:
+            if self._closing.alive:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._read_fd, _ALL)
+                self._words[self._index] = 1
+        return attempt()
+
+    def wake_all(self) -> None:
+        """End each ``wait`` of this process that has begun."""
+        waiter = self._waiter
+        if waiter is not None:
+            waiter.wake_all()
+
+    def close(self) -> None:
+        """Give up the descriptors. Nobody of this process waits any more, or wakes then."""
+        with self._fence:
+            waiter, self._waiter = self._waiter, None
+            self._closing()
+        if waiter is not None:
+            waiter.close()
+
+    def abandon(self) -> None:
+        if self._waiter is not None:
+            self._waiter.abandon()
+        self._closing()

@@ -1,0 +1,168 @@
+"""The questions of a queue, at its owner: numbered, counted, remembered, and let in as there is room.
+
+They pass through a pipe. As long as no other process has a handle they wait for threads of this process. Then they go
+to the socket that all workers share; threads of this process read from it, too, by an end of their own, which outlives
+the owner's, because what was written before the closing is still read.
+
+Invariants:
+
+* Questions are numbered in the order in which they are written, from 1. Workers note the numbers of those they take.
+* ``taking`` covers "take a question and note it" for all threads of this process together, so that they note them in
+  their order. It is held while the questions move, too. It is taken after the pipe's lock.
+* A process that is killed between taking a question and noting it leaves the counts short. So what the counts say is in
+  the socket is believed only while the socket is not empty.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from ..pipe.pipe import MovingPipe
+from ..transport import descriptors, kinds
+from ..transport.connection import Connection
+from ..transport.endpoint import Endpoint, Received
+from ..transport.trailer import number_of
+from ..transport.waiting import MAX_SLEEP
+from .history import History
+
+R = TypeVar("R")
+
+
+class QuestionSocket:
+    """What carries questions to other processes, and how threads of this one read them there.
+
+    Args:
+        connection: the owner's, which it writes to.
+        theirs: the end that workers read from.
+    """
+
+    def __init__(self, connection: Connection, theirs: Endpoint) -> None:
+        self.max_payload = theirs.max_payload
+        self.send = connection.send
+        self._outbox = connection.outbox
+        self._theirs = theirs
+        #: Of the threads of this process, if there are any that may read.
+        self._reader: Connection | None = None
+        self._ended = False
+
+    def begin(self, before: int) -> None:
+        self._outbox.number = before
+
+    def cancel(self) -> None:
+        """Threads read here no more."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def open_reader(self) -> None:
+        """Let threads of this process read. Raises ResourceError."""
+        if self._reader is None:
+            self._reader = Connection(kinds.adopt(descriptors.dup_all(self._theirs.handover())))
+
+    def close_reader(self, *, is_closed: bool) -> None:
+        """No thread of this process reads any more; ``is_closed``: none will."""
+        if self._reader is not None:
+            self.cancel()
+            self._ended = is_closed
+
+    def has_ended(self, *, is_closed: bool) -> bool:
+        """Whether no question is left, and none will come; ``is_closed``: the owner has closed the queue."""
+        return self._ended or (is_closed and self._reader is None)
+
+    def take(self) -> Received | None:
+        reader = self._reader
+        if reader is None:
+            return None
+        try:
+            return reader.take()
+        except EOFError:
+            self._ended = True
+            return None
+
+    def can_take(self) -> bool:
+        reader = self._reader
+        return reader is not None and reader.endpoint.is_readable()
+
+    def wait(self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object]) -> R | None:
+        reader = self._reader
+        if reader is None or self._ended:
+            return attempt()
+        latest = time.monotonic() + MAX_SLEEP
+        return reader.wait(attempt, latest if deadline is None else min(latest, deadline), stop)
+
+    def wake_all(self) -> None:
+        reader = self._reader
+        if reader is not None:
+            reader.wake_all()
+
+    def filenos(self) -> Sequence[int]:
+        reader = self._reader
+        return () if reader is None else reader.filenos()
+
+
+class Questions(MovingPipe[QuestionSocket]):
+    """The pipe of questions, and what the owner knows of them.
+
+    Args:
+        in_hand: numbers of the questions that workers are at.
+    """
+
+    def __init__(self, in_hand: Callable[[], Iterable[int]]) -> None:
+        super().__init__()
+        self.taking = threading.RLock()
+        self._in_hand = in_hand
+        #: Of the question that a thread of this process has taken last.
+        self.number_taken = 0
+        self._last_sent = 0
+        self._history = History()
+        self._outbox_number: Callable[[], int] = lambda: 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no other process has the queue."""
+        return self.carrier is None
+
+    # Written and sent
+
+    def note_sent(self, number: int, data: bytes) -> None:
+        """A question is in the socket. Called by who has claimed the outbox."""
+        self._last_sent = number
+        if self._history.add(number, data):
+            self._history.keep(self._in_hand())
+
+    @property
+    def sent(self) -> int:
+        """Number of the last question that workers find; those after it wait in the outbox."""
+        return self.written if self.carrier is None else self._last_sent
+
+    def describe(self, number: int) -> str:
+        """A question in a few words."""
+        return self._history.describe(number)
+
+    def forget_history(self) -> None:
+        self._history.clear()
+
+    # Taken by threads of this process
+
+    def take_numbered(self) -> Received | None:
+        """The next question, which ``number_taken`` says the number of. With ``taking`` held."""
+        if self.carrier is None:
+            try:
+                received = self.box.pop()
+            except IndexError:
+                return None
+            self.number_taken += 1
+            return received
+        found = self.carrier.take()
+        if found is not None:
+            self.number_taken = number_of(found[0])
+        return found
+
+    def is_over(self) -> bool:
+        """Whether no question is left for threads of this process, and none will come."""
+        if self.carrier is None:
+            return self.is_closed and not self.box.messages
+        return self.carrier.has_ended(is_closed=self.is_closed)
