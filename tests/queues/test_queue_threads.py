@@ -12,6 +12,7 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from tests.queues import jobs
+from tests.queues.handles import worker_handle
 
 
 def test_tensors_stay_where_they_are() -> None:
@@ -224,3 +225,17 @@ def test_a_queue_dropped_by_all_threads_leaves_nothing() -> None:
         q.close()
     del q
     gc.collect()
+
+
+def test_questions_keep_their_order_when_one_of_them_has_the_queue_in_it() -> None:
+    """It asks for what moves the questions, while they are being moved."""
+    with torchwq.workqueue() as q:
+        for question in (0, q, 2, 3):
+            q.write(question)
+        q._role.open_to_processes()  # type: ignore[union-attr]
+        worker = worker_handle(q)
+        got = [worker.read(timeout=20) for _ in range(4)]
+        assert [got[0], got[2], got[3]] == [0, 2, 3]
+        assert not got[1].creator
+        got[1].close()
+        worker.close()

@@ -203,6 +203,8 @@ class MovingPipe(Pipe[C]):
                 waiting.append(received)
                 payloads.append(codec.for_others(received[0], carrier.max_payload))
         except BaseException:
+            while (received := self.box.take()) is not None:
+                waiting.append(received)
             for received in waiting:
                 self.box.put(received)
             carrier.cancel()

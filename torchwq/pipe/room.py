@@ -40,8 +40,8 @@ from contextlib import AbstractContextManager
 from typing import Final, TypeVar
 
 from ..transport import descriptors, reactor
-from ..transport.parking import ParkingLot
 from ..transport.fork import closed_in_child
+from ..transport.parking import ParkingLot
 from ..transport.waiting import MAX_SLEEP, Waiter
 
 R = TypeVar("R")
