@@ -83,14 +83,14 @@ def test_one_that_cannot_go_leaves_all_where_they_were(monkeypatch: pytest.Monke
     for number in range(3):
         put(pipe, number)
     carrier = FakeCarrier()
-    real = codec.for_others
+    real = codec.for_other_processes
 
     def refuse(payload: Any, limit: int) -> Any:
-        if codec.decode(*codec.received(payload)) == 1:
+        if codec.decode(*codec.deliver_local(payload)) == 1:
             raise ValueError("it stays here")
         return real(payload, limit)
 
-    monkeypatch.setattr(codec, "for_others", refuse)
+    monkeypatch.setattr(codec, "for_other_processes", refuse)
     with pytest.raises(ValueError, match="it stays here"):
         pipe.move(lambda: carrier)
     assert carrier.is_cancelled
@@ -105,7 +105,7 @@ def test_one_that_asks_for_the_move_while_it_is_moved_finds_it_done(monkeypatch:
     for number in range(3):
         put(pipe, number)
     carrier = FakeCarrier()
-    real = codec.for_others
+    real = codec.for_other_processes
     asked = []
 
     def ask(payload: Any, limit: int) -> Any:
@@ -114,7 +114,7 @@ def test_one_that_asks_for_the_move_while_it_is_moved_finds_it_done(monkeypatch:
             put(pipe, "written meanwhile")
         return real(payload, limit)
 
-    monkeypatch.setattr(codec, "for_others", ask)
+    monkeypatch.setattr(codec, "for_other_processes", ask)
     assert pipe.move(lambda: carrier)
     assert asked == [False]
     assert taken(pipe) == [0, 1, 2, "written meanwhile"]

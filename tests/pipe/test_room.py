@@ -19,7 +19,7 @@ from torchwq.transport import parking, waiting
 
 @pytest.fixture(autouse=True)
 def _nobody_looks_by_himself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parking, "_MAX_SLEEP", 1000.0)
+    monkeypatch.setattr(parking, "MAX_PARKED", 1000.0)
     monkeypatch.setattr(waiting, "MAX_SLEEP", 1000.0)
     monkeypatch.setattr(rooms, "MAX_SLEEP", 1000.0)
     monkeypatch.setattr(rooms, "_FIRST_LOOK", 1000.0)

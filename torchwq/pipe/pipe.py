@@ -90,7 +90,7 @@ class Pipe(Generic[S]):
         """Put a message where threads of this process find it. False, and it is not put, if the pipe is closed."""
         if self.is_closed:
             return False
-        self.box.put(codec.received(payload))
+        self.box.put(codec.deliver_local(payload))
         carrier = self.carrier
         if carrier is not None:
             carrier.wake_all()
@@ -175,7 +175,7 @@ class MovingPipe(Pipe[C]):
             if self.is_closed:
                 return False
             self.written += 1
-            self.box.put(codec.received(payload))
+            self.box.put(codec.deliver_local(payload))
             return True
 
     def move(self, open_carrier: Callable[[], C]) -> bool:
@@ -201,7 +201,7 @@ class MovingPipe(Pipe[C]):
         try:
             while (received := self.box.take()) is not None:  # also what pickling, which runs any code, has written
                 waiting.append(received)
-                payloads.append(codec.for_others(received[0], carrier.max_payload))
+                payloads.append(codec.for_other_processes(received[0], carrier.max_payload))
         except BaseException:
             while (received := self.box.take()) is not None:
                 waiting.append(received)
@@ -214,7 +214,7 @@ class MovingPipe(Pipe[C]):
         for payload in payloads:
             carrier.send(payload)
         while (received := self.box.take()) is not None:  # a signal handler has written it just before
-            carrier.send(codec.for_others(received[0], carrier.max_payload))
+            carrier.send(codec.for_other_processes(received[0], carrier.max_payload))
 
     def filenos(self) -> Sequence[int]:
         carrier = self.carrier

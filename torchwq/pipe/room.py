@@ -42,7 +42,8 @@ from typing import Final, TypeVar
 from ..transport import descriptors, reactor
 from ..transport.fork import closed_in_child
 from ..transport.parking import ParkingLot
-from ..transport.waiting import MAX_SLEEP, Waiter
+from ..transport.timing import MAX_SLEEP
+from ..transport.waiting import Waiter
 
 R = TypeVar("R")
 

@@ -91,7 +91,7 @@ class Owner(SocketRole):
             raise QueueClosed(self.closed)
         was_put = self.questions.put_if_local(payload)
         if was_put is None:
-            self.outbox.send(codec.for_others(payload, self._for_others))
+            self.outbox.send(codec.for_other_processes(payload, self._for_others))
         elif not was_put:
             raise QueueClosed(self.closed)
 

@@ -24,8 +24,8 @@ from ..pipe.pipe import MovingPipe
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
+from ..transport.timing import MAX_SLEEP
 from ..transport.trailer import number_of
-from ..transport.waiting import MAX_SLEEP
 from .history import History
 
 R = TypeVar("R")
