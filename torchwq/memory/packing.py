@@ -1,21 +1,20 @@
-"""Many storages of one message in few blocks: not each tensor needs a descriptor, a mapping and a count of its own.
+"""Packs many storages of one message into few blocks: not each tensor needs a descriptor, a mapping and a count.
 
-Each storage that is packed stays a storage of its own, exactly as large as its data: a *slice* of its block's memory.
-So nothing shows that others lie beside it: ``torch.save`` writes its bytes and no more, and it cannot be resized, as no
-shared storage can.
+Each packed storage stays a storage of its own, exactly as large as its data: a *slice* of its block's memory. So its
+neighbours do not show: ``torch.save`` writes its bytes and no more, and it cannot be resized, as no shared storage can.
 
-By value, what is copied is not each tensor, but what the message's tensors see of a storage. So views of one storage
-arrive as views of one storage, and what they have in common is copied once.
+By value, what is copied is not each tensor, but the parts of a storage that the message's tensors see. So views of one
+storage arrive as views of one storage, and what they have in common is copied once.
 
-By reference, a storage is moved into its slice, and the tensor with it. Only one that its tensor alone owns can be
-moved so. What is more than a few blocks is packed only: a block that is a tensor's own is free as soon as that is gone.
+By reference, a storage is moved into its slice, and the tensor with it. That needs a tensor that alone owns its
+storage. Only a message of many tensors is packed: a block with one tensor is free as soon as that tensor is gone.
 
 Invariants:
 
 * A slice keeps its block's storage: the block is in use as long as any of its slices is.
 * Slices do not overlap.
-* What is to be copied is copied before the message is complete, and what is to be moved is in its place then.
-* For a reader that shares no memory, all is copied into the message itself, as it also is for want of descriptors.
+* All copying and moving is done when the message is complete.
+* For a reader that shares no memory, and for want of descriptors, data are copied into the message itself.
 """
 
 from __future__ import annotations
@@ -29,35 +28,34 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from . import limits, pool, recycling, sharing, state_lock, storages
+from . import limits, pool, recycling, sharing, storages
 from .block import Block
 from .slices import aligned, cut_shared, slice_of
 
 #: Up to so many bytes are copied into a block with others in less time than a block of their own takes.
 SMALL: Final = 32 * 1024
-#: How many tensors of one message get blocks of their own at most, although others could be beside them.
+#: How many tensors of one message get blocks of their own at most, where they could be packed.
 _MAX_OWN_BLOCKS: Final = 64
 #: About how many bytes one block with slices has, and how many such blocks a message has at most.
 _PACK_BYTES: Final = 64 << 20
 _MAX_PACKS: Final = 32
 
-#: Where a slice is: in the message itself; in a block; there, and the writer has it, too; or it is all of a block.
+#: Where a slice is: in the message itself; in a block; in a block, and the writer has it, too; or it is a whole block.
 INLINE, SLICE, SHARED, WHOLE = range(4)
 
-
-#: Set in the number of what is no storage, but one of the pickle's buffers.
+#: Set in the number of a buffer of the pickle, which is no storage.
 BUFFER: Final = 1 << 31
 
 
 class Row(NamedTuple):
-    """What a message says of one slice."""
+    """How a message describes one slice."""
 
     kind: int
-    #: The number of its storage in the message, and where in that it begins, in bytes.
+    #: The number of its storage in the message, and where in the storage it begins, in bytes.
     group: int
     low: int
     nbytes: int
-    #: The index of its block in the message, and where in that it begins. INLINE: in the message.
+    #: The index of its block in the message, and where in the block it begins. INLINE: where in the message.
     block: int
     shift: int
 
@@ -67,7 +65,7 @@ _COUNT: Final = struct.Struct("=I")
 
 
 def rows_to_bytes(rows: Sequence[Row]) -> list[bytes]:
-    """Rows as a message has them: one behind the other, and their number."""
+    """Rows as a message has them: one after the other, then their number."""
     return [*(_ROW.pack(*row) for row in rows), _COUNT.pack(len(rows))]
 
 
@@ -83,12 +81,12 @@ Refer = Callable[[Block, torch.UntypedStorage], int]
 
 
 def max_own_blocks() -> int:
-    """How many blocks of its own a message's tensors may have, where they could be packed."""
+    """How many blocks of their own a message's tensors may have, where they could be packed."""
     return min(_MAX_OWN_BLOCKS, max(1, limits.max_open_blocks() // 4))
 
 
 class _Group:
-    """One storage of the message: what of it is to be copied, or the tensor that is to be moved."""
+    """One storage of the message: the parts to be copied, or the tensor to be moved."""
 
     __slots__ = ("buffer", "parts", "step", "storage", "tensor")
 
@@ -98,17 +96,17 @@ class _Group:
         tensor: torch.Tensor | None = None,
         buffer: memoryview | None = None,
     ) -> None:
-        #: None if a tensor is to be moved, which must be its only owner.
+        #: None if the tensor is to be moved, which must own its storage alone.
         self.storage = storage
         self.tensor = tensor
-        #: If it is no storage: what is to be copied.
+        #: A buffer to be copied, if it is no storage.
         self.buffer = buffer
         self.parts: list[tuple[int, int]] = []
         #: The largest size of an element: parts begin at a multiple of it.
         self.step = 1
 
     def clusters(self) -> list[tuple[int, int]]:
-        """The parts, as one where they overlap or touch; all as one, if that is not much more."""
+        """The parts, merged where they overlap or touch; all merged, if that at most doubles the bytes."""
         if len(self.parts) == 1:
             return self.parts
         merged: list[tuple[int, int]] = []
@@ -122,7 +120,7 @@ class _Group:
 
 
 class _Item(NamedTuple):
-    """A part of a storage, which will be a slice."""
+    """A part of a storage that is to be a slice."""
 
     group: int
     low: int
@@ -130,12 +128,12 @@ class _Item(NamedTuple):
 
 
 class Packing:
-    """The storages of one message that are to be packed, or that were."""
+    """The storages of one message that are to be packed, or have been."""
 
     def __init__(self) -> None:
         self._groups: list[_Group] = []
         self._numbers: dict[int, int] = {}
-        #: Whether buffers are packed: all that come later must be, too, or their order would be lost.
+        #: Whether it has buffers: all later ones must be packed, too, to keep their order.
         self.has_buffers = False
 
     def _number(self, storage: torch.UntypedStorage) -> int:
@@ -146,7 +144,7 @@ class Packing:
         return number
 
     def copy(self, tensor: torch.Tensor, span: int) -> int:
-        """Let a dense tensor's part of its storage be copied, which is ``span`` > 0 elements long.
+        """Let the part of its storage that a dense tensor spans be copied, ``span`` > 0 elements.
 
         Returns the number of the storage in the message.
         """
@@ -162,47 +160,40 @@ class Packing:
         return len(self._groups) - 1
 
     def take_buffer(self, buffer: memoryview) -> None:
-        """Let one of the pickle's buffers travel, behind those before it."""
+        """Add the next one of the pickle's buffers."""
         self._groups.append(_Group(buffer=buffer))
         self.has_buffers = True
 
     def refer(self, storage: torch.UntypedStorage) -> int:
-        """Let a reference to a shared slice travel."""
+        """Add a reference to a shared slice."""
         return self._number(storage)
 
     def place(self, refer: Refer | None, chunks: list[Any]) -> list[Row]:
-        """Copy and move everything to where it will be, and say where that is.
+        """Copy and move everything to its place; returns the places. Raises ResourceError if there is no memory.
 
-        Behind ``chunks``, which are the message's so far, goes all if the message refers to no block (``refer`` is
-        None), and for want of descriptors, what is left. Raises ResourceError if there is no memory.
+        Args:
+            refer: None if the message may refer to no block.
+            chunks: the message so far. What can be on no block is appended.
         """
         if refer is None:
             return _Inline(self._groups, chunks).all()
         return _Placement(self._groups, refer, chunks).rows if len(self._groups) > 1 else self._place_one(refer, chunks)
 
     def _place_one(self, refer: Refer, chunks: list[Any]) -> list[Row]:
-        """The same in a shorter way for what is most often all there is: one small tensor that is copied."""
+        """The same, faster for the most frequent case: one small tensor that is copied."""
         group = self._groups[0]
         if len(group.parts) == 1:
             low, high = group.parts[0]
             assert group.storage is not None
             if high - low <= SMALL:
-                fill = functools.partial(_copy_one, group.storage.data_ptr() + low, high - low)
-                with state_lock.lock:
-                    found = pool.fill_free_block(high - low, fill)
-                if found is not None:
-                    return [Row(WHOLE, 0, low, high - low, refer(*found), 0)]
+                copied = pool.copy(group.storage.data_ptr() + low, high - low, is_short=True)
+                if copied is not None:
+                    return [Row(WHOLE, 0, low, high - low, refer(*copied), 0)]
         return _Placement(self._groups, refer, chunks).rows
 
 
-def _copy_one(source: int, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
-    storage = block.storage
-    ctypes.memmove(block.address, source, nbytes)
-    return block, storage
-
-
 class _Inline:
-    """Puts parts of storages, and buffers, into the message itself, behind ``chunks``."""
+    """Appends parts of storages, and buffers, to the ``chunks`` of the message."""
 
     def __init__(self, groups: Sequence[_Group], chunks: list[Any]) -> None:
         self._groups = groups
@@ -210,7 +201,7 @@ class _Inline:
         self._end = -1
 
     def all(self) -> list[Row]:
-        """The rows of all that is to be copied: nothing is moved for one who sees only copies."""
+        """Append everything; nothing is moved for a reader that gets only copies."""
         groups = enumerate(self._groups)
         return [self.row(_Item(n, low, high - low)) for n, group in groups for low, high in group.clusters()]
 
@@ -230,6 +221,8 @@ class _Inline:
 
 
 class _Placement:
+    """Puts storages and buffers onto blocks."""
+
     def __init__(self, groups: Sequence[_Group], refer: Refer, chunks: list[Any]) -> None:
         self._groups = groups
         self._refer = refer
@@ -283,12 +276,8 @@ class _Placement:
             shifts.append(end)
             end = aligned(end + item.nbytes)
         nbytes = shifts[-1] + items[-1].nbytes
-        job = functools.partial(fill, items, shifts)
-        filled = None
-        if nbytes <= SMALL and kind != SHARED:  # moving takes locks of its own
-            with state_lock.lock:
-                filled = pool.fill_free_block(nbytes, job)
-        filled = filled or pool.fill_block(nbytes, job)
+        is_short = nbytes <= SMALL and kind != SHARED  # moving takes locks of its own
+        filled = pool.fill_block(nbytes, functools.partial(fill, items, shifts), is_short)
         if filled is None:
             for item in items:
                 self._inline(item, flag)
@@ -325,7 +314,7 @@ class _Placement:
         return block, base, elsewhere
 
     def _refer_to_moved(self, number: int) -> None:
-        """What another thread has moved meanwhile, or someone else has got a view of, is where it is."""
+        """Refer to a tensor that another thread has moved meanwhile, or that has got a view, where it is."""
         tensor = self._groups[number].tensor
         assert tensor is not None
         try:
@@ -346,7 +335,7 @@ class _Placement:
 
 
 def _packs(items: Sequence[_Item]) -> list[list[_Item]]:
-    """``items`` in order, as many together as one block is to have."""
+    """``items`` in order, grouped by the blocks that they will be on."""
     most = max(_PACK_BYTES, sum(item.nbytes for item in items) // _MAX_PACKS + 1)
     packs: list[list[_Item]] = []
     left = 0

@@ -1,31 +1,35 @@
 """The shared memory that this process makes, and uses again.
 
-Fresh shared memory costs a system call or four, and a page fault for every 4 KiB on both sides: that is twenty times
-what copying into it costs. So a block is not given back when its tensor is gone. It stands in a ring with the others
-of its size, in the order in which they were given out: the one at the head has been out for longest, so it is the
-likeliest to be free, and looking at a few from the head on is enough.
+Fresh shared memory costs two to four system calls, and a page fault for every 4 KiB on both sides: twenty times as
+much as copying into it. So a block is kept when its tensor is gone. It is in a ring with the others of its size, in
+the order of their last use: the block at the head was used longest ago, so it is the likeliest to be free, and checking
+a few from the head on is enough.
 
-A storage shows exactly as many bytes as its tensor has, because ``torch.save`` writes all of it. Memory comes in
-coarser steps, so a block can be fitted with a storage of another size, which costs a mapping and no page.
+A storage has exactly as many bytes as its tensor, because ``torch.save`` writes all of it. Memory comes in coarser
+steps, so a block can be fitted with a storage of another size, which costs a mapping and no page.
 
 Invariants:
 
-* A block that is taken is in no ring until it is lent, so two threads never fill the same one. A fork in between
-  spoils it: the child may have the tensor that it is being filled for, so it is given up when it is lent.
-* Pages are reserved when a block is made (``fallocate``): running out is an error then, not a bus error later.
-* More than the limit is never *kept*: blocks beyond it are made if tensors need them, and given up when they are free.
-* What a block costs does not grow with how many there are. Nobody tells this process which of its blocks others do not
-  use any more, so they are looked at: a few for each new one, all in turn.
+* While a thread fills a block, no ring has it, so two threads never fill the same one. If the process forks meanwhile,
+  the child may have the tensor that the block is being filled for, so the block is retired afterwards.
+* ``fallocate`` reserves the pages of a new block: running out of memory is an error then, not a bus error later.
+* More than the limit is never *kept*: blocks beyond it are made if tensors need them, and retired when they are free.
+* What a block costs does not grow with their number. No process tells this one that it has dropped a block, so each
+  new block checks a few of the others, all in turn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
+
+import torch
 
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
@@ -34,20 +38,20 @@ from .block import MADE, Block
 
 T = TypeVar("T")
 
-#: How many blocks at the head of a ring are looked at, and how many rings of other sizes.
+#: How many blocks at the head of a ring are checked, and how many rings of other sizes.
 _MAX_CHECKS: Final = 4
 _MAX_OTHER_RINGS: Final = 4
-#: How many blocks are looked at, at a limit, to make room for one more.
+#: How many blocks are checked, at a limit, to make room for one more.
 _MAX_CHECKS_FOR_ROOM: Final = 16
 _PAGE: Final = 4096
 #: Above this, memory comes in steps of an eighth of the next smaller power of two.
 _COARSE_FROM: Final = 64 * 1024
 
-#: Blocks by the memory they have, then by the bytes their storage shows.
+#: Blocks by their capacity, then by the bytes of their storage.
 _rings: dict[int, dict[int, deque[Block]]] = {}
 #: Blocks between ``_acquire`` and ``_publish``, and whether this process was forked meanwhile.
 _acquired: dict[Block, bool] = {}
-#: Those that are still to be looked at, in this round, to make room.
+#: Those that are still to be checked, in this round, to make room.
 _candidates: deque[Block] = deque()
 
 
@@ -61,7 +65,7 @@ def _reset() -> None:
 
 
 def blocks() -> list[Block]:
-    """All blocks that are lent or free. Under the lock."""
+    """All blocks of the rings. Under the lock."""
     rings = [ring for rings in list(_rings.values()) for ring in list(rings.values())]
     return [block for ring in rings for block in list(ring) if block.kind == MADE]
 
@@ -72,12 +76,20 @@ def capacity_for(nbytes: int) -> int:
     return -(-nbytes // step) * step
 
 
-def fill_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
-    """What ``fill(block)`` gives, which may fill the block and let something use it.
+def fill_block(nbytes: int, fill: Callable[[Block], T], is_short: bool = False) -> T | None:
+    """Take a block, and return what ``fill(block)`` returns, which may fill the block and let something use it.
 
-    The block's storage has ``nbytes`` bytes, more than 0, with arbitrary values, and nobody else has the block. Returns
-    None if no descriptor can be had. Raises ResourceError if there is no memory.
+    The block's storage has ``nbytes`` bytes, more than 0, with arbitrary values, and nothing else uses the block.
+    Returns None if no descriptor is free. Raises ResourceError if there is no memory.
+
+    Args:
+        is_short: ``fill`` does not let go of the lock, and takes less time than the pool does otherwise.
     """
+    if is_short:
+        with state_lock.lock:
+            found = fill_free_block(nbytes, fill)
+        if found is not None:
+            return found
     block = _acquire(nbytes)
     if block is None:
         return None
@@ -90,7 +102,7 @@ def fill_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
 def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
     """The same, if a block of just this size is free; else None. Under the lock, which ``fill`` must not let go.
 
-    The block stays in its ring: a user of its own keeps finalizers that run meanwhile from taking it.
+    The block stays in its ring: its ``users`` keep finalizers that run meanwhile from taking it.
     """
     recycling.drain_finalizers()
     rings = _rings.get(capacity_for(nbytes))
@@ -105,6 +117,17 @@ def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
         return fill(block)
     finally:
         block.users -= 1
+
+
+def copy(address: int, nbytes: int, is_short: bool) -> tuple[Block, torch.UntypedStorage] | None:
+    """A block with a copy of the ``nbytes`` at ``address``, and its storage, which keeps it in use; else as above."""
+    return fill_block(nbytes, functools.partial(_copy, address, nbytes), is_short)
+
+
+def _copy(address: int, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
+    storage = block.storage
+    ctypes.memmove(block.address, address, nbytes)
+    return block, storage
 
 
 def _acquire(nbytes: int) -> Block | None:
@@ -149,7 +172,7 @@ def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Bl
         ring = rings.pop(size, None)
         block = _free_one(ring)
         if ring:
-            rings.setdefault(size, deque()).extend(ring)  # at the end: others are looked at first the next time
+            rings.setdefault(size, deque()).extend(ring)  # at the end: others are checked first the next time
         if block is not None:
             return block
     return None
@@ -158,10 +181,8 @@ def _free_one_of_another_size(rings: dict[int, deque[Block]], nbytes: int) -> Bl
 def _may_make(capacity: int) -> bool:
     """Make room for one more block, as far as that helps; False if there are no descriptors. Under the lock."""
     for _ in range(_MAX_CHECKS_FOR_ROOM):
-        if (
-            recycling.made_bytes + capacity <= limits.memory_limit()
-            and recycling.open_blocks < limits.max_open_blocks()
-        ):
+        has_descriptor = recycling.open_blocks < limits.max_open_blocks()
+        if has_descriptor and recycling.made_bytes + capacity <= limits.memory_limit():
             return True
         if not _candidates:
             _candidates.extend(blocks())
@@ -169,7 +190,7 @@ def _may_make(capacity: int) -> bool:
                 break
         block = _candidates.popleft()
         if block.kind == MADE and block not in _acquired and recycling.is_free(block):
-            recycling.retire(block)  # its ring drops it when it comes to it
+            recycling.retire(block)  # its ring drops it later
     return recycling.open_blocks < limits.max_open_blocks()
 
 
@@ -202,11 +223,11 @@ def _add(block: Block) -> None:
 
 
 def _publish(block: Block) -> None:
-    """The block is in the ring again: whatever uses it now decides when it is free."""
+    """Put the block into its ring: what uses it now decides when it is free."""
     with state_lock.lock:
         forked = _acquired.pop(block, None)
         if forked is None:
-            return  # this is the child of a fork, which does not know the block
+            return  # in the child of a fork, which does not know the block
         if forked:
             recycling.retire(block)
             return
@@ -215,8 +236,8 @@ def _publish(block: Block) -> None:
 
 
 def _retire_free(idle_since: float | None) -> None:
-    """Give up the free blocks: all of them, or those that nobody has used since then."""
-    # A finalizer may run at any allocation in here, and may take and lend blocks of its own.
+    """Retire the free blocks: all of them, or those that nobody has used since then."""
+    # A finalizer may run at any allocation in here, and may fill blocks.
     for rings in list(_rings.values()):
         for ring in list(rings.values()):
             for _ in range(min(len(ring), recycling.MAX_PER_POLL)):
@@ -233,16 +254,14 @@ def _retire_free(idle_since: float | None) -> None:
             del rings[size]
 
 
-def _on_period(now: float) -> None:
+@maintenance.on_period
+def _maintain(now: float) -> None:
     over = recycling.made_bytes > limits.memory_limit()
     _retire_free(None if over else now - recycling.IDLE_TIMEOUT)
 
 
-maintenance.on_period(_on_period)
-
-
 def trim() -> None:
-    """Give everything back that is free now."""
+    """Retire all blocks that are free now."""
     with state_lock.lock:
         recycling.drain_finalizers()
         _retire_free(None)
@@ -250,7 +269,7 @@ def trim() -> None:
 
 @state_lock.before_fork
 def _before_fork() -> None:
-    """What has tensors here will have them in the child too."""
+    """The child will have the tensors of this process, too."""
     for block in _acquired:
         _acquired[block] = True
     for block in blocks():

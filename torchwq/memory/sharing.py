@@ -1,8 +1,8 @@
-"""How a tensor comes to be on a block: it is born there, or moved there when it is first written.
+"""How a tensor comes to be on a block: it is made there, or moved there when it is first written.
 
-A tensor that alone owns its storage is moved into a block of the pool: one copy, in memory that is warm. One with
-views is moved by torch, views and all, into shared memory of torch's own, and so is a bare storage. What is in shared
-memory already stays where it is. In each of the three the writer's tensor aliases what the reader will see.
+A tensor that alone owns its storage is moved into a block of the pool: one copy, into warm memory. torch moves one
+with views, and a bare storage, into shared memory of torch's own. A tensor in shared memory stays where it is. In each
+of the three cases the writer's tensor and the reader's have the same memory.
 
 Invariant: of two threads that write the same tensor at once, one moves it, and the other finds it moved. So a small
 tensor is moved under the lock, and a large one, whose copying takes long, while its storage is in ``_moving``.
@@ -10,12 +10,13 @@ tensor is moved under the lock, and a large one, whose copying takes long, while
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -28,12 +29,11 @@ from . import limits, pool, recycling, state_lock, storages
 from .block import MAPPED, Block, Geometry
 from .slices import aligned, cut_shared, slice_of
 
-#: A view is copied without what is between its elements if that is so many times as much, and so many bytes.
+#: A view is copied without the gaps between its elements if it spans so many times its elements, and so many bytes.
 _SPARSE_FACTOR: Final = 16
 _SPARSE_BYTES: Final = 1 << 20
 #: Up to so many bytes are copied in less time than another thread needs to wake up.
 _SMALL: Final = 64 * 1024
-
 
 _OWN_FILE: Final = (
     "a tensor with views, mapped from a file for this process alone, is copied instead of shared: a change on one side "
@@ -42,14 +42,14 @@ _OWN_FILE: Final = (
 
 
 class _Mover:
-    """A thread that moves a storage, and what others wait for."""
+    """A thread that moves a storage, and the event for which others wait."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.done = threading.Event()
 
 
-#: Who moves which storage, by torch's name for it.
+#: Which thread moves a storage, by the address of torch's object for it.
 _moving: dict[int, _Mover] = {}
 
 
@@ -59,7 +59,7 @@ def _reset() -> None:
 
 
 def is_current(block: Block) -> bool:
-    """Whether the storage's block can be sent; if not, because its maker is dead, the storage has none any more."""
+    """Whether the block of a storage can be sent. If not, because its maker is dead, the storage has none any more."""
     if block.kind != MAPPED or recycling.is_current(block):
         return True
     with state_lock.lock:
@@ -68,14 +68,14 @@ def is_current(block: Block) -> bool:
 
 
 def needs_torch_reducer(storage: torch.UntypedStorage) -> bool:
-    """Whether only torch's own reductions can share this: it has a name in the file system, by the user's choice."""
+    """Whether only torch's own reductions can share this: by the user's choice it has a name in the file system."""
     return not storages.CAN_SHARE_FD or (
         storage.is_shared() and torch.multiprocessing.get_sharing_strategy() == "file_system"
     )
 
 
 class IsSlice(Exception):
-    """What was to be shared is a slice of shared memory: another thread has moved it there meanwhile."""
+    """The storage to be shared is a slice of shared memory: another thread has moved it there meanwhile."""
 
 
 def share(tensor: torch.Tensor) -> Block | None:
@@ -93,21 +93,18 @@ def share(tensor: torch.Tensor) -> Block | None:
         if slice_of(storage) is not None:
             raise IsSlice
         movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
-        # Whether it is being moved first, whether it has been moved since this looked afterwards: who moves it swaps
-        # the storages before it says that it is done, and who begins now waits for the lock.
+        # The order matters: a thread that moves it swaps the storages before it leaves _moving. One that begins now
+        # waits for the lock.
         small = movable and storage.nbytes() <= _SMALL
         if small and storage._cdata not in _moving and tensor.untyped_storage()._cdata == storage._cdata:
             block = pool.fill_free_block(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
             if block is not None:
                 return block
         key = storage._cdata
-        del storage  # two threads that look at the same tensor must not take each other for owners
-    mover = _Mover()
-    try:
-        while (other := _moving.setdefault(key, mover)) is not mover:
-            if not _wait_for(other):
-                return None
-            key = tensor.untyped_storage()._cdata  # another one, if it has been moved
+        del storage  # two threads that share the same tensor must not count each other as owners
+    with _moved_by_this_thread(key, tensor) as is_this_thread:
+        if not is_this_thread:
+            return None
         with state_lock.lock:
             storage = tensor.untyped_storage()
             block = recycling.block_of(storage)
@@ -116,31 +113,35 @@ def share(tensor: torch.Tensor) -> Block | None:
             if slice_of(storage) is not None:
                 raise IsSlice
             movable = not storages.is_shared(storage) and storages.is_sole_owner(tensor, storage)
-        if movable:
-            block = pool.fill_block(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
-            if block is None:
-                limits.warn_of_copies()
-        else:
-            del tensor
-            block = _share_storage(storage)
-    finally:
-        _finish(key, mover)
+        if not movable:
+            return _share_storage(storage)
+        block = pool.fill_block(storage.nbytes(), functools.partial(_move, tensor, storage, geometry))
+        if block is None:
+            limits.warn_of_copies()
     return block
 
 
-def _wait_for(other: _Mover) -> bool:
-    """Wait for another thread's move. False if that cannot be waited for: a finalizer or a signal handler writes what
-    its own thread is just moving, or runs while that holds a lock."""
-    if other.thread == threading.get_ident() or state_lock.is_locked_by_this_thread():
-        return False
-    other.done.wait(1.0)  # and look again
-    return True
+@contextlib.contextmanager
+def _moved_by_this_thread(key: int, tensor: torch.Tensor | None = None) -> Iterator[bool]:
+    """Let no other thread move meanwhile the storage with this key, or that of ``tensor``; waits for one that does.
 
-
-def _finish(key: int, mover: _Mover) -> None:
-    if _moving.get(key) is mover:
-        del _moving[key]
-    mover.done.set()
+    Yields False if the wait would not end: a finalizer or a signal handler writes the tensor that its own thread is
+    just moving, or runs while that thread has the lock.
+    """
+    mover = _Mover()
+    try:
+        while (other := _moving.setdefault(key, mover)) is not mover:
+            if other.thread == mover.thread or state_lock.is_locked_by_this_thread():
+                yield False
+                return
+            other.done.wait(1.0)
+            if tensor is not None:
+                key = tensor.untyped_storage()._cdata  # another one, if it has been moved
+        yield True
+    finally:
+        if _moving.get(key) is mover:
+            del _moving[key]
+        mover.done.set()
 
 
 def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, geometry: Geometry, block: Block) -> Block:
@@ -154,13 +155,9 @@ def move_to(tensor: torch.Tensor, make: Callable[[], torch.UntypedStorage]) -> b
     Returns False, and leaves it where it is, if that is not so, or not any more.
     """
     geometry = storages.geometry(tensor)
-    mover = _Mover()
-    key = tensor.untyped_storage()._cdata
-    try:
-        while (other := _moving.setdefault(key, mover)) is not mover:
-            if not _wait_for(other):
-                return False
-            key = tensor.untyped_storage()._cdata
+    with _moved_by_this_thread(tensor.untyped_storage()._cdata, tensor) as is_this_thread:
+        if not is_this_thread:
+            return False
         with state_lock.lock:
             storage = tensor.untyped_storage()
             if storage.is_shared() or not storages.is_sole_owner(tensor, storage):
@@ -168,12 +165,9 @@ def move_to(tensor: torch.Tensor, make: Callable[[], torch.UntypedStorage]) -> b
         target = make()
         if target.nbytes() != storage.nbytes():
             return False
-        storages.keep_alive(
-            target, storages.move(tensor, storages.place(target, *geometry), storage, target.data_ptr())
-        )
+        left = storages.move(tensor, storages.place(target, *geometry), storage, target.data_ptr())
+        storages.keep_alive(target, left)
         return True
-    finally:
-        _finish(key, mover)
 
 
 def goes_by_value(block: Block | None, owned_blocks: Container[Block] | None) -> bool:
@@ -188,19 +182,17 @@ def span_bytes(tensor: torch.Tensor) -> int:
 
 
 def copy_all(tensors: Sequence[tuple[torch.Tensor, int]]) -> tuple[Block, torch.UntypedStorage] | None:
-    """A block with the values of several dense tensors, each with how many bytes it spans, as slices in this order.
+    """A block with the values of several dense tensors, as slices in this order, and its storage.
 
     Returns None if there is no descriptor for it. Raises ResourceError if there is no memory.
+
+    Args:
+        tensors: each with how many bytes it spans.
     """
     nbytes = 0
     for _, each in tensors:
         nbytes = aligned(nbytes) + each
-    fill = functools.partial(_copy_all, tensors)
-    copied = None
-    if nbytes <= _SMALL:
-        with state_lock.lock:
-            copied = pool.fill_free_block(nbytes, fill)
-    return copied or pool.fill_block(nbytes, fill)
+    return pool.fill_block(nbytes, functools.partial(_copy_all, tensors), is_short=nbytes <= _SMALL)
 
 
 def _copy_all(tensors: Sequence[tuple[torch.Tensor, int]], block: Block) -> tuple[Block, torch.UntypedStorage]:
@@ -213,8 +205,7 @@ def _copy_all(tensors: Sequence[tuple[torch.Tensor, int]], block: Block) -> tupl
 
 
 def dense(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A dense tensor that is to be copied, and how many elements of its storage it spans; a copy, if there is much more
-    between its elements than in them."""
+    """The tensor, or a contiguous copy if its gaps are large, and how many elements of its storage it spans."""
     span = storages.span(tensor)
     if span > _SPARSE_FACTOR * tensor.numel() and span * tensor.element_size() > _SPARSE_BYTES:
         tensor = tensor.detach().contiguous()
@@ -223,43 +214,25 @@ def dense(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] | None:
-    """A block with the values of a dense CPU tensor of at least one element: block, storage, how the copy lies on it.
+    """A block with the values of a dense CPU tensor of at least one element: block, storage, geometry of the copy.
 
-    The copy has the tensor's strides, unless there is much more between its elements than in them. Returns None, with
-    one warning, if there is no descriptor for it. Raises ResourceError if there is no memory.
+    The copy has the tensor's strides, unless its gaps are large. Returns None, with one warning, if there is no
+    descriptor for it. Raises ResourceError if there is no memory.
     """
     tensor, span = dense(tensor)
     code, _, size, stride = storages.geometry(tensor)
-    geometry = code, 0, size, stride
     nbytes = span * tensor.element_size()
-    fill = functools.partial(_copy, tensor, nbytes)
-    copied = None
-    if nbytes <= _SMALL:
-        with state_lock.lock:
-            copied = pool.fill_free_block(nbytes, fill)
-    copied = copied or pool.fill_block(nbytes, fill)
+    copied = pool.copy(tensor.data_ptr(), nbytes, is_short=nbytes <= _SMALL)
     if copied is None:
         limits.warn_of_copies()
         return None
-    return *copied, geometry
-
-
-def _copy(tensor: torch.Tensor, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
-    storage = block.storage
-    ctypes.memmove(block.address, tensor.data_ptr(), nbytes)
-    return block, storage
+    return *copied, (code, 0, size, stride)
 
 
 def share_storage(storage: torch.UntypedStorage) -> Block | None:
-    """The same for a storage of more than 0 bytes, with all tensors on it, that is no slice."""
-    key, mover = storage._cdata, _Mover()
-    try:
-        while (other := _moving.setdefault(key, mover)) is not mover:
-            if not _wait_for(other):
-                return None
-        return recycling.block_of(storage) or _share_storage(storage)
-    finally:
-        _finish(key, mover)
+    """Get a storage of more than 0 bytes, with all tensors on it, onto a block; else as ``share``."""
+    with _moved_by_this_thread(storage._cdata) as is_this_thread:
+        return recycling.block_of(storage) or _share_storage(storage) if is_this_thread else None
 
 
 def _share_storage(storage: torch.UntypedStorage) -> Block | None:
@@ -282,10 +255,7 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
 
 def new(geometry: Geometry, nbytes: int) -> torch.Tensor | None:
     """A new tensor in a block of ``nbytes`` > 0 bytes, its values arbitrary. None if there is no descriptor for it."""
-    place = functools.partial(_place, geometry)
-    with state_lock.lock:
-        tensor = pool.fill_free_block(nbytes, place)
-    return pool.fill_block(nbytes, place) if tensor is None else tensor
+    return pool.fill_block(nbytes, functools.partial(_place, geometry), is_short=True)
 
 
 def _place(geometry: Geometry, block: Block) -> torch.Tensor:
@@ -293,10 +263,10 @@ def _place(geometry: Geometry, block: Block) -> torch.Tensor:
 
 
 def _reduce_for_torch(storage: torch.UntypedStorage) -> Any:
-    """What torch's own multiprocessing passes on, someone sees of whom the reference table knows nothing."""
+    """Mark the block as escaped: torch's own multiprocessing passes it on to processes that do not count."""
     found = slice_of(storage)
     if found is not None:
-        return rebuild_slice, (found.base, found.shift, storage.nbytes())  # and the base comes here next
+        return rebuild_slice, (found.base, found.shift, storage.nbytes())  # the base is reduced here next
     block = recycling.block_of(storage)
     if block is not None:
         with state_lock.lock:
