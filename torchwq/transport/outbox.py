@@ -23,16 +23,17 @@ Note [One sending thread]. The invariants of this file:
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 from _thread import get_ident
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from . import reactor
-from .atomic import HAS_GIL, serialized
+from .atomic import serialize
 from .endpoint import Endpoint
 from .payload import Payload, Promises
 from .sockets import NotSent
@@ -43,9 +44,9 @@ Sent = Callable[[int, bytes], None]
 
 #: A thread that submits a message while so many wait pauses, so that the sending thread keeps up.
 _MAX_SUBMITTED: Final = 256
-#: So many messages that waited are sent at a time.
+#: The most pending messages that are sent at a time: the reactor has others to serve.
 _FLUSH_BATCH: Final = 256
-#: The tag of what concerns the connection only.
+#: The tag of control messages.
 _CONTROL: Final = -1
 
 
@@ -53,13 +54,13 @@ class Outbox:
     """Sends over one endpoint without ever blocking. Safe to use from several threads, finalizers and signal handlers.
 
     Args:
-        endpoint: where to.
+        endpoint: where messages go to.
         numbered: whether messages carry their number, from 1, in the order in which they leave.
         on_sent: called by the sending thread for each message that the socket took, in order, with its tag and its
             bytes. The tag of a numbered message is its number, that of any other the thread that wrote it.
         closed_error: makes the error that ``send`` raises when nobody can receive any more.
-        on_backlog: called by the sending thread, with True before the first message becomes pending (if it returns
-            False, the message is refused), with False when none is pending any more.
+        on_backlog: called by the sending thread: with True before the first message becomes pending, which False
+            refuses; with False when none is pending any more.
         on_emptied: called after that, when nobody sends.
     """
 
@@ -80,62 +81,53 @@ class Outbox:
         self._closed_error = closed_error
         self._on_backlog = on_backlog
         self._on_emptied = on_emptied
-        #: The thread that sends now; 0 if none does.
         self.sending_thread = 0
-        #: What was handed in, with the thread that wrote it.
+        #: Each with the thread that wrote it; control messages with their tag.
         self.submitted: deque[tuple[bytes | Payload, int]] = deque()
-        #: What waits here. Changed by this object only.
+        #: Messages that the socket did not take, each with its tag.
         self.pending: deque[tuple[bytes | Payload, int]] = deque()
         #: Whether the reactor watches the socket.
         self._is_watching = False
-        #: Whether something other than a message has to be seen to: the socket may have room, or there is to be closed.
+        #: Whether the sending thread has to look at ``pending``, and to say if it is empty.
         self._needs_flush = False
-        #: Whether nothing new is taken, and whether nobody can receive any more.
-        self._is_closed = self._is_broken = False
-        self._is_closing = False
+        #: Whether ``send`` refuses everything, whether nobody can receive any more, and ``close_when_sent`` was called.
+        self._is_closed = self._is_broken = self._is_closing = False
         self._then: Callable[[], None] | None = None
-        #: Of those who wait until nothing waits here.
+        #: Of the threads in ``wait_empty``.
         self._latches: deque[threading.Lock] = deque()
-        #: Number of the message sent last.
+        #: Number of the message that was sent or became pending last.
         self.number = 0
-        #: Where one process reads at the other end, and keeps descriptors for this sender.
+        #: Set if one process reads at the other end and keeps descriptors for this sender: see ``memory.promises``.
         self.promises: Promises | None = None
-        if not HAS_GIL:
-            guard = threading.RLock()
-            for name in ("send", "_process"):
-                setattr(self, name, serialized(guard, getattr(self, name)))
+        serialize(self, "send", "_process")
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.submitted)
 
     @property
     def is_idle(self) -> bool:
-        """Whether what is sent past it now comes after everything that was sent through it."""
+        """Whether a message that goes straight into the socket now comes after all that were sent here."""
         return not self.sending_thread and not self.submitted and not self.pending
 
     def send(self, payload: bytes | Payload) -> None:
-        """Send, or keep for later, one payload. It stays alive until it is sent.
+        """Send one payload, or keep it until the socket has room.
 
         Raises ``closed_error()`` (BrokenPipeError by default) if nobody can receive it any more; NotSent if it cannot
         be sent for another reason than a full socket, and then it is as if it had not been written.
         """
-        parcel = None if isinstance(payload, bytes) else payload
-        if parcel is not None:
-            parcel.on_send()
+        if not isinstance(payload, bytes):
+            payload.on_send()
         me = get_ident()
         if self.sending_thread or self.submitted:
-            self._submit(payload, parcel, me)
+            self._submit(payload, me)
             return
         self.sending_thread = me
         try:
-            # What is refused by now came later than the end.
             if self._is_closed or not self._send(payload, me):
-                if parcel is not None:
-                    parcel.on_send_failed()
+                _give_back(payload)
                 raise self._closed_error()
         except NotSent:
-            if parcel is not None:
-                parcel.on_send_failed()
+            _give_back(payload)
             raise
         finally:
             self.sending_thread = 0
@@ -143,13 +135,13 @@ class Outbox:
                 self._process()
 
     def send_control(self, payload: Payload) -> None:
-        """Send a message that concerns the connection, and nobody else: it is not counted. Never raises."""
+        """Send a control message: one between the two ends, which no user waits for or counts. Never raises."""
         if not self._is_closed:
             self.submitted.append((payload, _CONTROL))
             self._process()
 
     def _send(self, payload: bytes | Payload, tag: int) -> bool:
-        """Send one message, or let it wait; False if nobody can receive it."""
+        """Send one message, or make it pending; False if nobody can receive it. By the sending thread."""
         if self._numbered:
             self.number = tag = self.number + 1
         if not self.pending:
@@ -171,27 +163,26 @@ class Outbox:
             if self._on_backlog is not None and not self._on_backlog(True):
                 return False
         self.pending.append((payload, tag))
-        if not self._is_watching:
-            try:
-                self._watch()
-            except Exception:  # there are too many threads; after a Ctrl-C, the message waits
-                self.pending.pop()
-                if not self.pending:
-                    self._stop_watching()
-                if self._numbered:
-                    self.number = tag - 1
-                if not isinstance(payload, bytes):
-                    payload.on_send_failed()
-                raise
+        try:
+            self._watch()
+        except Exception:  # no thread can be started; a KeyboardInterrupt leaves the message pending
+            self.pending.pop()
+            if not self.pending:
+                self._stop_watching()
+            if self._numbered:
+                self.number = tag - 1
+            _give_back(payload)
+            raise
         return True
 
     def _watch(self) -> None:
-        """Have the reactor send on as soon as there is room. Where this was interrupted, it is done again."""
-        reactor.get().set_writer(self._endpoint.fileno(), self.flush)
-        self._is_watching = True
+        """Have the reactor send on as soon as there is room. If this is interrupted, the next message does it again."""
+        if not self._is_watching:
+            reactor.get().set_writer(self._endpoint.fileno(), self.flush)
+            self._is_watching = True
 
     def _transmit(self, payload: bytes | Payload, tag: int) -> bytes | None:
-        """Put one message into the socket; None if it has no room. Returns the message's bytes."""
+        """Put one message into the socket. Returns the message's bytes; None if the socket has no room."""
         if isinstance(payload, bytes):
             data = payload + trailer(tag, PICKLE) if self._numbered else payload
             return data if self._try_send(data) else None
@@ -207,11 +198,10 @@ class Outbox:
             promises.note_promise(payload)
         return data
 
-    def _submit(self, payload: bytes | Payload, parcel: Payload | None, ident: int) -> None:
-        """Another thread sends, or this one does, further down its stack: let it send this, too."""
+    def _submit(self, payload: bytes | Payload, ident: int) -> None:
+        """Leave one payload to the sending thread."""
         if self._is_closed:
-            if parcel is not None:
-                parcel.on_send_failed()
+            _give_back(payload)
             raise self._closed_error()
         self.submitted.append((payload, ident))
         self._process()
@@ -219,23 +209,20 @@ class Outbox:
             time.sleep(SUBMIT_PAUSE)
 
     def _process(self) -> None:
-        """Do what there is to do, unless somebody is at it, who will."""
-        me = get_ident()
+        """Send what was submitted and is pending, unless another thread sends, which does it then."""
+        me = get_ident()  # before the test: nothing may interrupt between it and the assignment
         while (self.submitted or self._needs_flush) and not self.sending_thread:
             self.sending_thread = me
             was_emptied = False
             try:
                 if self.submitted:
                     payload, ident = self.submitted.popleft()
-                    parcel = None if isinstance(payload, bytes) else payload
-                    # One that is refused now was accepted all the same, as what is in a socket that its reader closes.
+                    # Its ``send`` has returned: a payload refused now is lost, as in a socket that its reader closes.
                     try:
-                        is_accepted = self._send(payload, ident)
+                        if not self._send(payload, ident):
+                            _give_back(payload)
                     except NotSent as error:
-                        is_accepted = False
-                        _report(error)
-                    if not is_accepted and parcel is not None:
-                        parcel.on_send_failed()
+                        _give_back(payload, error)
                 else:
                     self._needs_flush = False
                     was_emptied = self._flush()
@@ -257,8 +244,7 @@ class Outbox:
         """Nobody can receive any more."""
         self._is_closed = self._is_broken = self._needs_flush = True
         for payload, _ in self.pending:
-            if not isinstance(payload, bytes):
-                payload.on_send_failed()
+            _give_back(payload)
         self.pending.clear()
         self._stop_watching()
 
@@ -270,15 +256,12 @@ class Outbox:
             self._on_backlog(False)
 
     def flush(self) -> None:
-        """Send what the socket takes of what waits. Never blocks, never raises for a closed queue."""
+        """Send those pending messages for which the socket has room. Never blocks, nor raises if nobody can receive."""
         self._needs_flush = True
         self._process()
 
     def _flush(self) -> bool:
-        """Returns whether nothing waits any more of what did.
-
-        It sends some at a time: the reactor, which has others to see to, calls again as long as there is room.
-        """
+        """Returns whether messages were pending and none is any more."""
         if not self.pending:
             return False
         try:
@@ -290,11 +273,9 @@ class Outbox:
                     data = self._transmit(payload, tag)
                 except NotSent as error:
                     self.pending.popleft()
-                    if not isinstance(payload, bytes):
-                        payload.on_send_failed()
-                    _report(error)
+                    _give_back(payload, error)
                     continue
-                if not self.pending:  # a signal handler has closed it in the middle of this
+                if not self.pending:  # a signal handler has closed the outbox in the middle of this
                     return False
                 if data is None:
                     break
@@ -303,93 +284,82 @@ class Outbox:
                     self._on_sent(tag, data)
         except BrokenPipeError:
             self._drop()
-        else:
-            if self.pending:
-                if not self._is_watching:
-                    self._watch()
-                return False
-            self._stop_watching()
+            return True
+        if self.pending:
+            self._watch()
+            return False
+        self._stop_watching()
         return True
 
-    def _claim(self) -> None:
-        """Become the one that sends; also who is it further down its stack. Sending takes no time: who is at it for
-        long is stuck, perhaps in a finalizer of the user's that waits for this."""
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Refuse every later ``send``, and be the sending thread: after CLAIM_TIMEOUT although another one is."""
+        self._is_closed = True
         me = get_ident()
         until = time.monotonic() + CLAIM_TIMEOUT
         while self.sending_thread and self.sending_thread != me and time.monotonic() < until:
             time.sleep(POLL_INTERVAL)
         self.sending_thread = me
+        try:
+            yield
+        finally:
+            self.sending_thread = 0
+        self._notify_empty()
 
     def withdraw(self) -> list[tuple[bytes, Payload | None]]:
-        """What waits here, in order; it is the caller's now, who sends it in another way. Nothing more is taken."""
-        self._is_closed = True
-        self._claim()
-        try:
-            while self.submitted:  # what is there is not to be sent by now, and waits behind the rest
+        """Close, and hand what waits, in order, to the caller, who sends it in another way."""
+        with self._closing():
+            while self.submitted:
                 self.pending.append(self.submitted.popleft())
             waiting = [_with_trailer(payload) for payload, _ in self.pending]
             self.pending.clear()
             self._is_watching = False
             if waiting and self._endpoint.fileno() >= 0:
                 reactor.get().set_writer(self._endpoint.fileno(), None)
-        finally:
-            self.sending_thread = 0
-        self._notify_empty()
         return waiting
 
     def close(self) -> None:
-        """Take nothing more, give back what waits, and return when nobody sends: the endpoint may be closed then."""
-        self._is_closed = True
-        self._claim()
-        try:
+        """Refuse every later ``send``, give back what waits, and return when no thread sends."""
+        with self._closing():
             while self.submitted:
-                payload, _ = self.submitted.popleft()
-                if not isinstance(payload, bytes):
-                    payload.on_send_failed()
+                _give_back(self.submitted.popleft()[0])
             if self.pending:
                 self._drop()
             self._is_broken = True
-        finally:
-            self.sending_thread = 0
-        self._notify_empty()
 
-    def wait_empty(self, timeout: float | None = None) -> bool:
-        """Wait until nothing waits here any more, because it was sent or because the other side is gone."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def wait_empty(self) -> None:
+        """Return when no message waits here, because all were sent or because the peer is gone."""
         me = get_ident()
         while len(self) or self.sending_thread not in (0, me):
             latch = threading.Lock()
             latch.acquire()
             self._latches.append(latch)
-            self._needs_flush = True  # whoever sends now tells, too, when it has sent
-            self._process()
-            latch.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
-            if deadline is not None and time.monotonic() >= deadline:
-                return not len(self)
-        return True
+            self.flush()  # a thread that sends now releases the latch afterwards
+            latch.acquire()
 
     def close_when_sent(self, then: Callable[[], None]) -> None:
-        """Take nothing more, and call ``then`` as soon as nothing waits. Returns at once."""
-        if self._is_closing:
-            return
-        self._is_closing = self._is_closed = True
-        self._then = then
-        self._needs_flush = True
-        self._process()
+        """Refuse every later ``send``, and call ``then`` as soon as no message waits. Returns at once."""
+        if not self._is_closing:
+            self._is_closing = self._is_closed = True
+            self._then = then
+            self.flush()
 
     def abandon(self) -> None:
-        """In the child of a fork: what waits is the parent's."""
+        """In the child of a fork: the messages that wait are the parent's."""
         self.pending.clear()
         self.submitted.clear()
         self._is_closed = self._is_broken = True
         self.sending_thread = 0
 
 
+def _give_back(payload: bytes | Payload, error: NotSent | None = None) -> None:
+    """The payload was not sent. Print ``error``, which nobody can raise: its ``send`` has returned."""
+    if not isinstance(payload, bytes):
+        payload.on_send_failed()
+    if error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
 def _with_trailer(payload: bytes | Payload) -> tuple[bytes, Payload | None]:
-    """The bytes of a message without a number, and what has its descriptors."""
+    """The bytes of a message without a number, and the owner of its descriptors."""
     return (payload, None) if isinstance(payload, bytes) else (payload.data + trailer(0, payload.kind), payload)
-
-
-def _report(error: NotSent) -> None:
-    """Of a message whose writer believes it sent."""
-    sys.excepthook(type(error), error, error.__traceback__)

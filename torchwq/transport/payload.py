@@ -1,4 +1,4 @@
-"""What an outbox sends, and who says what goes along with it: this room knows no more of either."""
+"""What an outbox sends, and what chooses the descriptors that go along: interfaces that ``memory`` implements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Payload(Protocol):
-    """A payload that is more than bytes: see :class:`torchwq.memory.message.Message`."""
+    """A message with a kind, descriptors and an owner who counts it: see :class:`torchwq.memory.message.Message`."""
 
     @property
     def data(self) -> bytes: ...
@@ -15,12 +15,16 @@ class Payload(Protocol):
     def kind(self) -> int: ...
     @property
     def fds(self) -> Sequence[int]: ...
-    def on_send(self) -> None: ...
-    def on_send_failed(self) -> None: ...
+
+    def on_send(self) -> None:
+        """The peer may receive it from now on."""
+
+    def on_send_failed(self) -> None:
+        """It was not sent after ``on_send``, and will not be."""
 
 
 class Promises(Protocol):
     """Chooses which descriptors stay at home: see :class:`torchwq.memory.promises.SentBlocks`."""
 
-    def choose(self, parcel: Any) -> tuple[Sequence[int], int]: ...
-    def note_promise(self, parcel: Any) -> None: ...
+    def choose(self, message: Any) -> tuple[Sequence[int], int]: ...
+    def note_promise(self, message: Any) -> None: ...

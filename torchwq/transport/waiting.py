@@ -1,20 +1,22 @@
 """The one place where a thread sleeps until a message comes.
 
-Waking a process that sleeps costs many times what passing a message costs, so a wait first tries again for a short
-while. How long adapts: a wait that ended soon after falling asleep lengthens the next spin, a spin in vain halves
-it, so that a queue which is fed rarely costs no processor time.
+Waking a process that sleeps costs many times what passing a message costs, so a wait first *spins*: it tries again
+for a short while. How long adapts: a short sleep lengthens the next spin, a spin in vain halves it, so that a queue
+which is fed rarely costs no processor time.
 
 Invariants:
 
 * The shared end of a queue is watched with EPOLLEXCLUSIVE where the system has it: one message wakes one of the
-  sleeping processes, not all of them. It is watched while somebody sleeps, and not longer: whoever sends would pay
-  for it with each message. Each who falls asleep sees to it, and so makes good what an interruption has left.
-* That process may be killed between waking and taking the message. So no sleep is longer than ``MAX_SLEEP``; after
-  each the message is tried for again, by everyone.
-* An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state it stands for.
+  sleeping processes, not all of them. It is watched only while a thread sleeps, because the sender pays for a watched
+  end with each message. Each thread registers it before it sleeps, and so repairs what an interruption has left.
+* The process that was woken may be killed before it takes the message. So no sleep is longer than ``MAX_SLEEP``, and
+  after each one every reader tries again.
+* An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state for which it stands.
 * ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
-* The epoll is made for the first sleep. As long as none can be had, threads sleep by poll(2), all for each message.
-* A ``poll`` object serves one thread at a time: who looks takes one out of ``_polls``, and puts it back.
+* The epoll is made for the first sleep. While none can be had, threads sleep by poll(2), and each message wakes all.
+* A ``poll`` object serves one thread at a time: a thread takes one out of ``_polls``, and puts it back.
+
+Source: epoll_ctl(2) for EPOLLEXCLUSIVE.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .timing import MAX_SLEEP, MAX_SPIN_NS, MIN_SPIN_NS, SHORT_SLEEP_NS
 T = TypeVar("T")
 
 _POLLS_PER_YIELD: Final = 4
-#: The alarm's reason when it wakes those who wait now.
+#: The alarm's reason during ``wake_all``.
 _WAKE: Final = "wake"
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
 
@@ -66,12 +68,12 @@ class Waiter:
         self.alarm = Alarm()
         self._can_spin = cores() > 1
         self._spin = MAX_SPIN_NS if self._can_spin else 0
-        # Reentrant: a finalizer that runs in the middle of falling asleep may close this.
+        # Reentrant: a finalizer that runs while a thread falls asleep may close this.
         self._guard = threading.RLock()
         #: One for each wait that has begun, and those of them that ``wake_all`` ends.
         self._waits: set[object] = set()
         self._to_wake: set[object] = set()
-        #: Threads that sleep; one that was interrupted at the wrong moment stands here until it has slept again.
+        #: Threads that sleep. One that was interrupted at the wrong moment stays here until it has slept again.
         self._asleep: set[int] = set()
         self._watched = -1
         self._closed = False
@@ -83,8 +85,8 @@ class Waiter:
     ) -> T | None:
         """Return what ``attempt`` gives; None when the alarm is set or ``deadline`` (time.monotonic) has passed.
 
-        ``attempt`` is called at least once after the alarm was set, so nothing that had come before is overlooked.
-        ``stop`` is asked when this wait has begun: who makes such a reason calls ``wake_all`` then.
+        ``attempt`` is called at least once after the alarm was set, so no message that came before is overlooked.
+        ``stop`` is asked once, after the wait has begun: whoever gives it a reason calls ``wake_all`` afterwards.
         """
         wait = object()
         try:
@@ -96,11 +98,11 @@ class Waiter:
                     return found
             return self._sleep_for(attempt, deadline)
         finally:
-            self._waits.discard(wait)  # first: one that is left here by a Ctrl-C would be woken for ever
+            self._waits.discard(wait)  # first: a wait that a Ctrl-C left here would be woken for ever
             self._leave()
 
     def wake_all(self) -> None:
-        """Have everybody who waits look at the state of things: ``wait`` returns None if there is nothing else."""
+        """End every wait that has begun: it returns None unless ``attempt`` gives something."""
         with self._guard:
             if self._waits and not self._closed:
                 self._to_wake |= self._waits
@@ -117,7 +119,7 @@ class Waiter:
         with self._guard:
             if self._to_wake and self._to_wake.isdisjoint(self._waits):
                 self.alarm.clear(_WAKE)
-                self._to_wake &= self._waits  # not all: a signal handler may just have woken some
+                self._to_wake &= self._waits  # not clear(): a signal handler may just have added some
             if self._closed and not self._waits:
                 self._release()
 
@@ -137,12 +139,12 @@ class Waiter:
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
         poll = self._take_poll()
-        # Asking is cheaper than trying: a failed ``recv`` makes an exception.
-        look = poll.poll
+        # A poll is cheaper than an attempt: a failed ``recv`` makes an exception.
+        ask = poll.poll
         try:
             while True:
                 for _ in range(_POLLS_PER_YIELD):
-                    if look(0):
+                    if ask(0):
                         found = attempt()
                         if found is not None:
                             return found
@@ -157,14 +159,14 @@ class Waiter:
         return None
 
     def _take_poll(self) -> select.poll:
-        """One that nobody uses, for the source and the alarm."""
+        """A ``poll`` object for the source and the alarm that no other thread uses."""
         try:
             return self._polls.pop()
         except IndexError:
             pass
         poll = select.poll()
         poll.register(self.alarm.fileno(), select.POLLIN)
-        with contextlib.suppress(OSError, ValueError):  # it is closed, and the alarm says so
+        with contextlib.suppress(OSError, ValueError):  # the source is closed, and the alarm set
             poll.register(self._source.fileno(), select.POLLIN)
         return poll
 
@@ -189,7 +191,7 @@ class Waiter:
             except ResourceError:  # no descriptor is free
                 return None
             if epoll is None or self._epoll is not None:
-                return self._epoll  # which a finalizer has made meanwhile
+                return self._epoll  # a finalizer has made it meanwhile
             epoll.register(self.alarm.fileno(), select.EPOLLIN)
             self._epoll = epoll
             return epoll
@@ -201,7 +203,7 @@ class Waiter:
             with self._guard:
                 self._asleep.add(ident)
                 self._watched = self._source.fileno()
-                # Somebody else watches it already; or it is closed, and the alarm says so.
+                # Another thread watches the source already; or it is closed, and the alarm set.
                 with contextlib.suppress(OSError, ValueError):
                     epoll.register(self._watched, select.EPOLLIN | _EXCLUSIVE)
             yield
@@ -213,7 +215,7 @@ class Waiter:
                         epoll.unregister(self._watched)
 
     def close(self) -> None:
-        """Wake everyone who waits; the last one out releases the descriptors, the alarm's too."""
+        """End every wait; the last one releases the descriptors, the alarm's too."""
         with self._guard:
             if self._closed:
                 return
