@@ -1,4 +1,4 @@
-"""What both encoders collect beside the pickle, and which kind of message they make of it."""
+"""The parts of a message that both encoders collect beside the pickle, and the kind of message these make."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from ..transport.endpoint import MAX_FDS
 from .local_message import LocalMessage
 from .wire import InBlock, Pickle, References
 
-#: Buffers from this size on leave the pickle and are mapped by the reader instead of copied.
+#: Buffers of at least this size leave the pickle, and the reader maps them instead of copying them.
 OUT_OF_BAND: Final = 32 * 1024
 
 
 class Attachments:
-    """What both encoders collect beside the pickle itself."""
+    """The chunks of a pickle, and the descriptors, blocks and objects that travel with it. See ``reducers.Encoder``."""
 
     def __init__(self) -> None:
         self.chunks: list[Any] = []
         self.fds: list[int] = []
         self.keep_alive: list[Any] = []
-        #: With their places in the message's list.
+        #: Each with its index in the message's list.
         self.blocks: dict[Block | Buffer, int] = {}
         #: Whether there is anything beside the pickle.
         self.has_attachments = False
         self.owned_blocks: Container[Block] | None = None
-        #: Who gets the message.
         self.peer = SAME_MACHINE
         self.worker_resources: list[Any] | None = None
-        #: Whether definitions that came from elsewhere travel as they are now: see ``definitions``.
+        #: Whether definitions that this process has received travel as they are now: see ``definitions``.
         self.full_definitions = False
         self.objects: list[Any] = []
         self._buffers: list[bytearray] = []
         self._packing: Packing | None = None
 
     def clear(self) -> None:
-        """Let go of everything; what has left in a payload is the payload's."""
+        """Forget everything: the payload owns it now."""
         self.chunks.clear()
         self.fds, self.keep_alive, self.blocks = [], [], {}
         self.has_attachments = False
@@ -56,7 +55,6 @@ class Attachments:
 
     @property
     def packing(self) -> Packing:
-        """The storages that are to be packed."""
         self.has_attachments = True
         if self._packing is None:
             self._packing = Packing()
@@ -90,7 +88,7 @@ class Attachments:
         return index
 
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        """pickle's ``buffer_callback``: True leaves the buffer in the pickle."""
+        """``pickle.Pickler`` calls it for each buffer; True leaves the buffer in the pickle."""
         raw = buffer.raw()
         if raw.nbytes < OUT_OF_BAND or not self.peer.shares_memory:
             return True
@@ -106,19 +104,19 @@ class Attachments:
             return True
         block, storage = found
         self.has_attachments = True
-        # A buffer of its own, also if a block has the content of two.
+        # Each buffer is an entry of its own, even if one block has the content of two.
         self.blocks[Buffer(block)] = len(self.blocks)
         self.keep_alive.append(storage)
         return False
 
     def local_message(self) -> bytes | LocalMessage:
-        """What was collected for this process."""
+        """The payload for a peer in this process."""
         pickled = b"".join(self.chunks)
         return LocalMessage(pickled, self.objects, self._buffers) if self.has_attachments else pickled
 
     def payload(self, limit: int) -> bytes | Message:
-        """What was collected, as one payload of at most ``limit`` bytes."""
-        # A large buffer that had to stay in the pickle was written to it as it is.
+        """The payload of at most ``limit`` bytes for a peer in another process."""
+        # The pickler writes a large buffer that stays in the pickle as the object that it is.
         chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
         attach_block = self.attach_block if self.peer.shares_memory else None
         rows = self._packing.place(attach_block, chunks) if self._packing is not None else ()

@@ -1,9 +1,8 @@
-"""Encodes objects into messages and decodes them: what the other rooms call.
+"""Encodes objects into messages and decodes messages: the interface of this room.
 
-A scalar, or a tuple of scalars, is pickled at once. ``fast_path`` encodes a tensor, or a flat collection of tensors.
-All else goes through one of the two ``encoders``: the second when the first cannot, since cloudpickle may know how.
-
-What the messages look like is in ``wire``.
+``encode`` pickles a scalar, or a tuple of scalars, at once. ``fast_path`` encodes a tensor, or a flat collection of
+tensors. One of the two ``encoders`` pickles everything else: the second one where the first fails, because cloudpickle
+may know how. ``wire`` says what the messages look like.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import pickle
 from collections.abc import Callable, Container, Sequence
 from pickle import dumps
-from typing import Any, Final, TypeAlias, overload
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
 
@@ -30,55 +29,34 @@ from .encoders import CloudEncoder, FastEncoder
 from .local_message import LOCAL_FDS, LocalMessage
 from .wire import DECODERS, References
 
-#: Largest payload of a message to a worker: fits into a message of either transport.
+#: The largest payload of a message to a worker, in bytes. Each kind of connection takes a message of that size.
 CALL_LIMIT: Final = 16 * 1024 - 64
-#: What has no size that it must keep to: a message that stays in this process.
+#: The limit of a message that stays in this process, or goes to a peer that shares no memory.
 UNLIMITED: Final = 1 << 62
-#: Text of more characters than this, or more bytes, is not pickled for this process: that would copy it twice.
-_LONG: Final = 4096
+#: A longer str or bytes object is not pickled for a peer in this process: pickling would copy it twice.
+_MAX_PICKLED_LOCALLY: Final = 4096
 
-_take_tensor_apart: Final = fast_path.prepare_tensor
+_prepare_tensor: Final = fast_path.prepare_tensor
 _encode_tensor: Final = References.encode_tensor
 
 Payload = bytes | Message | LocalMessage
-#: ``bytes | Message``, or, if it stays here, any ``Payload``, or what ``copies.try_copy`` gives.
+#: ``bytes | Message``; for a peer in this process any ``Payload``, or a collection that ``copies.try_copy`` has made.
 Encoded: TypeAlias = Any
 
 
-class _ReusableEncoder(tuple[Callable[[Any], None], Callable[[], None], list[bytes], Attachments]):
-    """What ``encode`` needs of an encoder, looked up once."""
+class _ReusableEncoder(NamedTuple):
+    """The parts of a ``FastEncoder`` that ``encode`` needs, looked up once."""
 
-    __slots__ = ()
+    dump: Callable[[Any], None]
+    clear_memo: Callable[[], None]
+    chunks: list[bytes]
+    out: Attachments
 
-    def __new__(cls, encoder: FastEncoder) -> _ReusableEncoder:
-        return super().__new__(cls, (encoder.dump, encoder.clear_memo, encoder.out.chunks, encoder.out))
 
-
-#: Encoders for the next calls. One that has failed, or holds something, does not come back.
+#: Encoders for the next calls. An encoder that has failed does not come back.
 _idle: list[_ReusableEncoder] = []
 
 
-@overload
-def encode(
-    obj: Any,
-    limit: int,
-    *,
-    upvalues: bool = False,
-    owned_blocks: Container[Block] | None = None,
-    worker_resources: list[Any] | None = None,
-    full_definitions: bool = False,
-) -> bytes | Message: ...
-@overload
-def encode(
-    obj: Any,
-    limit: int,
-    *,
-    upvalues: bool = False,
-    owned_blocks: Container[Block] | None = None,
-    peer: Capabilities,
-    worker_resources: list[Any] | None = None,
-    full_definitions: bool = False,
-) -> Payload: ...
 @debug.runs_user_code
 def encode(
     obj: Any,
@@ -89,51 +67,53 @@ def encode(
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
     full_definitions: bool = False,
-) -> Payload:
-    """Turn ``obj`` into the payload of one message of at most ``limit`` bytes, trailer not counted.
+) -> Encoded:
+    """Turn ``obj`` into the payload of one message. Afterwards its tensors are in shared memory.
 
-    A message for a ``peer`` in this process may be of any size, and its tensors stay where they are. One for a peer
-    that shares no memory has everything in it, whatever its size.
+    Raises whatever pickling raises; :func:`encode_all` and the functions after it raise a MarshalError instead.
 
-    Functions and classes that came from another process and go by value travel as they came, at little cost; or, with
-    ``full_definitions``, as they are now, and under the closure rule.
-
-    A tensor in it is in shared memory afterwards; but if ``owned_blocks`` is given, only those on these blocks go by
-    reference, and copies of all others, which stay as they are. If a worker is to begin with the message,
-    ``worker_resources`` is a list to which is added what must live as long as that worker; then what processes inherit
-    from each other with multiprocessing may be in it (see ``multiprocessing_objects``). Raises whatever pickling it
-    raises; :func:`encode_all` turns that into a MarshalError that names the place.
+    Args:
+        limit: how many bytes the payload may have, without the trailer. A larger one goes into a block. A message for a
+            peer in this process, or for one that shares no memory, may have any size.
+        upvalues: whether functions may drag data along.
+        owned_blocks: if given, only tensors on these blocks go by reference. All others are copied, and stay private.
+        peer: what the receiver is capable of.
+        worker_resources: given if a worker begins with this message. The encoder adds to it what must live as long as
+            that worker, and the message may contain ``multiprocessing_objects`` that processes inherit.
+        full_definitions: whether functions and classes that came from another process travel as they are now, and under
+            the closure rule; else they travel as they came, which costs little.
     """
     cls = type(obj)
-    here = peer.same_process
+    local = peer.same_process
     if not peer.shares_memory:
         limit, owned_blocks = UNLIMITED, ()
-    if here and (cls is str or cls is bytes) and len(obj) > _LONG:
+    if local and (cls is str or cls is bytes) and len(obj) > _MAX_PICKLED_LOCALLY:
         return LocalMessage(None, (obj,))
     if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
         return bare if len(bare) <= limit else encode_large_pickle(bare, limit)
     elif cls is Tensor or fast_path.is_candidate(obj):
         found: Payload | None = None
-        if here:
+        if local:
             found = fast_path.encode_local(obj) if owned_blocks is None else None
         elif not peer.shares_memory:
             pass
         elif cls is Tensor:
-            if (alone := _take_tensor_apart(obj, owned_blocks)) is not None:
+            if (alone := _prepare_tensor(obj, owned_blocks)) is not None:
                 found = _encode_tensor(*alone, limit)
         elif (parts := fast_path.prepare(obj, owned_blocks)) is not None:
             found = References.encode_plain(*parts, limit)
         if found is not None:
             return found
     try:
-        tools = _idle.pop()
+        encoder = _idle.pop()
     except IndexError:
-        tools = _ReusableEncoder(FastEncoder())
+        fast = FastEncoder()
+        encoder = _ReusableEncoder(fast.dump, fast.clear_memo, fast.out.chunks, fast.out)
     out: Attachments | None
-    dump, clear_memo, chunks, out = tools
+    dump, clear_memo, chunks, out = encoder
     try:
-        if here or full_definitions or owned_blocks is not None:
+        if local or full_definitions or owned_blocks is not None:
             out.peer, out.owned_blocks, out.full_definitions = peer, owned_blocks, full_definitions
         if worker_resources is None:
             dump(obj)
@@ -145,29 +125,28 @@ def encode(
         raise
     except Exception:  # cloudpickle may know how, and raises the same again if not
         out = None
-    if out is None:
+    if out is None:  # outside of the handler, so that the second error has no context
         cloud = CloudEncoder(upvalues, full_definitions)
-        cloud.out.owned_blocks = owned_blocks
-        cloud.out.peer = peer
-        cloud.out.worker_resources = worker_resources
+        out = cloud.out
+        out.peer, out.owned_blocks, out.worker_resources = peer, owned_blocks, worker_resources
         with contextlib.nullcontext() if worker_resources is None else multiprocessing_objects.spawning_context():
             cloud.dump(obj)
-        return cloud.out.local_message() if here else cloud.out.payload(limit)
+        return out.local_message() if local else out.payload(limit)
     if out.has_attachments or len(chunks) != 1 or len(chunks[0]) > limit:
-        payload: Payload = out.local_message() if here else out.payload(limit)
+        payload: Payload = out.local_message() if local else out.payload(limit)
         out.clear()
     else:
         payload = chunks.pop()
-        if here or full_definitions or owned_blocks is not None:
+        if local or full_definitions or owned_blocks is not None:
             out.peer, out.owned_blocks, out.full_definitions = SAME_MACHINE, None, False
         out.worker_resources = None
     clear_memo()
-    _idle.append(tools)
+    _idle.append(encoder)
     return payload
 
 
 def encode_large_pickle(pickled: bytes, limit: int) -> bytes | Message:
-    """The payload with a pickle that is too large for a message. Raises ResourceError."""
+    """The payload of a pickle that is larger than ``limit`` bytes. Raises ResourceError."""
     out = Attachments()
     out.chunks.append(pickled)
     return out.payload(limit)
@@ -182,27 +161,20 @@ def encode_all(
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
 ) -> list[Encoded]:
-    """Encode each of ``objs``, all before the first is used.
+    """Encode each of ``objs``, all before the caller sends the first.
 
-    Raises MarshalError, with the place of what cannot travel (``args[0]['model'].hook``), or ResourceError.
+    Raises MarshalError, which names the place of what cannot travel (``args[0]['model'].hook``), or ResourceError.
     """
     payloads = []
     for index, obj in enumerate(objs):
         try:
-            payloads.append(
-                encode(
-                    obj,
-                    limit,
-                    upvalues=upvalues,
-                    peer=peer,
-                    worker_resources=worker_resources,
-                    full_definitions=upvalues,
-                )
+            payload = encode(
+                obj, limit, upvalues=upvalues, peer=peer, worker_resources=worker_resources, full_definitions=upvalues
             )
-        except (ResourceError, MemoryError):
-            raise
         except Exception as error:
-            raise _located(error, obj, f"{root}[{index}]", limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
+            options = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
+            _raise_located(error, obj, f"{root}[{index}]", limit, **options)
+        payloads.append(payload)
     return payloads
 
 
@@ -215,29 +187,19 @@ def encode_one(
     owned_blocks: Container[Block] | None = None,
     peer: Capabilities = SAME_MACHINE,
 ) -> Encoded:
-    """Encode ``obj``, as :func:`encode` does.
-
-    Raises MarshalError, which names the place in ``obj`` of what cannot travel, or ResourceError.
-    """
+    """Encode ``obj``; raises as :func:`encode_all` does. ``root`` is the name of ``obj`` in the error's text."""
     try:
         return encode(obj, limit, upvalues=upvalues, owned_blocks=owned_blocks, peer=peer)
-    except (ResourceError, MemoryError):
-        raise
     except Exception as error:
-        raise _located(error, obj, root, limit, upvalues, peer)  # noqa: B904 - it has its cause already
+        _raise_located(error, obj, root, limit, upvalues=upvalues, peer=peer)
 
 
 def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAME_MACHINE) -> Encoded:
-    """Encode ``(value, None)``, what a worker sends when its function has returned ``value``.
-
-    Raises MarshalError, which names the place in ``value`` of what cannot travel, or ResourceError.
-    """
+    """Encode ``(value, None)``: a worker sends it when its function has returned ``value``. See :func:`encode_one`."""
     try:
         return encode((value, None), limit, peer=peer)
-    except (ResourceError, MemoryError):
-        raise
     except Exception as error:
-        raise _located(error, value, root, limit, False, peer)  # noqa: B904 - it has its cause already
+        _raise_located(error, value, root, limit, peer=peer)
 
 
 def encode_call(
@@ -249,68 +211,48 @@ def encode_call(
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
 ) -> Encoded:
-    """Encode ``(function, args, extra)`` as one payload, so that what they share stays shared.
+    """Encode ``(function, args, extra)`` as one payload, so that they still share what they share.
 
-    Raises MarshalError, which names the place (``args[0]['model'].hook``), or ResourceError.
+    Raises as :func:`encode_all` does.
     """
-    limit = CALL_LIMIT
+    options: dict[str, Any] = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
     try:
-        return encode(
-            (function, tuple(args), extra),
-            limit,
-            upvalues=upvalues,
-            peer=peer,
-            worker_resources=worker_resources,
-            full_definitions=True,
-        )
+        return encode((function, tuple(args), extra), CALL_LIMIT, full_definitions=True, **options)
     except (ResourceError, MemoryError):
         raise
     except Exception as error:
         name = getattr(function, "__name__", None) or type(function).__name__
-        what = f"function {name}" if callable(function) else f"the {name}"
-        for part, place in ((function, what), *((a, f"args[{i}]") for i, a in enumerate(args))):
+        root = f"function {name}" if callable(function) else f"the {name}"
+        for part, place in ((function, root), *((a, f"args[{i}]") for i, a in enumerate(args))):
             try:
-                encode(
-                    part, limit, upvalues=upvalues, peer=peer, worker_resources=worker_resources, full_definitions=True
-                )
+                encode(part, CALL_LIMIT, full_definitions=True, **options)
             except Exception as found:
-                raise _located(found, part, place, limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
-        raise _located(error, extra, "the call", limit, upvalues, peer, worker_resources)  # noqa: B904 - it has its cause already
+                _raise_located(found, part, place, CALL_LIMIT, **options)
+        _raise_located(error, extra, "the call", CALL_LIMIT, **options)
 
 
-def _located(
-    error: Exception,
-    obj: Any,
-    name: str,
-    limit: int,
-    upvalues: bool,
-    peer: Capabilities,
-    worker_resources: list[Any] | None = None,
-) -> MarshalError:
+def _raise_located(error: Exception, obj: Any, root: str, limit: int, **options: Any) -> NoReturn:
+    """Raise a MarshalError with the place in ``obj`` of what cannot travel; ``error`` itself if resources ran out."""
+    if isinstance(error, (ResourceError, MemoryError)):
+        raise error
+
     def failure(candidate: Any) -> Exception | None:
         try:
-            encode(
-                candidate, limit, upvalues=upvalues, peer=peer, worker_resources=worker_resources, full_definitions=True
-            )
+            encode(candidate, limit, full_definitions=True, **options)
         except Exception as raised:
             return raised
         return None
 
-    place, cause = locate.place_of_failure(obj, name, error, failure)
-    located: MarshalError
-    if isinstance(cause, ClosureError) and place == name and place.startswith("function "):
-        located = ClosureError(str(cause))  # it names the function already
-    elif isinstance(cause, MarshalError):
-        located = type(cause)(f"{place}: {cause}")
-    else:
-        located = MarshalError(f"{place} cannot be sent: {type(cause).__name__}: {cause}")
-        located.__cause__ = cause
-    located.__suppress_context__ = True  # the encoders' own attempts tell a reader nothing
-    return located
+    place, cause = locate.place_of_failure(obj, root, error, failure)
+    if isinstance(cause, ClosureError) and place == root and place.startswith("function "):
+        raise ClosureError(str(cause)) from None  # its text names the function
+    if isinstance(cause, MarshalError):
+        raise type(cause)(f"{place}: {cause}") from None
+    raise MarshalError(f"{place} cannot be sent: {type(cause).__name__}: {cause}") from cause
 
 
 def deliver_local(payload: Encoded) -> tuple[Any, list[int]]:
-    """A payload that stays here as its reader gets it, for ``decode``."""
+    """A payload for a peer in this process, in the form in which ``decode`` takes it."""
     cls = type(payload)
     if cls is bytes:
         return payload, NO_FDS
@@ -321,7 +263,7 @@ def deliver_local(payload: Encoded) -> tuple[Any, list[int]]:
 
 
 def for_other_processes(payload: Encoded, limit: int) -> Encoded:
-    """A payload that was encoded to stay here, for other processes. Raises as ``encode`` does."""
+    """Encode a payload again that was for a peer in this process. Raises as ``encode`` does."""
     if type(payload) in COLLECTIONS:
         return encode(payload, limit)
     if isinstance(payload, LocalMessage):
@@ -335,7 +277,7 @@ def for_other_processes(payload: Encoded, limit: int) -> Encoded:
 def decode(data: Any, fds: list[int]) -> Any:
     """The object in a message. Takes over ``fds``.
 
-    Raises whatever unpickling it raises; the message is used up either way.
+    Raises whatever unpickling raises; no message can be decoded twice.
     """
     if type(data) is bytes:
         return DECODERS[data[KIND]](data, fds)
@@ -343,6 +285,6 @@ def decode(data: Any, fds: list[int]) -> Any:
 
 
 def discard(data: Any, fds: list[int]) -> None:
-    """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
+    """Free what a message holds that nobody will decode. Takes over ``fds``."""
     if type(data) is bytes:
         wire.discard(data, fds)

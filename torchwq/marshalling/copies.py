@@ -1,34 +1,34 @@
-"""What needs no encoder: scalars, and within one process collections of them, which are copied instead of pickled."""
+"""Objects that need no encoder: scalars, and within one process collections of scalars, which are copied."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-#: What needs no hook: such an object, or a tuple of them, is most of what small messages are.
+#: Types that pickle writes without asking a hook. Most small messages are one such object, or a tuple of them.
 SCALARS: Final = frozenset({int, float, str, bool, type(None)})
 only_scalars: Final = SCALARS.issuperset
-#: The same and bytes, which are often long, and go into shared memory at once then: ``dumps`` would copy them first.
+#: ``SCALARS`` does not have bytes, because ``dumps`` would copy long ones before they go into shared memory.
 ATOMS: Final = SCALARS | {bytes}
 only_atoms: Final = ATOMS.issuperset
 
-#: Collections of them may be their own payload within this process: see ``copied``.
+#: A copy of such a collection may be a payload within this process.
 COLLECTIONS: Final = frozenset({tuple, list, dict})
-#: How many dicts, lists and tuples in one object are copied so: pickling looks at more of them in less time.
+#: How many collections one object may have. Pickling is faster than copying for more of them.
 _MAX_COPIED: Final = 32
 
 
 def try_copy(obj: Any) -> Any:
-    """``obj``'s payload within this process, if it is dicts, lists and tuples of ``ATOMS``: a copy of it, not pickled.
+    """The payload of ``obj`` within this process: a copy if it consists of dicts, lists, tuples and ``ATOMS``, or None.
 
-    A tuple of nothing else is its own: it cannot change, and nor can what is in it, so nobody can tell it from a copy.
-    None for whatever else, and where pickling would not be dearer, or would keep what is in there twice the same.
+    A tuple of atoms is its own copy, since neither can change. The result is also None for objects that pickle faster,
+    and for those in which one collection occurs twice: pickling keeps that.
     """
     cls = type(obj)
     if cls is not dict and cls is not list and cls is not tuple:
         return None
     try:
         return _copied(obj, set())
-    except (TypeError, RecursionError):  # the class of some class cannot be hashed
+    except (TypeError, RecursionError):  # TypeError: the class of some object cannot be hashed
         return None
 
 
@@ -42,7 +42,7 @@ def _copied(obj: Any, seen: set[int]) -> Any:
         copy = list(obj)
         places = enumerate(copy)
     elif cls is list:
-        copy = obj.copy()  # before anything is looked at, for other threads may change it
+        copy = obj.copy()  # copy first, because other threads may change it
         places = None if only_atoms(map(type, copy)) else enumerate(copy)
     elif cls is dict:
         copy = obj.copy()

@@ -1,12 +1,11 @@
-"""The two encoders: they turn an object into a pickle, and collect what goes beside it.
+"""The two encoders: they pickle an object, and collect in ``attachments`` what travels beside the pickle.
 
-Two, because the common case must be fast. :class:`FastEncoder` is C pickle with one hook, which is called only for
-objects that are not plain containers and scalars. It raises ``NeedsCloudpickle`` when it meets a function or
-class that has to travel by value. :class:`CloudEncoder` is cloudpickle with the closure rule in front of it.
+There are two because the common case must be fast. :class:`FastEncoder` is C pickle with one hook, which pickle calls
+only for objects that are not plain containers and scalars. The hook raises ``NeedsCloudpickle`` when it meets a
+function or class that must travel by value. :class:`CloudEncoder` is cloudpickle under the closure rule.
 
-Large ``bytes`` reach the output as they are, without a copy: the pickler writes them straight to its file, which
-here is a list. Large numpy arrays leave out of band (protocol 5): each goes into a shared block, which the reader maps
-copy-on-write.
+The pickler writes large ``bytes`` straight to its file, which here is a list: it does not copy them. Large numpy arrays
+leave the pickle out of band (protocol 5): each goes into a shared block, which the reader maps copy-on-write.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from typing import Any
 
 import cloudpickle
 
-from . import classes, definitions, functions, named, namespaces, reducers
+from . import classes, closure_rule, definitions, functions, named, namespaces, reducers
 from .attachments import Attachments
 
 
 class NeedsCloudpickle(Exception):
-    """The object holds something that travels by value and only cloudpickle can take apart."""
+    """The object contains a function or class that only cloudpickle can pickle."""
 
 
 class _ChunkWriter:
-    """A file for a pickler that collects what is written, without copying it."""
+    """A file for a pickler; it passes each chunk on without copying it."""
 
     __slots__ = ("write",)
 
@@ -37,10 +36,10 @@ class _ChunkWriter:
 
 
 class FastEncoder(pickle.Pickler):
-    """C pickle. Used again and again: making a pickler costs more than pickling a small object.
+    """C pickle. ``codec`` uses an encoder many times: making a pickler costs more than pickling a small object.
 
-    What it collects is an object of its own, which does not refer back: a cycle would keep descriptors and tensors
-    alive until the collector comes by.
+    ``out`` does not refer to the encoder: a cycle would keep descriptors and tensors alive until the garbage collector
+    runs.
     """
 
     def __init__(self) -> None:
@@ -66,23 +65,23 @@ class FastEncoder(pickle.Pickler):
 
 
 class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, with the closure rule in front of it.
+    """cloudpickle under the closure rule.
 
     Args:
-        upvalues: what functions drag along travels, too.
-        full_definitions: what this process has received travels as it is now; else as it was sealed.
-        sealing: what is encoded is a definition that was received. What its functions drag along stays here.
+        upvalues: whether captured data travels too.
+        full_definitions: whether definitions that this process has received travel as they are now; else sealed.
+        sealing: whether the encoder seals a definition. Then the data that its functions capture stays here.
     """
 
     def __init__(self, upvalues: bool, full_definitions: bool = False, sealing: bool = False) -> None:
         self.out = out = Attachments()
         super().__init__(_ChunkWriter(out.chunks.append), 5, buffer_callback=None if sealing else out.take_buffer)
         self._upvalues = upvalues
-        self._in_full = full_definitions or sealing
+        self._full_definitions = full_definitions or sealing
         self._sealing = sealing
-        #: Classes that stay here, of which it is looked at only what they drag along.
+        #: Classes that a local message refers to, after the check that their functions capture no data.
         self._checked_classes: set[type] = set()
-        #: Functions that a library has written for a class: what they close over is the library's.
+        #: Functions that a library has written for a class: their closure cells belong to the library.
         self._library_functions: set[types.FunctionType] = set()
 
     def reducer_override(self, obj: Any) -> Any:
@@ -110,55 +109,53 @@ class CloudEncoder(cloudpickle.Pickler):  # type: ignore[misc]
     def _reduce_class(self, cls: type) -> Any:
         if self.out.peer.same_process:
             return self._reduce_class_local(cls)
-        found = None if self._in_full else definitions.reduce_received(cls, _seal)
+        found = None if self._full_definitions else definitions.reduce_received(cls, _seal)
         if found is not None:
             return found
-        self._library_functions.update(functions.generated_methods(cls))
+        self._library_functions.update(closure_rule.generated_methods(cls))
         return classes.reduce(cls, self._sealing)
 
     def _reduce_class_local(self, cls: type) -> Any:
-        """A class that goes by value is the same class in its own process: rebuilding it would reset its attributes."""
+        """In its own process a class arrives as itself: rebuilding it would reset its attributes."""
         if not self._upvalues and cls not in self._checked_classes:
-            look = CloudEncoder(False)
-            look._checked_classes = self._checked_classes
+            checker = CloudEncoder(False)
+            checker._checked_classes = self._checked_classes
             self._checked_classes.add(cls)
-            look.dump(cls)
+            checker.dump(cls)
         return reducers.attached_object, (self.out.attach_object(cls),)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if named.is_dispatcher(function):
             return named.reduce_dispatcher(function, self._sealing)
-        found = None if self._in_full or self.out.peer.same_process else definitions.reduce_received(function, _seal)
+        found = (
+            None
+            if self._full_definitions or self.out.peer.same_process
+            else definitions.reduce_received(function, _seal)
+        )
         if found is not None:
             return found
         if not self._upvalues and not self._sealing:
-            of_library = function in self._library_functions or functions.is_wrapper(function)
-            functions.check_closure(function, of_library=of_library)
+            of_library = function in self._library_functions or closure_rule.is_wrapper(function)
+            closure_rule.check(function, of_library=of_library)
             if of_library:
-                self._library_functions.update(functions.library_functions_in(function))
+                self._library_functions.update(closure_rule.library_functions_in(function))
         (code, _, _, _, cells), state = self._dynamic_function_reduce(function)[1:3]
         slots = state[1]
         globals_ = function.__globals__
         space: Any
         if (module := functions.globals_module(function)) is not None:
             space = _ModuleGlobals(module)
-            slots["__globals__"] = functions.added_globals(function)
+            slots["__globals__"] = closure_rule.added_globals(function)
         else:
             space = namespaces.of(globals_)
-            slots["__globals__"] = functions.used_globals(function, upvalues=self._upvalues, data=not self._sealing)
+            slots["__globals__"] = closure_rule.used_globals(function, upvalues=self._upvalues, data=not self._sealing)
         is_home_name = module is None and namespaces.look_up(globals_, function.__qualname__) is function
         token = definitions.token_of(function) if is_home_name else None
         if token is not None:
-            slots["__code__"] = code  # should it be set anew at home
+            slots["__code__"] = code  # its home may set another one later
             state = *state, 0 if self._sealing else definitions.stamp_of(function)
-        return (
-            functions.make_function,
-            (token, code, space, function.__name__, cells),
-            state,
-            None,
-            None,
-            functions.set_state,
-        )
+        args = token, code, space, function.__name__, cells
+        return functions.make_function, args, state, None, None, functions.set_state
 
 
 def _seal(obj: Any) -> bytes:
@@ -168,10 +165,10 @@ def _seal(obj: Any) -> bytes:
 
 
 def _bring_to_processes_of_multiprocessing() -> None:
-    """Let what multiprocessing sends from here bring the definitions that have come here.
+    """Let multiprocessing send the definitions that this process has received.
 
-    Processes that it forks from a worker have them. But those that it spawns look for the script of ``__main__``, and
-    a worker's ``__main__`` has none.
+    A process that multiprocessing forks from a worker has them. One that it spawns would look for the script of
+    ``__main__``, and a worker's ``__main__`` has none.
     """
     pickler: Any = ForkingPickler
     if not hasattr(pickler, "reducer_override"):
@@ -189,7 +186,7 @@ definitions.on_first_received.append(_bring_to_processes_of_multiprocessing)
 
 
 class _ModuleGlobals:
-    """Stands for the globals of a module, and becomes them on the other side."""
+    """Pickles as the globals of a module, which the reader imports."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,9 +1,9 @@
-"""The shortest way for the commonest messages with tensors: plain dense ones, alone or in a flat dict, list or tuple.
+"""The fast path of the most frequent messages with tensors: a plain dense one, or a flat dict, list or tuple of them.
 
-Such a message is the same pickle again and again, but for the numbers of the blocks, which are not in the pickle. So
-the pickle is made once for each *shape* (what the collection is, and how each tensor lies on its block), and recognised
-by its bytes at the reader, which then has nothing to unpickle. What either side does not know takes the general way;
-the bytes are those of the general way, too.
+The pickles of such messages differ only where the *shape* differs: the kind of collection, its keys, and each tensor's
+geometry on its block. The numbers of the blocks are not in the pickle. So the writer makes the pickle once for each
+shape, and the reader recognises the shape by the message's first bytes and unpickles nothing. What this module does not
+know takes the general path, which makes and reads the same bytes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ..memory.storages import bytes_of, geometry
 from .local_message import LocalMessage
 from .tensors import alias, is_unusual, rebuild, rebuild_packed
 
-#: How many different pickles are remembered, and how many tensors one may have.
+#: How many shapes this process remembers, and how many tensors one may have.
 _MAX_SHAPES: Final = 1024
 _MAX_TENSORS: Final = 64
 
-#: Type of the collection, its keys if it is a dict, and how its tensors lie. A tensor alone has its own type. Of a
-#: message with packed tensors also where in the last block they begin, and -1 for those that have a block of their own.
+#: Type of the collection, or ``torch.Tensor``; keys of a dict; geometries of the tensors. If some tensors are packed:
+#: where each begins in the last block, -1 for a tensor with a block of its own; else empty.
 _Shape = tuple[type, tuple[str, ...], tuple[Geometry, ...], tuple[int, ...]]
 
-#: A tensor's block, its storage, and how it lies there.
+#: A tensor's block, its storage, and its geometry.
 _Found = tuple[Block, torch.UntypedStorage, Geometry]
 
-#: The pickle, and behind it the rows of packed tensors, if there are any.
+#: The first bytes of each shape's messages: the pickle, and the rows of packed tensors.
 _prefixes: dict[_Shape, bytes] = {}
-#: What lies so begins with these bytes, in any message.
+#: The same the other way round.
 shapes: dict[bytes, _Shape] = {}
 
 
 class _Tensor:
-    """Is pickled as a tensor that lies so on one of the blocks, or slices, of its message."""
+    """Pickles as a tensor with this geometry on one of its message's blocks, or slices."""
 
     def __init__(self, rebuild: Any, index: int, geometry: Geometry) -> None:
         self._rebuild = rebuild
@@ -89,7 +89,7 @@ def _prefix_of(shape: _Shape) -> bytes:
 
 
 def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | None:
-    """Keys and tensors of a flat collection of nothing but tensors."""
+    """The keys and tensors of a flat collection that contains only tensors."""
     keys: tuple[str, ...] = ()
     values: Any = obj
     if type(obj) is dict:
@@ -108,7 +108,7 @@ def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | No
 
 
 def is_candidate(obj: Any) -> bool:
-    """Whether it is worth looking at ``obj``, which is no tensor: a collection that begins with one."""
+    """Whether ``obj`` is a collection that begins with a tensor."""
     cls = type(obj)
     if cls is tuple or cls is list:
         return bool(obj) and type(obj[0]) is torch.Tensor
@@ -116,7 +116,7 @@ def is_candidate(obj: Any) -> bool:
 
 
 class LocalTensors(LocalMessage):
-    """The shortest way within a process: such tensors, and what to make of them again."""
+    """A message for this process with the tensors themselves, and the shape of their collection."""
 
     __slots__ = ("_cls", "_keys", "_places")
 
@@ -137,11 +137,11 @@ class LocalTensors(LocalMessage):
         return _build((self._cls, self._keys, (), ()), tensors)
 
     def copy(self) -> LocalMessage:
-        return self  # it is not used up
+        return self  # decoding does not change it
 
 
 def encode_local(obj: Any) -> LocalMessage | None:
-    """The message with a tensor, dict, list or tuple; None if it has to take the general way."""
+    """The local message of a tensor, dict, list or tuple; None if it must take the general path."""
     content = ((), [obj]) if type(obj) is torch.Tensor else _tensors_in(obj)
     if content is None:
         return None
@@ -152,19 +152,18 @@ def encode_local(obj: Any) -> LocalMessage | None:
             return None
         places.append((tensor.untyped_storage().data_ptr(), geometry(tensor)))
     if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
-        return None  # the same tensor twice arrives as one
+        return None  # one tensor that occurs twice arrives as one
     return LocalTensors(type(obj), keys, list(tensors), places)
 
 
-#: A message taken apart: its pickle, and the rows of packed tensors behind that; whether there are any; the blocks and
-#: storages that it refers to.
+#: The parts of a message: its first bytes, whether they have rows of packed tensors, its blocks, and their storages.
 Prepared = tuple[bytes, bool, list[Block], list[torch.UntypedStorage]]
 
 
 def prepare_tensor(
     tensor: torch.Tensor, owned_blocks: Container[Block] | None
 ) -> tuple[bytes, Block, torch.UntypedStorage] | None:
-    """A tensor, as ``prepare`` does it: the pickle, the block and its storage."""
+    """The pickle, the block and the storage of a tensor; else as ``prepare``."""
     found = _block_for(tensor, owned_blocks)
     if found is None:
         return None
@@ -174,9 +173,9 @@ def prepare_tensor(
 
 
 def prepare(obj: Any, owned_blocks: Container[Block] | None) -> Prepared | None:
-    """A dict, list or tuple, for a message; None if it has to take the general way.
+    """Share the tensors of a dict, list or tuple for a message. Returns None if it must take the general path.
 
-    The tensors are shared then; or copied, unless they are on a block of ``owned_blocks``, if that is given.
+    If ``owned_blocks`` is given, this copies the tensors that are not on one of these blocks, and shares no others.
     """
     content = _tensors_in(obj)
     if content is None:
@@ -197,7 +196,7 @@ def prepare(obj: Any, owned_blocks: Container[Block] | None) -> Prepared | None:
 def _by_value(
     cls: type, keys: tuple[str, ...], tensors: Sequence[torch.Tensor], owned_blocks: Container[Block]
 ) -> Prepared | None:
-    """Those that are not on blocks of ``owned_blocks`` are copied, the small ones among them into one block."""
+    """Copy the tensors that are not on ``owned_blocks``, all small ones into one block."""
     found_all: list[_Found] = []
     places: list[Geometry] = []
     shifts: list[int] = []
@@ -208,7 +207,7 @@ def _by_value(
             return None
         storage = tensor.untyped_storage()
         if storage._cdata in seen:
-            return None  # views of one storage, or the same tensor twice
+            return None  # views of one storage, or one tensor twice
         seen.add(storage._cdata)
         block = block_of(storage)
         found: _Found | None = None
@@ -250,13 +249,13 @@ def _by_value(
 def _parts(shape: _Shape, found_all: Sequence[_Found]) -> Prepared | None:
     blocks = [block for block, _, _ in found_all]
     if len(set(blocks)) < len(blocks):
-        return None  # tensors that share a block, or the same tensor twice
+        return None  # tensors that share a block, or one tensor twice
     begin = _prefixes.get(shape) or _prefix_of(shape)
     return begin, bool(shape[3]), blocks, [storage for _, storage, _ in found_all]
 
 
 def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _Found | None:
-    """The block that a plain tensor is on now, or has been copied to; None if it is not plain, or has none."""
+    """The block of a plain tensor after sharing or copying it; None if the tensor is not plain, or gets no block."""
     if tensor.requires_grad or is_unusual(tensor):
         return None
     storage = tensor.untyped_storage()
@@ -287,20 +286,20 @@ def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _
 
 
 def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:
-    """The object of that shape on one block, if that is here. Else None, and nothing is taken."""
+    """The object of that shape on one block; None, and nothing is taken, if this process does not have the block."""
     tensor = take_tensor(number, nbytes, shape[2][0])
     return tensor if tensor is None or shape[0] is torch.Tensor else _build(shape, [tensor])
 
 
 def decode(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
-    """The object of that shape on several blocks, or with packed tensors; None as ``decode_one`` has it."""
+    """The object of that shape on several blocks, or with packed tensors; else as ``decode_one``."""
     geometries, shifts = shape[2:]
     tensors = take_tensors(references, geometries, shifts, shape)
     return None if tensors is None else _build(shape, tensors)
 
 
 def learn(obj: Any, rows: Sequence[Row]) -> None:
-    """Such an object came the general way, with these rows of packed tensors: know its like the next time."""
+    """Remember the shape of an object that has come by the general path, with these rows of packed tensors."""
     cls = type(obj)
     if cls is torch.Tensor:
         content: Any = (), [obj]
@@ -324,7 +323,7 @@ def learn(obj: Any, rows: Sequence[Row]) -> None:
 
 
 def _shifts(rows: Sequence[Row], count: int) -> tuple[int, ...]:
-    """Where ``count`` tensors begin, as a shape has it; nothing if they are not packed as one has it."""
+    """Where each of ``count`` tensors begins, for a shape; empty if no shape describes their packing."""
     shifts = [-1] * count
     for row in rows:
         if row.kind != SLICE or row.low or row.group >= count:

@@ -1,9 +1,8 @@
-"""What travels within one process: a pickle, and beside it what must not be copied.
+"""Messages within one process: a pickle, and beside it the objects that must not be copied.
 
-Threads could hand each other the objects themselves. But whoever changes ``backend="thread"`` to ``"process"``, or
-back, must not have to look for what that changes: what is a copy there is a copy here, what is refused there is refused
-here. So values are pickled here too, or copied in another way where that gives the same (``copies.try_copy``). Tensors
-need not be moved to shared memory for it: the same memory is there.
+Threads could hand each other the objects themselves. But a user who changes ``backend="thread"`` to ``"process"``, or
+back, must not notice: both copy the same things and refuse the same things. So values are pickled within a process
+too, or copied where copying has the same effect (``copies.try_copy``). Tensors need not move to shared memory for that.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from typing import Any, Final
 
 from .reducers import InboundMessage
 
-#: Stands in a message where descriptors would; never empty, so that nobody takes the message for a bare pickle.
+#: Takes the place of a message's descriptors. It is not empty: a message without descriptors is a bare pickle.
 LOCAL_FDS: Final = [-1]
 
 
 class LocalMessage:
-    """An object marshalled for this process. It is decoded once.
+    """An object marshalled for this process. It can be decoded once.
 
     Args:
-        data: its pickle; None if the object itself is all there is.
-        objects: what the pickle refers to: tensors, storages, handles.
-        buffers: the pickle's out-of-band buffers, which become the reader's own.
+        data: its pickle; None if the object itself is the only one of ``objects``.
+        objects: the tensors, storages and handles to which the pickle refers.
+        buffers: the pickle's out-of-band buffers, which the reader gets.
     """
 
     __slots__ = ("buffers", "data", "objects")
@@ -35,7 +34,7 @@ class LocalMessage:
         self.buffers = buffers
 
     def decode(self, *, original_tensors: bool = False) -> Any:
-        """The object. Raises whatever unpickling it raises.
+        """The object. Raises whatever unpickling raises.
 
         Args:
             original_tensors: use the writer's own tensors, for a caller that only sends them elsewhere.
@@ -46,5 +45,5 @@ class LocalMessage:
             return pickle.loads(self.data, buffers=self.buffers)
 
     def copy(self) -> LocalMessage:
-        """Another message with the same content, to be decoded in its place."""
+        """Another message with the same content, which the caller can decode instead."""
         return LocalMessage(self.data, self.objects, [bytearray(buffer) for buffer in self.buffers])

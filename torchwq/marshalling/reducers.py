@@ -1,10 +1,13 @@
-"""Which type travels how: a table from types to reducers, asked by both encoders for each object they meet.
+"""The table from types to reducers, which say how objects travel. Both encoders ask it for each object they meet.
 
 A reducer gets the encoder and the object, and returns what ``__reduce__`` would, or NotImplemented for pickle's own
-way. It may attach descriptors to the message with ``encoder.attach_fd``; the rebuilding function takes them by their
-index with :func:`take_inbound_fd`. It may attach blocks; the rebuilding function finds them in :func:`inbound_blocks`.
+way. It may attach to the message
 
-Users have a table of their own, of reducers that get the object and nothing else: :func:`register_reducer`.
+* a descriptor (``encoder.attach_fd``), which the rebuilding function takes with :func:`take_inbound_fd`;
+* a block (``encoder.attach_block``), which the rebuilding function finds in :func:`inbound_blocks`;
+* within a process an object (``encoder.attach_object``); the rebuilding function gets it from :func:`attached_object`.
+
+Reducers of users get only the object: :func:`register_reducer`.
 """
 
 from __future__ import annotations
@@ -27,33 +30,33 @@ from . import subclass_state
 
 
 class Encoder(Protocol):
-    #: If not None, tensors travel by value, but for those on these blocks.
+    #: If not None, only tensors on these blocks travel by reference.
     owned_blocks: Container[Block] | None
-    #: Who gets the message. One that stays in this process may have attached what others have to rebuild.
+    #: What the receiver is capable of.
     peer: Capabilities
-    #: If not None, the message is what a worker begins with, and this holds what must live as long as the worker.
+    #: If not None, a worker begins with the message; the list keeps alive what must live as long as that worker.
     worker_resources: list[Any] | None
 
     def attach_fd(self, fd: int, owner: Any) -> int:
-        """Let ``fd`` travel with the message; ``owner`` lives until it is sent. Returns its index."""
+        """Send ``fd`` with the message, which keeps ``owner`` alive until then. Returns its index."""
         ...
 
     def attach_block(self, block: Block, storage: Any) -> int:
-        """Let a reference to ``block`` travel with the message; ``storage`` is its. Returns its index."""
+        """Send a reference to ``block``, whose storage is ``storage``, with the message. Returns its index."""
         ...
 
     @property
     def packing(self) -> Packing:
-        """The storages that are to be packed into few blocks."""
+        """The storages that the message packs into few blocks."""
         ...
 
     @property
     def block_count(self) -> int:
-        """How many blocks the message refers to by now."""
+        """The number of blocks to which the message refers so far."""
         ...
 
     def attach_object(self, obj: Any) -> int:
-        """Let ``obj`` itself travel with a message that stays in this process. Returns its index."""
+        """Send ``obj`` itself with a message for a peer in this process. Returns its index."""
         ...
 
 
@@ -64,23 +67,23 @@ _exact: dict[type, Reducer] = {}
 _by_base: dict[type, Reducer] = {}
 _fallback_types: Container[type] = ()
 _not_fallback: Container[type] = ()
-#: Classes that are refused, which a user may know how to send.
+#: Classes that torchwq refuses to send. A user may register a reducer for them.
 _refused: set[type] = set()
-#: What users have registered.
+#: The reducers of users.
 registered: dict[type, Callable[[Any], Any]] = {}
-#: What pickle takes apart itself, before it asks anybody.
-_ASKS_NOBODY: Final = frozenset(
+#: Types that pickle writes without asking the hook.
+_WITHOUT_HOOK: Final = frozenset(
     {type(None), bool, int, float, str, bytes, bytearray, tuple, list, dict, set, frozenset, pickle.PickleBuffer}
 )
-#: What the encoders look at themselves: code, which goes by name or under the closure rule.
+#: The types of code, which the encoders send by name or under the closure rule.
 _CODE: Final = frozenset({type, types.FunctionType})
 _fallback_reducer: Reducer | None = None
-#: Functions that reducers name and that are known to be found by their names.
+#: Functions in the results of reducers that every process can import by name.
 rebuilders: set[Any] = set()
 
 
 def register(cls: type, reducer: Reducer) -> None:
-    """Let instances of exactly ``cls`` be reduced by ``reducer``."""
+    """Reduce instances of exactly ``cls`` with ``reducer``."""
     _exact[cls] = reducer
 
 
@@ -114,7 +117,7 @@ def register_reducer(type: type[T], reduce: Callable[[T], tuple[Any, ...] | str]
             "pass one that returns (callable, args)"
         )
     name = f"{type.__module__}.{type.__qualname__}".removeprefix("builtins.")
-    if type in _ASKS_NOBODY:
+    if type in _WITHOUT_HOOK:
         raise ValueError(f"pickle sends every {name} itself: register a class of your own, that has one or is one")
     if type in _CODE or (type in _exact and type not in registered and type not in _refused):
         raise ValueError(f"torchwq sends every {name} itself: register a class of your own, that has one or is one")
@@ -133,13 +136,13 @@ def register_reducer(type: type[T], reduce: Callable[[T], tuple[Any, ...] | str]
 
 
 def register_family(base: type, reducer: Reducer) -> None:
-    """Let instances of subclasses of ``base`` that have no reducer of their own be reduced by ``reducer``."""
+    """Reduce instances of ``base`` and its subclasses with ``reducer``, where their class has no reducer of its own."""
     _by_base[base] = reducer
 
 
 def register_fallback(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
-    """Let instances of the classes that are in another ``registry`` at that time, ``but`` for some, and that have no
-    reducer of their own here, be reduced by ``reducer``."""
+    """Reduce instances of the classes in ``registry``, except those in ``but``, with ``reducer``, where this table has
+    no reducer for them. ``registry`` may grow later."""
     global _fallback_types, _not_fallback, _fallback_reducer
     _fallback_types, _not_fallback, _fallback_reducer = registry, but, reducer
 
@@ -206,26 +209,26 @@ def wants_original_tensors() -> bool:
 
 
 def take_inbound_fd(index: int) -> int:
-    """A descriptor of the message being unpickled; now it is the caller's."""
+    """A descriptor of the message being unpickled. The caller owns it."""
     fds = _inbound.message.fds
     fd, fds[index] = fds[index], -1
     return int(fd)
 
 
 def _reduce_array(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any:
-    """A read-only array arrives as a writable copy, as every other array does."""
+    """Send a copy of a read-only array, so that it arrives writable, as all other arrays do."""
     if array.flags.writeable or array.dtype.hasobject:
         return NotImplemented
     return array.copy(order="K").__reduce_ex__(5)
 
 
-_ARRAYS_WAYS: Final = ("__reduce__", "__reduce_ex__", "__setstate__")
+_PICKLING_METHODS: Final = ("__reduce__", "__reduce_ex__", "__setstate__")
 
 
 def _reduce_array_subclass(encoder: Encoder, array: np.ndarray[Any, Any]) -> Any:
-    """With what the class adds to its arrays, which numpy leaves behind; unless the class sees to that itself."""
+    """Send the attributes of an array's subclass, which numpy drops, unless the class pickles itself."""
     cls = type(array)
-    own = any(getattr(cls, way) is not getattr(np.ndarray, way) for way in _ARRAYS_WAYS)
+    own = any(getattr(cls, name) is not getattr(np.ndarray, name) for name in _PICKLING_METHODS)
     if own or isinstance(array, np.memmap) or cls.__module__.partition(".")[0] == "numpy":
         return NotImplemented
     return subclass_state.reduced(_as_subclass, (array.view(np.ndarray), cls), array, np.ndarray)

@@ -1,9 +1,9 @@
-"""Tensors by reference: what travels is the number of the block that they are on, and how they lie on it.
+"""Tensors by reference: a message has the number of a tensor's block, and the tensor's geometry on it.
 
-Two tensors on one storage stay so, because they refer to one block. Dense CPU tensors are taken apart here; what they
-are made of (and only that) differs for sparse, nested, conj and neg ones. Subclasses and quantized tensors take
-torch's own ``__reduce_ex__``, which keeps the quantizer and ends at their storages, and so here. CUDA and meta tensors
-go through ``torch.multiprocessing.reductions``. For a peer that shares no memory the values go into the message.
+Two tensors on one storage keep sharing it, because both refer to one block. This module takes dense CPU tensors apart,
+and sparse, nested, conj and neg ones into dense ones. Subclasses and quantized tensors use torch's ``__reduce_ex__``,
+which keeps the quantizer and ends at their storages, and so here. CUDA and meta tensors use
+``torch.multiprocessing.reductions``. To a peer that shares no memory the values travel in the message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .reducers import (
 
 
 def is_unusual(tensor: torch.Tensor) -> bool:
-    """Whether it is not a dense tensor on the CPU, and nothing but that."""
+    """Whether a tensor is anything but a plain dense one on the CPU."""
     return bool(
         tensor.layout is not torch.strided
         or tensor.is_conj()
@@ -91,9 +91,12 @@ def _alias(
 
 
 def alias(tensor: torch.Tensor, where: tuple[int, Geometry] | None) -> torch.Tensor:
-    """Another tensor on the same memory, lying as it did when it was written: ``where``, and at which address.
+    """Another tensor on the same memory, as the tensor lay when it was written.
 
-    Only when it is read, so that until then the writer's may be its storage's sole owner.
+    The reader calls this, and not the writer, so that until then the writer's tensor may be its storage's sole owner.
+
+    Args:
+        where: the address of the storage and the geometry then; None for an unusual tensor.
     """
     other = tensor.detach()
     if where is not None and geometry(other) != where[1] and other.untyped_storage().data_ptr() == where[0]:
@@ -116,7 +119,7 @@ def _refer_packed(tensor: torch.Tensor, group: int, where: Geometry) -> Any:
 
 
 def _reduce_with_storage(tensor: torch.Tensor, data: torch.Tensor) -> Any:
-    """As what ``tensor`` is, on the storage of ``data``, which pickle meets next."""
+    """Reduce to the class of ``tensor`` and the storage of ``data``, which pickle reduces next."""
     code, offset, size, stride = geometry(data)
     where = code, offset, tuple(size), stride
     return _rebuild_dense, (type(tensor), data.untyped_storage(), *where, tensor.requires_grad)
@@ -132,12 +135,12 @@ def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
 
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that lies so on block ``index`` of the message being unpickled."""
+    """The tensor with this geometry on block ``index`` of the message being unpickled."""
     return inbound_blocks().tensor(index, (code, offset, size, stride))
 
 
 def rebuild_packed(group: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that lies so on the packed storage ``group`` of the message being unpickled."""
+    """The tensor with this geometry on the packed storage ``group`` of the message being unpickled."""
     return inbound_blocks().packed_tensor(group, (code, offset, size, stride))
 
 
@@ -156,7 +159,7 @@ def _as_leaf(tensor: torch.Tensor, cls: type[torch.Tensor], requires_grad: bool)
 
 
 def _reduce_to_copy(tensor: torch.Tensor) -> Any:
-    """For want of descriptors, the tensor's values travel instead of a reference."""
+    """Send the tensor's values, because this process has no descriptor left for a reference."""
     copy = tensor.detach().clone()
     data = pickle.PickleBuffer(storages.lasting_memory(copy.untyped_storage()))
     code, offset, size, stride = geometry(copy)
@@ -169,7 +172,7 @@ def _rebuild_copy(cls: type[torch.Tensor], requires_grad: bool, data: Any, *geom
 
 
 def _reduce_unusual(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    """Other tensors than dense ones on the CPU: taken apart into such, or left to torch."""
+    """Take the tensor apart into dense ones on the CPU, or leave it to torch."""
     parameter = isinstance(tensor, torch.nn.Parameter)
     if tensor.is_conj():
         return _restore, (_restore_conj, (_without_grad(tensor).conj(),), parameter, tensor.requires_grad)
@@ -190,18 +193,15 @@ def _reduce_unusual(encoder: Encoder, tensor: torch.Tensor) -> Any:
 
 
 def _reduce_subclass(encoder: Encoder, tensor: torch.Tensor) -> Any:
-    """A subclass that leaves pickling and dispatch to torch is its memory, its class and its attributes."""
+    """Send a subclass that leaves pickling and dispatch to torch as its memory, its class and its attributes."""
     cls = type(tensor)
     _refuse_non_leaf(tensor)
-    plain = cls.__reduce_ex__ in (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
-    if not plain or "__torch_dispatch__" in {name for base in _own_bases(cls) for name in vars(base)}:
+    torchs_own = cls.__reduce_ex__ in (torch.Tensor.__reduce_ex__, torch.nn.Parameter.__reduce_ex__)
+    own_bases = (base for base in cls.__mro__ if base not in torch.nn.Parameter.__mro__)
+    if not torchs_own or any("__torch_dispatch__" in vars(base) for base in own_bases):
         return NotImplemented
     bare = torch.Tensor.as_subclass(torch.Tensor.detach(tensor), torch.Tensor)
     return subclass_state.reduced(_rebuild_subclass, (cls, bare, tensor.requires_grad), tensor, torch.Tensor)
-
-
-def _own_bases(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if base not in torch.nn.Parameter.__mro__]
 
 
 def _rebuild_subclass(cls: Any, bare: torch.Tensor, requires_grad: bool) -> torch.Tensor:
@@ -219,7 +219,7 @@ def _refuse_non_leaf(tensor: torch.Tensor) -> None:
 
 
 def _refuse_device(encoder: Encoder, device: torch.device) -> None:
-    """torch sends memory of a device as a reference to it. On the device "meta" there is none."""
+    """Refuse memory of a device for another machine: torch sends a reference to it. The device "meta" has none."""
     if not encoder.peer.shares_memory and device.type != "meta":
         raise MarshalError(f"a tensor on {device} cannot be sent to another machine: send tensor.cpu()")
 
@@ -308,8 +308,8 @@ def _rebuild_typed(cls: Any, untyped: torch.UntypedStorage, dtype: torch.dtype) 
 
 
 def _reduce_memory_format(encoder: Encoder, memory_format: torch.memory_format) -> Any:
-    """By its name in ``torch``. torch itself says only the name, and pickle looks for that in one module after the
-    other: after ``import multiprocessing`` first in ``__mp_main__``, which is another module in a worker."""
+    """Send its name in ``torch``. torch reduces it to the bare name, which pickle looks up in all modules: after
+    ``import multiprocessing`` first in ``__mp_main__``, which is another module in a worker."""
     return _memory_format, (str(memory_format).removeprefix("torch."),)
 
 

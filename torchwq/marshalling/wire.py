@@ -1,27 +1,26 @@
-"""What messages look like: one class for each kind, and the table of them.
+"""The layout of messages: one class for each kind, and the table of them.
 
-A message is bytes, and descriptors beside them. Its last byte says which kind it is, and so which class lays it down
-and reads it; :mod:`~torchwq.transport.trailer` has that byte, and the number that stands before it. What comes before
-that is the class's business, which says at its head what it looks like: nobody else takes a message apart.
+A message is bytes, and descriptors beside them. Its last byte says its kind, and so the class that writes and reads it;
+:mod:`~torchwq.transport.trailer` has that byte, and the number before it. Each class says at its head what comes before
+the trailer: no other module takes a message apart. This is one file, though a long one, so that the layout of messages
+stands in one place.
 
-It is one file, though a long one, so that whoever wants to know what a message looks like has one place to read.
-
-A kind has four functions. ``encode`` lays a payload down; what it takes differs from kind to kind. ``decode`` makes the
-object, ``discard`` gives back what a message holds that nobody decodes, and ``describe`` says in a few words what is
-in it. To add a kind, write its class and add it to ``KINDS``.
+A kind has four functions. ``encode`` writes a payload; its parameters differ from kind to kind. ``decode`` makes the
+object, ``discard`` frees what a message holds that nobody decodes, and ``describe`` says in a few words what it
+contains. To add a kind, write its class and add it to ``KINDS``.
 
 A *reference* is the number and the size of a block of shared memory. A *row* is a slice of such a block: see
 :class:`~torchwq.memory.packing.Row`. An *fd bundle* is a socket with descriptors in it: see
 :mod:`torchwq.transport.fd_bundle`.
 
-What stays within a process is not laid down in bytes: see :mod:`~torchwq.marshalling.local_message` and
-:mod:`~torchwq.marshalling.copies`. What a queue's owner and its workers say beside the queue is in
-:mod:`torchwq.queues.protocol`, and the objects that a loader and its workers send in :mod:`torchwq.loading.messages`.
+Other modules describe the messages within a process (:mod:`~torchwq.marshalling.local_message` and
+:mod:`~torchwq.marshalling.copies`), those between a queue's owner and its workers beside the queue
+(:mod:`torchwq.queues.protocol`), and the objects that a loader and its workers send (:mod:`torchwq.loading.messages`).
 
 Invariants:
 
-* ``decode`` and ``discard`` take the descriptors over, also if they fail.
-* Each reference of a message is either taken, or noted as lost.
+* ``decode`` and ``discard`` take over the descriptors, even if they fail.
+* Each reference of a message is either taken or noted as discarded.
 * ``describe`` imports and runs nothing that a message names.
 """
 
@@ -52,14 +51,14 @@ from . import fast_path
 from .describe import describe_pickle
 from .reducers import InboundMessage
 
-#: Number and bytes of a block, and how many such references there are.
+#: A reference (number and bytes of a block), and the number of references.
 _REFERENCE: Final = struct.Struct("=QQ")
 _COUNT: Final = struct.Struct("=I")
-#: One reference, and that it is the only one.
+#: The only reference of a message, and their number.
 _ONE: Final = struct.Struct("=QQI")
-#: Set in the bytes of a block that is one of the pickle's buffers.
+#: Flag in a reference's bytes: the block is one of the pickle's buffers.
 _BUFFER: Final = 1 << 63
-#: Set in the number of references if there are rows before them.
+#: Flag in the number of references: rows come before the references.
 _PACKED: Final = 1 << 31
 
 _REFERENCES: Final = 1
@@ -72,7 +71,7 @@ _unpack_count: Final = _COUNT.unpack_from
 
 
 class Kind(ABC):
-    """A kind of message. The class is all there is: nobody makes objects of it."""
+    """A kind of message: a set of functions. It has no instances."""
 
     #: The last byte of such a message.
     kind: ClassVar[int]
@@ -80,16 +79,16 @@ class Kind(ABC):
     @staticmethod
     @abstractmethod
     def decode(data: bytes, fds: list[int]) -> Any:
-        """The object in the message. Raises whatever unpickling it raises."""
+        """The object in the message. Raises whatever unpickling raises."""
 
     @staticmethod
     def discard(data: bytes, fds: list[int]) -> None:
-        """Give back what the message holds. Never raises."""
+        """Free what the message holds. Never raises."""
         close_fds(fds)
 
     @staticmethod
     def describe(data: bytes) -> str:
-        """The message in a few words: of most kinds, what the pickle holds that it begins with."""
+        """The message in a few words; here, of the pickle at its beginning."""
         try:
             return describe_pickle(data)
         except Exception:
@@ -97,13 +96,13 @@ class Kind(ABC):
 
 
 class Pickle(Kind):
-    """A pickle; descriptors: those that were attached to it, if there are any."""
+    """A pickle, and the descriptors that were attached to it."""
 
     kind = PICKLE
 
     @staticmethod
     def encode(pickled: bytes, fds: list[int], keep: list[Any]) -> Message:
-        """``keep`` are the owners of ``fds``."""
+        """The payload keeps ``keep``, the owners of ``fds``, alive."""
         return Message(pickled, fds, keep)
 
     @staticmethod
@@ -117,7 +116,7 @@ class Pickle(Kind):
 
 
 class Bare(Pickle):
-    """A pickle and nothing else: what most small messages are. It is its own payload, sent without a number."""
+    """Only a pickle, as most small messages. It is its own payload, and travels without a number."""
 
     kind = BARE
 
@@ -125,15 +124,15 @@ class Bare(Pickle):
 class References(Kind):
     """A pickle that refers to blocks: the pickle, [data, rows and their number], references and their number.
 
-    The descriptors are those that were attached, and then one for each reference; or none, if the reader keeps those of
-    all of them, see Note [in-band promises]. What comes after the pickle is the message's *tail*.
+    The descriptors are the attached ones, and then one for each reference; or none, if the reader keeps those of all
+    references, see Note [in-band promises]. The bytes after the pickle are the message's *tail*.
     """
 
     kind = _REFERENCES
 
     @staticmethod
     def encode_tensor(begin: bytes, block: Block, storage: torch.UntypedStorage, limit: int) -> Message | None:
-        """The same of one tensor."""
+        """As ``encode_plain``, of one tensor."""
         nbytes = block.nbytes
         data = begin + _ONE.pack(block.number, nbytes, 1)
         if len(data) > limit:
@@ -146,11 +145,12 @@ class References(Kind):
     def encode_plain(
         cls, begin: bytes, is_packed: bool, blocks: Sequence[Block], storages: list[Any], limit: int
     ) -> Message | None:
-        """The payload with what ``fast_path`` has taken apart; None if that is more than ``limit`` bytes.
+        """The payload of the parts that ``fast_path`` has found; None if it has more than ``limit`` bytes.
 
         Args:
-            begin: the pickle, and the rows behind it if it ``is_packed``.
-            blocks: those that it refers to, with their ``storages``, which the payload keeps.
+            begin: the pickle, and the rows after it if tensors are packed (``is_packed``).
+            blocks: the blocks to which the message refers.
+            storages: the storages of the blocks, which the payload keeps alive.
         """
         fds, numbers, parts = [], [], [begin]
         nbytes = 0
@@ -169,7 +169,7 @@ class References(Kind):
 
     @staticmethod
     def tail(rows: Sequence[Row], blocks: Iterable[Block | Buffer]) -> list[bytes]:
-        """What comes after the pickle: the rows, if there are any, and the references."""
+        """The bytes after the pickle: the rows, if there are any, and the references."""
         references = [_REFERENCE.pack(each.number, each.nbytes | _BUFFER * isinstance(each, Buffer)) for each in blocks]
         count = _COUNT.pack(len(references) | _PACKED * bool(rows))
         return [*(rows_to_bytes(rows) if rows else ()), *references, count]
@@ -178,7 +178,7 @@ class References(Kind):
     def encode(
         cls, data: bytes, fds: list[int], keep: list[Any], blocks: Iterable[Block | Buffer], only_blocks: bool
     ) -> Message:
-        """The payload of ``data``, a pickle with its ``tail``; ``fds`` end with the blocks'."""
+        """The payload of ``data``, a pickle with its ``tail``; the blocks' descriptors are the last of ``fds``."""
         message = Message(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks)
         message.nbytes += sum(block.nbytes for block in blocks)
         return message
@@ -207,21 +207,22 @@ class References(Kind):
 
     @staticmethod
     def numbers(data: bytes) -> list[int]:
-        """Those of the blocks that a message refers to, in the order of its last descriptors."""
+        """The numbers of the message's blocks, in the order of its last descriptors."""
         return [number for number, _ in _references(data, size_of_payload(data))]
 
     @classmethod
     def discard(cls, data: bytes, fds: list[int]) -> None:
-        with contextlib.suppress(Exception):  # then they are believed to be lost after a while
+        with contextlib.suppress(Exception):  # then their maker takes them for lost after a while
             recycling.note_discarded(cls.numbers(data))
         close_fds(fds)
 
 
 class InBlock(Kind):
-    """What is too large, or has too many descriptors: a head, and one reference to the block that has the rest.
+    """A message that is too large or has too many descriptors: a head, and a reference to the block with its content.
 
-    In there is what ``References`` has before the trailer. The head says how long that is, and whether the descriptors
-    that it needs are in an fd bundle. The message's descriptors are those, or the bundle's one, and then the block's.
+    The content is the bytes that ``References`` has before the trailer. The head says how many there are, and whether
+    the content's descriptors are in an fd bundle. The message's descriptors are those, or the bundle, and then the
+    block's.
     """
 
     kind = 2
@@ -248,7 +249,7 @@ class InBlock(Kind):
             carrier = fd_bundle.pack(fds)
             fds, keep = [carrier.fileno()], [*keep, carrier]
         found = content.block_containing(chunks, pool.capacity_for(size))
-        if found is None:  # one descriptor, which is closed again as soon as the message has left, must be had
+        if found is None:  # it needs one descriptor, only until the message has left
             fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
             keep.append(anonymous.Descriptor(fd))
         else:
@@ -263,7 +264,7 @@ class InBlock(Kind):
 
     @classmethod
     def _opened(cls, data: bytes, fds: list[int]) -> tuple[ReceivedBlocks, memoryview, bool]:
-        """The block, for which ``done`` is to be called; what is in it; whether the first descriptor is a bundle."""
+        """The block, whose ``done`` the caller calls; its content; whether the first descriptor is a bundle."""
         size, in_bundle = cls._HEAD.unpack_from(data)
         block = _received_blocks(data, size_of_payload(data), fds)
         return block, block.memory(0)[:size], in_bundle
@@ -284,7 +285,7 @@ class InBlock(Kind):
 
     @classmethod
     def discard(cls, data: bytes, fds: list[int]) -> None:
-        with contextlib.suppress(Exception):  # then they are believed to be lost after a while
+        with contextlib.suppress(Exception):  # then their maker takes them for lost after a while
             block, inside, _ = cls._opened(data, fds)
             try:
                 references = _references(inside, len(inside))
@@ -299,7 +300,7 @@ class InBlock(Kind):
 
 
 class BacklogMessage(Kind):
-    """Many messages as one, the *items*: what a process that leaves hands on, however much it is. There are no bytes.
+    """Many messages, the *items*, as one: a process that ends hands them all on. There are no bytes.
 
     The one descriptor is an fd bundle. Its first is memory with the items, pickled, each with how many descriptors it
     has; those follow.
@@ -353,9 +354,9 @@ class BacklogMessage(Kind):
 
 
 class Forget(Kind):
-    """A sender's id and the numbers of blocks: what is not to be kept any more, see Note [in-band promises].
+    """A sender's id and the numbers of blocks whose descriptors the reader drops, see Note [in-band promises].
 
-    ``promises`` lays these two down and takes them: nobody decodes one.
+    ``promises`` writes and reads this kind and the next.
     """
 
     kind = promises.FORGET
@@ -366,11 +367,11 @@ class Forget(Kind):
 
     @staticmethod
     def describe(data: bytes) -> str:
-        return "what need not be kept"
+        return "blocks to forget"
 
 
 class Left(Forget):
-    """The id of a sender that is gone."""
+    """The id of a sender that has ended."""
 
     kind = promises.LEFT
 
@@ -383,17 +384,17 @@ KINDS: Final[dict[int, type[Kind]]] = {
 #: Kinds whose messages are more than a pickle although they may come without descriptors.
 WITH_BLOCKS: Final = frozenset({References.kind, InBlock.kind})
 
-#: What makes the object in a message, by its last byte.
+#: The function that decodes a message, by its last byte.
 DECODERS: Final = {kind: each.decode for kind, each in KINDS.items()}
 
 
 def discard(data: bytes, fds: list[int]) -> None:
-    """Throw a message away that nobody will decode: its blocks can be used again. Takes over ``fds``."""
+    """Free what a message holds that nobody will decode. Takes over ``fds``."""
     KINDS[data[KIND]].discard(data, fds)
 
 
 def describe(data: bytes) -> str:
-    """What a message holds, in a few words."""
+    """The message in a few words."""
     return KINDS[data[KIND]].describe(data)
 
 
@@ -409,7 +410,7 @@ def _loads(data: bytes | memoryview, received_blocks: ReceivedBlocks | None, fds
 
 
 def _received_blocks(data: bytes | memoryview, end: int, fds: list[int], behind: int = 0) -> ReceivedBlocks:
-    """Take out the blocks that are listed in what ends at ``end``; ``behind`` are descriptors after theirs."""
+    """Take the blocks of the references that end at ``end``; ``behind`` descriptors follow theirs."""
     references = _references(data, end)
     rows = _rows(data, end)
     buffers = [index for index, (_, nbytes) in enumerate(references) if nbytes & _BUFFER]
