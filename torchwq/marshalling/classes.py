@@ -1,9 +1,8 @@
-"""Classes that travel by value, as they are at home: private slots, metaclass, ``__init_subclass__`` and all.
+"""Classes that travel by value, complete: private slots, metaclass, ``__init_subclass__`` and all.
 
-cloudpickle says what a class consists of. It is put together here, because cloudpickle does that by running the
-metaclass and ``__init_subclass__`` on a class that has nothing in it yet. Those of the script have run at home, and
-what they have done to the class comes along; so they are not run again. Those of libraries are, since they may keep
-what pickle cannot see, as ``abc`` does.
+cloudpickle says which parts a class has. It would put them together by running the metaclass and ``__init_subclass__``
+on an empty class. Those of the script have run at home, and the class travels as they have left it, so this module does
+not run them again. It runs those of libraries, which may keep what pickle cannot see, as ``abc`` does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from . import definitions, functions, msgspec_structs, namespaces, updates
 
 
 class _NoHooks:
-    """Where a class's bases would be told of it, keeps them from that."""
+    """Comes before a class's bases in the order of resolution, and hides their ``__init_subclass__``."""
 
     __slots__ = ()
 
@@ -28,7 +27,7 @@ class _NoHooks:
 
 
 def is_by_value(cls: type) -> bool:
-    """Whether a class that does not go by name has a definition: those that C code keeps for itself have none."""
+    """Whether a class that does not go by name has a definition. A class of C code has none."""
     if cls in _BY_OTHER_NAMES or cls in cloudpickle._BUILTIN_TYPE_NAMES:
         return False
     return bool(cls.__flags__ & _HEAP_TYPE)
@@ -78,7 +77,7 @@ _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
 def _own_slots(cls: type) -> tuple[str, ...] | None:
-    """The slots that the class adds, under the names that they have; None if it does not say that it has slots."""
+    """The slots that the class itself has, under their mangled names; None if it has no ``__slots__``."""
     names = vars(cls)
     if "__slots__" not in names:
         return None
@@ -87,7 +86,7 @@ def _own_slots(cls: type) -> tuple[str, ...] | None:
 
 
 def globals_of(cls: type) -> dict[str, Any] | None:
-    """The globals, not of an importable module, that have the class under its name; None if none have."""
+    """The globals, of a module that is not importable, that have the class under its name; None if there are none."""
     definition = definitions.of(cls)
     if definition is not None and definition.globals is not None:
         return definition.globals
@@ -114,7 +113,7 @@ def _make_class(
     if functions.goes_by_name(meta) and not _has_script_hooks(resolved):
         try:
             cls = types.new_class(name, resolved, {"metaclass": meta}, lambda namespace: namespace.update(names))
-        except Exception:  # it wants something of the class that is not there yet
+        except Exception:  # the metaclass expects attributes that the class does not have yet
             pass
     if cls is None:
         cls = _make_without_hooks(meta, name, resolved, names)
@@ -122,13 +121,13 @@ def _make_class(
 
 
 def _has_script_hooks(bases: tuple[type, ...]) -> bool:
-    """Whether one of the bases wants to be told of its subclasses, and does not come from a module."""
-    tellers = [functions.underlying_function(getattr(base.__init_subclass__, "__func__", None)) for base in bases]
-    return any(teller is not None and functions.globals_module(teller) is None for teller in tellers)
+    """Whether one of the bases has an ``__init_subclass__`` of the script."""
+    hooks = [functions.underlying_function(getattr(base.__init_subclass__, "__func__", None)) for base in bases]
+    return any(hook is not None and functions.globals_module(hook) is None for hook in hooks)
 
 
 def _make_without_hooks(meta: type, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
-    """Make a class of which nobody is told, but a metaclass of some library."""
+    """Make a class, and run no hook but the metaclass of a library."""
 
     def mro(cls: Any) -> list[type]:
         found: list[type] = of_meta.mro(cls)
@@ -140,7 +139,7 @@ def _make_without_hooks(meta: type, name: str, bases: tuple[type, ...], names: d
         return of_library.__new__(meta, name, bases, names)  # type: ignore[no-any-return]
     cls: Any = of_library.__new__(type(meta)("_NoHooks", (meta,), {"mro": mro}), name, bases, names)
     cls.__class__ = meta
-    cls.__bases__ = bases  # has its order of resolution found anew
+    cls.__bases__ = bases  # computes the order of resolution again
     return cls  # type: ignore[no-any-return]
 
 
@@ -176,7 +175,7 @@ def _set_state(cls: Any, state: tuple[dict[str, Any], Any, dict[str, Any] | None
 
 
 def _part(cls: Any, key: Any) -> Any:
-    """What a class has under a name, or a member of an enumeration has under a pair of names."""
+    """The attribute of a class (the key is a name), or of an enumeration's member (a pair of names)."""
     member, name = (None, key) if isinstance(key, str) else key
     owner = cls if member is None else cls.__members__.get(member)
     return updates.MISSING if owner is None else vars(owner).get(name, updates.MISSING)

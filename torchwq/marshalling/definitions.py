@@ -1,16 +1,16 @@
-"""Functions, classes and named values that go by value are defined once in each process, and known by a token.
+"""Functions, classes and named values that go by value: each is defined once in a process, and known by a token.
 
-Pickle refers to such a thing by its module and name; where the other side has no such module, its definition travels,
-with a token that its home has given it. Invariants:
+Pickle refers to such an object by its module and name. Where the reader has no such module, the object's definition
+travels, with a token from the process that has made the object, its *home*. Invariants:
 
-* Where the token is known, what comes in is the object that has it. At home its definition is not looked at: the
-  owner's class is the class of the answers that a worker sends, no attribute of it is set again, and no metaclass runs.
-  Elsewhere it takes over what its home has changed since (see ``updates``).
-* A definition counts as *complete* when its state has been set. Two threads may rebuild the same one at the same time:
-  both get the one that came first, and whoever does not find it complete sets its state, too, before using it.
-* What a process has received it passes on as *sealed* bytes, made once: answers with instances of the owner's classes
-  cost about what a name would. Calls (``encode_call``) carry definitions as they are now instead.
-* Tokens do not keep alive what they stand for.
+* Where the token is known, the object that has it arrives. Its home does not look at the definition: a worker's answer
+  refers to the owner's own class, of which no attribute changes and for which no metaclass runs. Other processes take
+  over what the home has changed since (``updates``).
+* A definition is *complete* when its state has been set. Two threads may rebuild one at the same time. Both get the
+  object that was first, and a thread that does not find it complete sets its state before using it.
+* A process passes a received definition on as *sealed* bytes, which it makes once: answers with instances of the
+  owner's classes cost about as much as a name. Calls (``encode_call``) carry current definitions instead.
+* Tokens do not keep their objects alive.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any, Final
 
 from . import importable, namespaces
 
-#: What a worker that is a thread has of its own.
+#: Types of objects with globals, of which each worker that is a thread has its own.
 _WITH_GLOBALS: Final = (types.FunctionType, type(functools.lru_cache(len)))
 
 
 class Definition:
-    """What is known of one object that is defined by value."""
+    """The state of one object that is defined by value."""
 
     __slots__ = ("complete", "fingerprints", "globals", "is_home", "object", "sealed", "stamp", "token")
 
@@ -40,13 +40,13 @@ class Definition:
         self.token = token
         self.object = weakref.ref(obj)
         self.is_home = self.complete = is_home
-        #: Its pickle, made to be passed on; None if there is none yet, b"" if there can be none.
+        #: The pickle with which this process passes it on; None if there is none yet, b"" if there can be none.
         self.sealed: bytes | None = None
-        #: Those of the namespace that has it under its name.
+        #: The globals of the namespace that has it under its name.
         self.globals: dict[str, Any] | None = None
-        #: When its home sent the state that it has; 0 if that came sealed.
+        #: When its home has sent its state; 0 if the state came sealed.
         self.stamp = 0
-        #: Of which parts that state was, for ``updates``: their outlines.
+        #: The fingerprints of that state's parts, for ``updates``.
         self.fingerprints: dict[Any, Any] = {}
 
 
@@ -60,7 +60,7 @@ class _Registry:
         return definition if definition is not None and definition.object() is obj else None
 
     def add(self, token: str, obj: Any, is_home: bool) -> Definition:
-        """The first definition with this token, be it this or one that another thread has just added."""
+        """Add a definition, unless another thread has added one with this token. Returns the one that was first."""
         definition = Definition(token, obj, is_home)
         first = self.by_token.setdefault(token, definition)
         if first is not definition and first.object() is not None:
@@ -80,7 +80,7 @@ _process = _Registry()
 
 
 def _registries() -> tuple[_Registry, ...]:
-    """Where to look: a worker that is a thread has functions of its own, and the classes of its process."""
+    """The registries to search, the first for new ones. A worker that is a thread has its own before its process's."""
     kept = namespaces.thread_state()
     if kept is None:
         return (_process,)
@@ -89,7 +89,7 @@ def _registries() -> tuple[_Registry, ...]:
 
 
 def of(obj: Any) -> Definition | None:
-    """What is known of an object; None if it is not defined by value, or has no token yet."""
+    """The definition of an object; None if it is not defined by value, or has no token yet."""
     for registry in _registries():
         definition = registry.of(obj)
         if definition is not None:
@@ -98,13 +98,13 @@ def of(obj: Any) -> Definition | None:
 
 
 def token_of(obj: Any) -> str:
-    """The object's token. One that has none gets it, and this process is its home."""
+    """The object's token. An object without one gets it now, and this process is its home."""
     definition = of(obj) or _process.add(uuid.uuid4().hex, obj, True)
     return definition.token
 
 
 def stamp_of(obj: Any) -> int:
-    """When the state that is about to be sent was the one at the object's home: on a clock that all processes share."""
+    """When the object's home had the state that this process is about to send, on a clock that all processes share."""
     definition = of(obj)
     if definition is None:
         return 0
@@ -112,14 +112,14 @@ def stamp_of(obj: Any) -> int:
 
 
 def forget_sealed() -> None:
-    """Some definition is no longer what it was when it was sealed, by itself or as a part of others."""
+    """Discard all sealed bytes, because a definition, which others may contain, has changed."""
     for registry in _registries():
         for definition in list(registry.by_token.values()):
             definition.sealed = None
 
 
 def give_tokens_to_main() -> None:
-    """Let a process that is about to be forked call the script's functions and classes as this one does."""
+    """Give tokens to the script's functions and classes, so that a process forked afterwards has the same ones."""
     main = sys.modules.get("__main__")
     for obj in list(getattr(main, "__dict__", {}).values()):
         if isinstance(obj, (type, types.FunctionType)) and obj.__module__ in importable.MAIN:
@@ -129,7 +129,7 @@ def give_tokens_to_main() -> None:
 def find(token: str) -> Any:
     """The object with this token; None if this process does not know it.
 
-    A thread that is a worker does not get the functions of its process, whose globals are others.
+    A worker that is a thread does not get the functions of its process, which have other globals.
     """
     registries = _registries()
     for registry in registries:
@@ -142,14 +142,14 @@ def find(token: str) -> Any:
 
 
 def add_received(token: str, obj: Any) -> Any:
-    """``obj`` was rebuilt to have this token. Returns the object that has it."""
+    """Add ``obj``, rebuilt for this token. Returns the object that was first."""
     definition = _registries()[0].add(token, obj, False)
     first = definition.object()
     return obj if first is None else first
 
 
 def mark_complete(obj: Any, globals_: dict[str, Any] | None, name: str) -> None:
-    """Its state has been set. Its namespace gets it, under its name."""
+    """The state of ``obj`` has been set. Its namespace gets it under its name."""
     definition = of(obj)
     if definition is not None and not definition.complete:
         definition.complete = True
@@ -169,7 +169,7 @@ def is_complete(obj: Any) -> bool:
 
 
 def unseal(token: str, name: str, sealed: bytes) -> Any:
-    """What ``Definition.sealed`` defines, on the other side."""
+    """The object that ``Definition.sealed`` defines, in the reader's process."""
     obj = find(token)
     if obj is None or not is_complete(obj):
         obj = pickle.loads(sealed)
@@ -180,7 +180,7 @@ def unseal(token: str, name: str, sealed: bytes) -> Any:
 
 
 def reduce_sealed(obj: Any) -> Any:
-    """How an object that was received is passed on; None if it was not, or has not been sealed."""
+    """Reduce a received object to its sealed bytes; None if it was not received, or has none."""
     definition = of(obj)
     if definition is None or definition.is_home or not definition.sealed:
         return None
@@ -188,15 +188,15 @@ def reduce_sealed(obj: Any) -> Any:
 
 
 def reduce_received(obj: Any, seal: Callable[[Any], bytes]) -> Any:
-    """The same; ``seal`` makes its bytes if there are none yet. None if it can only travel as it is now."""
+    """As ``reduce_sealed``, but ``seal`` makes the bytes if there are none yet. None if nothing can seal the object."""
     definition = of(obj)
     if definition is None or definition.is_home or not definition.complete:
         return None
     if definition.sealed is None:
-        definition.sealed = b""  # should anything in it lead here again
+        definition.sealed = b""  # for a part that refers back to the object
         definition.sealed = seal(obj)
     return reduce_sealed(obj)
 
 
-#: Called when the first definition has come to this process.
+#: ``mark_complete`` calls these when this process has received its first definition.
 on_first_received: list[Callable[[], None]] = []

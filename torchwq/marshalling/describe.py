@@ -1,6 +1,6 @@
-"""Says in a few words what a pickle holds, without importing or running anything that it names.
+"""Describes a pickle in a few words, without importing or running anything that it names.
 
-Used to tell what a dead worker had in hand: nothing of a message that may have killed a worker is rebuilt here.
+Errors say so what a dead worker was working on: nobody should rebuild a message that may have killed a worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import reprlib
 from typing import Any, Final
 
 _MAX_CHARS: Final = 200
-#: The functions that rebuild what users know by other names.
+#: Functions that rebuild objects which users know under other names.
 _DISPLAY_NAMES: Final = {
     "rebuild": "tensor",
     "_rebuild_leaf": "tensor",
@@ -24,7 +24,7 @@ _DISPLAY_NAMES: Final = {
 
 
 class _Named(type):
-    """A class that is shown as what it stands for."""
+    """A class whose ``repr`` is the name of the object that it replaces."""
 
     _name: str
 
@@ -33,7 +33,7 @@ class _Named(type):
 
 
 class _Placeholder(metaclass=_Named):
-    """Stands for any object of any class."""
+    """Takes the place of any object of any class."""
 
     _name = "object"
 
@@ -49,7 +49,7 @@ class _Placeholder(metaclass=_Named):
         return f"<{self._name}>"
 
 
-#: Functions that rebuild what a script defines, and which of their arguments is its name.
+#: Functions that rebuild a script's definitions, and the index of the argument with the name.
 _DEFINING: Final = {
     ("torchwq.marshalling.functions", "make_function"): 3,
     ("torchwq.marshalling.classes", "_make_class"): 2,
@@ -60,7 +60,7 @@ _DEFINING: Final = {
 
 
 def _named(shown: str) -> Any:
-    # Its own name is always the same: reprlib goes by that, and would take one called "array" for an array.
+    # The name of the class is always the same: reprlib would take one called "array" for an array.
     return _Named("placeholder", (_Placeholder,), {"_name": shown})
 
 
@@ -80,5 +80,5 @@ _short.maxstring = _short.maxother = 80
 
 
 def describe_pickle(data: bytes) -> str:
-    """A short description of what a message that begins with a pickle holds. Raises anything if that is damaged."""
+    """A short description of a message that begins with a pickle. A damaged pickle may raise anything."""
     return _short.repr(_Describer(io.BytesIO(data), buffers=itertools.repeat(b"")).load())[:_MAX_CHARS]

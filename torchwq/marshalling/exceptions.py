@@ -1,12 +1,12 @@
-"""Carries an exception from a worker to its owner, whatever it is.
+"""Packs an exception in a worker, so that its owner always gets an error, and unpacks it there.
 
-The exception is pickled by itself inside the message, beside its text. What is pickled is not the exception but its
-parts: so it arrives as what it is also if one of the parts cannot travel, which then is left behind, or if its class
-cannot be called again with ``args``. If even that fails, the text is still there. One that holds tensors or large
-arrays is part of the message itself, as those are; that it can be rebuilt is tried out before.
+A message has the pickle of the exception's *parts*, and beside it the exception's text. So the exception keeps its
+type even if one of the parts cannot travel, which then stays behind, or if its class cannot be called with ``args``
+again. If even that fails, the owner has the text. An exception with tensors or large arrays is part of the message
+itself, as those are; ``pack`` tries out before that it can be rebuilt.
 
-Invariant: whatever the user's classes do while an exception is taken apart or put together, the owner gets an error. A
-``sys.exit`` in there ends nobody; only Ctrl-C passes, and the interruption of a worker that is a thread.
+Invariant: whatever the user's classes do while an exception is packed or unpacked, the owner gets an error. Their
+``sys.exit`` ends nothing. Only Ctrl-C, and the interruption of a worker that is a thread, pass.
 """
 
 from __future__ import annotations
@@ -25,23 +25,21 @@ from . import codec, reducers
 from .copies import ATOMS
 from .local_message import LocalMessage
 
-#: An exception is pickled into the message, whatever its size: only what leaves the pickle makes a parcel of it.
-_NO_LIMIT: Final = 2**62
-#: How deep, and in how long containers, other exceptions are looked for in what an exception holds.
+#: How deep, and in how long containers, ``pack`` looks for other exceptions in an exception.
 _MAX_DEPTH: Final = 4
 _MAX_ITEMS: Final = 1000
-#: A class that was not made by a class statement, but in C.
+#: Flag of classes that are not static classes of C code.
 _HEAP_TYPE: Final = 1 << 9
-#: What is nobody's own affair, wherever it is raised.
+#: Exceptions that pass through all handlers of this module.
 _PASS_THROUGH: Final = (KeyboardInterrupt, Interrupted)
 
 
 class PackedException(NamedTuple):
-    #: Its pickle; None if that cannot be had, or if it is ``whole``.
+    #: The pickle of its parts; None if they cannot be pickled, or are ``whole``.
     pickled: bytes | None
-    #: The exception itself, if it takes more than a pickle.
+    #: The exception itself, if the message has more of it than a pickle.
     whole: Any
-    #: A pickle of what is left if nothing of it travels but texts and numbers; None if ``pickled`` is that already.
+    #: A pickle of its texts and numbers only; None if ``pickled`` has no other parts.
     bare: bytes | None
     kind: str
     summary: str
@@ -50,12 +48,12 @@ class PackedException(NamedTuple):
 
 @debug.runs_user_code
 def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedException:
-    """Turn a caught exception into something that always travels to ``peer``."""
+    """Pack a caught exception so that it travels to ``peer`` in any case."""
     pickled = whole = bare = None
     for usable in (_accept_all, _TryEncoding(peer)):
         try:
             parts = _Dissector(usable).of(error)
-            payload = codec.encode(parts, _NO_LIMIT, upvalues=True, peer=peer)
+            payload = codec.encode(parts, codec.UNLIMITED, upvalues=True, peer=peer)
             if isinstance(payload, bytes):
                 pickled = payload
             elif isinstance(codec.decode(*codec.deliver_local(payload)), BaseException):
@@ -63,7 +61,7 @@ def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedEx
         except _PASS_THROUGH:
             raise
         except BaseException:
-            continue  # then without what cannot travel, or its text has to do
+            continue  # next without the parts that cannot travel; in the end its text must do
         if pickled or whole:
             break
     if pickled is not None or whole is not None:
@@ -71,19 +69,19 @@ def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedEx
         with contextlib.suppress(Exception):
             parts = dissection.of(error)
             if dissection.has_left_out:
-                encoded = codec.encode(parts, _NO_LIMIT, upvalues=True)
+                encoded = codec.encode(parts, codec.UNLIMITED, upvalues=True)
                 bare = encoded if isinstance(encoded, bytes) else None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
 
 
 def pack_for(peer: Capabilities, error: BaseException) -> PackedException | BaseException:
-    """The same; but for a peer in this process, the exception itself: there is no need to pack it."""
+    """As ``pack``; but for a peer in this process the exception itself."""
     return error if peer.same_process else pack(error, peer=peer)
 
 
 def encode(error: PackedException | BaseException, limit: int, peer: Capabilities = SAME_MACHINE) -> codec.Encoded:
-    """The payload with which a worker tells its owner that it has failed: no value, and what ``pack_for`` gives."""
+    """The payload that tells an owner of a worker's failure: no value, and the result of ``pack_for``."""
     if isinstance(error, BaseException):
         return LocalMessage(None, [(None, error)])
     return codec.encode((None, error), limit, upvalues=True, peer=peer)
@@ -91,7 +89,7 @@ def encode(error: PackedException | BaseException, limit: int, peer: Capabilitie
 
 @debug.runs_user_code
 def unpack(packed: PackedException | BaseException) -> BaseException:
-    """The exception, with the worker's traceback: as its cause, or, from a thread, its own."""
+    """The exception with the worker's traceback: as its cause, or, from a thread, as its own."""
     if isinstance(packed, BaseException):
         return packed
     error: object = packed.whole
@@ -111,9 +109,9 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
 
 
 def decode_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]:
-    """Value and error of what a worker has fallback_text its owner: ``(value, packed error)``.
+    """Value and error of a worker's answer, the message ``(value, packed error)``.
 
-    ``data`` may also be the error with which receiving it has failed, and which stands in its place.
+    ``data`` may also be the error with which receiving the answer has failed.
     """
     try:
         if isinstance(data, BaseException):
@@ -122,12 +120,12 @@ def decode_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]
         return value, None if packed is None else unpack(packed)
     except _PASS_THROUGH:
         raise
-    except BaseException as raised:  # SystemExit, too, is the answer's affair, not that of whoever opens it
+    except BaseException as raised:  # SystemExit, too, is an error of the answer, and must not end the caller
         return None, raised
 
 
 def discard_answer(data: Any, fds: list[int]) -> None:
-    """Nobody wants what a worker has fallback_text its owner."""
+    """Discard a worker's answer."""
     if not isinstance(data, BaseException):
         codec.discard(data, fds)
 
@@ -146,7 +144,7 @@ def _summary(error: BaseException) -> str:
 
 
 def _accept_all(part: Any) -> str | None:
-    """Why a part cannot travel: nothing is known against it."""
+    """Why a part cannot travel: None, for any part."""
     return None
 
 
@@ -155,14 +153,14 @@ def _accept_atoms(part: Any) -> str | None:
 
 
 class _TryEncoding:
-    """Says why a part cannot travel, because it has been tried out."""
+    """Tries to encode a part, and returns why it cannot travel."""
 
     def __init__(self, peer: Capabilities) -> None:
         self._peer = peer
 
     def __call__(self, part: Any) -> str | None:
         try:
-            codec.encode(part, _NO_LIMIT, upvalues=True, peer=self._peer)
+            codec.encode(part, codec.UNLIMITED, upvalues=True, peer=self._peer)
         except _PASS_THROUGH:
             raise
         except BaseException as error:
@@ -171,7 +169,7 @@ class _TryEncoding:
 
 
 class _Parts:
-    """The parts of an exception. Is pickled as the exception, and arrives as it."""
+    """The parts of an exception. They pickle as the exception that ``_put_together`` makes of them."""
 
     make: Any
     made_of: tuple[Any, ...]
@@ -181,7 +179,7 @@ class _Parts:
     def __init__(self, error: BaseException) -> None:
         self.cls = type(error)
         self.fallback_text = _kind(error), _summary(error)
-        #: What was left behind, and why.
+        #: The places of the parts that stay behind, and why.
         self.missing: list[str] = []
 
     def __reduce__(self) -> Any:
@@ -191,7 +189,7 @@ class _Parts:
 
 
 class _Dissector:
-    """Takes an exception apart, with the exceptions in it. ``usable`` says why a part cannot travel, or None."""
+    """Takes an exception apart, with the exceptions in it. ``usable`` returns why a part cannot travel, or None."""
 
     def __init__(self, usable: Callable[[Any], str | None]) -> None:
         self._usable = usable
@@ -223,7 +221,7 @@ class _Dissector:
         return tuple(found) if any(new is not old for new, old in zip(found, values, strict=True)) else values
 
     def _part(self, value: Any, place: str, missing: list[str], depth: int = 0) -> tuple[Any, bool]:
-        """What travels in the place of ``value``, and whether that is only a text that tells of it."""
+        """The object that travels in place of ``value``, and whether that is only a text."""
         if isinstance(value, BaseException):
             return self.of(value), False
         reason = None
@@ -254,7 +252,7 @@ def _text_of(value: Any) -> str:
 
 
 def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
-    """What makes such an exception, of what, and its state; as its class wants it, if that can be had."""
+    """The function that makes such an exception, its arguments, and the state; from ``__reduce__`` if that works."""
     cls = type(error)
     make, made_of, state = cls, error.args, None
     try:
@@ -277,7 +275,7 @@ def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
 def _put_together(
     cls: Any, make: Any, made_of: tuple[Any, ...] | None, args: tuple[Any, ...], fallback_text: tuple[str, str]
 ) -> BaseException:
-    """Make the exception as its class wants it; if that is not possible, as its class, without its ``__init__``."""
+    """Make the exception as its ``__reduce__`` says; if that fails, without its ``__init__``."""
     made_of = args if made_of is None else made_of
     try:
         error = make(*made_of)
@@ -321,7 +319,7 @@ def _put_state(error: BaseException, found: tuple[Any, list[str]]) -> None:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note, if the error does not have it yet. Python 3.10 does not show notes, but they are there."""
+    """Add a note, unless the error has it. Python 3.10 keeps notes, but does not show them."""
     notes = getattr(error, "__notes__", None)
     if notes is None:
         notes = []

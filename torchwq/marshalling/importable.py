@@ -1,11 +1,11 @@
 """Which modules another process can import under their names.
 
-That a module is in ``sys.modules`` does not say so: a plugin that was loaded from its file, what ``runpy`` runs and
-what was made by hand are there too, and no other process would find them. So the finders are asked, once for each
-module, whether they would find it, and where.
+``sys.modules`` does not say so: it also has plugins that were loaded from their files, code that ``runpy`` runs, and
+modules made by hand, which no other process would find. So this module asks the finders of ``sys.meta_path``, once for
+each module, whether they would find it, and where.
 
-The script is never importable, however it is called: ``__main__``, or ``__mp_main__`` in a process that multiprocessing
-has spawned. A worker has none of it; only a forked one that writes to the process it was forked from may name it.
+The script is never importable, neither as ``__main__`` nor as ``__mp_main__``, its name in a process that
+multiprocessing has spawned: a worker has none of it. One exception is a forked worker that writes to its parent.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MAIN: Final = frozenset({"__main__", "__mp_main__"})
 
 
 class _Reader(threading.local):
-    #: Whether whoever reads what this thread encodes just now has the same ``__main__``: it forked this process.
+    #: Whether the reader of what this thread encodes has the same ``__main__``, because it has forked this process.
     has_main = False
 
 
 reader: Final = _Reader()
-#: What the finders have said of a module, by its name.
+#: The finders' answers, by the name of the module.
 _verdicts: dict[str, tuple[weakref.ref[Any], bool]] = {}
 
 
 def is_main(name: str, module: Any) -> bool:
-    """Whether the module is the script's, under whatever name."""
+    """Whether the module is the script, under either name."""
     return name in MAIN or module is sys.modules.get("__main__")
 
 
@@ -45,7 +45,7 @@ def is_importable(name: str, module: Any) -> bool:
     verdict = _would_be_found(name, module)
     try:
         _verdicts[name] = weakref.ref(module), verdict
-    except TypeError:  # something else than a module stands there
+    except TypeError:  # an object that is no module
         pass
     return verdict
 
@@ -54,7 +54,7 @@ def _would_be_found(name: str, module: Any) -> bool:
     if name in sys.stdlib_module_names or name in sys.builtin_module_names:
         return True
     if not isinstance(module, types.ModuleType):
-        return True  # what a library has put in a module's place comes with the library
+        return True  # a library has put an object in its module's place
     parent = name.rpartition(".")[0]
     file = getattr(module, "__file__", None)
     path = None
@@ -64,11 +64,11 @@ def _would_be_found(name: str, module: Any) -> bool:
             return False
         path = getattr(package, "__path__", None)
         if file is None or path is None:
-            return True  # its package makes it, as torch makes torch._C._nn
+            return True  # its package has made it, as torch makes torch._C._nn
     for finder in sys.meta_path:
         try:
             spec = finder.find_spec(name, path)
-        except Exception:  # a finder of somebody's; the next one may know
+        except Exception:  # a finder of the user; the next one may know
             continue
         if spec is not None:
             return _is_same(spec.origin if spec.has_location else None, file)

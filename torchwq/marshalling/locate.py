@@ -1,7 +1,7 @@
-"""Finds the place, inside an object, of what cannot be sent.
+"""Finds the place in an object of a part that cannot be sent.
 
-Runs only after encoding has failed, so it may be slow: it tries the parts of the object one by one and goes down
-into the first that fails by itself, until none of the parts does.
+It runs only after encoding has failed, so it may be slow: it tries the parts of the object one by one, goes down into
+the first that fails by itself, and stops where no part does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from . import reducers
 
-#: Deep enough for real objects; an end for endless ones.
+#: More than real objects need; some objects have no end.
 _MAX_DEPTH: Final = 50
 _MAX_PARTS: Final = 10_000
 
@@ -22,7 +22,7 @@ _MAX_PARTS: Final = 10_000
 def place_of_failure(
     obj: Any, name: str, error: Exception, failure: Callable[[Any], Exception | None]
 ) -> tuple[str, Exception]:
-    """Where in ``obj``, which cannot be encoded because of ``error``, the cause sits, and its error.
+    """The place in ``obj`` of the part that causes ``error``, and the error of that part.
 
     ``failure`` tries to encode an object and returns the error.
     """
@@ -42,14 +42,14 @@ def place_of_failure(
 
 
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of ``obj``, as far as it lets itself be looked at."""
+    """The parts of ``obj`` with their names, as far as its class allows."""
     for source in (_items, _dictionary, _slots):
         try:
             for count, part in enumerate(source(obj)):
                 if count == _MAX_PARTS:
                     break
                 yield part
-        except Exception:  # user code raises what it likes when it is looked at; the search goes on elsewhere
+        except Exception:  # user code may raise anything; the search goes on elsewhere
             continue
 
 
@@ -86,7 +86,7 @@ def _items(obj: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_opaque(obj: Any) -> bool:
-    """Whether there is nothing in it to name: a scalar, code, or what this library takes apart in its own way."""
+    """Whether ``obj`` has no parts to name: a scalar, code, or an object that a reducer of torchwq takes apart."""
     if isinstance(obj, (str, bytes, bytearray, type, types.FunctionType, types.ModuleType)):
         return True
     return not isinstance(obj, types.MethodType) and reducers.lookup(type(obj)) is not None
@@ -97,7 +97,7 @@ def _dictionary(obj: Any) -> Iterator[tuple[str, Any]]:
     if _is_opaque(obj) or not isinstance(attributes, dict):
         return
     for key, value in list(attributes.items()):
-        # A module's own containers are shown as they are written: model.layer, not model._modules['layer'].
+        # Users write model.layer, not model._modules['layer'].
         if key in ("_modules", "_parameters", "_buffers") and isinstance(value, dict):
             for inner, part in value.items():
                 yield f".{inner}", part
@@ -115,5 +115,5 @@ def _slots(obj: Any) -> Iterator[tuple[str, Any]]:
             name = f"_{cls.__name__.lstrip('_')}{slot}" if private else slot
             try:
                 yield f".{name}", getattr(obj, name)
-            except Exception:  # not set, or not to be looked at
+            except Exception:  # not set, or user code has raised
                 continue

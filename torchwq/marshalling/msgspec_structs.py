@@ -1,6 +1,6 @@
-"""Classes of msgspec, whose metaclass is C code that wants all fields at once.
+"""Classes of msgspec, whose metaclass is C code that needs all fields at once.
 
-Known to work with msgspec 0.18 to 0.22. It is not imported unless a class of its is met.
+Checked with msgspec 0.18 to 0.22, which is imported only for such a class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_struct(cls: type) -> bool:
 
 
 def reduce(cls: Any, token: str, attributes: dict[str, Any]) -> tuple[Any, ...]:
-    """How the class is made. Takes what comes with that out of ``attributes``."""
+    """Reduce the class, and remove from ``attributes`` those that its metaclass makes."""
     for name, value in list(attributes.items()):
         of_metaclass = name in cls.__struct_fields__ or (name.startswith("__") and name not in _KEPT)
         if of_metaclass and not isinstance(value, (types.FunctionType, property, staticmethod, classmethod)):

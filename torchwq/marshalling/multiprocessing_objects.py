@@ -1,21 +1,19 @@
-"""What multiprocessing knows how to send: by its own reducers, and only to a process that is being started.
+"""Objects of multiprocessing, which pickle alone would send wrongly. There are two kinds:
 
-Two kinds of objects, and here is what becomes of them:
+* Objects with a reducer of multiprocessing (``multiprocessing.reduction.register``): connections, sockets, and what
+  libraries have registered. They may be in any message. The reducer asks for a duplicate of each descriptor that it
+  sends (``DupFd``), and gets one that travels with the message.
+* Objects that processes inherit (``context.assert_spawning``): locks, events, queues, shared values. They may be in the
+  message with which a worker begins. Any other message refuses them.
 
-* Those with a reducer of multiprocessing's (``multiprocessing.reduction.register``): its connections, sockets, and
-  whatever a library has registered. The reducer asks for a duplicate of each descriptor that it sends (``DupFd``). It
-  gets one that travels with our message. So they may be in any message.
-* Those that multiprocessing only lets processes inherit (``context.assert_spawning``): locks, events, queues, shared
-  values. They may be in the message that a worker is started with; any other message refuses them.
-
-multiprocessing asks for both what process it is starting: ``Popen``, which each of its start methods has. Here a worker
-is started by a message, and :class:`_PopenForMessage` plays that part while the message is encoded.
+For both, multiprocessing asks which process it is starting: an object of the class ``Popen`` of its start method. While
+a message is encoded, that is :class:`_PopenForMessage`.
 
 Invariants:
 
 * A descriptor never travels as its number: a :class:`Descriptor`, which owns a duplicate, travels in its place.
-* A semaphore goes by its name, which is gone when its maker lets go of it. So whoever starts the worker holds what
-  ``encoder.worker_resources`` collects until the worker has ended.
+* A semaphore travels as its name, which disappears with its maker's object. So the process that starts a worker keeps
+  the objects in ``encoder.worker_resources`` until the worker has ended.
 """
 
 from __future__ import annotations
@@ -37,20 +35,20 @@ from . import reducers
 from .reducers import Encoder, attached_object, is_local_message, take_inbound_fd
 
 _registered: Final[dict[type, Any]] = getattr(ForkingPickler, "_extra_reducers", {})
-#: What pickle itself does at least as well: methods and partials.
+#: Types with a reducer of multiprocessing that pickle sends as well: methods and partials.
 _PICKLES_OWN: Final = frozenset(
     cls for cls, reducer in _registered.items() if reducer.__module__ == "multiprocessing.reduction"
 ) - {socket.socket}
 
 
 class _DuplicatedFd(int):
-    """A duplicate's number here; it arrives as the number that the descriptor has there."""
+    """The number of a duplicate. It arrives as the number that the descriptor has in the reader's process."""
 
     owner: Descriptor
 
 
 class _PopenForMessage:
-    """What multiprocessing's reducers get a duplicate of a descriptor from, for the process that is being started."""
+    """Takes the place of multiprocessing's ``Popen``, which duplicates descriptors for the process that it starts."""
 
     def duplicate_for_child(self, fd: int) -> _DuplicatedFd:
         number = _DuplicatedFd(_duplicate(fd))
@@ -66,7 +64,7 @@ _popen: Final[Any] = _PopenForMessage()
 
 @contextlib.contextmanager
 def spawning_context() -> Iterator[None]:
-    """Within it, multiprocessing takes this thread for one that starts a process."""
+    """Let multiprocessing take this thread for one that starts a process."""
     before = context.get_spawning_popen()
     context.set_spawning_popen(_popen)
     try:
@@ -93,7 +91,7 @@ def _reduce_number(encoder: Encoder, number: _DuplicatedFd) -> Any:
 
 
 class _FdIndex:
-    """Is pickled as the number that a descriptor of the message has where it is read."""
+    """Pickles as the number that a descriptor of the message has in the reader's process."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -113,18 +111,18 @@ def _take(index: int) -> int:
 
 
 def _reduce_registered(encoder: Encoder, obj: Any) -> Any:
-    """As multiprocessing's reducer for its type would have it, in a message of ours."""
+    """Reduce an object with multiprocessing's reducer for its type."""
     reducer = _registered[type(obj)]
     if reducer is _reduce_ctype:
         if not hasattr(obj, "_wrapper"):
-            return NotImplemented  # memory of its own, of a type that somebody has shared, too
+            return NotImplemented  # a private object of a type that multiprocessing shares, too
         _check_starting(encoder, obj)
     with spawning_context():
         return reducer(obj)
 
 
 def _reduce_connection(encoder: Encoder, connection: Connection) -> Any:
-    """One of a subclass, of which pickle would send the number of its descriptor."""
+    """Reduce a connection of a subclass, of which pickle would send the descriptor's number."""
     with spawning_context():
         _, args = multiprocessing.connection.reduce_connection(connection)  # type: ignore[attr-defined]
     more = {name: value for name, value in vars(connection).items() if name not in _CONNECTIONS_OWN}
@@ -172,7 +170,7 @@ def _reduce_semaphore(encoder: Encoder, lock: Any) -> Any:
 
 
 def _reduce_arena(encoder: Encoder, arena: Any) -> Any:
-    """The memory of shared values; here once more would hold a descriptor for ever."""
+    """Reduce the memory of shared values; within a process a second arena would never close its descriptor."""
     _check_starting(encoder, arena)
     return (
         (attached_object, (encoder.attach_object(arena),))
@@ -188,7 +186,7 @@ reducers.register_fallback(_registered, _PICKLES_OWN, _reduce_registered)
 _reduce_ctype: Any = None
 try:
     from multiprocessing import heap, queues, sharedctypes, synchronize
-except ImportError:  # a system without semaphores, where nobody has such things
+except ImportError:  # a system without semaphores
     pass
 else:
     _reduce_ctype = getattr(sharedctypes, "reduce_ctype", None)

@@ -1,9 +1,9 @@
-"""What pickle would send by its name, although it is neither a function nor a class.
+"""Objects that pickle would send by name although they are neither functions nor classes.
 
-Type variables and new types, functions with a cache, functions that dispatch by type, the sentinels that a script has
-(``object()``, or an object whose ``__reduce__`` returns its name): where their module can be imported, their name goes.
-Where it cannot, they are defined once in each process as functions and classes are, and whoever asks with ``is`` gets
-the same answer everywhere.
+These are type variables and new types, functions with a cache, functions that dispatch by type, and sentinels
+(``object()``, or an object whose ``__reduce__`` returns its name). If another process can import their module, their
+name travels. If not, each is defined once in a process, as functions and classes are, so that ``is`` has the same
+result everywhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Globals = dict[str, Any]
 
 
 def _globals_with(obj: Any, name: str, module: Any = None) -> _Globals | None:
-    """The globals, not of an importable module, that have ``obj`` under ``name``."""
+    """The globals, of a module that is not importable, that have ``obj`` under ``name``; None if there are none."""
     definition = definitions.of(obj)
     if definition is not None and definition.globals is not None:
         return definition.globals
@@ -36,7 +36,7 @@ def _globals_with(obj: Any, name: str, module: Any = None) -> _Globals | None:
 def make_named(
     token: str, globals_: _Globals | None, name: str, build: Callable[..., Any], args: tuple[Any, ...], stamp: int
 ) -> Any:
-    """What has this token: it is built if it is not there."""
+    """The object with this token, which this builds if the process does not have it."""
     attributes = args[1] if build is _rebuild_sentinel else {}
     known = definitions.find(token)
     if known is not None:
@@ -55,7 +55,7 @@ def _reduced(obj: Any, globals_: _Globals | None, name: str, build: Callable[...
     return make_named, (token, space, name, build, args, definitions.stamp_of(obj))
 
 
-# --- what is said of types -------------------------------------------------------------------------
+# --- objects of typing -----------------------------------------------------------------------------
 
 
 def _reduce_new_type(encoder: reducers.Encoder, new: Any) -> Any:
@@ -82,7 +82,7 @@ def _reduce_type_variable(encoder: reducers.Encoder, variable: Any) -> Any:
 
 def _make_typing_object(module: str, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     made = build(*args)
-    made.__module__ = module  # it has taken the caller's
+    made.__module__ = module  # ``build`` has set the caller's
     return made
 
 
@@ -100,7 +100,7 @@ for _name in ("TypeVar", "ParamSpec", "TypeVarTuple"):
         reducers.register(getattr(typing, _name), _reduce_type_variable)
 
 
-# --- functions with something around them ------------------------------------------------------------
+# --- wrapped functions -----------------------------------------------------------------------------
 
 
 def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
@@ -108,7 +108,7 @@ def _rebuild_lru_cache(function: Any, maxsize: int | None, typed: bool) -> Any:
 
 
 def _reduce_lru_cache(encoder: reducers.Encoder, cached: Any) -> Any:
-    """A cached function travels as its function, with an empty cache; pickle would only send its name."""
+    """Send a cached function as the function inside, with an empty cache."""
     if functions.goes_by_name(cached):
         return NotImplemented
     parameters = cached.cache_parameters()
@@ -129,7 +129,7 @@ def is_dispatcher(function: types.FunctionType) -> bool:
 
 
 def reduce_dispatcher(function: Any, sealing: bool) -> Any:
-    """A function that dispatches by type, as its implementations."""
+    """Send a function that dispatches by type as its implementations."""
     original = function.registry[object]
     name, globals_ = function.__qualname__, getattr(original, "__globals__", {})
     top_level = namespaces.look_up(globals_, name) is function
@@ -158,7 +158,7 @@ def _finish_dispatcher(
     function: Any, state: tuple[list[tuple[type, Any]], dict[str, Any], _Globals | None, int]
 ) -> None:
     implementations, attributes, globals_, stamp = state
-    types_ = {id(cls): cls for cls, _ in implementations}  # for no part is to keep a type alive
+    types_ = {id(cls): cls for cls, _ in implementations}  # no part may keep a type alive
     parts: dict[Any, Any] = {**{id(cls): value for cls, value in implementations}, **attributes}
     if definitions.is_complete(function):
         changed = updates.changes(function, stamp, parts, functools.partial(_part_of_dispatcher, function, types_))
@@ -166,7 +166,7 @@ def _finish_dispatcher(
         changed = list(parts.items())
     for key, value in changed:
         if not isinstance(key, str):
-            if value is not updates.MISSING:  # nobody can take one back
+            if value is not updates.MISSING:  # singledispatch cannot unregister
                 function.register(types_[key], value)
         elif value is updates.MISSING:
             delattr(function, key)
@@ -192,7 +192,7 @@ _OF_DISPATCHER: Final = frozenset(vars(_any_dispatcher)) - {"__wrapped__"}
 
 
 def _reduce_bare_object(encoder: reducers.Encoder, obj: object) -> Any:
-    """A bare object is only good for being compared with ``is``; a script's is the same everywhere."""
+    """Send a bare object, which programs compare with ``is``, by its name in the script: it is the same everywhere."""
     if encoder.peer.same_process:
         return reducers.attached_object, (encoder.attach_object(obj),)
     for space in namespaces.all_namespaces():
@@ -209,12 +209,12 @@ def _sentinel(globals_: _Globals, name: str) -> Any:
 
 reducers.register(object, _reduce_bare_object)
 
-#: Classes whose instances pickle never sends by name, as far as they are importable themselves.
+#: Importable classes whose instances pickle never sends by name.
 never_by_name: set[type] = set()
 
 
 def reduce_instance(obj: Any, cls: type) -> Any:
-    """How an object goes whose class has a ``__reduce__`` of its own, which may return a name; or NotImplemented."""
+    """Reduce an object whose class has its own ``__reduce__``, which may return a name; else NotImplemented."""
     reduced = functions.own_reduction(obj)
     if reduced is NotImplemented and functions.goes_by_name(cls):
         never_by_name.add(cls)
@@ -222,7 +222,7 @@ def reduce_instance(obj: Any, cls: type) -> Any:
         return reduced
     module = functions.module_of(obj)
     if module is None or importable.is_importable(obj.__module__, module):
-        return NotImplemented  # asked again: pickle finds out where the name is from
+        return NotImplemented  # pickle finds the name's module
     globals_ = _globals_with(obj, reduced, module)
     if globals_ is None:
         return NotImplemented

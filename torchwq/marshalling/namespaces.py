@@ -1,17 +1,17 @@
-"""The globals of modules that cannot be imported elsewhere, above all the script's, and what stands for them there.
+"""The globals of modules that other processes cannot import, above all the script's.
 
-A function that travels by value needs globals on the other side. All functions of one script have the same there as
-well: so what one of them sets the next one finds, in a pool's worker as in that of ``concurrent.futures``.
+A function that travels by value needs globals in the reader's process. All functions of one script have the same ones:
+what one of them sets the next one finds, in a pool's worker as in one of ``concurrent.futures``.
 
-* A namespace has a *token*, given where the namespace comes from, its *home*. It has the same everywhere, also in
-  processes forked from there.
-* At home a message changes nothing in it, whatever it brings: what comes back finds the namespace as it is.
-* Elsewhere it begins empty. A message installs what its functions refer to, under the names that they use, unless the
-  worker itself has set that name since: its own value stays.
-* A worker that is a thread of its owner's process has namespaces of its own.
+* A *namespace* is such globals, with a *token* from the process of their module, the namespace's *home*. The token is
+  the same in all processes, also in those forked from the home.
+* At home a message changes nothing in the namespace.
+* Elsewhere a namespace begins empty. A message installs the values to which its functions refer, under their names,
+  except under names that the worker itself has set since.
+* A worker that is a thread has namespaces of its own.
 
-In a worker process a module stands in ``sys.modules`` for each module whose definitions have come along, so pickle
-finds them by name: see :class:`ProxyModule`.
+A worker process has in ``sys.modules`` a :class:`ProxyModule` for each module whose definitions it has received, so
+that pickle finds them by name.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any, Final
 
 from . import importable
 
-#: Under which name a namespace that is not ``__main__``'s holds what is known of it.
+#: The name under which globals other than those of ``__main__`` hold their ``Namespace``.
 _KEY: Final = "__torchwq_namespace__"
 _ATTRIBUTES: Final = ("__package__", "__file__", "__path__")
 _MISSING: Final = object()
 
 
 class Namespace:
-    """What is known of the globals of a module, or of something that runs code like one."""
+    """The globals of a module, or of code that runs like one."""
 
     __slots__ = ("__weakref__", "globals", "installed", "is_home", "module", "placeholders", "token")
 
@@ -42,11 +42,11 @@ class Namespace:
         self.token = token
         self.globals = globals_
         self.is_home = is_home
-        #: What messages have set, by name.
+        #: The values that messages have installed, by name.
         self.installed: dict[str, Any] = {}
-        #: What stands for classes that have not come, while something nested in them has.
+        #: Placeholders for classes that have not come, but of which a nested object has.
         self.placeholders: dict[str, Any] = {}
-        #: The module, if that itself was sent from here.
+        #: The module, if a message contained the module itself.
         self.module: weakref.ref[types.ModuleType] | None = None
 
     def __reduce__(self) -> Any:
@@ -62,7 +62,7 @@ _of_main: Namespace | None = None
 
 
 def thread_state() -> dict[str, Any] | None:
-    """What belongs to this thread alone if it is a worker, which ``workers.threads`` marks so; else None."""
+    """The state of this thread if it is a worker, which ``workers.threads`` gives it; else None."""
     thread = threading.current_thread()
     kept: dict[str, Any] | None = getattr(thread, "torchwq_definitions", None)
     return kept
@@ -73,7 +73,7 @@ def existing(globals_: dict[str, Any]) -> Namespace | None:
     if _of_main is not None and _of_main.globals is globals_:
         return _of_main
     space = globals_.get(_KEY)
-    # Globals that were copied, as runpy does, are others.
+    # A copy of globals, such as runpy makes, is another namespace.
     return space if isinstance(space, Namespace) and space.globals is globals_ else None
 
 
@@ -84,7 +84,7 @@ def of(globals_: dict[str, Any]) -> Namespace:
     if space is None:
         space = Namespace(uuid.uuid4().hex, globals_, True)
         if getattr(sys.modules.get("__main__"), "__dict__", None) is globals_:
-            _of_main = space  # outside of it: the program's own names are its own
+            _of_main = space  # the program's own globals stay unchanged
         else:
             globals_[_KEY] = space
         _spaces[space.token] = space
@@ -110,7 +110,7 @@ def find_or_create(token: str, name: str, has_module: bool, attributes: dict[str
 
 
 def all_namespaces() -> list[Namespace]:
-    """The namespaces that this process, or this thread if it is a worker, has so far: the script's among them."""
+    """The namespaces of this process, the script's included; or of this thread if it is a worker."""
     kept = thread_state()
     if kept is not None:
         return list(kept.get("", {}).values())
@@ -121,7 +121,7 @@ def all_namespaces() -> list[Namespace]:
 
 
 def look_up(globals_: dict[str, Any], name: str) -> Any:
-    """What globals have under a dotted name; None if nothing. Runs no ``__getattr__`` of a module."""
+    """The value of a dotted name in globals; None if there is none. Runs no ``__getattr__`` of a module."""
     first, *rest = name.split(".")
     value = globals_.get(first)
     for part in rest:
@@ -130,9 +130,9 @@ def look_up(globals_: dict[str, Any], name: str) -> Any:
 
 
 def install(globals_: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None:
-    """Set what a message brings for these globals, by the rules above."""
+    """Install a message's values into globals, by the rules above."""
     space = existing(globals_)
-    if space is None:  # those of an importable module, which has what its code needs
+    if space is None:  # the globals of an importable module, which has what its code needs
         for name, value in values:
             globals_.setdefault(name, value)
     elif not space.is_home:
@@ -145,9 +145,9 @@ def install(globals_: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None
 
 
 def install_nested(globals_: dict[str, Any], name: str, value: Any) -> None:
-    """Let pickle find ``value`` by its dotted name, also as long as the class around it has not come.
+    """Let pickle find ``value`` by its dotted name, even if the class around it has not come.
 
-    Only stand-ins give what stands for that class then: code that runs here does not see it.
+    Only a ``ProxyModule`` gives the placeholder of that class: code in this process does not see it.
     """
     space = existing(globals_)
     first, *between, last = name.split(".")
@@ -157,20 +157,20 @@ def install_nested(globals_: dict[str, Any], name: str, value: Any) -> None:
     for part in between:
         inner = vars(around).setdefault(part, _Placeholder())
         if not isinstance(inner, _Placeholder):
-            return  # it is the class itself, which has what is nested in it
+            return  # the class itself, which has its nested objects
         around = inner
     setattr(around, last, value)
 
 
 class _Placeholder:
-    """Stands for a class that has not come."""
+    """Takes the place of a class that has not come."""
 
 
 class ProxyModule(types.ModuleType):
-    """Stands for a module of another process: gives the functions, classes and values that have come along from there.
+    """Takes the place of another process's module, and gives the functions, classes and values received from there.
 
-    It shows nothing in its ``vars``, and does not say in which file the other one is: multiprocessing would run that
-    file again in the processes that it spawns from a worker, scripts without a guard included.
+    Its ``vars`` are empty, and it has no ``__file__``: multiprocessing would run that file again in the processes that
+    it spawns from a worker, even a script without a guard.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -199,7 +199,7 @@ class ProxyModule(types.ModuleType):
 
 
 def reduce_module(module: types.ModuleType) -> Any:
-    """How a module goes that cannot be imported elsewhere: as all that it has."""
+    """Reduce a module that other processes cannot import to all its globals."""
     space = of(vars(module))
     space.module = weakref.ref(module)
     values = {name: value for name, value in vars(module).items() if not name.startswith("__")}
@@ -226,9 +226,9 @@ def _fill_module(module: types.ModuleType, values: dict[str, Any]) -> None:
             install(space.globals, values.items())
 
 
-#: The namespaces that a stand-in gives, by its name; first the one that is the module's at home.
+#: The namespaces that a ``ProxyModule`` gives, by its name; first that of the module itself.
 _by_module_name: dict[str, list[weakref.ref[Namespace]]] = {}
-#: The namespaces of modules live as long as modules do.
+#: Keeps the namespaces of modules alive, as ``sys.modules`` does with modules.
 _kept_alive: list[Namespace] = []
 
 
@@ -237,7 +237,7 @@ def _namespaces_of(name: str) -> list[Namespace]:
 
 
 def _install_proxy(name: str, space: Namespace, has_module: bool) -> None:
-    """Let pickle find by name what is in the namespace."""
+    """Let pickle find the namespace's values by name."""
     if name in importable.MAIN:
         if not _may_replace_main():
             return
@@ -250,15 +250,15 @@ def _install_proxy(name: str, space: Namespace, has_module: bool) -> None:
             sys.modules[name] = ProxyModule(name)
         elif not isinstance(module, ProxyModule):
             return
-    behind = _by_module_name.setdefault(name, [])
-    behind[:] = [each for each in behind if each() is not None]
-    behind.insert(0 if has_module else len(behind), weakref.ref(space))
+    spaces = _by_module_name.setdefault(name, [])
+    spaces[:] = [each for each in spaces if each() is not None]
+    spaces.insert(0 if has_module else len(spaces), weakref.ref(space))
     if has_module:
         _kept_alive.append(space)
 
 
 def _may_replace_main() -> bool:
-    """Whether ``__main__`` is a worker's, or of a process that multiprocessing has spawned from one: no script's."""
+    """Whether ``__main__`` has no script: in a worker, or in a process that multiprocessing has spawned from one."""
     main = sys.modules.get("__main__")
     if isinstance(main, ProxyModule):
         return True

@@ -1,8 +1,8 @@
-"""What a class adds to the objects of a class that travels in a way of its own: attributes and slots.
+"""The state that a subclass adds to objects of a class with its own reducer: attributes and slots.
 
-As ``object.__reduce_ex__`` would have it: what ``__getstate__`` says, where the class has one; else ``__dict__`` and
-the slots. It is laid down as the state of the pickled object, which is read after the object is there: so an attribute
-may refer back to its object.
+As in ``object.__reduce_ex__``, the state is the result of the class's ``__getstate__``, or else ``__dict__`` and the
+slots. It travels as the state of the pickled object, which pickle reads when the object exists: so an attribute may
+refer back to its object.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _object_getstate: Final = getattr(object, "__getstate__", None)  # from Python 3
 
 
 def of(obj: Any, base: type) -> Any:
-    """The state of ``obj`` beyond what it is as a ``base``; None if there is none."""
+    """The state of ``obj`` that a ``base`` does not have; None if there is none."""
     cls = type(obj)
     getstate = getattr(cls, "__getstate__", None)
     if (
@@ -31,20 +31,20 @@ def of(obj: Any, base: type) -> Any:
 
 
 def reduced(rebuild: Any, args: tuple[Any, ...], obj: Any, base: type) -> tuple[Any, ...]:
-    """What ``__reduce__`` returns for ``obj``, which ``rebuild(*args)`` makes again as far as it is a ``base``."""
+    """The result of ``__reduce__`` for ``obj``. ``rebuild(*args)`` makes it again without its state."""
     state = of(obj, base)
     if state is None:
         return rebuild, args
     own = getattr(type(obj), "__setstate__", None) is not getattr(base, "__setstate__", None)
-    return rebuild, args, state, None, None, (_set_as_it_wants if own else put)
+    return rebuild, args, state, None, None, (_call_setstate if own else put)
 
 
-def _set_as_it_wants(obj: Any, state: Any) -> None:
+def _call_setstate(obj: Any, state: Any) -> None:
     obj.__setstate__(state)
 
 
 def put(obj: Any, state: Any) -> None:
-    """Give ``obj`` what ``of`` has found."""
+    """Give ``obj`` the state that ``of`` has returned."""
     attributes, slots = state if isinstance(state, tuple) else (state, None)
     if attributes:
         obj.__dict__.update(attributes)

@@ -1,13 +1,13 @@
-"""What a definition takes over when its home has changed it since it came: attributes, defaults, methods, cells.
+"""Updates of definitions: a process takes over what their home has changed since it received them.
 
-A living worker must compute with what its owner has now. So a definition that is received again is compared, part by
-part, with what the last message brought. Invariants:
+A living worker must compute with the owner's current attributes, defaults, methods and cells. So when a definition
+comes again, this module compares its parts with those that the last message brought. Invariants:
 
-* Nothing is taken over at home, nor what is older than what is there: each state has the *stamp* of the moment when its
-  home sent it. Whoever passes it on keeps that stamp; what it has sealed has none, and changes nothing.
-* A part that is the same at home as before stays as it is here. So a cache that the worker fills stays filled.
-* A part that the worker itself has changed since, or has put other contents into, stays as well: as with globals.
-* Of what was brought only *fingerprints* are kept. They do not keep alive what the definition consists of.
+* A home takes over nothing. Elsewhere nothing older replaces anything newer: each state has a *stamp*, the moment at
+  which its home has sent it. A process that passes it on keeps the stamp. A sealed state has none, and changes nothing.
+* A part that has not changed at home stays. So a cache that the worker fills stays filled.
+* A part that the worker itself has changed stays, too, as globals do.
+* Of the last message only *fingerprints* remain. They do not keep alive the parts of a definition.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import numpy as np
 
 from . import definitions, namespaces, reducers
 
-#: In the place of a part that is not there.
+#: The value of a part that does not exist.
 MISSING: Final = types.SimpleNamespace()
 
 
 def remember(obj: Any, stamp: int, parts: Mapping[Any, Any]) -> None:
-    """The state of ``obj`` has been set for the first time, of these parts."""
+    """Remember the parts of the first state of ``obj``."""
     definition = definitions.of(obj)
     if definition is not None and not definition.is_home:
         definition.stamp = stamp
@@ -40,16 +40,16 @@ def remember(obj: Any, stamp: int, parts: Mapping[Any, Any]) -> None:
 
 
 def is_newer(obj: Any, stamp: int) -> bool:
-    """Whether ``obj`` came here from its home, and was sent before the state that has this stamp."""
+    """Whether ``obj`` has come from its home, before the state with this stamp left there."""
     definition = definitions.of(obj)
     return definition is not None and not definition.is_home and stamp > definition.stamp
 
 
 def changes(obj: Any, stamp: int, parts: Mapping[Any, Any], current: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
-    """What ``obj`` is to take over of a state that has come again: keys and values, or ``MISSING`` for what is gone.
+    """The parts that ``obj`` takes over from a state: keys and values, ``MISSING`` for a part that is gone.
 
     Args:
-        current: gives what is there under a key, or ``MISSING``.
+        current: returns the part that ``obj`` has under a key, or ``MISSING``.
     """
     definition = definitions.of(obj)
     if definition is None or not is_newer(obj, stamp):
@@ -57,10 +57,10 @@ def changes(obj: Any, stamp: int, parts: Mapping[Any, Any], current: Callable[[A
     definition.stamp = stamp
     fingerprints = definition.fingerprints
     found: list[tuple[Any, Any]] = []
-    fingerprints_now = _fingerprints(parts)
-    if fingerprints_now == fingerprints:
+    arrived = _fingerprints(parts)
+    if arrived == fingerprints:
         return []
-    for key, fingerprint in fingerprints_now.items():
+    for key, fingerprint in arrived.items():
         before = fingerprints.get(key, _MISSING_FINGERPRINT)
         if fingerprint != before and _fingerprint(current(key)) == before:
             fingerprints[key] = fingerprint
@@ -78,7 +78,7 @@ def _fingerprints(parts: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 class _Identity:
-    """Equals what stands for the very same object."""
+    """The fingerprint of an object by its identity: equals only that of the same object."""
 
     __slots__ = ("_id", "_reference")
 
@@ -99,7 +99,7 @@ class _Identity:
 
 
 def _fingerprint(value: Any) -> Any:
-    """What equals the fingerprint of the same when it comes again, as far as can be told."""
+    """A value that equals the fingerprint of an equal value, as far as this can be decided."""
     if value is MISSING:
         return _MISSING_FINGERPRINT
     try:
@@ -108,7 +108,7 @@ def _fingerprint(value: Any) -> Any:
         return _Identity(value)
 
 
-#: Those of which one never equals another's: they are their own fingerprint.
+#: Types whose values are their own fingerprints: no value equals one of another type.
 _OWN_FINGERPRINT: Final = frozenset({str, bytes, type(None), types.CodeType})
 _NUMBERS: Final = frozenset({int, bool, complex})
 _COLLECTIONS: Final = frozenset({dict, list, tuple})
@@ -123,7 +123,7 @@ _PARTS_OF: Final[dict[type, tuple[str, ...]]] = {
 }
 
 
-def _fingerprint_of(value: Any, around: list[Any]) -> Any:
+def _fingerprint_of(value: Any, enclosing: list[Any]) -> Any:
     cls = type(value)
     if cls in _OWN_FINGERPRINT:
         return value
@@ -137,19 +137,19 @@ def _fingerprint_of(value: Any, around: list[Any]) -> Any:
         return weakref.ref(value)
     if issubclass(cls, type) or isinstance(value, _BY_IDENTITY) or definitions.of(value) is not None:
         return _Identity(value)
-    for depth, each in enumerate(around):
+    for depth, each in enumerate(enclosing):
         if each is value:
-            return "around", depth
-    around.append(value)
+            return "enclosing", depth
+    enclosing.append(value)
     try:
-        contents = _contents(value, cls, around)
+        contents = _contents(value, cls, enclosing)
         return _Identity(value) if contents is None else (_Identity(cls), *contents)
     finally:
-        around.pop()
+        enclosing.pop()
 
 
-def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
-    """What makes up the value; None if nobody but the value knows."""
+def _contents(value: Any, cls: Any, enclosing: list[Any]) -> list[Any] | None:
+    """The fingerprints of the value's contents; None if this module does not know its type."""
     if cls is types.FunctionType:
         if _is_of_module(value):
             return None
@@ -168,7 +168,7 @@ def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
     elif isinstance(value, (list, tuple, collections.deque)):
         found = [*value, *_attributes(value)]
     elif isinstance(value, (set, frozenset)):
-        return [frozenset(_fingerprint_of(each, around) for each in value)]
+        return [frozenset(_fingerprint_of(each, enclosing) for each in value)]
     elif (
         cls.__reduce_ex__ is object.__reduce_ex__
         and cls.__reduce__ is object.__reduce__
@@ -180,7 +180,7 @@ def _contents(value: Any, cls: Any, around: list[Any]) -> list[Any] | None:
         return [value]
     else:
         return None
-    return [_fingerprint_of(each, around) for each in found]
+    return [_fingerprint_of(each, enclosing) for each in found]
 
 
 def _is_of_module(function: types.FunctionType) -> bool:
@@ -199,7 +199,7 @@ _HEAP_TYPE: Final = 1 << 9
 
 
 def _attributes(value: Any) -> list[Any]:
-    """The attributes and slots of an object, their names among them. Runs nothing that its class may have for them."""
+    """The attributes of an object, and the names and values of its slots. Runs no code of its class."""
     found: list[Any] = []
     if not type(value).__flags__ & _HEAP_TYPE:
         return found
