@@ -189,7 +189,7 @@ class _PoolThread(threading.Thread):
             task.should_report = not self._is_killed and unretrieved.should_report(process, death)
             _complete(task, None, death)
         if mapid in self._starting:
-            # A replacement would probably die, too, and so on for ever.
+            # A replacement would die, too, and be replaced for ever.
             self._starting.discard(mapid)
             if self.broken is None:
                 self._mark_broken(process.death_error("the pool's initializer"))
