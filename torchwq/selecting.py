@@ -5,26 +5,21 @@ from __future__ import annotations
 import select as _select
 import time
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-#: How long, in seconds, a wait may go on before the sources are asked again whether they have something to tell.
-_SLICE: Final = 0.25
-
-
-class _Source(Protocol):
-    def fileno(self) -> int: ...
-    def _is_ready(self) -> bool: ...
+#: The sources are asked again this often, in seconds: a handle may have a failure to report that made no event.
+_POLL_INTERVAL: Final = 0.25
 
 
 def select(sources: Sequence[Any], timeout: float | None = None) -> list[Any]:
     """Wait until at least one of several queues and channels can be read without waiting.
 
-    A source is ready if an item is there, if it is closed, or if reading it would raise: then ``read`` tells why. Where
-    there are other readers, one of them may be faster: read with ``timeout=0``, which raises ``queue.Empty`` then.
+    A source is ready if an item is there, if it is closed, or if reading it would raise. Another reader may be faster
+    than you: read with ``timeout=0``, which raises ``queue.Empty`` then.
 
     Args:
-        sources: :class:`WorkQueue` and :class:`Channel` handles; also anything else that has a ``fileno()``, such as a
-            socket.
+        sources: handles on :class:`WorkQueue` and :class:`Channel`, and anything else that has a ``fileno()``, such as
+            a socket.
         timeout: how long to wait at most, in seconds; None waits for ever, 0 does not wait.
 
     Returns:
@@ -45,19 +40,17 @@ def select(sources: Sequence[Any], timeout: float | None = None) -> list[Any]:
     while True:
         ready = [source for source in sources if hasattr(source, "_is_ready") and source._is_ready()]
         poll = _select.poll()
-        others = {}
         for source in sources:
             if source not in ready:
-                fd = source.fileno()
-                poll.register(fd, _select.POLLIN)
-                if not hasattr(source, "_is_ready"):
-                    others[fd] = source
-        left = 0.0 if ready else _SLICE if deadline is None else min(_SLICE, deadline - time.monotonic())
-        told = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
+                poll.register(source.fileno(), _select.POLLIN)
+        left = (
+            0.0 if ready else _POLL_INTERVAL if deadline is None else min(_POLL_INTERVAL, deadline - time.monotonic())
+        )
+        readable = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
         ready = [
             source
             for source in sources
-            if source in ready or (source._is_ready() if hasattr(source, "_is_ready") else source.fileno() in told)
+            if source in ready or (source._is_ready() if hasattr(source, "_is_ready") else source.fileno() in readable)
         ]
         if ready or (deadline is not None and time.monotonic() >= deadline):
             return ready

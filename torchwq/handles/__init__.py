@@ -1,4 +1,4 @@
-"""What the handles that users hold have in common: how one is read, and how one travels.
+"""What the handles that users hold have in common: how a handle is read, and how it travels.
 
-Queues, channels, mutexes and the loader say here only in what they differ.
+Queues, channels, mutexes and the loader add only what is their own.
 """

@@ -1,14 +1,15 @@
-"""How a handle is read: by who blocks, by a task on asyncio's event loop, by iteration.
+"""Reading a handle: by a thread that blocks, by a task on asyncio's event loop, by iteration.
 
-Note [Order of looking]. ``read`` and ``aread`` share it, so that both find the same:
+Note [Order of looking]
 
 1. Take a message.
-2. If there may be trouble, take once more, then raise it: the last worker answers before it leaves, and what a dead
-   one has written comes before the news of its death.
-3. If the time is over, say so. It is asked for before 2, so that who is late looks once more.
+2. If there may be a failure to report, take once more, then raise it. A worker answers before it leaves, and what a
+   dead worker wrote comes before the report of its death.
+3. If the time is over, say so. The clock is read before 2, so a late reader looks once more.
 4. Wait, and begin again.
 
-They differ in 4 alone. The handles inline 1, because a message is mostly there: what follows costs a call.
+``read`` and ``aread`` share this order and differ only in 4. The handles inline 1: mostly a message is there, and the
+rest would cost a call.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from ..workers import shutdown
 T = TypeVar("T")
 H = TypeVar("H", bound="ReadableHandle[Any]")
 
-#: What a handle's ``_read_nowait`` returns where no message is there, and its ``_item`` where iteration stops.
+#: What a handle's ``_read_nowait`` returns if there is no message, and its ``_iteration_item`` where iteration stops.
 EMPTY: Final[Any] = object()
 STOP: Final = object()
 
 
 class EndOfMessages(Exception):
-    """No message will come, and who reads is to be told that in another way than by an error."""
+    """No message will come, and the handle reports that without an error."""
 
 
 class MessageSource(abc.ABC):
-    """Where a handle takes its messages from. Subclasses say in what they differ; this class has the order."""
+    """Where a handle takes its messages from. This class keeps the order of looking."""
 
     __slots__ = ()
 
@@ -50,23 +51,23 @@ class MessageSource(abc.ABC):
 
     @abc.abstractmethod
     def sleep(self, deadline: float | None) -> Received | None:
-        """The next message; None after ``deadline`` (time.monotonic), if there may be trouble, or for no reason."""
+        """The next message; None after ``deadline`` (time.monotonic), if there may be a failure, or for no reason."""
 
     @abc.abstractmethod
     def may_raise(self) -> bool:
-        """Whether there may be a reason to raise instead of waiting."""
+        """Whether there may be a failure to report, so that a reader must not wait."""
 
     @abc.abstractmethod
     def raise_failure(self) -> None:
-        """Raise what there is to tell one who finds no message, or EndOfMessages; or return, to let it wait."""
+        """The reader has found no message: raise the failure, or EndOfMessages; or return, so that it waits."""
 
     @abc.abstractmethod
     def on_empty(self) -> None:
-        """A read that does not wait has found no message: raise what it is to be told."""
+        """A read that does not wait has found no message: raise a failure if there is one."""
 
     @abc.abstractmethod
     def awaited(self) -> str:
-        """What a read waits for, as the subject of a sentence."""
+        """The subject of a sentence on a timeout: "no item" came."""
 
     @abc.abstractmethod
     def fileno(self) -> int:
@@ -117,7 +118,7 @@ class MessageSource(abc.ABC):
                 return received
 
     def _take_or_raise(self) -> Received | None:
-        """If there may be trouble, take once more; raise the trouble if that finds nothing."""
+        """Step 2 of Note [Order of looking]."""
         if not self.may_raise():
             return None
         received = self.take()
@@ -127,7 +128,7 @@ class MessageSource(abc.ABC):
 
 
 class ReadableHandle(abc.ABC, Generic[T]):
-    """A handle that is read. ``T`` is what ``read`` returns."""
+    """A handle that can be read. ``T`` is what ``read`` returns."""
 
     __slots__ = ()
 
@@ -140,7 +141,7 @@ class ReadableHandle(abc.ABC, Generic[T]):
 
     @abc.abstractmethod
     def _source(self) -> MessageSource:
-        """What this thread reads from."""
+        """Where this thread takes messages from."""
 
     @abc.abstractmethod
     def _result_of(self, received: Received) -> T:
@@ -148,20 +149,20 @@ class ReadableHandle(abc.ABC, Generic[T]):
 
     @abc.abstractmethod
     def _result_at_end(self) -> T:
-        """What ``read`` returns where the source has raised EndOfMessages."""
+        """What ``read`` returns after EndOfMessages."""
 
     @abc.abstractmethod
-    def _iteration_item(self, found: T) -> Any:
-        """What iteration gives for what ``read`` has returned; STOP where it stops."""
+    def _iteration_item(self, result: T) -> Any:
+        """What iteration gives for a ``result`` of ``read``; STOP ends it."""
 
     @property
     @abc.abstractmethod
     def _was_forked(self) -> bool:
-        """Whether it was made before a fork, in the parent process."""
+        """Whether a parent process made it before a fork."""
 
     @abc.abstractmethod
     def _exit_context(self, failed: bool) -> None:
-        """A ``with`` block has ended; ``failed``: by an error."""
+        """A ``with`` block has ended, with an error if ``failed``."""
 
     async def aread(self, *, timeout: float | None = None) -> T:
         """Read on asyncio's event loop: like :meth:`read`, without blocking it, and without a thread.
@@ -179,9 +180,9 @@ class ReadableHandle(abc.ABC, Generic[T]):
             QueueClosed, WorkerDied: as for :meth:`read`; but a channel does not say that nobody is left, for another
                 task may write.
         """
-        found: T = self._read_nowait()
-        if found is not EMPTY:
-            return found
+        result: T = self._read_nowait()
+        if result is not EMPTY:
+            return result
         try:
             return self._result_of(await self._source().wait_async(timeout))
         except EndOfMessages:
@@ -236,5 +237,5 @@ class ReadableHandle(abc.ABC, Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # One that ends because what it read from was closed has not failed.
+        # A block that ends because its source was closed has not failed.
         self._exit_context(error is not None and not isinstance(error, (QueueClosed, GeneratorExit)))

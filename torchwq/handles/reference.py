@@ -1,15 +1,15 @@
-"""How a handle travels: a reference goes in its place, from which whoever opens the message makes a handle of its own.
+"""How a handle travels: a message has a reference in its place, and each reader makes a handle of its own from that.
 
-Queues, channels, mutexes and the loader differ in what a :class:`Target` says: how to make the descriptors for another
-process, and what makes the handle over there. Invariants:
+Queues, channels, mutexes and the loader each have a :class:`Target`, which makes the descriptors for another process
+and the handle there. Invariants:
 
-* Within a process, a reference counts as a pending handle from its making until it is accepted; or, if that does not
-  come, until it is garbage. So nobody is told that nobody is left while a handle is on its way to a thread.
-* To another process go descriptors of the message's own, so that the sender may close its handle at once. A descriptor
-  that has a ``count_sent`` counts as it leaves, and back if the message was not sent after all.
-* A message may be opened more than once (see ``torchwq.marshal``), here or elsewhere, so a reference may be accepted
-  more than once. Each time makes another handle; only the first one ends the counting.
-* The finalizer only appends to a list: it runs at any moment, in any thread, with any lock held.
+* Within a process, a reference counts as a pending handle until it is accepted or garbage. So no thread is told that
+  nobody is left while a handle is on its way.
+* A message to another process has descriptors of its own, so the sender may close its handle at once. ``count_sent`` of
+  a descriptor is called when the message leaves, and again with -1 if it was not sent after all.
+* A message can be decoded more than once (see ``torchwq.marshal``), in this process or another, so a reference can be
+  accepted more than once. Each time makes another handle; only the first ends the counting.
+* The finalizer only appends to a list, because it runs at any time, in any thread, with any lock held.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Target(abc.ABC):
     """What a reference refers to.
 
     Args:
-        count_pending: called with 1 for each handle that is pending in this process from now on, and with -1 when it
-            has come, or was dropped. What it refers to is kept alive while one is pending.
+        count_pending: called with 1 when a handle becomes pending in this process, and with -1 when it has arrived or
+            was dropped. It is kept alive while a handle is pending.
     """
 
     def __init__(self, count_pending: Callable[[int], None] | None = None) -> None:
@@ -44,8 +44,7 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def for_other_process(self) -> tuple[Callable[..., HandleRef], tuple[Any, ...], list[Descriptor]]:
-        """For another process: ``(receive, args, fds)``. There, ``receive(fds, *args)`` makes a reference; it takes
-        ``fds`` over."""
+        """``(receive, args, fds)``: in another process ``receive(fds, *args)`` takes ``fds`` over, for a reference."""
 
 
 class HandleRef:
@@ -73,7 +72,7 @@ def _count_dropped_later(count_pending: Callable[[int], None]) -> None:
 
 
 def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
-    """Let objects of exactly ``cls`` travel as references to what ``target_of`` gives; they arrive as handles."""
+    """Let objects of exactly ``cls`` travel as references to what ``target_of`` gives, and arrive as handles."""
 
     def reduce(encoder: reducers.Encoder, handle: H) -> Any:
         target = target_of(handle)
@@ -85,7 +84,7 @@ def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
 
 
 def _reduce(encoder: reducers.Encoder, ref: HandleRef) -> Any:
-    """A reference in a message that has not been opened goes on, and arrives as a reference."""
+    """A reference in a marshalled message that is sent on arrives as a reference."""
     if encoder.peer.same_process:
         return reducers.attached_object, (encoder.attach_object(HandleRef(ref.target)),)
     return _receive, _attach_fds(encoder, ref.target)

@@ -17,6 +17,7 @@ As in ``threading.Barrier``, those who pass together are a *generation*. Invaria
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import threading
@@ -25,8 +26,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from ..errors import MutexError, WorkerDied
-from ..memory import anonymous
+from ..errors import MutexError, ResourceError, WorkerDied
 from ..peers.failures import SeenFailures
 from ..peers.local_handles import LocalHandles
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
@@ -60,14 +60,11 @@ def new_events() -> list[int]:
     """Eventfds for even and odd generations, readable from the end of one to the end of the next. None on macOS."""
     events: list[int] = []
     try:
-        for _ in range(2):
-            event = descriptors.eventfd()
-            if event is None:
-                break
+        while len(events) < 2 and (event := descriptors.eventfd()) is not None:
             events.append(event)
-    except OSError as error:
+    except ResourceError:
         close_fds(events)
-        raise anonymous.resource_error(error) from error
+        raise
     return events
 
 
@@ -93,7 +90,8 @@ class Barrier:
         self._handles = handles
         self._words = table.words
         self._num_waiting = table.slot_offset(table.slot) + NUM_WAITING
-        self._monitor = PeerMonitor(table, _check_later(self))
+        check = functools.partial(_check, weakref.ref(self))
+        self._monitor = PeerMonitor(table, functools.partial(cleanup.call_soon, check))
         #: Threads of this process that have come to the barrier.
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         closed_in_child(self)
@@ -238,13 +236,7 @@ class Barrier:
         self._closing()
 
 
-def _check_later(barrier: Barrier) -> Callable[[], None]:
-    """Has the cleanup thread check the barrier, if that is still there."""
-    find = weakref.ref(barrier)
-
-    def check() -> None:
-        found = find()
-        if found is not None:
-            found.check()
-
-    return lambda: cleanup.call_soon(check)
+def _check(find: Callable[[], Barrier | None]) -> None:
+    barrier = find()
+    if barrier is not None:
+        barrier.check()

@@ -27,9 +27,8 @@ class Mutex:
 
     It reaches workers as an argument of :func:`torchwq.map` or inside a message. It is not reentrant.
 
-    A worker that dies with the lock held does not block the others: the next one gets the lock and is told, by a
-    RuntimeWarning, and by what ``with`` gives: WorkerDied instead of None. What the mutex protects may be half done
-    then::
+    A worker that dies with the lock held does not block the others. The next holder gets a RuntimeWarning, and ``with``
+    gives it WorkerDied instead of None, because what the mutex protects may be half done::
 
         with m as death:
             if death is not None:
@@ -54,7 +53,7 @@ class Mutex:
             timeout: how long to wait at most, in seconds; 0 does not wait; None waits for ever.
 
         Returns:
-            Whether the lock was taken; False after ``timeout``. :attr:`abandoned` tells whether the last holder died.
+            Whether this thread took the lock; False after ``timeout``. :attr:`abandoned` says if the last holder died.
 
         Raises:
             MutexError: this thread holds the lock already, or the mutex was inherited by a fork.
@@ -64,7 +63,7 @@ class Mutex:
         return self._state.acquire(None if timeout is None else time.monotonic() + timeout)
 
     def release(self) -> None:
-        """Give the lock to the next one.
+        """Release the lock.
 
         Raises:
             MutexError: this thread does not hold the lock.
@@ -84,7 +83,7 @@ class Mutex:
         It can be used again at once, also with another ``n``. It has nothing to do with the lock.
 
         Args:
-            n: how many, with this one.
+            n: how many threads, with this one.
             timeout: how long to wait at most, in seconds; None waits for ever.
 
         Returns:
@@ -92,9 +91,9 @@ class Mutex:
 
         Raises:
             WorkerDied: the barrier may never be completed: a worker that had the mutex died, or ended with an error; or
-                all that still have it wait here already. Everybody who waits is told, and whoever comes later, once for
-                each death since they were sent the mutex. Those who are left can go on with a smaller ``n``.
-            TimeoutError: not within ``timeout``; this thread does not count as arrived any more.
+                all that still have it wait here already. Each handle that waits, or comes later, is told once of each
+                death since it was sent. Those who are left can go on with a smaller ``n``.
+            TimeoutError: not all came within ``timeout``; this thread does not count as arrived any more.
             ValueError: ``n`` is less than 1, or others wait for another ``n``.
             MutexError: the mutex was inherited by a fork.
 
