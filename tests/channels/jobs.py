@@ -121,13 +121,13 @@ def add_one(source: Channel, sink: Channel) -> None:
 
 def die_receiving(channel: Channel) -> None:
     """Be killed in the middle of a try to receive."""
-    channel._core.socket._count_attempt()  # type: ignore[union-attr]
+    channel._core.socket.table.count_attempt()  # type: ignore[union-attr]
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave_receiving(channel: Channel) -> None:
     """End in the middle of a try to receive, as a thread may that exit has not waited for."""
-    channel._core.socket._count_attempt()  # type: ignore[union-attr]
+    channel._core.socket.table.count_attempt()  # type: ignore[union-attr]
 
 
 def read_when_asked(channel: Channel, asked: Channel) -> list[int]:

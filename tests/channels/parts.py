@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from torchwq.channels.socket import SENT, SocketChannel, open_socket_channels
+from torchwq.channels.socket import SocketChannel, open_socket_channels
+from torchwq.channels.table import SENT
 
 
 def another(socket: SocketChannel) -> SocketChannel:

@@ -10,8 +10,9 @@ import pytest
 import torchwq
 from tests.channels import jobs
 from tests.channels.parts import another
-from torchwq.channels import backlog
-from torchwq.channels.socket import BACKLOG, BACKLOG_MESSAGES, SENT, TAKEN, SocketChannel
+from torchwq.channels.socket import SocketChannel
+from torchwq.channels.table import BACKLOG, BACKLOG_MESSAGES, SENT, TAKEN
+from torchwq.marshalling.wire import BacklogMessage
 
 
 @contextmanager
@@ -41,30 +42,30 @@ def test_a_backlog_that_the_reactor_sends_at_the_last_moment_leaves_no_bundle(
                     taken.append(received)
                 socket._outbox.flush()
 
-        monkeypatch.setattr(socket, "_announce_descriptors", reactor_sends)
+        monkeypatch.setattr(socket._receiver, "announce_descriptors", reactor_sends)
         socket.leave()
         while (received := other.take()) is not None:
             taken.append(received)
         assert len(taken) == count
         assert other.num_items() == 0
-        assert not other._words[BACKLOG_MESSAGES]
+        assert not other.table.words[BACKLOG_MESSAGES]
         assert not other.table.get_word(socket.table.slot, BACKLOG)
     assert capfd.readouterr().err == ""
 
 
 def test_an_empty_bundle_is_no_item() -> None:
     with two() as (socket, other):
-        with backlog.encode([]) as (message, fd):
-            socket._words[BACKLOG_MESSAGES] += 1
-            assert socket._in.try_send(message, [fd])
+        with BacklogMessage.encode([]) as (message, fd):
+            socket.table.words[BACKLOG_MESSAGES] += 1
+            assert socket._outgoing.try_send(message, [fd])
         assert other.take() is None
-        with backlog.encode([]) as (message, fd):
-            socket._words[BACKLOG_MESSAGES] += 1
-            assert socket._in.try_send(message, [fd])
+        with BacklogMessage.encode([]) as (message, fd):
+            socket.table.words[BACKLOG_MESSAGES] += 1
+            assert socket._outgoing.try_send(message, [fd])
         assert socket.send(b"1")
         assert other.take() == (b"1", [])
         assert other.num_items() == 0
-        assert not other._words[BACKLOG_MESSAGES]
+        assert not other.table.words[BACKLOG_MESSAGES]
         assert other.table.sum(SENT) == other.table.sum(TAKEN) == 1
 
 

@@ -12,7 +12,8 @@ import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
 from torchwq import Channel, ChannelState
-from torchwq.channels.socket import ATTEMPTS, DESCRIPTORS, FAILED_ATTEMPTS, SAFE, SLOW_PATH, TAKEN, SocketChannel
+from torchwq.channels.socket import SocketChannel
+from torchwq.channels.table import ATTEMPTS, DESCRIPTORS, FAILED_ATTEMPTS, SAFE, SLOW_PATH, TAKEN
 from torchwq.memory import membarrier
 from torchwq.transport import kinds
 
@@ -30,21 +31,21 @@ def begun() -> tuple[Channel, SocketChannel, threading.Thread]:
     """A channel of which one reads, as a thread that is in recv does, while another writes its first tensor."""
     channel = torchwq.channel()
     socket = socket_of(channel)
-    socket._count_attempt()
+    socket.table.count_attempt()
     writer = threading.Thread(target=channel.write, args=(torch.arange(3),))
     writer.start()
-    wait_until(lambda: socket._words[SLOW_PATH])
+    wait_until(lambda: socket.table.words[SLOW_PATH])
     return channel, socket, writer
 
 
 def test_a_tensor_waits_for_those_who_are_just_receiving() -> None:
     channel, socket, writer = begun()
     time.sleep(0.1)
-    assert socket._words[DESCRIPTORS] != SAFE
+    assert socket.table.words[DESCRIPTORS] != SAFE
     assert channel.num_items() == 0, "it has not left"
-    socket._count_failed_attempt()
+    socket.table.count_failed_attempt()
     writer.join(20)
-    assert socket._words[DESCRIPTORS] == SAFE
+    assert socket.table.words[DESCRIPTORS] == SAFE
     assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
 
 
@@ -52,11 +53,11 @@ def test_it_waits_for_each_thread_of_a_process() -> None:
     channel, socket, writer = begun()
     for _ in range(10):
         assert channel.read(nonblocking=True) == (ChannelState.OPEN, None)
-        socket._count_attempt()  # as others, who see SLOW_PATH
-        socket._count_failed_attempt()
+        socket.table.count_attempt()  # as others, who see SLOW_PATH
+        socket.table.count_failed_attempt()
         time.sleep(0.01)
-    assert socket._words[DESCRIPTORS] != SAFE
-    socket._count_failed_attempt()
+    assert socket.table.words[DESCRIPTORS] != SAFE
+    socket.table.count_failed_attempt()
     writer.join(20)
     assert channel.read(timeout=20)[1].tolist() == [0, 1, 2]
 
@@ -72,7 +73,7 @@ def test_no_end_of_a_try_is_counted_without_it() -> None:
     with pytest.raises(BlockingIOError, match="in reading"):
         channel.read()
     assert channel.read() == (ChannelState.DRAINED, None)
-    tried, taken, missed = (socket._words[socket._first + word] for word in (ATTEMPTS, TAKEN, FAILED_ATTEMPTS))
+    tried, taken, missed = (socket.table.own(word) for word in (ATTEMPTS, TAKEN, FAILED_ATTEMPTS))
     assert tried == taken + missed
     assert taken == 2
 
@@ -134,8 +135,8 @@ def test_a_channel_of_plain_items_is_never_told() -> None:
     for item in (1, "text", (1, 2.5, None), [1, {"a": b"b"}], {"key": (1,)}):
         channel.write(item)
         assert channel.read() == (ChannelState.OPEN, item)
-    assert not socket._words[SLOW_PATH]
-    assert not socket._words[DESCRIPTORS]
+    assert not socket.table.words[SLOW_PATH]
+    assert not socket.table.words[DESCRIPTORS]
 
 
 @pytest.mark.parametrize("machine", [None, "unheard of"], ids=["membarrier", "elsewhere"])

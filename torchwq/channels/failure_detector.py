@@ -29,8 +29,9 @@ from ..peers.local_handles import LocalHandles
 from ..peers.table import PeerTable
 from ..workers import threads
 from ..workers.deaths import others_may_come, raise_next_death
-from .socket import BACKLOG, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, WAITING, SocketChannel
+from .socket import SocketChannel
 from .state import ChannelBackend
+from .table import BACKLOG, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, WAITING
 
 #: What one waits to do.
 READS, WRITES = 1, 2

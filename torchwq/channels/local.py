@@ -152,7 +152,7 @@ class LocalChannel:
             for received in items:
                 self.mailbox.put(received)
             raise
-        successor.set_initial_counts(self._written - len(items))
+        successor.table.set_initial_counts(self._written - len(items))
         for payload in payloads:
             successor.send(payload)
         if self._closed:

@@ -1,0 +1,120 @@
+"""Sends small items straight into the socket, past an idle outbox.
+
+An item may go past the outbox if nothing waits there: it keeps its place behind everything that was sent before. A full
+socket does not make a backlog at once, either: a writer that is faster than its readers is better held up by the kernel
+than by a list that grows. So it waits for room, up to ``_ROOM_TIMEOUT``, as long as somebody reads. If nobody reads, it
+does not wait: a write must not block for long.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from pickle import dumps
+from typing import Any, Final
+
+from ..marshalling.copies import SCALARS, only_scalars
+from ..transport.endpoint import Endpoint
+from ..transport.outbox import Outbox
+from ..transport.sockets import BROKEN, BUSY, NO_WAIT
+from .state import ChannelState
+from .table import CLOSED, TAKEN, ChannelTable
+
+_OPEN: Final = ChannelState.OPEN
+
+#: How long, in seconds, a writer waits for room while others read, before its items become a backlog.
+_ROOM_TIMEOUT: Final = 0.25
+
+Write = Callable[[Any], "ChannelState | None"]
+
+
+class FastSender:
+    """Safe to use from several threads.
+
+    Args:
+        table: the channel's.
+        outbox: sends what this object does not.
+        outgoing: where both send to.
+        is_active: whether small pickles may be sent without looking at the channel's capacity.
+        write_any: writes any object, in any state of the channel.
+    """
+
+    def __init__(
+        self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, is_active: bool, write_any: Write
+    ) -> None:
+        self._table = table
+        self._words = table.words
+        self._outbox = outbox
+        self._outgoing = outgoing
+        self._max_payload = outgoing.max_payload
+        self._write_any = write_any
+        has_send_bare = outgoing.send_bare is not None
+        self._is_active = is_active and has_send_bare
+        #: These refuse as soon as this process leaves.
+        self._send_bare: Callable[[bytes, int], object] = outgoing.send_bare or _refuse
+        self._send_with_timeout: Callable[[bytes], bool] = outgoing.send_with_timeout
+        #: Whether ``send`` waits for room. Not while there is a backlog.
+        self._waits = self._may_wait = has_send_bare
+        #: How many items had been taken when a writer that waits for room looked last.
+        self._last_taken = 0
+
+    def try_write(self, obj: Any) -> ChannelState | None:
+        """See ``ChannelBackend.try_write``. Most items are small, and most of a writer's time is spent here."""
+        cls = type(obj)
+        try:
+            # As encode does, without calling it.
+            plain = self._is_active and (only_scalars(map(type, obj)) if cls is tuple else cls in SCALARS)
+        except TypeError:  # the class of some class cannot be hashed
+            plain = False
+        if plain:
+            payload = dumps(obj, 5)
+            outbox = self._outbox  # is_idle, without calling it
+            idle = not outbox.pending and not outbox.submitted and not outbox.sending_thread
+            if idle and len(payload) <= self._max_payload and not self._words[CLOSED]:
+                try:
+                    self._send_bare(payload, NO_WAIT)
+                except OSError as error:
+                    # Any other may be a signal handler's, a TimeoutError perhaps, after the item has left.
+                    if error.errno not in BUSY and error.errno not in BROKEN and self._outgoing.fileno() >= 0:
+                        raise
+                else:
+                    self._table.count_sent()
+                    return _OPEN
+        return self._write_any(obj)
+
+    def try_send(self, payload: bytes) -> bool:
+        """Send one item, waiting for room if somebody makes some; False if the outbox is to send it.
+
+        Raises BrokenPipeError if nobody can receive it.
+        """
+        if not self._waits or not self._outbox.is_idle:
+            return False
+        until = time.monotonic() + _ROOM_TIMEOUT
+        while not self._send_with_timeout(payload):
+            if not self._is_being_read() or time.monotonic() > until:
+                return False
+        self._table.count_sent()
+        return True
+
+    def _is_being_read(self) -> bool:
+        """Whether anybody has taken something since this was asked last."""
+        before, self._last_taken = self._last_taken, self._table.sum(TAKEN)
+        return self._last_taken != before
+
+    def pause(self) -> None:
+        """There is a backlog: do not wait for room."""
+        self._waits = False
+
+    def resume(self) -> None:
+        """There is no backlog any more."""
+        self._waits = self._may_wait
+
+    def leave(self) -> None:
+        """Send nothing more, also for threads that are in the middle of writing."""
+        self._is_active = False
+        self._send_bare = self._send_with_timeout = _refuse
+
+
+def _refuse(*args: Any) -> Any:
+    raise BrokenPipeError(errno.EPIPE, "this process is leaving the channel")
