@@ -1,4 +1,4 @@
-"""The few socket calls that both kinds of endpoint and the control connections share."""
+"""The socket calls that both kinds of endpoint and the control connections share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..errors import ResourceError
 from . import descriptors
 from .descriptors import close_fds
 from .endpoint import MAX_FDS
+from .fork import closed_in_child
 
 # Plain integers: the socket module's flags are enums, whose arithmetic costs as much as a system call.
 NO_WAIT: Final = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
@@ -25,38 +26,38 @@ CLOEXEC: Final = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 TRUNCATED: Final = int(socket.MSG_CTRUNC)
 ANCILLARY_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
-#: The other side is gone for good.
+#: The peer is gone for good.
 BROKEN: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.ESHUTDOWN})
-#: The kernel is short of something that comes back: buffers, or descriptors in flight.
+#: The kernel is short of something for the moment: buffers, or descriptors in flight.
 BUSY: Final = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 
 def set_buffer_size(sock: socket.socket, nbytes: int) -> None:
-    """Ask for room for ``nbytes`` bytes; the kernel gives what ``net.core.wmem_max`` allows."""
+    """Ask for buffers of ``nbytes`` bytes; the kernel gives what ``net.core.wmem_max`` allows."""
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
 
 
 class NotSent(ResourceError):
-    """A message could not be sent, though the other side is there. It is still the sender's; later ones may go."""
+    """A message could not be sent, though the peer is there. The sender keeps it; later ones may be sent."""
 
 
 def is_broken(error: OSError, sock: socket.socket) -> bool:
-    """Whether nothing can be sent or received any more: nobody is there, or another thread has closed this side.
+    """Whether nothing can be sent or received any more: the peer is gone, or another thread has closed this end.
 
-    EBADF alone does not tell: it may be about a descriptor in the message.
+    EBADF alone does not tell: it may mean a descriptor in the message.
     """
     return error.errno in BROKEN or (error.errno == errno.EBADF and sock.fileno() < 0)
 
 
 def check_sendable(error: OSError, sock: socket.socket) -> None:
-    """Return if a message could not be sent only for want of room; else raise.
+    """Return if a message was not sent because the socket is full; else raise.
 
     Raises:
-        BrokenPipeError: nobody is there.
-        NotSent: it is something else about the message, or the system.
-        OSError: ``error`` itself, if it is that of a signal handler, which may have run after the message had left.
+        BrokenPipeError: nobody can receive it.
+        NotSent: the message or the system does not allow it.
+        OSError: ``error`` itself, if a signal handler has raised it, perhaps after the message had left.
     """
     if is_broken(error, sock):
         raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
@@ -69,7 +70,7 @@ def check_sendable(error: OSError, sock: socket.socket) -> None:
 
 
 def _is_ours(error: OSError) -> bool:
-    """Whether a system call of this package has raised it, and not a signal handler in the middle of one."""
+    """Whether a system call of this package has raised ``error``, and not a signal handler in the middle of one."""
     traceback = error.__traceback__
     while traceback is not None:
         name = traceback.tb_frame.f_globals.get("__name__", "")
@@ -79,7 +80,7 @@ def _is_ours(error: OSError) -> bool:
     return True
 
 
-#: Ancillary data for one descriptor, which most messages that have any have.
+#: Ancillary data for one descriptor: most messages with descriptors have one.
 _rights_of_one: dict[int, list[tuple[int, int, Any]]] = {}
 _INT: Final = struct.Struct("@i")
 
@@ -97,7 +98,7 @@ def scm_rights(fds: Sequence[int]) -> list[tuple[int, int, Any]]:
 def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[int]:
     """The descriptors in a message's ancillary data.
 
-    Raises ResourceError, after closing those that did come, if the kernel had to drop some of them.
+    Raises ResourceError if the kernel had to drop some of them; the others are closed then.
     """
     if len(ancillary) == 1 and not flags & TRUNCATED and CLOEXEC:
         level, what, data = ancillary[0]
@@ -123,7 +124,7 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
 
 
 def readable_bytes(sock: socket.socket) -> int:
-    """How many bytes are there to be received; 0 for a closed socket."""
+    """How many bytes can be received; 0 for a closed socket."""
     fd = sock.fileno()
     if fd < 0:
         return 0
@@ -134,8 +135,52 @@ def readable_bytes(sock: socket.socket) -> int:
     return int(nbytes)
 
 
+class SocketEndpoint:
+    """The methods of :class:`~torchwq.transport.endpoint.Endpoint` that do not depend on the kind of socket."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+        closed_in_child(self)
+
+    def unread_by_peer(self) -> int | None:
+        if self._socket.fileno() < 0:
+            return 0
+        try:
+            (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+        except OSError:
+            return None
+        return int(queued)
+
+    def stop_receiving(self) -> None:
+        self._socket.shutdown(socket.SHUT_RD)
+
+    def stop_sending(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def is_readable(self) -> bool:
+        return readable_bytes(self._socket) > 0
+
+    def set_buffer_size(self, nbytes: int) -> None:
+        set_buffer_size(self._socket, nbytes)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def handover(self) -> list[int]:
+        return [self._socket.fileno()]
+
+    def leave_open(self) -> None:
+        self._socket.detach()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    abandon = close
+
+
 def peer_uid(sock: socket.socket) -> int:
-    """User id of the process at the other end of a connected AF_UNIX socket, as the kernel knows it."""
+    """User id of the process at the other end of a connected AF_UNIX socket, by the kernel: see unix(7)."""
     if hasattr(socket, "SO_PEERCRED"):
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         return int(struct.unpack("3i", credentials)[1])

@@ -1,16 +1,18 @@
 """An AF_UNIX SOCK_STREAM socket with a lock as an endpoint, for systems whose AF_UNIX has no SOCK_SEQPACKET (macOS).
 
-A stream has no message boundaries, so reader and writer each hold a lock while they touch it. The lock is a POSIX
+A stream has no message boundaries, so readers exclude each other by a lock, and so do writers. The lock is a POSIX
 record lock (``fcntl.lockf``) on a file that travels with the socket: the kernel frees it when its holder dies.
+
 Invariants, all of which keep a killed process from leaving half a message behind:
 
 * A frame is ``length (4 bytes) + data``, at most ``FRAME`` bytes, so that one ``send`` puts it into the socket as one
-  piece. It is sent only while the socket is *writable*, which for AF_UNIX means room for far more than a frame.
+  piece. It is sent only while the socket is writable, which for AF_UNIX means that it has room for several frames.
 * A reader looks at the length without taking it (MSG_PEEK), then takes the whole frame with one ``recvmsg``.
-* Record locks belong to a process: threads of one process exclude each other by a lock of this process, found by the
-  inode of the lock file. Closing *any* descriptor of that file drops the process's record locks, so closing
-  happens under that lock too.
-* End of file is as the socket says it; a frame read before it is whole.
+* Record locks belong to a process: its threads exclude each other by a lock of the process, found by the inode of the
+  lock file. Closing *any* descriptor of that file drops the process's record locks, so closing happens under that lock.
+* A frame that is read before the end of file is whole.
+
+Source: fcntl(2), "Advisory record locking".
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import fcntl
 import os
 import socket
 import struct
-import termios
 import threading
 import time
 import weakref
@@ -30,13 +31,13 @@ from typing import Final
 
 from . import descriptors, polling, trailer
 from .endpoint import ReceiveBare, Received, SendBare
-from .fork import closed_in_child, reset_in_child
+from .fork import reset_in_child
 from .sockets import (
     ANCILLARY_SIZE,
     CLOEXEC,
     NO_WAIT,
+    SocketEndpoint,
     check_sendable,
-    readable_bytes,
     received_fds,
     scm_rights,
     set_buffer_size,
@@ -54,8 +55,7 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> boo
     frame = _LENGTH.pack(len(data)) + data
     sent = sock.sendmsg([frame], scm_rights(fds) if fds else [], NO_WAIT)
     while sent < len(frame):
-        # A writable socket takes a frame whole on every system known to us; this keeps the stream sound on one
-        # that does not.
+        # A writable socket takes a frame whole on every known system; on one that does not, the stream stays sound.
         sent += sock.send(frame[sent:])
     return True
 
@@ -63,7 +63,7 @@ def send_frame(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> boo
 def receive_frame(sock: socket.socket, locks: _Locks) -> Received:
     """Take one frame. Raises BlockingIOError if there is none, EOFError at the end.
 
-    ``locks``: those held. A finalizer or signal handler may take a frame from the same socket meanwhile.
+    ``locks``: those that are held. A finalizer or signal handler may take a frame of the same socket meanwhile.
     """
     while True:
         taken = locks.taken
@@ -71,7 +71,7 @@ def receive_frame(sock: socket.socket, locks: _Locks) -> Received:
         if not head:
             raise EOFError
         size = _LENGTH.size + _LENGTH.unpack(head)[0]
-        if taken == locks.taken:  # else the head was that of a frame which is gone
+        if taken == locks.taken:  # else the head belonged to a frame that such code has taken
             locks.taken += 1
             break
     frame, ancillary, flags, _ = sock.recvmsg(size, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
@@ -79,16 +79,16 @@ def receive_frame(sock: socket.socket, locks: _Locks) -> Received:
 
 
 class _Locks:
-    """Reader's and writer's lock among the threads of this process, for one lock file.
+    """The locks of readers and of writers among the threads of this process, for one lock file.
 
-    They are reentrant: a finalizer or a signal handler may receive or send in the middle of either. The record lock is
-    the outermost call's.
+    They are reentrant: a finalizer or a signal handler may receive or send in the middle of either. The outermost call
+    takes and frees the record lock.
     """
 
     def __init__(self) -> None:
         self.reading = threading.RLock()
         self.writing = threading.RLock()
-        #: How often each byte's lock is held by the thread that holds it.
+        #: How often the thread that holds the lock of each byte holds it.
         self.depths = [0, 0]
         #: How many frames were taken.
         self.taken = 0
@@ -116,14 +116,14 @@ def _lock(fd: int, byte: int) -> None:
             fcntl.lockf(fd, fcntl.LOCK_EX, 1, byte)
             return
         except OSError as error:
-            # The kernel counts locks by process: two processes whose threads hold and await different ones look like a
-            # deadlock to it. None is: whoever holds one of these waits for nothing.
+            # The kernel counts locks by process, so it takes two processes whose threads hold and await different
+            # locks for a deadlock. There is none: a thread that holds a lock waits for nothing.
             if error.errno != errno.EDEADLK:
                 raise
             time.sleep(0)
 
 
-class StreamEndpoint:
+class StreamEndpoint(SocketEndpoint):
     """One end of a stream socket pair with its lock file; takes both descriptors over.
 
     An end that no other process holds needs no lock file.
@@ -135,11 +135,9 @@ class StreamEndpoint:
     receive_bare: ReceiveBare | None = None
 
     def __init__(self, fd: int, lock_fd: int = -1) -> None:
-        self._socket = socket.socket(fileno=fd)
-        self._socket.setblocking(True)
         self._lock_fd = lock_fd
+        super().__init__(fd)
         self._locks = _Locks() if lock_fd < 0 else _locks_of(lock_fd)
-        closed_in_child(self)
 
     @contextmanager
     def _held(self, lock: threading.RLock, byte: int) -> Iterator[None]:
@@ -148,7 +146,7 @@ class StreamEndpoint:
                 raise EOFError
             depths = self._locks.depths
             if self._lock_fd >= 0:
-                _lock(self._lock_fd, byte)  # again for a call further down the stack: it has no effect then
+                _lock(self._lock_fd, byte)  # a call further down the stack does this again, to no effect
             depths[byte] += 1
             try:
                 yield
@@ -193,35 +191,11 @@ class StreamEndpoint:
             except (BlockingIOError, ConnectionResetError):
                 return None
 
-    def unread_by_peer(self) -> int | None:
-        if self._socket.fileno() < 0:
-            return 0
-        try:
-            (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))
-        except OSError:
-            return None
-        return int(queued)
-
-    def stop_receiving(self) -> None:
-        self._socket.shutdown(socket.SHUT_RD)
-
-    def stop_sending(self) -> None:
-        self._socket.shutdown(socket.SHUT_WR)
-
-    def is_readable(self) -> bool:
-        return readable_bytes(self._socket) > 0
-
-    def set_buffer_size(self, nbytes: int) -> None:
-        set_buffer_size(self._socket, nbytes)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
     def handover(self) -> list[int]:
-        return [self._socket.fileno(), self._lock_fd]
+        return [*super().handover(), self._lock_fd]
 
     def leave_open(self) -> None:
-        self._socket.detach()
+        super().leave_open()
         self._lock_fd = -1
 
     def close(self) -> None:
