@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.marshalling.support import descriptors
 from torchwq import ResourceError, TorchwqError
 from torchwq.memory import anonymous
+from torchwq.transport.descriptors import resource_error
 
 
 def read_back(buffers: list[Any]) -> bytes:
@@ -39,7 +40,7 @@ def test_buffers_of_any_kind_are_copied() -> None:
 
 
 def test_a_buffer_larger_than_one_call_takes_is_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anonymous, "_CALL", 7)
+    monkeypatch.setattr(anonymous, "_MAX_BYTES_PER_CALL", 7)
     assert read_back([b"x" * 100, b"y" * 3, b"z" * 50]) == b"x" * 100 + b"y" * 3 + b"z" * 50
 
 
@@ -119,7 +120,7 @@ def test_anything_else_that_goes_wrong_while_filling_closes_the_block() -> None:
     ],
 )
 def test_the_error_names_the_limit(number: int, words: str) -> None:
-    error = anonymous.resource_error(OSError(number, "text"))
+    error = resource_error(OSError(number, "text"))
     assert isinstance(error, OSError)
     assert isinstance(error, TorchwqError)
     assert error.errno == number

@@ -29,7 +29,7 @@ from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec, definitions, exceptions
 from ..marshalling.local_message import LocalMessage
 from ..memory import limits, tree_table
-from ..memory.anonymous import Descriptor, duplicates, resource_error
+from ..memory.anonymous import Descriptor, duplicates
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
@@ -97,7 +97,7 @@ def _fork(context: Any, config: LoaderConfig, worker_config: WorkerConfig, end: 
             limit = "a limit on processes (RLIMIT_NPROC or the cgroup's pids.max)"
             message = f"worker {worker_config.worker_id} could not be forked: {limit}"
             raise ResourceError(error.errno, message) from error
-        raise resource_error(error) from error
+        raise descriptors.resource_error(error) from error
     finally:
         close_fds(handover)
     return ForkedWorker(process)

@@ -30,8 +30,8 @@ from ..errors import ResourceError, WorkerDied
 from ..marshalling import codec
 from ..marshalling.local_message import LocalMessage
 from ..marshalling.wire import References
-from ..memory.anonymous import resource_error
 from ..memory.promises import KeptBlocks
+from ..transport import descriptors
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
@@ -118,7 +118,7 @@ class WorkerHandle:
             except ResourceError:
                 raise
             except OSError as error:
-                raise resource_error(error) from error
+                raise descriptors.resource_error(error) from error
             opened.pop_all()
 
     def flush(self) -> None:

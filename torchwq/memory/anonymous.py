@@ -1,13 +1,12 @@
-"""Anonymous shared memory for payloads that are too large for a message.
+"""Anonymous shared memory, and the descriptors that own it.
 
-Why memfd: it has no name that could be left behind, it does not count against the size of /dev/shm, and it can be
-mapped copy-on-write, so that a reader owns what it got without copying it.
+Why memfd_create(2): the memory has no name that could be left behind, it does not count against the size of /dev/shm,
+and it can be mapped copy-on-write, so that a reader owns its data without copying them.
 
-Invariants:
+Invariants of ``fill``:
 
-* The writer fills a block with ``write`` calls *before* its descriptor is sent and never changes it afterwards, so a
-  private mapping of it is a private copy.
-* Filling by ``write`` rather than through a mapping turns "no memory" into an error instead of a bus error.
+* It writes *before* the descriptor is sent, and nothing changes the memory afterwards. So a private mapping is a copy.
+* It uses write(2), not a mapping: running out of memory is an error then, not a bus error.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ from typing import Final
 from ..transport import descriptors
 
 #: The kernel takes at most this many bytes in one call (MAX_RW_COUNT, rounded down).
-_CALL: Final = 1 << 30
-#: How much is written at a time where memory cannot be reserved in another way.
-_PIECE: Final = 1 << 20
-
-#: Says which limit an OSError of a memory or descriptor call stands for.
-resource_error = descriptors.resource_error
+_MAX_BYTES_PER_CALL: Final = 1 << 30
+#: Bytes written at a time where fallocate is not supported.
+_CHUNK: Final = 1 << 20
 
 
 def create(nbytes: int = 0) -> int:
-    """A descriptor of fresh anonymous shared memory of ``nbytes`` zero bytes.
+    """A descriptor of new anonymous shared memory of ``nbytes`` zero bytes.
 
     Raises ResourceError if descriptors or memory have run out.
     """
@@ -37,9 +33,9 @@ def create(nbytes: int = 0) -> int:
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Have memory for ``nbytes`` bytes now, so that touching it cannot fail. Raises ResourceError if there is none.
+    """Allocate the first ``nbytes`` bytes now, so that accessing them cannot fail. May overwrite them.
 
-    What was in them may be lost.
+    Raises ResourceError if there is no memory.
     """
     try:
         if hasattr(os, "posix_fallocate"):
@@ -49,16 +45,16 @@ def reserve(fd: int, nbytes: int) -> None:
             except OSError as error:
                 if error.errno not in descriptors.REFUSALS:
                     raise
-        zeros = memoryview(bytes(min(nbytes, _PIECE)))
+        zeros = memoryview(bytes(min(nbytes, _CHUNK)))
         offset = 0
         while offset < nbytes:
             offset += os.pwrite(fd, zeros[: nbytes - offset], offset)
     except OSError as error:
-        raise resource_error(error, "fallocate and pwrite") from error
+        raise descriptors.resource_error(error, "fallocate and pwrite") from error
 
 
 def fill(buffers: Sequence[bytes | memoryview]) -> int:
-    """Copy ``buffers``, one behind the other, into new memory. Returns its descriptor."""
+    """Copy ``buffers``, one after the other, into new memory; returns its descriptor. Raises ResourceError."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]
     fd = create()
     try:
@@ -68,7 +64,7 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
         os.ftruncate(fd, max(offset, 1))
     except OSError as error:
         os.close(fd)
-        raise resource_error(error, "pwrite") from error
+        raise descriptors.resource_error(error, "pwrite") from error
     except BaseException:
         os.close(fd)
         raise
@@ -78,20 +74,20 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
 def _write(fd: int, view: memoryview, offset: int) -> int:
     done = 0
     while done < view.nbytes:
-        done += os.pwrite(fd, view[done : done + _CALL], offset + done)
+        done += os.pwrite(fd, view[done : done + _MAX_BYTES_PER_CALL], offset + done)
     return offset + done
 
 
 def map_private(fd: int, nbytes: int | None = None) -> memoryview:
-    """The first ``nbytes`` of the block, or all of it, copy-on-write: changes stay here. The caller closes ``fd``."""
+    """Map the first ``nbytes`` bytes, or all, copy-on-write: changes are private. The caller closes ``fd``."""
     return memoryview(descriptors.map_file(fd, os.fstat(fd).st_size if nbytes is None else nbytes, mmap.MAP_PRIVATE))
 
 
 class Descriptor:
-    """Owns one descriptor, of a block or of anything else that travels, until it is garbage.
+    """Owns a descriptor until it is garbage.
 
     Args:
-        count_sent: called with 1 when a message leaves with it, and with -1 if that was not sent after all.
+        count_sent: called with 1 when a message with it is about to be sent, and with -1 if it was not sent.
     """
 
     __slots__ = ("__weakref__", "_closing", "count_sent", "fd")
@@ -102,7 +98,7 @@ class Descriptor:
         self._closing = descriptors.close_with(self, fd)
 
     def detach(self) -> int:
-        """Give the descriptor away."""
+        """The descriptor, which is the caller's from now on."""
         self._closing.detach()
         fd, self.fd = self.fd, -1
         return fd
@@ -113,9 +109,9 @@ class Descriptor:
 
 
 def duplicates(fds: Sequence[int], count_sent: Callable[[int], None] | None = None) -> list[Descriptor]:
-    """Another descriptor for each of ``fds``; ``count_sent`` is the first one's. Raises ResourceError."""
+    """A duplicate of each of ``fds``; the first one has ``count_sent``. Raises ResourceError."""
     try:
         copies = descriptors.dup_all(fds)
     except OSError as error:
-        raise resource_error(error) from error
+        raise descriptors.resource_error(error) from error
     return [Descriptor(fd, count_sent if place == 0 else None) for place, fd in enumerate(copies)]

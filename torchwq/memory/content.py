@@ -1,9 +1,9 @@
 """Data that travel by value and are too large for a message: large arrays, and large pickles, each in a block.
 
-By value means that the reader's copy is its own. It maps the block privately: a page is copied when it is written to.
-So the data are copied once, into the block, and what is sent to eight readers can be one block, as long as it is the
-same. Whether it is the same is not for the writer's promise but looked at: the last blocks are compared with the data
-byte by byte, which takes no longer than copying them and, where they differ, ends at the first difference.
+By value means that the reader's copy is its own. The reader maps the block privately: a page is copied when it is
+written to. So the data are copied once, into the block, and eight readers of the same data can have one block. Whether
+the data are the same, a comparison with the last blocks shows. It takes no longer than copying, and ends at the first
+difference.
 
 Invariant: a block with ``has_content`` set is not written to until the pool has taken it again, which unsets it.
 """
@@ -22,7 +22,7 @@ from ..transport.fork import reset_in_child
 from . import pool, recycling, state_lock
 from .block import MADE, Block
 
-#: How many of the last blocks may have what is to be sent.
+#: How many blocks the data are compared with.
 _MAX_LAST: Final = 4
 
 _memcmp: Any = ctypes.CDLL(None).memcmp
@@ -37,7 +37,7 @@ def _reset() -> None:
 
 
 class Buffer:
-    """A block in its part as one of a pickle's out-of-band buffers."""
+    """A block as one of a pickle's out-of-band buffers."""
 
     __slots__ = ("fd", "nbytes", "number")
 
@@ -46,9 +46,9 @@ class Buffer:
 
 
 def block_containing(parts: Sequence[bytes | memoryview], nbytes: int) -> tuple[Block, Any] | None:
-    """A block of ``nbytes`` that begins with ``parts``, one behind the other, and its storage, which keeps it so.
+    """A block of ``nbytes`` that begins with ``parts``, one after the other, and its storage, which keeps it in use.
 
-    Returns None if there is no descriptor for one. Raises ResourceError if there is no memory.
+    Returns None if there is no descriptor for it. Raises ResourceError if there is no memory.
     """
     pieces = [_piece(part) for part in parts if len(part)]
     for block in list(_last):
@@ -75,7 +75,7 @@ def _write(pieces: Sequence[tuple[Any, int, int]], block: Block) -> tuple[Block,
 
 
 def _piece(part: bytes | memoryview) -> tuple[Any, int, int]:
-    """What keeps the bytes, where they are, and how many."""
+    """An array that keeps the bytes, their address, and their number."""
     array = np.frombuffer(part, np.uint8)
     return array, array.ctypes.data, array.nbytes
 
@@ -85,7 +85,7 @@ def _storage_if_equal(block: Block, pieces: Sequence[tuple[Any, int, int]]) -> A
     with state_lock.lock:
         if not block.has_content or block.kind != MADE:
             return None
-        storage = block.storage  # as long as it is here, the pool does not take the block
+        storage = block.storage  # keeps the pool from taking the block
     address = block.address
     for _, start, size in pieces:
         if _memcmp(address, start, size):

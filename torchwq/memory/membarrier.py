@@ -1,9 +1,9 @@
-"""A memory barrier in all threads of all processes, so that those who are in a hurry need none of their own.
+"""A memory barrier in all threads of all processes, so that frequent operations need none of their own.
 
-Two parties that each write a word and then read the other's must not both read an old one. That takes a fence between
-write and read on both sides, which for one who does it with every message costs more than the message's book-keeping.
-``membarrier`` lets the other one, who does it once, pay for both: when it returns, every thread that runs has passed a
-fence, so what it had written is to be seen, and what it reads from now on is new.
+Two threads that each write a word and then read the other's must not both read an old one. That takes a fence between
+write and read on both sides, which would cost a sender more than the rest of a message's book-keeping. With
+membarrier(2) the rare side pays for both: when the call returns, every running thread has passed a fence, so its
+earlier writes are visible, and its later reads see current values.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import sys
 import time
 from typing import Any, Final
 
-#: Number of the system call, and its command for a barrier in all threads of the system.
+#: Numbers of the system call, and MEMBARRIER_CMD_GLOBAL.
 _NUMBERS: Final = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}
 _GLOBAL: Final = 1
-#: Where there is no such call: many times what a processor keeps a write for itself, and longer than a timer's tick.
-_LONG_ENOUGH: Final = 0.02
+#: Seconds, where there is no such call: longer than a write stays in a store buffer, or a thread in its time slice.
+_FALLBACK_WAIT: Final = 0.02
 
 
 def global_barrier() -> None:
-    """Return when every running thread, of whatever process, has passed a memory barrier. Takes some milliseconds."""
+    """Return when every running thread of every process has passed a memory barrier. Takes some milliseconds."""
     number = _NUMBERS.get(platform.machine()) if sys.platform == "linux" else None
     if number is not None:
         libc: Any = ctypes.CDLL(None)
         if libc.syscall(ctypes.c_long(number), ctypes.c_int(_GLOBAL), ctypes.c_uint(0), ctypes.c_int(0)) == 0:
             return
-    time.sleep(_LONG_ENOUGH)
+    time.sleep(_FALLBACK_WAIT)

@@ -1,4 +1,4 @@
-"""Leaves the descriptors of blocks at home that the reader of a connection has got over that connection before.
+"""Messages without the descriptors of blocks that their reader has already got over the same connection.
 
 Passing a descriptor costs both sides a few microseconds, and most blocks are sent again and again. Where a connection
 has one reader (answers to a queue's owner, batches of a loader's worker), each of its senders therefore remembers which
@@ -6,27 +6,26 @@ blocks it has sent over it, and the reader keeps their descriptors.
 
 Note [in-band promises]
 ~~~~~~~~~~~~~~~~~~~~~~~
-The order of the connection is all that this rests on. No clock is asked, and no shared word but one: see the last item.
+The protocol needs the order of the connection, and one shared word (see the last item). It needs no clock.
 
-* The reader gives each sender an id, used once, and says for how many blocks it has *room*. A message whose trailer has
-  the sender's id makes a promise: the reader keeps the descriptors that came with it.
-* A sender leaves the descriptors of a message out if it has promised each of its blocks. It notes a promise when the
-  message is in the socket, and takes it back by a FORGET message, whose content is chosen when it is sent. Only who has
-  claimed the outbox does either, so the reader learns of both in the order in which they were done.
+* The reader gives each sender an id, used once, and *room* for a number of blocks. A message whose trailer has the
+  sender's id makes a promise: the reader keeps the descriptors that come with it.
+* A sender leaves out the descriptors of a message if it has promised each of its blocks. It notes a promise when the
+  message is in the socket, and revokes it by a FORGET message, whose content is chosen when it is sent. Only the thread
+  that has claimed the outbox does either, so the reader gets both in the order in which they were done.
 * The reader makes and ends promises while it takes messages, in their order, under the lock that it takes them under.
   A signal handler or a finalizer that reads in the middle of that, in the same thread, takes nothing.
-* A sender that is gone says nothing. When the reader knows of that, it sends LEFT over the same connection, of which it
-  has both ends: all that the sender had sent comes before.
-* A message that was taken and not decoded may refer to what a later message has ended, in another thread. So messages
-  carry the :class:`Epoch` in which they were taken. An epoch has the descriptors that were given up in it, and the next
-  epoch; the connection has the last one. What a message refers to is therefore there until the message is gone, and
-  closed with the last message that could refer to it.
+* A sender that is gone sends nothing. When the reader knows of its end, it sends LEFT over the same connection, of
+  which it has both ends: behind everything that the sender has sent.
+* A thread may have taken a message and not decoded it when another thread takes the FORGET behind it. So messages carry
+  the :class:`Epoch` in which they were taken. An epoch has the descriptors that were revoked in it, and the next epoch;
+  the connection has the last one. So a descriptor lives as long as a message that may refer to it.
 * A reader may lose a message, and what it promised: no descriptor was free, or a signal handler has raised an error
-  meanwhile. It counts such losses in a shared word, at which the senders look before they leave anything out: what they
-  have promised until then they send once more. Of what is under way by then, what needs the lost descriptor is lost.
+  meanwhile. It counts the losses in a shared word. A sender that sees a new loss sends each descriptor once more before
+  it leaves it out again. Messages in flight that need a lost descriptor are lost, too.
 
-What a promise keeps is memory, not content: the reference table (``ref_table``) says whether the memory may be written
-anew. The maker gives a block up when it likes. That ends its number, which the senders see at their next look.
+A promise keeps memory, not its content: the reference table (``ref_table``) says whether the memory may be written
+again. The maker may retire a block at any time. That ends its number, which the senders see in the next period.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ from .anonymous import Descriptor
 from .message import Message
 from .ref_table import UNTRACKED
 
-#: Promises may take this part of the descriptors that the process may use for blocks. One sender gets this part of what
-#: is left of that, and no more than the most.
+#: All promises may take one of so many of the descriptors that the process may use for blocks. One sender gets one of
+#: so many of those that are left, and no more than the maximum.
 _FRACTION: Final = 2
 _FRACTION_PER_SENDER: Final = 4
 _MAX_ROOM: Final = 1024
 
-#: Kinds of messages that the protocol has for itself.
+#: Kinds of the protocol's own messages.
 FORGET: Final = 4
 LEFT: Final = 5
 #: The id of the first sender of a connection.
@@ -69,24 +68,24 @@ class References(Protocol):
     @property
     def kind(self) -> int: ...
     def numbers(self, data: bytes, /) -> Sequence[int]:
-        """Those of the blocks that a message refers to, in the order of its descriptors."""
+        """The numbers of a message's blocks, in the order of its descriptors."""
         ...
 
 
 class Epoch(list[int]):
-    """Stands, always empty, in the place of the descriptors of a message that may refer to what is kept."""
+    """An always empty list of descriptors, for a message that may refer to kept ones."""
 
     __slots__ = ("_kept", "next", "revoked")
 
     def __init__(self, kept: dict[int, dict[int, Descriptor]]) -> None:
         super().__init__()
         self._kept = kept
-        #: What was kept until this epoch ended, by the numbers of the blocks.
+        #: Descriptors that were kept until this epoch ended, by the numbers of their blocks.
         self.revoked: dict[int, Descriptor] = {}
         self.next: Epoch | None = None
 
     def descriptor(self, number: int) -> int:
-        """That of a block, which stays open for as long as this object lives; -1 if there is none."""
+        """The descriptor of a block, which stays open for as long as this object lives; -1 if there is none."""
         for kept in list(self._kept.values()):
             if (found := kept.get(number)) is not None:
                 return found.fd
@@ -99,16 +98,16 @@ class Epoch(list[int]):
 
 
 class KeptBlocks:
-    """What the reader of one connection keeps for its senders. See Note [in-band promises].
+    """The descriptors that the reader of one connection keeps for its senders. See Note [in-band promises].
 
     Its methods are called under the lock under which the reader takes messages.
 
     Args:
-        references: the kind of message whose descriptors may stay at home.
-        words: memory that the senders share, where this counts the messages that it has lost.
-        loss_index: of the word in which it does.
-        poll_control: calls ``take_control_messages`` under that lock. While something is kept, the reactor calls it
-            now and then: a program that does not read for an hour must not keep the memory that its workers gave up.
+        references: the kind of message whose descriptors may be left out.
+        words: memory that the senders share, for the count of lost messages.
+        loss_index: which word has that count.
+        poll_control: calls ``take_control_messages`` under that lock. While anything is kept, the reactor calls it in
+            each period: a program that does not read for an hour must not keep the memory that its workers retire.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class KeptBlocks:
         self._poll_control = None if poll_control is None else weakref.WeakMethod(poll_control)
         self._is_poll_scheduled = False
         self._last_id = 0
-        #: Descriptors by the numbers of their blocks, by the ids of the senders.
+        #: For each sender's id, descriptors by the numbers of their blocks.
         self._kept: dict[int, dict[int, Descriptor]] = {}
         self._rooms: dict[int, int] = {}
         self._epoch = Epoch(self._kept)
@@ -132,7 +131,7 @@ class KeptBlocks:
         closed_in_child(self)
 
     def add_sender(self) -> tuple[int, int]:
-        """A new sender: its id, and for how many blocks it has room. After ``close`` it has none."""
+        """The id of a new sender, and for how many blocks it has room: for none after ``close``."""
         self._last_id += 1
         if self._is_closed:
             return self._last_id, 0
@@ -141,9 +140,9 @@ class KeptBlocks:
         return self._last_id, room
 
     def take(self, receive: Callable[[], Received | None]) -> Received | None:
-        """What ``receive`` gives, as it is to be decoded, but for what is meant for this object. Raises as that.
+        """Receive a message, ready to be decoded; processes the protocol's own. Raises as ``receive`` does.
 
-        If a message is lost by an error, the senders bring again what it may have brought.
+        If an error loses a message, the senders send its descriptors again.
         """
         try:
             while True:
@@ -161,7 +160,7 @@ class KeptBlocks:
             raise
 
     def process(self, received: Received) -> Received | None:
-        """A message that was just taken, as it is to be decoded; None if it was meant for this object."""
+        """A message that was just received, ready to be decoded; None if it was one of the protocol's own."""
         data, fds = received
         kind = data[KIND]
         if kind == self._kind:
@@ -172,7 +171,7 @@ class KeptBlocks:
                 for number, fd in zip(self._numbers_of(data), fds, strict=True):
                     kept.setdefault(number, Descriptor(fd))
                 self.schedule_poll()
-            if self._is_closed:  # meanwhile: what it refers to is not kept any more
+            if self._is_closed:  # meanwhile: its descriptors are not kept any more
                 recycling.note_discarded(self._numbers_of(data))
                 return None
             return data, self._epoch
@@ -188,7 +187,7 @@ class KeptBlocks:
         return received
 
     def take_control_messages(self, end: Endpoint) -> bool:
-        """Take what was sent aside and is next. Returns whether a message is next then, or the end."""
+        """Take the protocol's own messages that are next. Returns whether another one is next then, or the end."""
         while (data := end.peek()) and data[KIND] in (FORGET, LEFT):
             received = end.try_receive()
             if received is not None:
@@ -196,7 +195,7 @@ class KeptBlocks:
         return data is not None
 
     def close(self) -> None:
-        """Nothing more is taken. What was taken already can still be decoded."""
+        """Keep nothing any more. Messages that were taken already can still be decoded."""
         self._is_closed = True
         for sender in list(self._kept):
             self._revoke(sender, list(self._kept[sender]))
@@ -205,7 +204,7 @@ class KeptBlocks:
             _return_room(self._rooms.popitem()[1])
 
     def poll_again(self) -> None:
-        """Called by the reactor, with no lock held."""
+        """Called by the reactor, without a lock."""
         self._is_poll_scheduled = False
         poll_control = None if self._poll_control is None else self._poll_control()
         if poll_control is not None:
@@ -214,7 +213,7 @@ class KeptBlocks:
                 self.schedule_poll()
 
     def schedule_poll(self) -> None:
-        """Let the reactor call ``poll_control`` in a while."""
+        """Let the reactor call ``poll_control`` after a period."""
         if not self._is_poll_scheduled and self._poll_control is not None:
             self._is_poll_scheduled = True
             reactor.get().call_later(maintenance.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
@@ -228,7 +227,7 @@ class KeptBlocks:
         kept, epoch = self._kept.get(sender, {}), self._epoch
         for number in numbers:
             if (found := kept.get(number)) is not None:
-                epoch.revoked[number] = found  # first: a thread that decodes looks among what is kept before
+                epoch.revoked[number] = found  # first: a thread that decodes reads ``_kept`` before ``revoked``
                 del kept[number]
         if epoch.revoked:
             epoch.next = Epoch(self._kept)
@@ -241,7 +240,7 @@ def _poll_again(find: Callable[[], KeptBlocks | None]) -> None:
         blocks.poll_again()
 
 
-#: For how many blocks there is room in all.
+#: The sum of the rooms of all senders.
 _granted = 0
 
 
@@ -268,14 +267,14 @@ def _return_room(room: int) -> None:
 
 
 class SentBlocks:
-    """What one sender has promised. Used by who has claimed the outbox; ``revoke_stale`` by anybody.
+    """What one sender has promised. Used by the thread that has claimed the outbox; ``revoke_stale`` by any.
 
     Args:
         sender: the id that the reader has given it.
         room: for how many blocks the reader has room.
-        send_control: sends a message of the protocol's own, without waiting.
-        words: memory that the reader shares, where it counts the messages that it has lost.
-        loss_index: of the word in which it does.
+        send_control: sends one of the protocol's own messages, without waiting.
+        words: memory that the reader shares, with its count of lost messages.
+        loss_index: which word has that count.
     """
 
     def __init__(
@@ -285,18 +284,18 @@ class SentBlocks:
         self._room = room
         self._send_control = weakref.WeakMethod(send_control)
         self._sent: set[int] = set()
-        #: Those that were sent since the last look.
+        #: Those that were sent in this period.
         self._recent: set[int] = set()
         self._words, self._loss_index = words, loss_index
-        #: How many messages had been lost when this looked last, and what may have been in them.
+        #: The last known count of lost messages, and the blocks that may have been in them.
         self._seen_losses = words[loss_index]
         self._uncertain: set[int] = set()
-        #: Those to be forgotten, unless they are sent before that leaves.
+        #: Those to be revoked, unless they are sent before the FORGET message is.
         self._stale: set[int] = set()
         _senders.add(weakref.ref(self, _senders.discard))
 
     def choose(self, message: Message) -> tuple[Sequence[int], int]:
-        """Which descriptors must go along with a message that is about to be sent, and what its trailer says."""
+        """Which descriptors a message that is about to be sent must have, and the number for its trailer."""
         if not message.only_blocks:
             return message.fds, 0
         numbers = message.numbers
@@ -319,8 +318,10 @@ class SentBlocks:
         maintenance.schedule()
 
     def revoke_stale(self) -> bool:
-        """Take back, by a message, what was promised for blocks that are no more, and, where little room is left, for
-        those that were not sent for a while. Returns whether there is anything to look at again."""
+        """Revoke the promises of retired blocks, and, where little room is left, of those not sent in this period.
+
+        Returns whether any promises are left to check.
+        """
         table = tree_table.current()
         sent = set(self._sent)
         used, self._recent = self._recent, set()
@@ -331,28 +332,26 @@ class SentBlocks:
         return bool(sent)
 
     def take_revoked(self) -> bytes:
-        """What a FORGET message says that leaves now."""
+        """The content of a FORGET message that is sent now."""
         gone, self._stale = self._stale - self._recent, set()
         self._sent -= gone
         self._uncertain -= gone
         return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
 
 
-#: Plain references: while a ``WeakSet`` is looked through, another thread may not add to it.
+#: Plain weak references: during an iteration over a ``WeakSet`` no other thread may add to it.
 _senders: set[weakref.ref[SentBlocks]] = set()
 
 
+@maintenance.after_period  # without the lock: a thread that sends may have to send others' messages, under their locks
 def _revoke_all_stale() -> bool:
     senders = [find() for find in list(_senders)]
-    looks = [each.revoke_stale() for each in senders if each is not None]
-    return any(looks)
-
-
-maintenance.after_period(_revoke_all_stale)  # whoever sends sees to others' messages, too, which takes locks of theirs
+    has_promises = [each.revoke_stale() for each in senders if each is not None]
+    return any(has_promises)
 
 
 class _ControlMessage:
-    """A message of the protocol's own. It has no descriptors, and nobody counts it."""
+    """One of the protocol's own messages. It has no descriptors and no references."""
 
     fds: Final[list[int]] = []
     only_blocks = False
@@ -363,7 +362,7 @@ class _ControlMessage:
 
 
 class _Revocation(_ControlMessage):
-    """Takes promises back. Which, is chosen when it is sent, and stays so if the socket has no room."""
+    """Revokes promises. Chooses them when it is sent, once, even if the socket has no room."""
 
     kind = FORGET
 
@@ -376,7 +375,7 @@ class _Revocation(_ControlMessage):
 
 
 class SenderLeft(_ControlMessage):
-    """Says, in the place of a sender that is gone, that nothing is to be kept for it any more."""
+    """Revokes, in the place of a sender that is gone, all its promises."""
 
     kind = LEFT
 

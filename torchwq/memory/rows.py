@@ -1,14 +1,14 @@
-"""Which rows of the reference table belong to this process, and how they come and go.
+"""The rows of the reference table that belong to this process.
 
-Rows belong to processes in *chunks*: whoever has the lock on a chunk's byte has its rows, and the kernel gives the
-chunks of the dead back. A process that once had many blocks must not keep the table from all others, so a chunk whose
-rows are all free is given back, too.
+Processes own rows in *chunks*: the process with the lock on a chunk's byte owns its rows. The kernel releases the locks
+of dead processes (fcntl(2), open file description locks). A process that once had many blocks must not keep the rows
+from all others, so it releases a chunk whose rows are all free.
 
 Invariants:
 
-* A row is free here, or it is some block's of this process, or the process does not have its chunk.
-* One chunk that is wholly free is kept, so that a block more and a block less do not take and give back a lock each.
-* A row's generation was raised before the row is free. So whoever has its chunk next finds no number that still stands.
+* A row of a chunk that this process owns is free, or is a block's of this process.
+* One chunk that is wholly free is kept, so that one block more and one less do not take and release a lock each time.
+* A row's generation is raised before the row is free. So the chunk's next owner finds no current number.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from collections.abc import Callable
 from typing import Final
 
 CHUNK: Final = 64
-#: Nobody tells when another process gives a chunk back. So after a look at all of them without finding any, the next
-#: one is this many seconds later.
+#: Seconds until the next search after one in vain: no event tells that another process has released a chunk.
 _RETRY_INTERVAL: Final = 1.0
 
 
 class Rows:
-    """The rows of this process. Not safe by itself.
+    """The rows of this process. Used under ``state_lock.lock``.
 
     Args:
         chunks: how many the table has.
-        first: at which of them to begin to look for one: where other processes are not likely to have any.
-        lock: takes a chunk; returns whether nobody else had it.
-        unlock: gives a chunk back.
-        reclaim: is called for each row of a chunk that was taken, which may have had an owner that is dead.
+        first: the chunk at which the search begins: one that other processes are not likely to own.
+        lock: takes a chunk; returns whether no other process owns it.
+        unlock: releases a chunk.
+        reclaim: called for each row of a chunk that was taken; a dead process may have owned it.
     """
 
     def __init__(
@@ -49,17 +48,17 @@ class Rows:
         self._unlock = unlock
         self._reclaim = reclaim
         self._owned: set[int] = set()
-        #: By their chunks; none is empty.
+        #: Free rows by their chunks; none is empty.
         self._free: dict[int, deque[int]] = {}
-        #: The chunk that is wholly free and kept.
+        #: A chunk that is wholly free.
         self._spare: int | None = None
         self._retry_at = 0.0
 
     def take(self) -> int | None:
-        """A free row; None if all processes together have all of them."""
+        """A free row; None if the processes own all rows, and this one uses all of its own."""
         if not self._free and not self._take_chunk():
             return None
-        # From the spare chunk last of all: the others may become wholly free.
+        # The spare chunk comes last, so that it stays wholly free.
         chunk = next((each for each in self._free if each != self._spare), self._spare)
         assert chunk is not None
         if chunk == self._spare:
@@ -71,7 +70,7 @@ class Rows:
         return row
 
     def release(self, row: int) -> None:
-        """The row is free again. After its generation was raised."""
+        """Free a row, whose generation was raised before."""
         chunk = row // CHUNK
         rows = self._free.setdefault(chunk, deque())
         rows.append(row)
@@ -89,7 +88,7 @@ class Rows:
             return False
         for _ in range(self._chunks):
             chunk, self._next = self._next, (self._next + 1) % self._chunks
-            # The lock would not keep this process itself out.
+            # The lock does not keep out this process itself.
             if chunk not in self._owned and self._lock(chunk):
                 rows = range(chunk * CHUNK, (chunk + 1) * CHUNK)
                 for row in rows:

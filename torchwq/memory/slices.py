@@ -1,8 +1,8 @@
-"""A storage that is a part of a block's memory. See ``packing``.
+"""Slices: storages that are a part of a block's memory. See ``packing``.
 
-torch makes such a storage of anything that has the buffer interface, and keeps that for as long as the storage lives.
-It does not know that the memory is shared. Where that matters (the writer and its readers see the same slice), it is
-written on the storage's Python object, which torch keeps for as long as the storage, too.
+torch makes such a storage of any object with the buffer interface, and keeps the object for as long as the storage
+lives. It does not know that the memory is shared. Where that matters (the writer and its readers have the same slice),
+an attribute of the storage's Python object tells, which torch keeps for as long as the storage, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ATTRIBUTE: Final = "_torchwq_slice"
 
 
 class Slice:
-    """Where a shared slice is: the storage that all of the memory belongs to, and the offset in bytes."""
+    """Where a shared slice is: the storage of the whole block, and the offset in bytes."""
 
     __slots__ = ("base", "shift")
 
@@ -42,7 +42,7 @@ def cut(memory: Any, shift: int, nbytes: int) -> torch.UntypedStorage:
 
 
 def tensor(memory: Any, shift: int, geometry: Geometry) -> torch.Tensor:
-    """A tensor on a slice of its own that lies so on it."""
+    """A tensor of this geometry on a slice of its own."""
     code, offset, size, stride = geometry
     dtype = storages.DTYPES[code]
     count = 1
@@ -58,11 +58,11 @@ def tensor(memory: Any, shift: int, geometry: Geometry) -> torch.Tensor:
 
 
 def cut_shared(memory: Any, base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.UntypedStorage:
-    """The same of the ``memory`` of a shared storage, for one who shares the slice with others."""
+    """The same on the ``memory`` of the shared storage ``base``, for a slice that other processes have, too."""
     storage: Any = cut(memory, shift, nbytes)
     setattr(storage, _ATTRIBUTE, Slice(base, shift))
     storage.is_shared = _yes
-    storage.share_memory_ = weakref.ref(storage)  # gives the storage when it is called, and makes no cycle
+    storage.share_memory_ = weakref.ref(storage)  # a call returns the storage, without a reference cycle
     storage._share_fd_cpu_ = storage._share_filename_cpu_ = _refuse
     return storage  # type: ignore[no-any-return]
 
@@ -72,7 +72,7 @@ def _yes() -> bool:
 
 
 def _refuse(*args: object) -> Any:
-    """torch's own reducer would move the slice out of the memory that others see."""
+    """torch's own reducer would move the slice out of the shared memory."""
     raise MarshalError(
         "a tensor that came with many others in one message shares their memory, which torch alone cannot pass on; its "
         "reducers were registered again (torch.multiprocessing.reductions.init_reductions) after torchwq's. Call that "

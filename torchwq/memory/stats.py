@@ -1,4 +1,4 @@
-"""How much shared memory there is, and what it is doing: for users who look for a leak."""
+"""Statistics of the shared memory, for users who look for a leak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .ref_table import IN_FLIGHT, IN_USE, UNTRACKED
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """What this process has to do with shared memory, at one moment.
+    """The shared memory of this process at one moment.
 
     A block is a piece of shared memory with one tensor (or several views of one), or with large data of a message.
 
@@ -49,7 +49,7 @@ class MemoryStats:
 
 
 def memory_stats() -> MemoryStats:
-    """Count everything that is there now."""
+    """The statistics of this moment."""
     with state_lock.lock:
         recycling.drain_finalizers()
         recycling.poll_all()
@@ -65,7 +65,7 @@ def memory_stats() -> MemoryStats:
             blocks=len(made),
             bytes=sum(block.capacity for block in made),
             limit=limits.memory_limit(),
-            free=sum(not here and state not in (IN_FLIGHT, IN_USE) for here, state in zip(used, states, strict=True)),
+            free=sum(not mine and state not in (IN_FLIGHT, IN_USE) for mine, state in zip(used, states, strict=True)),
             in_use=sum(used),
             in_flight=states.count(IN_FLIGHT),
             held_remotely=states.count(IN_USE),

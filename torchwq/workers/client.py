@@ -28,7 +28,6 @@ from collections.abc import Hashable, Sequence
 from typing import Final, Protocol
 
 from ..errors import TorchwqError, WorkerStartError
-from ..memory import anonymous
 from ..transport import descriptors, namespace, reactor
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.sockets import is_broken, scm_rights
@@ -292,7 +291,7 @@ def _start(folder: str) -> ServerConnection:
         reactor.get()  # starting it may fail, so this comes before the server
         ours, theirs = descriptors.socketpair()
     except OSError as error:
-        raise anonymous.resource_error(error) from error
+        raise descriptors.resource_error(error) from error
     with theirs:
         try:
             process = subprocess.Popen(
@@ -307,7 +306,7 @@ def _start(folder: str) -> ServerConnection:
         except OSError as error:
             ours.close()
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
-                raise anonymous.resource_error(error) from error
+                raise descriptors.resource_error(error) from error
             raise WorkerStartError(
                 f"the fork server cannot be started: {program}: {error.strerror}, to user {os.geteuid()}"
             ) from error

@@ -16,7 +16,7 @@ from multiprocessing import process, resource_tracker
 from typing import Any
 
 from ..errors import WorkerStartError
-from ..memory.anonymous import Descriptor, resource_error
+from ..memory.anonymous import Descriptor
 from ..transport import descriptors
 from . import executable
 
@@ -40,7 +40,7 @@ def tracker_descriptor() -> Descriptor | None:
     except WorkerStartError:  # the fork server's start raises it
         return None
     except OSError as error:
-        raise resource_error(error) from error
+        raise descriptors.resource_error(error) from error
     except Exception:  # a finalizer runs this while the tracker is being started
         fd = getattr(_tracker, "_fd", None)
     if fd is None:
@@ -48,7 +48,7 @@ def tracker_descriptor() -> Descriptor | None:
     try:
         return Descriptor(descriptors.dup(fd))
     except OSError as error:
-        raise resource_error(error) from error
+        raise descriptors.resource_error(error) from error
 
 
 def start_tracker() -> None:

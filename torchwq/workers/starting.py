@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import TorchwqError
-from ..memory import anonymous
+from ..transport import descriptors
 from .backend import Backend, find, register
 from .info import WorkerInfo
 from .processes import Processes
@@ -82,7 +82,7 @@ def start(
         for worker in workers:
             worker.kill(signal.SIGKILL)
         if isinstance(error, OSError) and not isinstance(error, TorchwqError):
-            raise anonymous.resource_error(error) from error
+            raise descriptors.resource_error(error) from error
         raise
     return workers
 
