@@ -47,7 +47,7 @@ def message_with(numbers: list[int]) -> Message:
 
 def kept_by(queue: Any) -> int:
     """How many descriptors the queue's owner keeps for its workers."""
-    return sum(map(len, queue._role._kept._kept.values()))
+    return sum(map(len, queue._role._answer_socket._kept._kept.values()))
 
 
 class Wire(RuleBasedStateMachine):
