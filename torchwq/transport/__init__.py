@@ -1,7 +1,6 @@
-"""Moves messages (bytes and file descriptors) between processes; knows nothing of what is in them.
+"""Moves messages (bytes and file descriptors) between processes, without a look at their content.
 
-The bottom layer. ``seqpacket`` and ``stream`` are the two kinds of :class:`~torchwq.transport.endpoint.Endpoint`, and
-``kinds`` chooses and makes them; ``outbox`` keeps what a full socket does not take; ``waiting`` is the one place where
-a thread sleeps for a message; ``reactor`` is the one background thread of a process; ``namespace`` and ``directory``
-let processes find each other by name.
+Begin with ``connection``: it puts an endpoint (``seqpacket`` or ``stream``, made by ``kinds``), an ``outbox`` and a
+``waiting`` thread together. ``reactor`` is the one background thread of a process; ``namespace`` and ``directory`` let
+processes find each other by name.
 """

@@ -1,8 +1,10 @@
 """A flag that a thread can sleep on together with sockets: set until cleared, whoever looks.
 
-Level-triggered on purpose. Several threads may wait on one queue, and a state such as "closed" must wake each of
-them; so waiters never reset the flag, only the owner of the state does, when the state no longer holds. There may be
-several reasons to be set: it is set while there is any.
+An alarm is level-triggered: several threads may wait on one queue, and a state such as "closed" must wake each of them.
+So waiters never clear it; only the owner of the state does, when the state no longer holds. It is set while there is
+any reason for it.
+
+Source: eventfd(2); pipe(2) where the system has none.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Final
 from . import descriptors
 from .fork import closed_in_child
 
-#: More than a pipe ever holds of it, in bytes.
+#: More bytes than are ever in an alarm's pipe.
 _PIPE_CAPACITY: Final = 4096
 
 
@@ -23,7 +25,7 @@ class Alarm:
     """An event with a descriptor: readable while it is set. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        # Reentrant: a finalizer that runs in the middle of ``set`` may set it, too.
+        # Reentrant: a finalizer that runs in the middle of ``set`` may call it, too.
         self._lock = threading.RLock()
         self._reasons: set[str] = set()
         self._is_signalled = False
@@ -45,7 +47,7 @@ class Alarm:
                 self._update()
 
     def _update(self) -> None:
-        """Let the descriptor say whether it is set, whatever a signal handler does in the middle of this."""
+        """Make the descriptor readable or not, whatever a signal handler sets or clears in the middle of this."""
         while True:
             is_set = bool(self._reasons)
             if is_set and not self._is_signalled:

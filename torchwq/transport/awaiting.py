@@ -3,8 +3,8 @@
 Invariants:
 
 * A descriptor is registered with a loop exactly while tasks of that loop wait for it.
-* Each time it is readable, one task is woken, the one that has waited longest. If that takes nothing, the descriptor
-  stays readable, and the next task is woken.
+* Each time it is readable, the task that has waited longest is woken. If it takes no message, the descriptor stays
+  readable, and the next task is woken.
 """
 
 from __future__ import annotations

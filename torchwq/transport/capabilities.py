@@ -1,11 +1,10 @@
-"""What two peers can give each other: whoever puts a message together asks for this, and not for who the peer is.
+"""What a peer can receive. The encoder of a message asks for this, and not who the peer is.
 
-Each kind of peer that exists is one value, and an object that leads to a peer has it as ``peer``: a worker as its owner
-sees it and the owner as a worker sees it, each side of a queue, each way of a channel. A message has what all who may
-read it can take.
+Each kind of peer is one value. An object that leads to a peer has it as ``peer``: a worker and its owner, each side of
+a queue, each backend of a channel. A message contains only what all its possible readers can receive.
 
-Invariant: each capability includes those after it. What is in the same process needs no sharing; memory that is shared
-has no name, so its descriptor has to be passed.
+Invariant: each capability includes those after it. An object of the same process needs no sharing; shared memory has no
+name, so its descriptor has to be passed.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class Capabilities:
     """What a peer is capable of.
 
     Attributes:
-        same_process: it is in this process: a message may carry the object itself.
-        shares_memory: it is on this machine: a message may refer to memory that both sides see. Others get values.
-        passes_descriptors: what leads to it carries file descriptors, and so handles on queues, channels and files.
+        same_process: it is in this process, so a message may hold the object itself.
+        shares_memory: it is on this machine, so a message may refer to memory that both sides see. Others get values.
+        passes_descriptors: the connection to it carries file descriptors, and so handles on queues, channels and files.
     """
 
     same_process: bool

@@ -1,14 +1,14 @@
-"""Does what is left to be done when something is garbage, or when the reactor learns of an end.
+"""Runs, in a thread of its own, what a finalizer or the reactor must not do itself.
 
-Garbage is collected at any moment, in any thread, with any lock held; and the reactor must not wait, nor run code of
-the user's, which pickling does. So neither closes anything that takes a lock for long, waits for another process or
-marshals. Both leave it here, and a thread that lives as long as there is something to do does it.
+Garbage is collected at any moment, in any thread, with any lock held; and the reactor must not wait, nor run users'
+code, which pickling does. So neither takes a lock for long, waits for another process or marshals. Both leave that to
+this thread, which lives while there is something to do.
 
 Invariants:
 
 * ``call_soon`` appends to a list and wakes the reactor, which starts the thread: it waits for nothing.
-* The thread says that it ends and looks for the last time afterwards; who leaves something looks afterwards whether
-  there is a thread. So one of them sees the other.
+* The thread clears ``_is_running`` and looks at ``_pending`` once more afterwards; ``call_soon`` appends first, and
+  looks at ``_is_running`` afterwards. So one of them sees the other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def call_soon(callback: Callable[[], None]) -> None:
         try:
             reactor.get().call_later(0, _start)
         except RuntimeError:
-            pass  # there are too many threads: the next one who leaves something, or the end of the process
+            pass  # no thread can be started now: the next call or the end of the process does it
 
 
 def _start() -> None:
@@ -54,12 +54,12 @@ def _start() -> None:
     _is_running = True
     try:
         threading.Thread(target=_run, name="torchwq-cleanup", daemon=True).start()
-    except RuntimeError:  # the interpreter ends, which closes everything; or there are too many threads: the next one
+    except RuntimeError:  # the interpreter ends, which closes everything; or too many threads, see ``call_soon``
         _is_running = False
 
 
 def finish() -> None:
-    """At the end of the process: do what is left. What the thread is just at is waited for, for a moment."""
+    """At the end of the process: run what is pending, and give the thread CLEANUP_TIMEOUT to end its callback."""
     until = time.monotonic() + CLEANUP_TIMEOUT
     _run_pending()
     while _is_running and time.monotonic() < until:

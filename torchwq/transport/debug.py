@@ -1,18 +1,16 @@
-"""The debug mode: tells of callbacks that hold the reactor up.
+"""The debug mode: reports callbacks that hold the reactor up.
 
-Everything that a process does not wait for itself is done by its one reactor, and a callback there must not take long,
-wait, or run code of the user's. One that does so breaks nothing at once: some other queue is late, now and then. The
-environment variable ``TORCHWQ_DEBUG`` has each such callback told of: on stderr, or at the end of a file if the
-variable has a path. The tests set it, and fail with what it tells.
+A callback of the reactor must not take long, wait, or run users' code. One that does breaks nothing at once: some other
+queue is late, now and then. With the environment variable ``TORCHWQ_DEBUG`` set, each such callback is reported: on
+stderr, or at the end of a file if the variable is a path. The tests set it, and fail with what is reported.
 
 Invariants:
 
-* Off, it costs nothing: what is decorated is the function itself.
-* A machine that is busy, or that stops, accuses nobody. What is measured is the thread's own processor time; and a
-  callback waits if its thread has used none while the one that watches has come by many times. A thread that waits for
-  the GIL uses some: it wakes every 5 ms.
-* Garbage may be collected in the reactor's thread as in any other, and then runs users' finalizers there: neither
-  counts.
+* Off, it costs nothing: a decorated function is the function itself.
+* A machine that is busy, or that stops, causes no report. The reactor thread's own processor time counts; and a
+  callback waits if its thread has used none at many looks of the watching thread. A thread that waits for the GIL uses
+  some: it wakes every 5 ms.
+* Collecting garbage in the reactor's thread, and the users' finalizers that it runs, do not count.
 
 Source: the debug mode of asyncio, https://docs.python.org/3/library/asyncio-dev.html#debug-mode
 """
@@ -35,12 +33,12 @@ from .fork import reset_in_child
 #: What turns it on: 1, or the path of a file.
 VARIABLE: Final = "TORCHWQ_DEBUG"
 ON: Final = os.environ.get(VARIABLE, "0") not in ("", "0")
-#: By how much the limits are longer than they are on a machine that does nothing else.
+#: By how much the limits are multiplied on a machine that does other things, too.
 SLOWDOWN_VARIABLE: Final = "TORCHWQ_DEBUG_PATIENCE"
 _SLOWDOWN: Final = max(1.0, float(os.environ.get(SLOWDOWN_VARIABLE, "1")))
 #: How much of its thread's processor time, in seconds, a callback may take.
 MAX_CALLBACK_TIME: Final = 0.05 * _SLOWDOWN
-#: How often, in seconds, the one that watches comes by, and how often it must find a thread asleep to say so.
+#: How often, in seconds, the watching thread looks, and how often it must find a thread idle to report it.
 _POLL_INTERVAL: Final = 0.01
 _MAX_IDLE_POLLS: Final = int(20 * _SLOWDOWN)
 
@@ -51,16 +49,16 @@ _numbers = itertools.count()
 
 
 class _Running:
-    """A callback that runs."""
+    """The callback that runs."""
 
-    __slots__ = ("callback", "collecting_since", "excused", "ident", "number")
+    __slots__ = ("callback", "collecting", "collecting_since", "ident", "number")
 
     def __init__(self, callback: object) -> None:
         self.callback = callback
         self.number = next(_numbers)
         self.ident = threading.get_ident()
         #: Processor time, in seconds, that collecting garbage has taken.
-        self.excused = 0.0
+        self.collecting = 0.0
         self.collecting_since: float | None = None
 
 
@@ -75,7 +73,7 @@ def _forget() -> None:
 
 
 def timed(call: F) -> F:
-    """``call``, which calls the callback that it is given in the reactor's thread; tells of one that takes long."""
+    """Decorates ``call``, which calls a callback in the reactor's thread: one that takes long is reported."""
     if not ON:
         return call
 
@@ -89,7 +87,7 @@ def timed(call: F) -> F:
             call(callback)
         finally:
             _running = None
-        taken = time.thread_time() - begun - running.excused
+        taken = time.thread_time() - begun - running.collecting
         if taken > MAX_CALLBACK_TIME:
             _report(f"{callback} took {taken * 1000:.0f} ms of processor time")
 
@@ -97,7 +95,7 @@ def timed(call: F) -> F:
 
 
 def runs_user_code(function: F) -> F:
-    """``function``, which may run code of the user's; tells of a callback of the reactor that calls it."""
+    """Decorates a function that may run users' code: a callback of the reactor that calls it is reported."""
     if not ON:
         return function
 
@@ -118,7 +116,7 @@ def _note_collection(phase: str, _: Any) -> None:
     if phase == "start":
         running.collecting_since = time.thread_time()
     elif running.collecting_since is not None:
-        running.excused += time.thread_time() - running.collecting_since
+        running.collecting += time.thread_time() - running.collecting_since
         running.collecting_since = None
 
 
@@ -137,7 +135,7 @@ def _start_watching() -> None:
 
 
 def _watch() -> None:
-    """Look for a callback that waits."""
+    """Report a callback that waits."""
     seen: tuple[int, float] | None = None
     idle_polls = 0
     while True:
@@ -148,11 +146,11 @@ def _watch() -> None:
             running = _running
             if running is not None and running.number == seen[0]:
                 _report(f"{running.callback} waits", sys._current_frames().get(running.ident))
-            del running  # nothing here keeps a callback, and what it belongs to
+            del running  # this thread keeps no callback, and no object to which it belongs
 
 
 def _state() -> tuple[int, float] | None:
-    """Which callback runs, and how much processor time its thread has used by now."""
+    """The number of the callback that runs, and the processor time of its thread by now."""
     running = _running
     if running is None:
         return None

@@ -1,7 +1,7 @@
-"""Makes descriptors: never in the place of a standard stream, and in another way where the system refuses a call.
+"""Makes and closes descriptors: never in the place of a standard stream, and with a fallback for a refused call.
 
 A program may run with its stdin, stdout or stderr closed (``>&-``), and what is opened next gets the closed one's
-number. Whatever prints there then, in this process or in one that it starts, writes into a queue's socket or a tensor's
+number. Code that prints then, in this process or in one that it starts, writes into a queue's socket or a tensor's
 memory.
 
 Invariants:
@@ -36,16 +36,16 @@ from ..errors import ResourceError, TorchwqError
 
 _FIRST_OWN: Final = 3
 _SHM_FOLDER: Final = "/dev/shm"
-#: What a system call gives that a filter or an old kernel does not let through.
+#: Errors of a system call that a filter or an old kernel refuses.
 REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP})
-#: No descriptor can be had for now.
+#: Errors that say that no descriptor is free for now.
 SHORTAGE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def resource_error(error: OSError, call: str = "") -> OSError:
-    """A ResourceError that says which limit an OSError of a memory or descriptor call stands for.
+    """A ResourceError that names the limit behind an OSError of a memory or descriptor call.
 
-    An error of this library says what there is to say, and is given as it is.
+    An error of this library names it already, and is returned as it is.
     """
     if isinstance(error, TorchwqError):
         return error
@@ -85,7 +85,7 @@ def _put_null(fd: int) -> None:
     with _naming("open"):
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     if null == fd:
-        os.set_inheritable(fd, True)  # as a standard stream is
+        os.set_inheritable(fd, True)  # as standard streams are
         return
     os.dup2(null, fd)
     os.close(null)
@@ -105,13 +105,13 @@ def above_stdio(fd: int) -> int:
 
 
 def dup(fd: int) -> int:
-    """Another descriptor of the same file, which programs that are executed do not inherit."""
+    """Another descriptor of the same file, closed on exec."""
     with _naming("fcntl"):
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_OWN)
 
 
 def dup_all(fds: Sequence[int]) -> list[int]:
-    """The same for several. If one cannot be had, none is left open."""
+    """Those of several files. If one cannot be had, none is left open."""
     made: list[int] = []
     try:
         for fd in fds:
@@ -128,7 +128,7 @@ def all_above_stdio(fds: Sequence[int]) -> list[int]:
     moved = list(fds)
     try:
         for index, fd in enumerate(moved):
-            moved[index] = -1  # until it is moved nobody has it: ``above_stdio`` closes it if it fails
+            moved[index] = -1  # ``above_stdio`` closes it if it fails
             moved[index] = above_stdio(fd)
     except OSError:
         for fd in moved:
@@ -141,8 +141,8 @@ def all_above_stdio(fds: Sequence[int]) -> list[int]:
 def close_with(owner: object, *fds: int) -> weakref.finalize[[tuple[int, ...]], object]:
     """Have ``fds`` closed when ``owner`` is garbage, or when what this returns is called, if that is earlier.
 
-    The end of the process closes them by itself. Those below 0 are none. Among garbage that refers to each other, they
-    are closed before any ``__del__`` runs: what such a method may use asks whether what this returns is ``alive``.
+    The end of the process closes them by itself. Those below 0 are none. In a garbage cycle they are closed before any
+    ``__del__`` runs, so code that a ``__del__`` may call asks first whether the finalizer is ``alive``.
     """
     closing = weakref.finalize(owner, close_fds, fds)
     closing.atexit = False
@@ -150,7 +150,7 @@ def close_with(owner: object, *fds: int) -> weakref.finalize[[tuple[int, ...]], 
 
 
 def close_fds(fds: Iterable[int]) -> None:
-    """Close descriptors; those below 0 were given away."""
+    """Close descriptors; those below 0 are none."""
     for fd in fds:
         if fd >= 0:
             try:
@@ -160,7 +160,7 @@ def close_fds(fds: Iterable[int]) -> None:
 
 
 def open_file(path: str, flags: int, mode: int = 0o600) -> int:
-    """A descriptor of a file. Raises ResourceError if there is none to be had, and else OSError as ``os.open``."""
+    """A descriptor of a file. Raises ResourceError if none is free, else OSError as ``os.open``."""
     try:
         fd = os.open(path, flags | os.O_CLOEXEC, mode)
     except OSError as error:
@@ -171,7 +171,7 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
 
 
 def map_file(fd: int, nbytes: int, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
-    """A writable mapping of a file, which has a descriptor of its own."""
+    """A writable mapping of a file, with a descriptor of its own."""
     fill_stdio()
     with _naming("mmap"):
         return mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -192,7 +192,7 @@ def unix_socket(kind: socket.SocketKind) -> socket.socket:
 
 
 def epoll() -> select.epoll | None:
-    """An epoll; None where the system has none, or refuses it: whoever asks uses ``poll`` then."""
+    """An epoll; None where the system has none, or refuses it: the caller uses ``poll`` then."""
     if not hasattr(select, "epoll"):
         return None
     fill_stdio()
@@ -243,7 +243,7 @@ def pipe() -> tuple[int, int]:
 
 
 def memory_file(name: str, nbytes: int = 0) -> int:
-    """A file of ``nbytes`` zero bytes without a name, in memory if the system allows that."""
+    """A file without a name of ``nbytes`` zero bytes, in memory if the system allows that."""
     fd = _unnamed(name)
     try:
         os.ftruncate(fd, nbytes)

@@ -1,15 +1,15 @@
-"""Hands out what this process owns under a name, to processes of the same user that ask for it.
+"""Answers the processes of the same user that ask for a name that this process owns.
 
-One listening socket per process that owns named things, served by the reactor. The protocol, on a connection whose
-peer's user id the kernel vouches for:
+Each process that owns names has one listening socket, served by the reactor. The protocol, on a connection of which the
+kernel says that its peer is of the same user:
 
 * request ``O`` + pid + start time of the asking process + name;
-* reply ``Q`` + whatever the publisher says, with descriptors, and the connection stays open as the liveness link of
-  what was handed out; or ``N``: not here (any more), you may create the name; or ``C``: it was here when you were
-  started, and was closed since.
+* reply ``Q`` + the publisher's data, with descriptors, and the connection stays open as the liveness link of the new
+  handle; or ``N``: not here (any more), you may create the name; or ``C``: it was here when you were started, and was
+  closed since.
 
-``C`` is what keeps a worker that starts slowly from becoming the owner of an empty queue, on which it would then
-wait for ever, only because its owner had finished and closed the queue before the worker came to open it.
+Without ``C``, a worker that starts slowly could find that its owner has closed the queue already. It would create the
+name, own an empty queue, and wait for ever.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from .timing import ACCEPT_INTERVAL, RECONNECT_INTERVAL, REPLY_TIMEOUT
 
 _REQUEST: Final = struct.Struct("=cQQ")
 
-#: Given the asking process's link and pid: sends the reply itself and keeps the link. False: not any more.
+#: Called with the link and the pid of an asking process: replies and keeps the link, or returns False: not any more.
 Opener = Callable[[Link, int], bool]
 
-#: When this process was started, by the clock all processes share; a worker gets its owner's time of ordering it.
+#: When this process was started, by the clock that all processes share. In a worker: when its owner ordered it.
 started_ns = time.monotonic_ns()
 
 
@@ -57,7 +57,7 @@ class Directory:
     def __init__(self, space: namespace.Namespace) -> None:
         self.space = space
         self.path = f"{space.path}/s-{os.getpid()}-{secrets.token_hex(4)}"
-        #: Over names, tombstones and claims: a name may be given up and owned again by different threads.
+        #: Over the next two, and the claims in the namespace: different threads may withdraw and publish a name.
         self._lock = threading.RLock()
         self._names: dict[str, Opener] = {}
         self._tombstones: dict[str, _Tombstone] = {}
@@ -84,8 +84,8 @@ class Directory:
             self.space.claim(name, self.path)
 
     def withdraw(self, name: str, opener: Opener, *, remember: bool, leftovers: Opener | None) -> None:
-        """Give ``name`` up, if it is still what was published with ``opener``. ``remember``: processes started before
-        now are still told that it was closed, or get the ``leftovers``."""
+        """Own ``name`` no more, if it was published with ``opener``. ``remember``: reply to processes that were started
+        before now with ``leftovers``, or that it was closed."""
         with self._lock:
             if self._names.get(name) != opener:
                 return
@@ -96,7 +96,7 @@ class Directory:
                 self.space.release(name, self.path)
 
     def forget_closed(self, before_ns: int) -> None:
-        """Nobody can ask any more for what was closed before then (time.monotonic_ns)."""
+        """No process is left that was started before then (time.monotonic_ns), and could ask for a closed name."""
         with self._lock:
             for name, tombstone in list(self._tombstones.items()):
                 if tombstone.closed_ns < before_ns:
@@ -108,7 +108,7 @@ class Directory:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError as error:  # none left, or the peer has gone
+            except OSError as error:  # no connection is left, or its peer is gone
                 if error.errno in descriptors.SHORTAGE:
                     self._wait_for_descriptors()
                 return
@@ -118,13 +118,13 @@ class Directory:
                 continue
             try:
                 link = Link(descriptors.above_stdio(connection.detach()))
-            except ResourceError:  # it is closed, and asks again
+            except ResourceError:  # the connection is closed; its peer asks again
                 continue
             self._asking.add(link)
             link.watch(functools.partial(self._answer, link), functools.partial(self._gone, link))
 
     def _wait_for_descriptors(self) -> None:
-        """Who asks waits in the socket meanwhile. It would be reported as readable all the time."""
+        """Stop watching the socket, which stays readable, until a descriptor may be free. Those who ask wait in it."""
         watcher = reactor.get()
         watcher.set_reader(self._socket.fileno(), None)
         watcher.call_later(ACCEPT_INTERVAL, self._listen_again)
@@ -138,7 +138,7 @@ class Directory:
         )
         try:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        except RuntimeWarning:  # made an error, which nobody could catch here
+        except RuntimeWarning:  # a filter makes it an error, which no caller could catch here
             if sys.stderr is not None:
                 print(f"torchwq: {text}", file=sys.stderr)
 
@@ -198,7 +198,7 @@ def _forget() -> None:
 
 
 def get() -> Directory:
-    """The directory of this process, in the namespace of its tree; opened now if it is not yet."""
+    """The directory of this process, in the namespace of its tree."""
     global _directory
     space = namespace.current()
     with _guard:
@@ -241,7 +241,7 @@ def ask(name: str) -> tuple[Link, Received] | None:
             link.send(_REQUEST.pack(b"O", os.getpid(), started_ns) + name.encode())
             received = link.wait(max(0.0, until - time.monotonic()))
         except (EOFError, BrokenPipeError):
-            # It has ended, or it lives and could not answer: which of both, connecting again tells.
+            # The owner has ended, or lives and could not answer: connecting again tells.
             link.close()
             if time.monotonic() < until:
                 time.sleep(RECONNECT_INTERVAL)

@@ -1,14 +1,13 @@
-"""The interface of one end of a two-way message connection. ``kinds`` chooses the kind.
+"""The interface of one end of a two-way message connection: ``kinds`` makes them.
 
-One end may be held by many processes at once: each message is taken whole by exactly one of them. Both kinds keep
-these invariants:
+Many processes may hold one end at once: exactly one of them takes each message, whole. Every kind keeps these
+invariants:
 
 * A message arrives whole or not at all, whichever process is killed at whatever point.
-* No operation blocks. ``try_send`` and ``try_receive`` say that they would have to wait, and leave the waiting to
-  the caller.
-* What was sent before one side closed can still be received; then :class:`EOFError`.
-* ``try_send`` to a side that no process holds any more raises :class:`BrokenPipeError`, and nothing else does. A
-  message that cannot be sent for another reason is :class:`~torchwq.transport.sockets.NotSent`.
+* No operation blocks. ``try_send`` and ``try_receive`` say that they would have to wait, and leave that to the caller.
+* Messages that were sent before one side closed can still be received; then :class:`EOFError`.
+* ``try_send`` raises :class:`BrokenPipeError` if no process holds the other end any more, and only then. A message that
+  cannot be sent for another reason raises :class:`~torchwq.transport.sockets.NotSent`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Final, Protocol
 #: A message: its bytes, and the descriptors that came with it, owned by the receiver.
 Received = tuple[bytes, list[int]]
 
-#: The descriptors of a message that came without any. Never changed: one list serves them all.
+#: The descriptors of every message that came without any. Never changed.
 NO_FDS: Final[list[int]] = []
 
 #: Descriptors that one message can carry (the kernel's SCM_MAX_FD).
@@ -36,8 +35,7 @@ class Endpoint(Protocol):
     #: Largest message in bytes, and largest payload of one; larger payloads travel out of band.
     max_message: int
     max_payload: int
-    #: What sends and receives a message without descriptors in the shortest way, with the flags and errors of
-    #: ``socket.send`` and ``socket.recv``; None where there is nothing shorter than ``try_send`` and ``try_receive``.
+    #: ``socket.send`` and ``socket.recv`` for messages without descriptors; None where they do not suffice.
     send_bare: SendBare | None
     receive_bare: ReceiveBare | None
 
@@ -46,7 +44,7 @@ class Endpoint(Protocol):
         ...
 
     def send_with_timeout(self, data: bytes) -> bool:
-        """The same for one without descriptors, waiting a moment for room where the system can do that by itself."""
+        """``try_send`` without descriptors. Waits up to SEND_TIMEOUT for room, where the kind can."""
         ...
 
     def try_receive(self) -> Received | None:
@@ -55,28 +53,27 @@ class Endpoint(Protocol):
         ...
 
     def peek(self) -> bytes | None:
-        """The bytes of the next message, which stays there; none of the end; None if there is nothing now."""
+        """The bytes of the next message, which stays there; b"" at the end; None if there is no message now."""
         ...
 
     def unread_by_peer(self) -> int | None:
-        """0 if the other side has taken all that was sent, more than 0 if not, None if the system does not say."""
+        """0 if the peer has taken all messages, more than 0 if not, None if the system does not say."""
         ...
 
     def stop_receiving(self) -> None:
-        """From now on the other side's sends raise BrokenPipeError; this side can still send."""
+        """From now on the peer's sends raise BrokenPipeError; this end can still send."""
         ...
 
     def stop_sending(self) -> None:
-        """From now on nobody can send from this end, in any process; the other side gets EOFError when it has received
-        all that was sent before."""
+        """From now on no process can send from this end; the peer gets EOFError after the last message."""
         ...
 
     def is_readable(self) -> bool:
-        """Whether there is something to receive, were it the end."""
+        """Whether there is a message, or the end of messages."""
         ...
 
     def set_buffer_size(self, nbytes: int) -> None:
-        """How much may be under way from this end, in bytes, as far as the system allows."""
+        """How many bytes may be under way from this end, as far as the system allows."""
         ...
 
     def fileno(self) -> int: ...
@@ -86,7 +83,7 @@ class Endpoint(Protocol):
         ...
 
     def leave_open(self) -> None:
-        """Use its descriptors no more, which end with the process: other threads may be in the middle of using them."""
+        """Leave the descriptors to the end of the process: other threads may be using them."""
         ...
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Carries more descriptors than one message can: they wait inside a socket, and the socket travels in their place."""
+"""Carries more descriptors than one message can: they wait in the buffer of a socket that travels in their place."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .endpoint import MAX_FDS
 from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, received_fds, scm_rights, set_buffer_size
 
 _PER_MESSAGE = MAX_FDS - 3
-#: Of these the kernel limits bytes, and not how many messages wait, as it does of datagrams.
+#: A kind of which the kernel limits the bytes that wait, and not the number of messages, as it does of datagrams.
 _TYPE = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM) if sys.platform == "linux" else socket.SOCK_DGRAM
 
 
 def pack(fds: Sequence[int]) -> socket.socket:
     """A socket from which ``unpack`` takes copies of ``fds``. Raises ResourceError if there are too many."""
-    inside, outside = descriptors.socketpair(_TYPE)
-    set_buffer_size(inside, 1 << 20)
-    with inside:
+    filled, carrier = descriptors.socketpair(_TYPE)
+    set_buffer_size(filled, 1 << 20)
+    with filled:
         for start in range(0, len(fds), _PER_MESSAGE):
             part = fds[start : start + _PER_MESSAGE]
             try:
-                inside.sendmsg([b"f"], scm_rights(part), NO_WAIT)
+                filled.sendmsg([b"f"], scm_rights(part), NO_WAIT)
             except OSError as error:
-                outside.close()
-                check_sendable(error, inside)
+                carrier.close()
+                check_sendable(error, filled)
                 raise ResourceError(
                     error.errno or 0,
                     f"{len(fds)} shared tensors are too many for one message ({error.strerror}): write them in several",
                 ) from error
-    return outside
+    return carrier
 
 
 def unpack(fd: int) -> list[int]:

@@ -1,12 +1,16 @@
-"""What a fork does to this library.
+"""What the child of a fork does with this library's objects and state.
 
-A forked child inherits descriptors, locks in unknown states, and no thread. None of that may touch the parent's
-queues. Invariants:
+The child inherits descriptors, locks in unknown states, and no thread. With none of them it may touch the parent's
+queues.
 
-* Every object that owns descriptors of the transport registers here with :func:`closed_in_child`. The child of a fork
-  calls each one's ``abandon()`` before any user code runs: it closes the *child's copies* of the descriptors, sends
-  nothing, shuts nothing down, takes no lock.
+Invariants:
+
+* Every object that owns descriptors of the transport registers with :func:`closed_in_child`. The child calls its
+  ``abandon()`` before any user code runs: that closes the *child's copies* of the descriptors, sends nothing, shuts
+  nothing down, and takes no lock.
 * Every module with process-wide state registers a function with :func:`reset_in_child` that replaces that state.
+
+Source: fork(2); ``os.register_at_fork``.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ def reset_in_child(reset: Callable[[], None]) -> Callable[[], None]:
 def _after_fork_in_child() -> None:
     global _owners
     owners, _owners = list(_owners), weakref.WeakSet()
-    # All of it, whatever one of them runs into: a child with some of the parent's state would act for the parent.
+    # Every step, although one may fail: a child with some of the parent's state would act for the parent.
     failure: Exception | None = None
     for step in [*(owner.abandon for owner in owners), *_resets]:
         try:

@@ -1,4 +1,4 @@
-"""Makes endpoints: of the kind that ``TORCHWQ_TRANSPORT`` says, or the best that the platform has."""
+"""Makes endpoints, of the kind that ``TORCHWQ_TRANSPORT`` names, or of the best that the platform has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .endpoint import Endpoint
 
 
 def kind() -> str:
-    """``'seqpacket'`` or ``'stream'``: by ``TORCHWQ_TRANSPORT``, or the best that this platform has."""
+    """``'seqpacket'`` or ``'stream'``."""
     chosen = os.environ.get("TORCHWQ_TRANSPORT", "").strip().lower()
     if chosen in ("seqpacket", "stream"):
         return chosen

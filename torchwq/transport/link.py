@@ -1,9 +1,9 @@
-"""A control connection between two processes: small messages, and the news that the other one is gone.
+"""A control connection between two processes, which ends when one of the two does.
 
-Each handle on a queue holds one to the queue's owner, each process that asks for a queue by its name one to the process
-that it asks. The kernel closes it when the process at the other end dies, however it dies: that is what makes it a
-*liveness link*. Each end belongs to one process. Messages go and wait as those of any connection; the descriptors that
-one brings are copied, because who sends them closes its own at once.
+Each handle on a queue holds one to the queue's owner; a process that asks for a queue by its name has one to the
+process that it asks. The kernel closes it when the process at the other end dies, however it dies: that makes it a
+*liveness link*. Each end belongs to one process. A link copies the descriptors that a message brings, because the
+sender of the message closes its own at once.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ class Link:
 
     @property
     def unsent(self) -> int:
-        """How many messages wait in this process."""
+        """How many messages wait in the outbox."""
         return len(self._connection.outbox)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send without blocking; what does not fit now is sent later. Raises BrokenPipeError if the peer is gone."""
+        """Send one message, now or later, without blocking. Raises BrokenPipeError if the peer is gone."""
         self._connection.send(_WithDescriptors(data, descriptors.dup_all(fds)) if fds else data)
 
     def ping(self, data: bytes) -> None:
-        """Send if there is room; whoever is behind with reading pings needs no more of them."""
+        """Send if there is room: a peer that has pings unread needs no more of them."""
         try:
             self._connection.endpoint.try_send(data)
         except BrokenPipeError:
             pass
 
     def receive(self) -> Received | None:
-        """Take one message; None if there is none now. Raises EOFError once the other end is gone."""
+        """Take one message; None if there is none now. Raises EOFError when the peer is gone."""
         return _without_trailer(self._connection.take())
 
     def wait(self, seconds: float) -> Received | None:
-        """Take one message, waiting for it at most so long. Only for a link that is not watched."""
+        """Take one message, waiting for it at most ``seconds``. Only for a link that is not watched."""
         return _without_trailer(self._connection.receive(seconds))
 
     def watch(self, on_message: Callable[[bytes, list[int]], None], on_end: Callable[[], None]) -> None:
-        """Let the reactor hand over each message, and call ``on_end`` once when the other end is gone.
+        """Let the reactor call ``on_message`` for each message, and ``on_end`` once when the peer is gone.
 
         A second call, also from within ``on_message``, puts new callbacks in place of the old ones.
         """
@@ -80,11 +80,11 @@ class Link:
         return self._connection.fileno()
 
     def wait_sent(self) -> None:
-        """Wait until nothing waits in this process, because it was sent or because the other end is gone."""
+        """See ``Outbox.wait_empty``."""
         self._connection.outbox.wait_empty()
 
     def close_when_sent(self, then: Callable[[], None]) -> None:
-        """Take nothing more to be sent; end it and call ``then`` as soon as what waits here was sent."""
+        """Refuse every later ``send``; close and call ``then`` when no message waits."""
 
         def close() -> None:
             self.close()
@@ -93,13 +93,13 @@ class Link:
         self._connection.close_when_sent(close)
 
     def close(self) -> None:
-        """End it at once. The other end still gets what was sent before; what waits here is given up."""
+        """Close at once. The peer still gets the messages in the socket; those in the outbox are dropped."""
         self._is_watched = False
         self._connection.close()
 
 
 class _WithDescriptors:
-    """A message that brings descriptors: copies, which are closed when it is sent or given up."""
+    """A message that brings descriptors: copies, which are closed when it is sent or dropped."""
 
     kind = PICKLE
 
@@ -108,21 +108,18 @@ class _WithDescriptors:
         self.fds = fds
         descriptors.close_with(self, *fds)
 
-    def on_send(self) -> None:
-        """Nobody counts them."""
-
-    def on_send_failed(self) -> None:
-        pass
+    def on_send(self) -> None: ...
+    def on_send_failed(self) -> None: ...
 
 
 def _without_trailer(received: Received | None) -> Received | None:
-    """A message without the trailer of those that bring descriptors."""
+    """A message as it was given to ``send``: only one with descriptors has a trailer."""
     if received is None or not received[1]:
         return received
     return payload_of(received[0]), received[1]
 
 
 def pair() -> tuple[Link, int]:
-    """Two connected ends: one to use here, and the descriptor of the other, to be sent elsewhere."""
+    """Two connected ends: a link, and the descriptor of the other end, to be sent to another process."""
     a, b = descriptors.socketpair(socket_type())
     return Link(a.detach()), b.detach()

@@ -1,8 +1,8 @@
-"""Where the processes of one tree find each other's queues by name: a private folder.
+"""A private folder in which the processes of one tree find each other's queues by name.
 
-The first process that needs it makes the folder and owns it; its workers, and every process started below it
-(through the environment variable ``TORCHWQ_NAMESPACE``), use the same one. A name is a symbolic link whose target is
-the file name of its owner's socket: links are created atomically *with* their content.
+The first process that needs it makes the folder and owns it. Its workers, and every process below it, find it through
+the environment variable ``TORCHWQ_NAMESPACE``. A name is a symbolic link whose target is the file name of its owner's
+socket: links are created atomically *with* their content.
 
 Invariants:
 
@@ -10,7 +10,9 @@ Invariants:
 * A name is created, taken over from a dead owner, or removed only under an exclusive ``flock`` on the folder's ``lock``
   file. The kernel frees that lock when its holder dies. Reading a name needs no lock.
 * The maker holds a ``flock`` on ``alive``. A folder whose ``alive`` can be locked has lost its maker; the next process
-  that makes a folder removes it. That is the last resort: normally the maker, or its fork server, does.
+  that makes a folder removes it. That is the last resort: normally the maker or its fork server removes it.
+
+Source: flock(2), symlink(2), unix(7).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _MAX_FOLDER_PATH: Final = 100 - 30
 
 
 class Namespace:
-    """One namespace folder, made by this process (``made``) or by one above it."""
+    """One namespace folder. ``made``: by this process, not by one above it."""
 
     def __init__(self, path: str, *, made: bool) -> None:
         self.path = path
@@ -55,7 +57,7 @@ class Namespace:
         return f"{self.path}/n-{hashlib.sha256(name.encode()).hexdigest()[:40]}"
 
     def lookup(self, name: str) -> str | None:
-        """Path of the socket of the name's owner, dead or alive; None if nobody has created the name."""
+        """Path of the socket of the name's owner, dead or alive; None if the name does not exist."""
         try:
             return f"{self.path}/{os.readlink(self._entry(name))}"
         except FileNotFoundError:
@@ -75,11 +77,11 @@ class Namespace:
                 if self.lookup(name) == socket_path:
                     os.unlink(self._entry(name))
         except (FileNotFoundError, NamespaceError):
-            pass  # the folder is gone, and the name with it
+            pass  # the folder is gone, with the name
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock under which names change. Raises NamespaceError if it cannot be had."""
+        """Hold the lock under which names change. Raises NamespaceError after LOCK_TIMEOUT."""
         try:
             fd = _open(f"{self.path}/lock", os.O_CREAT)
         except ResourceError:
@@ -127,12 +129,12 @@ def _usable(path: str) -> bool:
 
 
 def _folder() -> str:
-    """Where to make namespace folders: private by itself if possible, and short enough for a socket's address."""
+    """Where to make namespace folders: private if possible, with a path short enough for a socket's address."""
     for candidate in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
         if not candidate:
             continue
         try:
-            folder = os.path.abspath(candidate)  # this process, and those below it, may go to other directories
+            folder = os.path.abspath(candidate)  # this process, and those below it, may change their directory
         except FileNotFoundError:  # the working directory is gone
             continue
         if len(os.fsencode(folder)) < _MAX_FOLDER_PATH and os.path.isdir(folder) and os.access(folder, os.W_OK):
@@ -144,7 +146,7 @@ def _sweep(folder: str) -> None:
     """Remove folders whose makers were killed together with their fork servers."""
     try:
         paths = list(Path(folder).glob(_PREFIX + "*"))
-    except OSError:  # no descriptor is free, for one: the next process does it
+    except OSError:  # perhaps no descriptor is free: the next process does it
         return
     for path in paths:
         with contextlib.suppress(OSError):
@@ -165,7 +167,7 @@ _on_made: list[Callable[[str], None]] = []
 
 @reset_in_child
 def _demote() -> None:
-    """A forked child is below the maker: it uses the folder and does not remove it."""
+    """A forked child is below the maker: it does not remove the folder."""
     global _current, _guard
     _guard = threading.RLock()
     if _current is not None:
@@ -173,7 +175,7 @@ def _demote() -> None:
 
 
 def on_made(callback: Callable[[str], None]) -> None:
-    """Call ``callback(path)`` after this process has made a folder: someone must see to its end."""
+    """Call ``callback(path)`` after this process has made a folder, so that its removal can be arranged."""
     _on_made.append(callback)
 
 
@@ -201,7 +203,7 @@ def current() -> Namespace:
                     remove(name)
             raise
         if _current is not None and not os.path.exists(_current.path):
-            _current.abandon()  # somebody has removed it
+            _current.abandon()  # the folder was removed
         _current = made
         os.environ[VARIABLE] = _current.path
         for callback in _on_made:

@@ -15,12 +15,11 @@ class Payload(Protocol):
     def kind(self) -> int: ...
     @property
     def fds(self) -> Sequence[int]: ...
-
     def on_send(self) -> None:
-        """The peer may receive it from now on."""
+        """Count it: the peer may receive it from now on."""
 
     def on_send_failed(self) -> None:
-        """It was not sent after ``on_send``, and will not be."""
+        """Take ``on_send`` back: it will not be sent."""
 
 
 class Promises(Protocol):

@@ -1,7 +1,7 @@
-"""Asks descriptors whether they are ready, or waits for that: by poll(2), for which no descriptor is too high.
+"""Asks descriptors whether they are ready, or waits for that: by poll(2), which has no limit as select(2) has.
 
-Who waits again and again for the same ones keeps the ``poll`` object, as :class:`~torchwq.transport.waiting.Waiter`
-does. A closed one (below 0) counts as ready: what is done with it next tells that it is closed.
+Code that waits again and again for the same descriptors keeps a ``poll`` object: see
+:class:`~torchwq.transport.waiting.Waiter`. A closed one (below 0) counts as ready: its next use says that it is closed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import select
 
 
 def readable(seconds: float | None, *fds: int) -> list[int]:
-    """Those of ``fds`` that can be read from, be it the end; waits at most ``seconds`` for one, for ever if None."""
+    """Those of ``fds`` that are readable or at their end; waits at most ``seconds`` for one, for ever if None."""
     return _ready(seconds, select.POLLIN, fds)
 
 

@@ -1,15 +1,13 @@
-"""One background thread per process that watches descriptors nobody is waiting for just now.
+"""The one background thread of a process: it watches the descriptors for which no thread waits.
 
-It flushes what full sockets did not take, answers processes that open queues by name, and notices when a process at the
-other end of a control connection goes away. It never unpickles anything and never runs user code, so it cannot be
-held up by them.
+It sends what full sockets did not take, answers processes that open queues by name, and notices the end of a process at
+the other end of a control connection. It never unpickles anything and never runs users' code, so neither holds it up.
 
 Invariants:
 
-* Callbacks run in the reactor's thread, one at a time, and must not block, nor run code of the user's, which pickling
-  does. What might do either is left to :mod:`torchwq.transport.cleanup`. The debug mode (:mod:`.debug`) tells of one
-  that does.
-* A callback may still run once after ``remove`` when its event was under way already; it must bear that.
+* Callbacks run in the reactor's thread, one at a time. They must not block, nor run users' code, which pickling does;
+  they leave that to :mod:`torchwq.transport.cleanup`. The debug mode (:mod:`.debug`) reports one that does either.
+* A callback may still run once after ``remove``, if its event was under way already.
 * A descriptor is removed *before* it is closed: its number may be used again, and epoll goes on reporting a closed
   descriptor whose file another process holds open.
 """
@@ -45,7 +43,7 @@ class _Watched:
 
 
 def _new_selector() -> selectors.BaseSelector:
-    """The best one that the system lets this process have."""
+    """The best one that the system allows."""
     descriptors.fill_stdio()
     try:
         return selectors.DefaultSelector()
@@ -56,15 +54,15 @@ def _new_selector() -> selectors.BaseSelector:
 
 
 class Reactor:
-    """The thread, started with the first descriptor it is given. Safe to use from several threads."""
+    """The thread, started with the first descriptor or timer. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._selector = _new_selector()
-        #: Whether the thread that waits does not learn by itself of what is changed meanwhile.
+        #: Whether a ``select`` under way does not learn of changes by itself.
         self._is_polling = not hasattr(self._selector, "fileno")
         self._watched: dict[int, _Watched] = {}
-        #: Changed by the thread only; what is new comes from anywhere.
+        #: Changed by the reactor's thread only. Any thread appends to the second.
         self._timers: list[tuple[float, int, Callback]] = []
         self._new_timers: deque[tuple[float, int, Callback]] = deque()
         self._order = itertools.count()
@@ -98,7 +96,7 @@ class Reactor:
                 self._wake_thread()
 
     def call_later(self, seconds: float, callback: Callback) -> None:
-        """Call ``callback`` in so many seconds. Takes no lock, once the thread runs: finalizers call this."""
+        """Call ``callback`` in ``seconds``. Takes no lock, once the thread runs: finalizers call this."""
         self._new_timers.append((time.monotonic() + seconds, next(self._order), callback))
         if self._thread is None:
             with self._lock:
@@ -131,7 +129,7 @@ class Reactor:
 
     def _start(self) -> None:
         if self._thread is None:
-            # Noted first: a finalizer that runs while the thread is started finds that it is.
+            # Set first: a finalizer that runs while the thread starts must not start another.
             thread = self._thread = threading.Thread(target=self._run, name="torchwq-reactor", daemon=True)
             try:
                 thread.start()
@@ -139,8 +137,8 @@ class Reactor:
                 self._thread = None
                 if "shutdown" not in str(error):
                     raise
-                # The interpreter ends: Python 3.12 starts no thread then, nor is there a need for one.
-            except BaseException:  # Ctrl-C: perhaps the thread was started, perhaps not
+                # The interpreter ends: from 3.12 on it starts no thread then, and none is needed.
+            except BaseException:  # a KeyboardInterrupt: the thread may run or not
                 until = time.monotonic() + THREAD_START_TIMEOUT
                 while not thread.is_alive() and time.monotonic() < until:
                     time.sleep(POLL_INTERVAL)
@@ -200,6 +198,6 @@ def get() -> Reactor:
         with _guard:
             if _reactor is None:
                 made = Reactor()
-                if _reactor is None:  # else a finalizer has come in between, and made one
+                if _reactor is None:  # else a finalizer in between has made one
                     _reactor = made
     return _reactor

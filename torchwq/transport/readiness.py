@@ -1,7 +1,7 @@
-"""One descriptor that is readable when any of several is: what ``fileno()`` of a queue or channel gives.
+"""One descriptor that is readable when any of several is: the ``fileno()`` of a queue or channel.
 
-Where messages come from may change while somebody watches the descriptor, for example when a queue that only threads
-used is first opened by a process. So it is one of its own, and only what it stands for changes.
+The sources of messages may change while a user watches the descriptor, for example when a process first opens a queue
+that only threads have used. So it is a descriptor of its own, and only the set behind it changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _IN: Final = select.EPOLLIN if _EPOLL else selectors.EVENT_READ
 
 
 def _kqueue() -> Any:
-    """The same for the BSDs and macOS: a selector that is a kqueue can itself be watched."""
+    """For the BSDs and macOS: a selector that is a kqueue can itself be watched."""
     return selectors.KqueueSelector()  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -38,7 +38,7 @@ def _epoll() -> select.epoll:
 
 
 class Readiness:
-    """A set of descriptors, and one that stands for all of them. Opened when it is first asked for."""
+    """A set of descriptors, and one that stands for all of them, opened at the first ``fileno()``."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

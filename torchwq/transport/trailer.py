@@ -1,11 +1,9 @@
-"""The end of a message: its number and its kind, which are laid down and read here and nowhere else.
+"""The end of a message: its number and its kind. This file alone writes and reads them.
 
-A payload of plain bytes is a pickle, and a pickle ends with a full stop. Sent without a number it travels as it is, and
-is *bare*: the full stop is its kind. Any other message has a trailer: the number (8 bytes) and the kind of the payload
-(1 byte, never a full stop). The trailer stands at the end because pickle stops reading before it by itself: nobody has
-to cut it off.
-
-What each kind means is no business of this room: see :mod:`torchwq.marshalling.wire`.
+A payload of plain bytes is a pickle, and a pickle ends with a full stop. Without a number it travels as it is: it is
+*bare*, and the full stop is its kind. Any other message has a trailer: the number (8 bytes) and the kind of the payload
+(1 byte, never a full stop). The trailer stands at the end because pickle stops before it by itself, so the reader need
+not cut it off. :mod:`torchwq.marshalling.wire` says what each kind means.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ _NUMBER: Final = struct.Struct("<Q").unpack_from
 
 #: Bytes of a trailer.
 SIZE: Final = _TRAILER.size
-#: Where in a message its kind stands: ``data[KIND]`` is ``kind_of(data)`` where a call is too dear.
+#: The place of the kind in a message: ``data[KIND]`` is ``kind_of(data)`` without a call.
 KIND: Final = -1
 #: Kind of a message without a trailer.
 BARE: Final = ord(".")
@@ -42,7 +40,7 @@ def kind_of(data: bytes | memoryview) -> int:
 
 
 def size_of_payload(data: bytes | memoryview) -> int:
-    """How many bytes of a message are its payload: where its trailer begins, if it has one."""
+    """How many bytes of a message are its payload."""
     return len(data) if data[KIND] == BARE else len(data) - SIZE
 
 
