@@ -1,19 +1,18 @@
-"""What all handles on a channel in one process share: the backend that carries items, and what tells those who wait.
+"""What all handles on a channel in one process share: the backend that carries items, and what those who wait are told.
 
-A channel begins as a local one: its items wait in a mailbox, and its tensors stay where they are. When a handle is
-first sent to another process, a socket channel is made, and what waits goes on it. From then on every thread of this
-process uses the socket, too, so that there is one order.
+A channel begins with a ``LocalChannel``: its items wait in a mailbox, and its tensors stay where they are. When a
+handle is first sent to another process, a ``SocketChannel`` is made, and the items that wait go there. From then on
+every thread of this process uses the socket, too, so that there is one order.
 
-``reading`` says how a channel is read, and ``failure_detector`` whom a reader waits for. A reader that has waited for a
-moment is woken by whatever there may be to tell: ``peers.monitor`` tells what other processes do, and whoever does
-something in this one wakes the readers. Only these are found by looking every ``POLL_INTERVAL`` seconds: a thread of
-the user's that ends, or a handle that is dropped, which may leave nobody to wait for; a worker that dies with a handle
-in a message; a backlog message that its receiver took into its death; and what the monitor's events do not cover.
+A reader waits as ``reading`` says, and is told what ``failure_detector`` says. Once it has waited for a moment,
+whatever changes there wakes it: ``peers.monitor`` for the other processes; the thread that changes something for this
+one. Only these changes are polled, each POLL_INTERVAL: a thread of the user's ends, or a handle is dropped, so that
+nobody may be left; a worker dies with a handle in a message; a receiver dies with a backlog message; and whatever the
+monitor has no event for.
 """
 
 from __future__ import annotations
 
-import secrets
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from ..transport.endpoint import Received
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
-from .failure_detector import READS, WRITES, FailureDetector
+from .failure_detector import READ, WRITE, FailureDetector
 from .local import LocalChannel
 from .socket import SocketChannel, open_socket_channels
 from .state import ChannelBackend, ChannelState
@@ -40,7 +39,7 @@ MADE_BEFORE_FORK: Final = (
 
 
 class Core:
-    """A process's part of a channel."""
+    """One process's part of a channel. See :func:`open_`."""
 
     def __init__(self, name: bytes, capacity: int | None, socket: SocketChannel | None = None) -> None:
         self.name = name
@@ -50,16 +49,16 @@ class Core:
         self.local.on_wait_for_room = _weakly(self._wait_for_room)
         self.backend: ChannelBackend = self.local
         self.forked = False
-        #: Those that are to be given up when this object is gone.
+        #: What is to be released when this object is gone.
         self._socket_channels: list[tuple[SocketChannel, PeerMonitor]] = []
         self.monitor: PeerMonitor | None = None
-        #: How often there may have been something to tell.
+        #: How often something may have changed that a reader is to be told of.
         self.changes = 0
-        self._update_scheduled = False
+        self._is_update_scheduled = False
         self.failures = FailureDetector(self)
         self._alarm = Alarm()
         self._readiness = Readiness()
-        # The box only weakly: this channel may be in it.
+        # The mailbox only weakly: this channel may be in it.
         self._finalizer = weakref.finalize(
             self, _close_later, self._socket_channels, weakref.ref(self.local.mailbox), self._alarm, self._readiness
         )
@@ -81,26 +80,26 @@ class Core:
 
     def _wait_for_room(self) -> None:
         writer = self.failures.writer()
-        self.failures.raise_unseen(writer.seen_failures(), WRITES)
-        self.failures.publish_waiting(writer, WRITES)
-        self.failures.raise_if_nobody_left(writer, WRITES)
+        self.failures.raise_unseen(writer.seen_failures(), WRITE)
+        self.failures.publish_waiting(writer, WRITE)
+        self.failures.raise_if_nobody_left(writer, WRITE)
 
     def wake_all(self) -> None:
-        """Have everybody who waits here look at the others."""
+        """Let every thread that waits at this core look at the other handles."""
         self.changes += 1
         self.local.mailbox.wake_all()
         if self.socket is not None:
             self.socket.wake_all()
 
     def _peers_changed(self) -> None:
-        """Something has happened in the table of peers. Called by the reactor."""
+        """The table of peers has changed. Called by the reactor."""
         self.wake_all()
         self._update_readiness()
 
     # Handles
 
     def handle_descriptors(self) -> list[Any]:
-        """Descriptors for another process. Raises ResourceError; or MarshalError, for an item that cannot go there."""
+        """Descriptors for another process. Raises ResourceError; or MarshalError for an item that cannot go there."""
         self.open_to_processes()
         assert self.socket is not None
         return self.socket.handle_descriptors()
@@ -126,9 +125,9 @@ class Core:
             self._watch()
 
     def leave(self, handle: Any, worker: Any, failed: bool) -> None:
-        """A worker that is a thread has ended, and its handle with it."""
+        """The thread worker that had ``handle`` has ended."""
         if self.failures.remove_handle(handle, worker, failed):
-            self._update_readiness_soon()
+            self.update_readiness_soon()
         self.wake_all()
 
     def check_fork(self) -> None:
@@ -152,7 +151,7 @@ class Core:
                 self.monitor.open()
         if not handle.is_watched:
             handle.is_watched = True
-            self._update_readiness_soon()
+            self.update_readiness_soon()
         return self._readiness.fileno()
 
     def _watch(self) -> None:
@@ -161,39 +160,37 @@ class Core:
         else:
             self._readiness.set(self.socket.outlet(), self._alarm.fileno())
 
-    def _update_readiness_soon(self) -> None:
+    def update_readiness_soon(self) -> None:
         if self._readiness.is_watched:
             reactor.get().call_later(0, _weakly(self._update_readiness))
 
     def _update_readiness(self) -> None:
-        """Let deaths show in the descriptor. Called by the reactor alone: who looked first must not clear last."""
+        """Make the descriptor readable while there is a failure to tell, or the end.
+
+        Called by the reactor alone, so that no older look clears what a newer one has set.
+        """
         if self.forked or not self._readiness.is_watched:
             return
-        if self.backend.state() is ChannelState.DRAINED or any(
-            map(self._has_unseen_failure, self.failures.handles.all())
-        ):
+        handles = self.failures.handles.all()
+        if self.backend.state() is ChannelState.DRAINED or any(map(self._has_unseen_failure, handles)):
             self._alarm.set()
         else:
             self._alarm.clear()
-        if self.monitor is not None and not self.monitor.covers_all_peers and not self._update_scheduled:
-            self._update_scheduled = True
+        if self.monitor is not None and not self.monitor.covers_all_peers and not self._is_update_scheduled:
+            self._is_update_scheduled = True
             reactor.get().call_later(POLL_INTERVAL, _weakly(self._update_readiness_again))
 
     def _update_readiness_again(self) -> None:
-        self._update_scheduled = False
+        self._is_update_scheduled = False
         self._update_readiness()
 
-    def on_failure_raised(self) -> None:
-        """Somebody has been told of something: what is watched may not be ready any more."""
-        self._update_readiness_soon()
-
     def _has_unseen_failure(self, handle: Any) -> bool:
-        """Whether there is something that nobody has been told who reads with this handle, if it is watched.
+        """Whether no thread that reads with ``handle``, if it is watched, was told of some failure.
 
-        Not whether nobody is left: only one who waits knows that, for here it is not known who does. One that is not
-        watched may never be read: what it is not told would keep those awake who watch another one.
+        A handle that is not watched may never be read, and its failures would keep those awake who watch another one.
+        That nobody is left is no such failure: only a thread that waits can know it.
         """
-        return handle.is_watched and all(self.failures.has_unseen(seen, READS) for seen in handle.all_seen_failures())
+        return handle.is_watched and all(self.failures.has_unseen(seen, READ) for seen in handle.all_seen_failures())
 
     def abandon(self) -> None:
         self._finalizer.detach()
@@ -207,7 +204,7 @@ def _close_later(
     alarm: Alarm,
     readiness: Readiness,
 ) -> None:
-    """A part is garbage, which is collected at any moment, in any thread, with any lock held."""
+    """A core is garbage, which is collected at any moment, in any thread, with any lock held."""
     for socket, monitor in sockets:
         cleanup.call_soon(monitor.close)
         if not socket.left:
@@ -218,7 +215,7 @@ def _close_later(
 
 
 class _ForkedChannel:
-    """The way of a channel in the child of a fork: there is none."""
+    """The backend in the child of a fork: it refuses everything."""
 
     peer = SAME_PROCESS
     max_payload = 0
@@ -229,20 +226,21 @@ class _ForkedChannel:
         raise QueueClosed(MADE_BEFORE_FORK)
 
     def try_write(self, obj: Any) -> None:
-        """``check_fork`` says it."""
+        """Nothing was sent: ``Channel`` checks for the fork next."""
 
     send = take = try_read = can_take = wait = state = num_items = close = counts = _refuse
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    bound = weakref.WeakMethod(method)
-    return lambda: _call(bound)
+    """``method``, which does not keep its object alive, and is not called when the object is gone."""
+    find = weakref.WeakMethod(method)
 
+    def call() -> None:
+        found = find()
+        if found is not None:
+            found()
 
-def _call(method: Callable[[], Callable[[], None] | None]) -> None:
-    bound = method()
-    if bound is not None:
-        bound()
+    return call
 
 
 _cores: weakref.WeakValueDictionary[bytes, Core] = weakref.WeakValueDictionary()
@@ -255,18 +253,13 @@ def _reset() -> None:
     _cores, _guard = weakref.WeakValueDictionary(), threading.RLock()
 
 
-def new(capacity: int | None) -> Core:
-    """The part of this process in a new channel."""
-    return Core(secrets.token_bytes(16), capacity)
-
-
 def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
-    """This process's part of the channel that these descriptors are of. Takes the descriptors over."""
+    """This process's core of the channel that has these descriptors, which it takes over. Raises ResourceError."""
     with _guard:
         core = _cores.get(name)
         socket = None if core is None else core.socket
         if socket is None:
-            # One that all handles have dropped may still have something to send, which must come first.
+            # All handles may have been dropped, and a backlog be left, which must be sent first.
             socket = next((each for each in list(open_socket_channels) if each.name == name and each.retain()), None)
         if socket is None or socket.left:
             return _open_with(name, capacity, SocketChannel(name, fds, capacity))
@@ -282,12 +275,12 @@ def open_(name: bytes, capacity: int | None, fds: list[int]) -> Core:
 def _open_with(name: bytes, capacity: int | None, socket: SocketChannel) -> Core:
     try:
         return Core(name, capacity, socket)
-    except ResourceError:  # before the part was told to give it up
+    except ResourceError:  # no core is there to release it
         socket.release()
         raise
 
 
 def leave_all(failed: bool) -> None:
-    """At exit."""
+    """Give up every socket channel of this process. Called at exit."""
     for socket in list(open_socket_channels):
         socket.leave(failed=failed, at_exit=True)

@@ -1,8 +1,9 @@
-"""``Channel``: what users hold. It marshals, and leaves the rest to what all handles of its process share."""
+"""``Channel``: what users hold. It encodes and decodes; its process's core, which all handles share, does the rest."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
 from .core import Core
-from .failure_detector import WRITES, SeenChannelFailures
+from .failure_detector import WRITE, SeenChannelFailures
 from .reading import Reader
 from .state import ChannelState
 
@@ -77,11 +78,11 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         threads.owned_by_this_worker(self)
 
     def seen_failures(self) -> SeenChannelFailures:
-        """What this thread has been told of; see ``failure_detector``."""
+        """The failures that this thread has been told of: see ``failure_detector``."""
         return self._seen.setdefault(threading.get_ident(), self._initially_seen.copy())
 
     def all_seen_failures(self) -> list[SeenChannelFailures]:
-        """What all threads that have read with this handle have been told of."""
+        """The same for each thread that has used this handle."""
         return list(self._seen.values()) or [self._initially_seen]
 
     @property
@@ -134,7 +135,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         backend = core.backend
         self.has_written = True
         payloads = codec.encode_all(objs, backend.max_payload, upvalues=upvalues, peer=backend.peer)
-        with contextlib.nullcontext() if core.capacity is None else core.failures.waiting(self, WRITES):
+        with contextlib.nullcontext() if core.capacity is None else core.failures.waiting(self, WRITE):
             for payload in payloads:
                 if not backend.send(payload):
                     return core.backend.state()
@@ -206,7 +207,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         return ChannelStatistics(*backend.counts(), backend.num_items())
 
     def close_for_worker(self, worker: threads.ThreadWorker, failed: bool) -> None:
-        """See ``threads.OwnedResource``: the channel stays, this handle is not counted any more."""
+        """See ``threads.OwnedResource``: this handle does not count any more; the channel stays open."""
         self._core.leave(self, worker, failed)
 
     def _read_nowait(self) -> Any:
@@ -259,12 +260,13 @@ def channel(capacity: int | None = None) -> Channel:
     """
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
-    return Channel(cores.new(capacity))
+    return Channel(Core(secrets.token_bytes(16), capacity))
 
 
 class _Target(Target):
     def __init__(self, core: Core, seen: SeenChannelFailures) -> None:
-        super().__init__(core.failures.handles.count_pending)  # not the core's: what waits there may have this in it
+        # Not a method of the core: an item that waits there may have this target in it.
+        super().__init__(core.failures.handles.count_pending)
         self._core = core
         self._seen = seen
 

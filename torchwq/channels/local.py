@@ -1,4 +1,4 @@
-"""A channel that no other process has: a mailbox."""
+"""The backend of a channel that no other process has: a mailbox."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..transport.mailbox import Mailbox
 from ..transport.waiting import never
 from .state import ChannelState
 
-#: Seconds between two looks of a writer that waits for room.
+#: A writer that waits for room looks so often, in seconds.
 _POLL_INTERVAL: Final = 0.25
 
 
 class LocalChannel:
-    """Items between threads.
+    """Carries items between threads.
 
-    Invariant: ``lock`` covers "is it closed, or gone elsewhere?" and putting. So nothing comes after the closing, and
-    nothing is left behind when the items move to a successor.
+    Invariant: a writer holds ``lock`` from its look whether the channel is closed, or has a successor, until its item
+    is in the mailbox. So no item comes after the closing, and none is left behind when the items move.
     """
 
     peer = SAME_PROCESS
@@ -31,7 +31,7 @@ class LocalChannel:
     def __init__(self, capacity: int | None) -> None:
         self.lock = threading.RLock()
         self.mailbox: Mailbox[Received] = Mailbox()
-        #: Where the items have gone, if another process has the channel now.
+        #: The backend to which the items have moved, if another process has the channel now.
         self.successor: Any = None
         self._capacity = capacity
         self._room = threading.Condition(self.lock)
@@ -139,7 +139,7 @@ class LocalChannel:
         return self._written, self._written - len(self.mailbox), 0
 
     def move_to(self, successor: Any) -> None:
-        """Send all items to ``successor``, and everything that comes later. Called with the lock held.
+        """Send all items to ``successor``, and all that come later. Called with the lock held.
 
         Raises, and changes nothing, if an item cannot go there.
         """

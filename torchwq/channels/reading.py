@@ -1,7 +1,8 @@
-"""What one reads a channel from: the way that its items take, and whoever may be gone.
+"""One read of a channel: the order of looking at its items and at the failures of others.
 
-Asking who is gone costs, so the first wait goes as if nothing could be wrong: mostly the next item is on its way. After
-that the reader looks at the others each time it wakes, and what may have changed there wakes it (see ``core``).
+Looking at others costs time, so for ``_FIRST_WAIT`` a reader waits as if nothing could be wrong: mostly the next item
+is on its way. After that it looks at the others each time it wakes, and whatever may have changed there wakes it (see
+``core``).
 """
 
 from __future__ import annotations
@@ -15,29 +16,26 @@ from ..handles.readable import EndOfMessages, MessageSource
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..transport.endpoint import Received
 from .core import Core
-from .failure_detector import READS, SeenChannelFailures
+from .failure_detector import READ, SeenChannelFailures
 from .state import ChannelState
 
-#: For so many seconds a reader waits as if nothing could be wrong.
+#: In seconds.
 _FIRST_WAIT: Final = 0.25
 
 
 class _Handle(Protocol):
-    #: Whether anybody has asked for its descriptor.
     is_watched: bool
 
-    def seen_failures(self) -> SeenChannelFailures:
-        """What this thread has been told of."""
-        ...
+    def seen_failures(self) -> SeenChannelFailures: ...
 
 
 class Reader(MessageSource):
-    """One read with a handle, in one thread. What only a wait needs is set where it begins."""
+    """One read with a handle, in one thread. What only a wait needs is set when the wait begins."""
 
     __slots__ = ("_changes", "_core", "_deadline", "_handle", "_is_drained", "_monitor", "_watching")
 
     _is_drained: bool
-    #: ``Core.changes`` as this has last looked at the others.
+    #: ``Core.changes`` at the last look at the others.
     _changes: int
     _monitor: PeerMonitor | None
     _deadline: float
@@ -45,7 +43,7 @@ class Reader(MessageSource):
     def __init__(self, core: Core, handle: _Handle) -> None:
         self._core = core
         self._handle = handle
-        #: What watches the other processes while this blocks; None for a task, which the readiness wakes.
+        #: Keeps the other processes watched while this blocks; None for a task, which the readiness wakes.
         self._watching: contextlib.ExitStack | None = None
 
     def take(self) -> Received | None:
@@ -60,7 +58,7 @@ class Reader(MessageSource):
         if received is not None:
             return received
         with contextlib.ExitStack() as self._watching:
-            self._watching.enter_context(core.failures.waiting(self._handle, READS))
+            self._watching.enter_context(core.failures.waiting(self._handle, READ))
             return super().wait_until(deadline, timeout)
 
     def sleep(self, deadline: float | None) -> Received | None:
@@ -78,32 +76,32 @@ class Reader(MessageSource):
             assert monitor is not None
             self._monitor = monitor
             self._watching.enter_context(monitor.watching())
-        self._changes = core.changes  # before the look: of what comes later this is told again
+        self._changes = core.changes  # before the look: a later change wakes this again
         self._is_drained = core.backend.state() is ChannelState.DRAINED
         return True
 
     def raise_failure(self) -> None:
         core, seen = self._core, self._handle.seen_failures()
         if self._is_drained:
-            core.failures.raise_unseen(seen, READS)
+            core.failures.raise_unseen(seen, READ)
             core.failures.raise_failed_closing(seen)
             raise EndOfMessages
         if self._watching is None:
-            core.failures.raise_unseen(seen, READS)  # not that nobody is left: another task may write
-            return
+            core.failures.raise_unseen(seen, READ)
+            return  # it is not told that nobody is left: another task may write
         if core.socket is not None:
             core.socket.finish_closing()
-        core.failures.raise_unseen(seen, READS)
-        core.failures.publish_waiting(self._handle, READS)
-        core.failures.raise_if_nobody_left(self._handle, READS)
+        core.failures.raise_unseen(seen, READ)
+        core.failures.publish_waiting(self._handle, READ)
+        core.failures.raise_if_nobody_left(self._handle, READ)
 
     def on_empty(self) -> None:
         core, seen = self._core, self._handle.seen_failures()
         core.check_fork()
-        core.failures.raise_unseen(seen, READS)
+        core.failures.raise_unseen(seen, READ)
         if seen.nobody_left:
             seen.nobody_left = False
-            core.failures.raise_if_nobody_left(self._handle, READS)
+            core.failures.raise_if_nobody_left(self._handle, READ)
         if core.backend.state() is ChannelState.DRAINED:
             core.failures.raise_failed_closing(seen)
 
@@ -114,12 +112,12 @@ class Reader(MessageSource):
         return self._core.fileno(self._handle)
 
     def is_ready(self) -> bool:
-        """Looks at the others, too."""
+        """Whether ``read`` would not have to wait, be it because of others."""
         core = self._core
         if core.forked or core.backend.can_take() or core.backend.state() is ChannelState.DRAINED:
             return True
         if core.socket is not None:
             core.socket.finish_closing()
         seen = self._handle.seen_failures()
-        seen.nobody_left = core.failures.is_nobody_left(self._handle, READS)
-        return seen.nobody_left or core.failures.has_unseen(seen, READS)
+        seen.nobody_left = core.failures.is_nobody_left(self._handle, READ)
+        return seen.nobody_left or core.failures.has_unseen(seen, READ)

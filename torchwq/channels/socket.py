@@ -49,7 +49,7 @@ _POLL_INTERVAL: Final = 0.02
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
 
-#: Those that are open, or have a backlog. What exit has to take care of.
+#: Those that this process has not left: they are in use, or have a backlog.
 open_socket_channels: set[SocketChannel] = set()
 
 
@@ -59,9 +59,13 @@ def _reset() -> None:
 
 
 class SocketChannel:
-    """One process's part of it. Takes over ``fds``: those of ``handle_descriptors``, or none to make a new one.
+    """One process's part of the socket and the table.
 
-    Raises ResourceError if descriptors or memory have run out.
+    Args:
+        fds: those of ``handle_descriptors`` of another process, which this object takes over; none for a new channel.
+
+    Raises:
+        ResourceError: descriptors or memory have run out.
     """
 
     peer = SAME_MACHINE
@@ -70,7 +74,7 @@ class SocketChannel:
         self.name = name
         self.capacity = capacity
         size = kinds.handover_size()
-        with contextlib.ExitStack() as opened:  # what is to be closed again if the rest cannot be had
+        with contextlib.ExitStack() as opened:  # to be closed again if the rest fails
             rest = list(fds[2 * size :])
             opened.callback(close_fds, rest)
             if fds:
@@ -99,17 +103,17 @@ class SocketChannel:
         self._outbox = self._connection.outbox
         self._try_receive = self._connection.take
         self._closing = Closing(self.table, incoming, outgoing)
-        counts_items = capacity is not None  # and so looks at each of them under the table's lock
-        self._sender = FastSender(self.table, self._outbox, outgoing, not counts_items, self._try_write_any)
-        self.try_write = self._sender.try_write
-        receive_bare = None if counts_items else incoming.receive_bare
-        self._receiver = FastReceiver(self.table, receive_bare, self._try_read_any)
-        self.try_read = self._receiver.try_read
+        # With a capacity, items are counted under the table's lock, and none takes a fast way.
+        is_fast = capacity is None
+        self._sender = FastSender(self.table, self._outbox, outgoing, is_fast, self._try_write_any)
+        self._receiver = FastReceiver(self.table, incoming.receive_bare if is_fast else None, self._try_read_any)
+        # Bound once: most of an item's time is spent there.
+        self.try_write, self.try_read = self._sender.try_write, self._receiver.try_read
         self._backlog = BacklogTransfer(self.table, self._outbox, outgoing, self._receiver, self.finish_closing)
         self._at_end = False
-        #: How many cores (``core.Core``) use this; one that is garbage does until it is given up.
+        #: How many cores use this; a core that is garbage does until it has called ``release``.
         self._users = 1
-        #: Whether nothing more is to be written here: a backlog is about to leave as the last.
+        #: Whether this process writes nothing more: its backlog is about to leave as the last.
         self._is_leaving = False
         self.left = False
         closed_in_child(self)
@@ -118,9 +122,6 @@ class SocketChannel:
             self.table.count_handle_received()
 
     # Writing
-
-    #: Encode and send one object: see ``ChannelBackend.try_write``.
-    try_write: Callable[[Any], ChannelState | None]
 
     def _try_write_any(self, obj: Any) -> ChannelState | None:
         if self._is_leaving:
@@ -145,7 +146,7 @@ class SocketChannel:
         return self._send_or_keep(payload)
 
     def _send_or_keep(self, payload: Any) -> bool:
-        """Send it now, or as soon as there is room."""
+        """Send one item now, or as soon as there is room."""
         if self.is_closed:
             return False
         if type(payload) is not bytes:
@@ -159,12 +160,14 @@ class SocketChannel:
         return True
 
     def _on_backlog(self, any_: bool) -> bool:
-        """The outbox has a backlog, or none any more; False if it may not have one. Called by the one that sends."""
+        """The outbox has a backlog, or none any more; False if it may not have one. Called by the sending thread."""
         return not self.left and self._closing.announce_backlog(any_, is_forwarded=self._backlog.is_forwarding)
 
     def _on_emptied(self) -> None:
-        """The backlog has left, or nobody can receive it. Called by the reactor, which must not wait for a lock that
-        another process holds."""
+        """The backlog has left, or nobody can receive it.
+
+        Called by the reactor, which must not wait for the table's lock: another process may hold it.
+        """
         self._sender.resume()
         if not self.left and (self._words[CLOSED] or not self._users):
             cleanup.call_soon(self._continue_ending)
@@ -204,9 +207,6 @@ class SocketChannel:
             self._room = -1
 
     # Reading
-
-    #: The next item, decoded: see ``ChannelBackend.try_read``.
-    try_read: Callable[[], tuple[ChannelState, Any] | None]
 
     def can_take(self) -> bool:
         return not self.left and bool(self._backlog.unforwarded or self._incoming.is_readable())
@@ -249,7 +249,7 @@ class SocketChannel:
         return self._incoming.fileno()
 
     def wake_all(self) -> None:
-        """End each ``wait`` that has begun: there may be something to look at."""
+        """End each ``wait`` that has begun."""
         self._connection.wake_all()
 
     def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
@@ -304,17 +304,17 @@ class SocketChannel:
         sent_before, taken_before = self.table.own(SENT_AT_CLAIM), self.table.own(TAKEN_AT_CLAIM)
         return sent - sent_before + len(self._outbox), taken - taken_before, len(self._outbox)
 
-    # Coming and going
+    # Joining and leaving
 
     def handle_descriptors(self) -> list[anonymous.Descriptor]:
-        """Descriptors from which another process makes its part."""
+        """Descriptors for another process. Raises ResourceError."""
         fds = [*self._connection.handover(), *self.table.handover()]
         if self._room >= 0:
             fds.append(self._room)
         return anonymous.duplicates(fds, self.table.count_handles_sent)
 
     def release(self) -> None:
-        """One core does not use it any more: leave if it was the last, as soon as there is no backlog."""
+        """One core less uses this: leave if it was the last, as soon as there is no backlog."""
         with self.table.locked():
             self._users -= 1
             self._leave_if_unused()
@@ -325,20 +325,22 @@ class SocketChannel:
                 self.leave(failed=shutdown.failed)
 
     def retain(self) -> bool:
-        """One more core uses it, so that it does not leave; False if it is too late."""
+        """One more core uses this, so that it does not leave; False if it has left."""
         with self.table.locked():
             self._users += 1
             return not self.left
 
     def leave(self, *, failed: bool = False, at_exit: bool = False) -> None:
-        """Give up this process's part; what it has written is still read. ``failed``: see ``PeerTable.leave``.
+        """Give up this process's part. What it has written is still read; a backlog leaves as a backlog message.
 
-        A backlog leaves at once, as a backlog message. ``at_exit``: there are handles that other threads may be using.
+        Args:
+            failed: see ``PeerTable.leave``.
+            at_exit: other threads may be using this.
         """
         with self.table.locked():
             if self.left:
                 return
-            # Also for those who are in the middle of writing, and will find no backlog.
+            # A thread may be in the middle of writing, and will find no backlog.
             self._is_leaving = True
             self._sender.leave()
             if not self._outbox.is_idle:

@@ -1,4 +1,4 @@
-"""The three states of a channel, and what both its ways share."""
+"""The three states of a channel, and the interface of its backends."""
 
 from __future__ import annotations
 
@@ -31,39 +31,40 @@ class ChannelState(enum.Enum):
 
 
 class ChannelBackend(Protocol):
-    """How items get from writers to readers. Safe to use from several threads."""
+    """Carries items from writers to readers. Safe to use from several threads."""
 
-    #: Who may read them, and how large one may be.
+    #: Who may read the items, and how large the payload of one may be.
     peer: Capabilities
     max_payload: int
 
     def try_write(self, obj: Any) -> ChannelState | None:
-        """Encode and send one object; the state as ``Channel.write`` returns it.
+        """Encode and send one object. Returns the state, as ``Channel.write`` does.
 
-        None, and nothing is sent, if it cannot be encoded, or may have to wait for room.
+        None, and nothing was sent, if the object cannot be encoded, or would have to wait for room.
         """
         ...
 
     def send(self, payload: Any) -> bool:
-        """Send one item; False, and it is not sent, if the channel is closed. Blocks only for want of capacity."""
+        """Send one item; False, and it was not sent, if the channel is closed. Blocks only for want of capacity."""
         ...
 
     def take(self) -> Received | None:
-        """The next item, if there is one."""
+        """Take the next item, if there is one."""
         ...
 
     def can_take(self) -> bool:
-        """Whether an item is here to be taken."""
+        """Whether there is an item to take."""
         ...
 
     def try_read(self) -> tuple[ChannelState, Any] | None:
-        """The same, decoded, with the state of the channel."""
+        """Take the next item, if there is one, and decode it. Returns the state of the channel with it."""
         ...
 
     def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
-        """The next item; None after ``deadline`` (time.monotonic), or if the channel has been closed, or earlier.
+        """Take the next item as soon as there is one.
 
-        Also if there is a reason to ``stop``; who makes one calls ``wake_all`` then.
+        None after ``deadline`` (time.monotonic), or if the channel was closed, or for no reason. Also when ``stop()``
+        is true; who makes it true calls ``wake_all`` then.
         """
         ...
 
@@ -75,14 +76,14 @@ class ChannelBackend(Protocol):
     def num_items(self) -> int: ...
 
     def close(self, *, failed: bool = False) -> None:
-        """``failed``: as one that could not write all it was to write."""
+        """Close the channel for everybody. ``failed``: as a writer that could not write all it was to write."""
         ...
 
     @property
     def was_failed(self) -> bool:
-        """Whether it was closed so."""
+        """Whether a failed writer has closed the channel."""
         ...
 
     def counts(self) -> tuple[int, int, int]:
-        """Items written and read by this process, and of those written how many have not left it yet."""
+        """Items that this process has written, that it has read, and those written that have not left it yet."""
         ...
