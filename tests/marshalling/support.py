@@ -16,20 +16,20 @@ import torch
 import torchwq
 from torchwq.marshalling import codec
 from torchwq.memory import maintenance, pool, received_blocks
-from torchwq.memory.message import Message, Payload
+from torchwq.memory.message import Message
 from torchwq.transport.trailer import PICKLE, trailer
 
 LIMIT = codec.CALL_LIMIT
 
 
-def received(payload: Payload) -> tuple[bytes, list[int]]:
+def received(payload: bytes | Message) -> tuple[bytes, list[int]]:
     """What a reader would get: the bytes with a trailer, and descriptors of its own."""
     if isinstance(payload, Message):
         return payload.copy()
     return payload + trailer(7, PICKLE), []
 
 
-def marshal(obj: Any, limit: int = LIMIT, *, upvalues: bool = False) -> Payload:
+def marshal(obj: Any, limit: int = LIMIT, *, upvalues: bool = False) -> bytes | Message:
     (payload,) = codec.encode_all([obj], limit, upvalues=upvalues)
     assert len(payload.data if isinstance(payload, Message) else payload) <= limit
     return payload

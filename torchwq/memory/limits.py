@@ -1,8 +1,7 @@
-"""How much shared memory and how many descriptors this process may use, and which limit it has run into.
+"""How much shared memory and how many descriptors this process may use, and which limit it has reached.
 
-The kernel's own answers to running out are no answers: a page of shared memory that cannot be had is a bus error, a
-process that outgrows its cgroup is killed. So what will not fit is refused, or done in another way, before the kernel
-is asked.
+A program cannot handle what the kernel does at a limit: a missing page of shared memory is a bus error, and a process
+that outgrows its control group is killed. So memory that would not fit is refused before the kernel is asked.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from .. import warning
 from ..errors import ResourceError
 from ..transport import reactor
 
-#: Overrides the default limit on pool memory, in bytes. In the environment, so that workers have it too.
+#: Overrides the default limit on pool memory, in bytes. Workers inherit the environment.
 ENV_VARIABLE: Final = "TORCHWQ_MEMORY_LIMIT"
-#: Of what is available, the part that the pool takes by default.
+#: By default the pool takes one of so many of the available bytes.
 _FRACTION: Final = 4
-#: Asking what is available costs more than making a small block.
+#: Bytes; for a smaller block, asking for the available memory costs more than making it.
 _MIN_CHECKED: Final = 1 << 20
 
 _CGROUPS: Final = "/sys/fs/cgroup"
@@ -32,7 +31,7 @@ _MAPS: Final = "/proc/sys/vm/max_map_count"
 _default_limit: int | None = None
 _max_open_blocks: int | None = None
 _warned = _warned_of_no_reuse = False
-#: For how many seconds a warning waits.
+#: Seconds.
 _warning_delay = 0.0
 #: How often a tensor was copied for want of descriptors.
 copies = 0
@@ -63,13 +62,13 @@ def set_memory_limit(nbytes: int | None) -> None:
 
 
 def available() -> tuple[int, str]:
-    """Bytes of memory that can still be had, and by which limit."""
+    """Bytes of memory that are left, and by which limit."""
     found = [_of_system(), *_of_cgroups()]
     return min((each for each in found if each is not None), default=(1 << 62, "no limit is known"))
 
 
 def check_memory(nbytes: int) -> None:
-    """Raise ResourceError, which names the limit, if ``nbytes`` more than there is are wanted."""
+    """Raise ResourceError, which names the limit, if fewer than ``nbytes`` bytes are left."""
     if nbytes < _MIN_CHECKED:
         return
     left, limit = available()
@@ -96,7 +95,7 @@ def _of_system() -> tuple[int, str] | None:
 
 
 def _of_cgroups() -> list[tuple[int, str]]:
-    """What the control groups of this process leave it, version 2 or 1."""
+    """Bytes that the control groups of this process, version 2 or 1, leave it."""
     found = []
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
@@ -121,10 +120,9 @@ def _of_cgroups() -> list[tuple[int, str]]:
 
 
 def max_open_blocks() -> int:
-    """How many blocks this process may have mapped at a time, each of which takes a descriptor.
+    """How many blocks this process may have open: half of the limit on descriptors, or on mappings.
 
-    Raises the soft limit on descriptors to the hard one, once. Half of it is left to everything else, and the number
-    of mappings is limited too.
+    Raises the soft limit on descriptors to the hard one, once.
     """
     global _max_open_blocks
     if _max_open_blocks is None:
@@ -141,7 +139,7 @@ def max_open_blocks() -> int:
 
 
 def warn_of_copies() -> None:
-    """Say, once in this process, that tensors are copied for want of descriptors, and what to do about it."""
+    """Warn, once in this process, that tensors are copied for want of descriptors."""
     global _warned, copies
     copies += 1
     if not _warned:
@@ -157,7 +155,7 @@ def warn_of_copies() -> None:
 
 
 def warn_of_no_reuse(why: str) -> None:
-    """Say, once in this process, that shared memory which has been sent is not used again."""
+    """Warn, once in this process, that shared memory which has been sent is not used again."""
     global _warned_of_no_reuse
     if not _warned_of_no_reuse:
         _warned_of_no_reuse = True
@@ -174,6 +172,6 @@ def warn_of_no_reuse(why: str) -> None:
 
 
 def delay_warnings(seconds: float) -> None:
-    """Let warnings wait for so long: this process ends within less if its owner has, and the table with that one."""
+    """Delay warnings: if the owner has ended, and the table with it, this process ends before it warns."""
     global _warning_delay
     _warning_delay = seconds

@@ -65,6 +65,3 @@ class Message:
             raise descriptors.resource_error(error) from error
         self.on_send()
         return self.data + trailer(0, self.kind), fds
-
-
-Payload = bytes | Message

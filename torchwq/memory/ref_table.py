@@ -39,9 +39,7 @@ Note [layout of the table]
 The first access to a page allocates it, even a read, and the maker of a block reads the words of all slots for its
 row. So these words should lie on few pages. But a tree of few processes may have many blocks, and should not need a
 page for each. So the words for a row lie side by side for ``TILE`` slots at a time. The table is a sequence of such
-*tiles*, each with all rows. Measured with one block for each process: 300 processes need 6 MiB, and 23 µs for a
-``state``; with the words of each slot side by side it was 150 MiB, and 42 µs. Two processes with 5,000 blocks each need
-10 MiB (instead of 0.4).
+*tiles*, each with all rows. The page on memory in docs/internals has measurements.
 
 Note [order of loads]
 ~~~~~~~~~~~~~~~~~~~~~

@@ -239,7 +239,7 @@ def _share_storage(storage: torch.UntypedStorage) -> Block | None:
     if slice_of(storage) is not None:
         raise IsSlice  # torch would move it out of the memory that others see
     try:
-        fd, _ = storages.share(storage)
+        fd = storages.share(storage)
     except ResourceError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             limits.warn_of_copies()

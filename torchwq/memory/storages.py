@@ -1,23 +1,23 @@
 """torch's shared storages. The only module that uses private interfaces of torch.
 
-Checked on torch 2.13.0 (CPU). Used, and what is done where it is missing:
+Checked on torch 2.13.0 (CPU). The interfaces, and what happens where one is missing:
 
-* ``UntypedStorage._share_fd_cpu_()`` moves a storage into shared memory in place, if it is not there yet, and returns
-  the descriptor, which stays torch's, and the size. ``UntypedStorage._new_shared_fd_cpu(fd, nbytes)`` maps it in
-  another process; it duplicates the descriptor. Both are what ``torch.multiprocessing.reductions`` uses for its
-  ``file_descriptor`` strategy; without them tensors go through those reductions. For what ``torch.from_file`` has
-  mapped ``_share_fd_cpu_`` returns -1: that goes by the file, which is found in ``/proc/self/maps``, or is copied.
-* ``UntypedStorage._share_fd_cpu_`` and ``_share_filename_cpu_`` are what torch's multiprocessing calls on a storage
-  that it passes on, and ``share_memory_`` before. It looks them up at the storage, so they can be set there.
-* ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no storage counts as solely
-  owned, torch moves each one into /dev/shm itself, and no memory is used again.
+* ``UntypedStorage._share_fd_cpu_()`` moves a storage into shared memory in place, unless it is there, and returns the
+  size, and the descriptor, which stays torch's. ``UntypedStorage._new_shared_fd_cpu(fd, nbytes)`` maps it in another
+  process, with a duplicate of the descriptor. ``torch.multiprocessing.reductions`` uses both for its
+  ``file_descriptor`` strategy; without them tensors go through those reductions. For a file that ``torch.from_file``
+  has mapped, ``_share_fd_cpu_`` returns -1: ``/proc/self/maps`` tells which file it is, or it is copied.
+* torch's multiprocessing calls ``share_memory_``, ``_share_fd_cpu_`` and ``_share_filename_cpu_`` of a storage that it
+  passes on. It looks them up at the object, so attributes of the object can replace them.
+* ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no tensor counts as the only owner,
+  torch moves each one into /dev/shm, and no memory is used again.
 * ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
   into it. Without them such an array must not be used after the move, as after ``share_memory_()``.
 * ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
-  ``_values``, ``Tensor._coalesced_``: what torch's own reductions use to take apart and put together such tensors.
+  ``_values``, ``Tensor._coalesced_``: with these, torch's own reductions take such tensors apart and rebuild them.
 
-Lifetime: a shared storage owns its descriptor and its mapping in each process. It is freed in a process when the last
-tensor on it is; the memory itself when no process maps it and no message holds its descriptor.
+Lifetime: a shared storage owns its descriptor and its mapping in each process. A process frees it with the last tensor
+on it; the kernel frees the memory when no process maps it and no message has its descriptor.
 """
 
 from __future__ import annotations
@@ -41,49 +41,45 @@ from ..errors import ResourceError
 from ..transport import descriptors
 from . import anonymous
 
-#: How a tensor lies on a storage: the code of its dtype, offset, size, stride.
+#: Where a tensor is on a storage: the code of its dtype, offset, size, stride.
 Geometry = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 _private: Any = torch.UntypedStorage
 
-CAN_SHARE_FD: Final = hasattr(torch.UntypedStorage, "_share_fd_cpu_") and hasattr(
-    torch.UntypedStorage, "_new_shared_fd_cpu"
-)
+CAN_SHARE_FD: Final = hasattr(_private, "_share_fd_cpu_") and hasattr(_private, "_new_shared_fd_cpu")
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _lazy_clone: Any = getattr(torch, "_lazy_clone", None)
 _tensor_use_count: Any = getattr(torch.Tensor, "_use_count", lambda tensor: 1)
-#: One owner is the tensor, one the Python object of the storage.
+#: The owners are the tensor, and the Python object of the storage.
 _SOLE_OWNER: Final = 2
 _SHM: Final = "/dev/shm"
 
 
-def share(storage: torch.UntypedStorage) -> tuple[int, int]:
-    """Move ``storage`` into shared memory in place, if it is not there; returns (descriptor, bytes).
+def share(storage: torch.UntypedStorage) -> int:
+    """Move ``storage`` into shared memory in place, with all tensors on it, unless it is there; returns its descriptor.
 
     The descriptor belongs to the storage; it is -1 if there is none, as for a file that torch has mapped for this
-    process alone. Every tensor on the storage sees the shared memory afterwards.
-    Raises ResourceError if torch would put it into a /dev/shm that is too small for it (touching that would end
-    the process with a bus error), or if descriptors have run out.
+    process alone. Raises ResourceError if no descriptor is free, or if torch would put the storage into a /dev/shm that
+    is too small for it (accessing that would end the process with a bus error).
     """
     try:
         if not storage.is_shared():
             descriptors.fill_stdio()  # torch makes a descriptor, and takes any that is free
             _check_room(storage.nbytes())
             _keep_for_arrays(storage)
-        fd, nbytes = _private._share_fd_cpu_(storage)
+        fd = int(_private._share_fd_cpu_(storage)[0])
     except RuntimeError as error:
-        keep_alive(storage, None)  # it has left nothing
-        raise _failed(
-            f"torch could not move a storage of {storage.nbytes()} bytes into shared memory", error
-        ) from error
-    return (int(fd) if fd >= 0 else _descriptor_of_file(storage)), int(nbytes)
+        keep_alive(storage, None)  # it has left no memory
+        what = f"torch could not move a storage of {storage.nbytes()} bytes into shared memory"
+        raise _resource_error(what, error) from error
+    return fd if fd >= 0 else _descriptor_of_file(storage)
 
 
 def is_shared(storage: torch.UntypedStorage) -> bool:
-    """Whether others can be given its memory. torch says so also of a file that is mapped for this process alone."""
+    """Whether other processes can map its memory. torch says so also of a file mapped for this process alone."""
     try:
-        return storage.is_shared() and share(storage)[0] >= 0
-    except ResourceError:  # no descriptor is free, which whoever shares it will meet again
+        return storage.is_shared() and share(storage) >= 0
+    except ResourceError:  # no descriptor is free: sharing it will raise the same
         return True
 
 
@@ -96,9 +92,9 @@ def _descriptor_of_file(storage: Any) -> int:
 
 
 def _open_mapped(address: int, nbytes: int) -> int:
-    """Open the file that is mapped at ``address``, from its beginning, for all to see; -1 if there is none by now.
+    """Open the file whose shared mapping is at ``address``; -1 if it has been deleted, or is not mapped from its start.
 
-    The kernel says the path that the mapped file has now, so this is no other file that has come in its place.
+    The kernel gives the path that the mapped file has now, so this is not another file that has replaced it.
     """
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
@@ -122,10 +118,10 @@ def _open_mapped(address: int, nbytes: int) -> int:
 
 
 def _keep_for_arrays(storage: torch.UntypedStorage) -> None:
-    """Let the memory that ``storage`` is about to leave live as long as the storage, if arrays may point into it.
+    """Keep the memory that ``storage`` is about to leave as long as the storage, if arrays may point into it.
 
     An array made by ``tensor.numpy()`` keeps only the storage alive, and torch would free the memory under it. A lazy
-    clone owns that memory too. The memory of ``torch.from_numpy`` cannot be cloned so; it has its owner elsewhere.
+    clone owns that memory, too. The memory of ``torch.from_numpy`` has no lazy clone, but another owner.
     """
     if storage.resizable() or _lazy_clone is None:
         return  # no array was ever made of it
@@ -140,8 +136,8 @@ def keep_alive(storage: Any, memory: Any) -> None:
     storage._torchwq_left_memory = memory
 
 
-def _failed(what: str, error: RuntimeError) -> ResourceError:
-    """Which limit torch has run into. It tells only by the text of its error."""
+def _resource_error(what: str, error: RuntimeError) -> ResourceError:
+    """Which limit torch has run into: only the text of its error tells."""
     text = str(error)
     if "Too many open files" in text or "file descriptor" in text:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -178,14 +174,14 @@ def open_shared(fd: int, nbytes: int) -> torch.UntypedStorage:
     try:
         storage: torch.UntypedStorage = _private._new_shared_fd_cpu(fd, nbytes)
     except RuntimeError as error:
-        raise _failed(f"a shared tensor of {nbytes} bytes could not be mapped", error) from error
+        raise _resource_error(f"a shared tensor of {nbytes} bytes could not be mapped", error) from error
     return storage
 
 
 def is_sole_owner(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether nothing but ``tensor`` owns the private ``storage``, so that moving the tensor moves everything.
+    """Whether only ``tensor`` owns the private ``storage``, so that moving the tensor moves everything.
 
-    The caller has the storage in one variable; any other reference to it is an owner.
+    The caller has one reference to the storage; any other counts as an owner.
     """
     return (
         CAN_RECYCLE
@@ -201,7 +197,7 @@ def _count_sole_references(tensor: torch.Tensor, storage: torch.UntypedStorage) 
 
 
 def _sole_references() -> int:
-    """How many references ``is_sole_owner`` sees if only its caller's ``storage`` has the Python object."""
+    """How many references ``is_sole_owner`` counts if only its caller has one."""
     tensor = torch.empty(1, dtype=torch.uint8, device="cpu")
     storage = tensor.untyped_storage()
     return _count_sole_references(tensor, storage)
@@ -211,18 +207,18 @@ _SOLE_REFERENCES: Final = _sole_references()
 
 
 def move(tensor: torch.Tensor, prototype: torch.Tensor, storage: torch.UntypedStorage, address: int) -> Any:
-    """Copy what is in ``storage`` to ``address`` and let ``tensor`` lie as ``prototype`` does, which is there.
+    """Copy ``storage`` to ``address``, and move ``tensor`` to where ``prototype`` is, which is on that memory.
 
-    The values stay what they were, so to autograd this is no change. Returns what must live as long as the tensor.
+    The values stay the same, so to autograd this is no change. Returns the memory that must live as long as the tensor.
     """
     ctypes.memmove(address, storage.data_ptr(), storage.nbytes())
-    pointed_into = _tensor_use_count(tensor) > 1  # by someone in C++ who has the tensor, DLPack for one
+    pointed_into = _tensor_use_count(tensor) > 1  # by an owner in C++, such as DLPack
     tensor.data = prototype
     return storage if pointed_into else None
 
 
 def owners(storage: torch.UntypedStorage) -> tuple[int, int]:
-    """How many owners a storage has, in C++ and in Python. Both numbers have the caller in them."""
+    """How many owners a storage has, in C++ and in Python. Both numbers include the caller."""
     return _use_count(storage._cdata), sys.getrefcount(storage)
 
 
@@ -232,8 +228,7 @@ class _Probe:
 
 
 def _count_idle() -> tuple[int, int, int]:
-    """What ``owners(some.storage)`` gives if only ``some`` has it: owners, references, and references if there is a
-    tensor besides."""
+    """``owners(some.storage)`` if only ``some`` has it; and how many references, if there is a tensor, too."""
     probe = _Probe(torch.UntypedStorage(8))
     alone = owners(probe.storage)
     tensor = torch.empty((0,), dtype=torch.uint8, device="cpu").set_(probe.storage)
@@ -242,41 +237,41 @@ def _count_idle() -> tuple[int, int, int]:
     return alone[0], alone[1], with_tensor[1]
 
 
-#: Whether it can be told that a storage is idle, and so its memory be used again.
+#: Whether this torch tells that a storage is idle, so that its memory can be used again.
 CAN_RECYCLE: Final = CAN_SHARE_FD and _use_count is not None
 IDLE_OWNERS, IDLE_REFERENCES, IDLE_REFERENCES_WITH_TENSOR = _count_idle() if CAN_RECYCLE else (0, 0, 0)
 
-#: The dtypes of this torch, in an order that is the same in every process.
+#: The dtypes of this torch, in the same order in every process.
 DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
 CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
 def geometry(tensor: torch.Tensor) -> Geometry:
-    """How a dense tensor lies on its storage, as ``place`` takes it."""
+    """The geometry of a dense tensor, as ``place`` takes it."""
     offset: Any = tensor.storage_offset()
     return CODES[tensor.dtype], offset, tensor.size(), tensor.stride()
 
 
 def bytes_geometry(nbytes: int) -> Geometry:
-    """How all the bytes of a storage lie on it."""
+    """The geometry of a tensor of all bytes of a storage."""
     return CODES[torch.uint8], 0, (nbytes,), (1,)
 
 
 def bytes_of(geometry: Geometry) -> int:
-    """How many bytes lie between the first and the last element of what lies so, these included."""
+    """How many bytes a tensor of this geometry spans from its first to its last element."""
     code, _, size, stride = geometry
     return (1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))) * DTYPES[code].itemsize
 
 
 def span(tensor: torch.Tensor) -> int:
-    """How many elements of its storage lie between a dense tensor's first and last one, these included."""
+    """How many elements of its storage a dense tensor spans from its first to its last one."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
 
 
 def place(
     storage: torch.UntypedStorage, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
-    """A new tensor on ``storage``, whatever modes this thread is in."""
+    """A new tensor on ``storage``, even in inference mode."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return place(storage, code, offset, size, stride)
@@ -291,29 +286,27 @@ def memory(storage: torch.UntypedStorage) -> memoryview:
 
 def lasting_memory(storage: torch.UntypedStorage) -> memoryview:
     """The memory of ``storage``, which lives as long as the view does."""
-    array: Any = place(storage, CODES[torch.uint8], 0, (storage.nbytes(),), (1,)).numpy()
+    array: Any = place(storage, *bytes_geometry(storage.nbytes())).numpy()
     return memoryview(array)
 
 
-#: What is below the method of ``torch.UntypedStorage``, which holds a lock that a finalizer or signal handler of the
-#: same thread would wait for. There is no need of it for a storage that is shared already (torch 2.13; as old as torch
-#: 2.1).
+#: The method of ``torch.UntypedStorage`` calls this under a lock, for which a finalizer or a signal handler of the same
+#: thread would wait. A storage that is shared already does not need the lock (torch 2.1 to 2.13).
 _share_fd: Any = getattr(torch._C.StorageBase, "_share_fd_cpu_", torch.UntypedStorage._share_fd_cpu_)
 
 
 def descriptor(storage: torch.UntypedStorage) -> int:
-    """The descriptor of a storage that is shared already. It stays the storage's."""
+    """The descriptor of a storage that is shared already. It belongs to the storage."""
     return int(_share_fd(storage)[0])
 
 
 def hook_torch_sharing(storage: Any, tell: Callable[[bool], None]) -> None:
-    """Call ``tell(moves)`` before torch lets others see the memory of a shared ``storage``; ``moves``: not this memory,
-    but a copy that it moves the storage to.
+    """Call ``tell(moves)`` before torch passes on a shared ``storage``; ``moves``: before that, torch moves it.
 
-    A reducer in a table of multiprocessing's would not do: whoever registers another one, as torch's
-    ``init_reductions`` does, removes it, and others call torch's reducers by themselves.
+    A reducer in multiprocessing's table would not do: torch's ``init_reductions`` replaces it, and other code calls
+    torch's reducers directly.
     """
-    reference = weakref.ref(storage)  # not the storage, which would keep itself alive
+    reference = weakref.ref(storage)  # no cycle
     storage._share_fd_cpu_ = functools.partial(_share_and_tell, reference, "_share_fd_cpu_", tell, False)
     storage._share_filename_cpu_ = functools.partial(_share_and_tell, reference, "_share_filename_cpu_", tell, True)
     storage.share_memory_ = functools.partial(_share_memory, reference)
@@ -322,8 +315,8 @@ def hook_torch_sharing(storage: Any, tell: Callable[[bool], None]) -> None:
 def keep_reducer_registered(cls: type, reducer: Callable[[Any], Any]) -> None:
     """Register a reducer with torch's multiprocessing, and again whenever torch registers its own again.
 
-    ``torch.multiprocessing.reductions.init_reductions`` does that (torch 2.13; as old as torch 2.1). Whoever got hold
-    of it before this was imported undoes the registration.
+    ``torch.multiprocessing.reductions.init_reductions`` does that (torch 2.1 to 2.13). A reference to it from before
+    this module was imported undoes the registration.
     """
     init: Callable[[], None] = reductions.init_reductions
 
@@ -340,7 +333,7 @@ def keep_reducer_registered(cls: type, reducer: Callable[[Any], Any]) -> None:
 
 
 def unhook_torch_sharing(storage: Any) -> None:
-    """``storage`` is for torch alone from now on."""
+    """Undo ``hook_torch_sharing``."""
     for name in ("_share_fd_cpu_", "_share_filename_cpu_", "share_memory_"):
         storage.__dict__.pop(name, None)
 
@@ -354,7 +347,7 @@ def _share_and_tell(
 
 
 def _share_memory(reference: weakref.ref[Any], *args: Any, **kwargs: Any) -> Any:
-    """It is shared already, unless it must have a name: nobody sees more of it by this."""
+    """The storage is shared already. Only the strategy that gives it a name passes it on."""
     storage = reference()
     if torch.multiprocessing.get_sharing_strategy() != "file_system":
         return storage
@@ -367,22 +360,18 @@ def map_private(fd: int, nbytes: int) -> tuple[Any, memoryview]:
     if not os.path.exists(path):
         view = anonymous.map_private(fd, nbytes)
         return view.obj, view
-    try:  # not with mmap, which would hold a descriptor for as long as the array lives
+    try:  # mmap would hold a descriptor for as long as the array lives
         storage: Any = torch.UntypedStorage.from_file(path, shared=False, nbytes=nbytes)
     except RuntimeError as error:
-        raise _failed(f"{nbytes} bytes could not be mapped", error) from error
+        raise _resource_error(f"{nbytes} bytes could not be mapped", error) from error
     return storage, lasting_memory(storage)
 
 
 def nested_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Buffer, sizes, strides and offsets of a nested tensor of the strided layout."""
     private: Any = tensor
-    return (
-        private.values(),
-        private._nested_tensor_size(),
-        private._nested_tensor_strides(),
-        private._nested_tensor_storage_offsets(),
-    )
+    sizes, strides = private._nested_tensor_size(), private._nested_tensor_strides()
+    return private.values(), sizes, strides, private._nested_tensor_storage_offsets()
 
 
 def nested_from(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
