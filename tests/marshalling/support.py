@@ -59,7 +59,7 @@ class Peer:
         gc.collect()
         received_blocks.trim()
         pool.trim()
-        self.ask(give_up_memory)
+        self.ask(retire_memory)
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def same(obj: Any) -> Any:
     return obj
 
 
-def give_up_memory() -> None:
+def retire_memory() -> None:
     """At the worker: keep nothing for use again, and have nothing kept by the reader. What is in use stays."""
     gc.collect()
     received_blocks.trim()

@@ -1,4 +1,4 @@
-"""Nobody ever sees a tensor overwritten: a state machine over several processes; all is checked at each step."""
+"""No process ever sees its tensor overwritten: a state machine over several processes, checked at each step."""
 
 from __future__ import annotations
 
@@ -12,117 +12,116 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from . import ensemble
-from .ensemble import Ensemble
+from . import process_model
+from .process_model import ProcessModel
 
-PLAYERS = 3
-NAMES = st.integers(0, PLAYERS - 1)
-WITH_QUEUE = st.integers(0, PLAYERS - 2)
+PROCESSES = 3
+NAMES = st.integers(0, PROCESSES - 1)
+WITH_QUEUE = st.integers(0, PROCESSES - 2)
 #: Who asks: the one without a queue as often as all others together.
-ASKING = st.sampled_from([*range(PLAYERS - 1), *[PLAYERS - 1] * (PLAYERS - 1)])
-SIZES = st.sampled_from(ensemble.SIZES)
+ASKING = st.sampled_from([*range(PROCESSES - 1), *[PROCESSES - 1] * (PROCESSES - 1)])
+SIZES = st.sampled_from(process_model.SIZES)
 
 
 class Lifetimes(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.all = Ensemble(PLAYERS)
+        self.model = ProcessModel(PROCESSES)
 
     def _mine(self, data: st.DataObject) -> int | None:
-        return data.draw(st.sampled_from(sorted(self.all.mine))) if self.all.mine else None
+        return data.draw(st.sampled_from(sorted(self.model.mine))) if self.model.mine else None
 
     def _has(self, data: st.DataObject, name: int) -> int | None:
-        has = sorted(self.all.players[name].has)
+        has = sorted(self.model.processes[name].has)
         return data.draw(st.sampled_from(has)) if has else None
 
     @initialize(size=SIZES, in_place=st.booleans())
     def make_one_each(self, size: int, in_place: bool) -> None:
-        for name in (None, *range(PLAYERS)):
-            self.all.make(name, size, in_place)
+        for name in (None, *range(PROCESSES)):
+            self.model.make(name, size, in_place)
 
     @rule(name=st.none() | NAMES, size=SIZES, in_place=st.booleans())
     def make(self, name: int | None, size: int, in_place: bool) -> None:
-        self.all.make(name, size, in_place)
+        self.model.make(name, size, in_place)
 
-    @precondition(lambda self: self.all.mine)
+    @precondition(lambda self: self.model.mine)
     @rule(data=st.data(), name=NAMES)
     def give(self, data: st.DataObject, name: int) -> None:
         key = self._mine(data)
         assert key is not None
-        self.all.give(key, name)
+        self.model.give(key, name)
 
     @rule(size=SIZES, name=NAMES)
     def give_array(self, size: int, name: int) -> None:
-        self.all.give_array(size, name)
+        self.model.give_array(size, name)
 
-    @rule(data=st.data(), name=NAMES, meanwhile=st.sampled_from(ensemble.MEANWHILE))
+    @rule(data=st.data(), name=NAMES, meanwhile=st.sampled_from(process_model.MEANWHILE))
     def collect(self, data: st.DataObject, name: int, meanwhile: str) -> None:
         key = self._has(data, name)
         if key is not None:
-            self.all.collect(key, name, meanwhile)
+            self.model.collect(key, name, meanwhile)
 
     @rule(data=st.data(), name=WITH_QUEUE)
     def publish(self, data: st.DataObject, name: int) -> None:
         key = self._has(data, name)
         if key is not None:
-            self.all.publish(key, name)
+            self.model.publish(key, name)
 
     @rule(source=WITH_QUEUE, name=NAMES, keep=st.booleans())
     def fetch(self, source: int, name: int, keep: bool) -> None:
-        if source != name and self.all.published[source]:
-            self.all.fetch(source, name, keep)
+        if source != name and self.model.published[source]:
+            self.model.fetch(source, name, keep)
 
     @rule(
         data=st.data(),
         name=ASKING,
         questions=st.integers(2, 3),
-        between=st.sampled_from(ensemble.BETWEEN),
+        between=st.sampled_from(process_model.BETWEEN),
         keep=st.booleans(),
     )
     def ask(self, data: st.DataObject, name: int, questions: int, between: str, keep: bool) -> None:
-        players = self.all.players
-        offers = [
-            (other, key) for other in players if other != name for key in sorted(players[other].has - players[name].has)
-        ]
+        processes = self.model.processes
+        others = [other for other in processes if other != name]
+        offers = [(other, key) for other in others for key in sorted(processes[other].has - processes[name].has)]
         if offers:
-            self.all.ask(name, *data.draw(st.sampled_from(offers)), questions, between, keep)
+            self.model.ask(name, *data.draw(st.sampled_from(offers)), questions, between, keep)
 
     @rule(data=st.data(), name=NAMES)
     def drop(self, data: st.DataObject, name: int) -> None:
         key = self._has(data, name)
         if key is not None:
-            self.all.drop(name, key)
+            self.model.drop(name, key)
 
-    @precondition(lambda self: self.all.mine)
+    @precondition(lambda self: self.model.mine)
     @rule(data=st.data())
     def drop_mine(self, data: st.DataObject) -> None:
         key = self._mine(data)
         assert key is not None
-        self.all.drop(None, key)
+        self.model.drop(None, key)
 
     @rule(data=st.data(), name=NAMES)
     def fill(self, data: st.DataObject, name: int) -> None:
         key = self._has(data, name)
         if key is not None:
-            self.all.fill(name, key)
+            self.model.fill(name, key)
 
     @rule(name=NAMES)
     def kill(self, name: int) -> None:
-        self.all.kill(name)
+        self.model.kill(name)
 
-    @precondition(lambda self: self.all.mine)
+    @precondition(lambda self: self.model.mine)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         key = self._mine(data)
         assert key is not None
-        self.all.fork(key)
+        self.model.fork(key)
 
     @invariant()
     def nobody_sees_anything_else(self) -> None:
-        self.all.check()
+        self.model.check()
 
     def teardown(self) -> None:
-        self.all.close()
+        self.model.close()
 
 
 Lifetimes.TestCase.settings = settings(
@@ -131,63 +130,63 @@ Lifetimes.TestCase.settings = settings(
 TestLifetimes = pytest.mark.timeout(240)(Lifetimes.TestCase)
 
 
-def random_step(everything: Ensemble, choose: random.Random) -> None:
-    name = choose.randrange(PLAYERS)
-    player = everything.players[name]
-    has, mine = sorted(player.has), sorted(everything.mine)
+def random_step(model: ProcessModel, choose: random.Random) -> None:
+    name = choose.randrange(PROCESSES)
+    process = model.processes[name]
+    has, mine = sorted(process.has), sorted(model.mine)
     if len(has) > 20:
-        return everything.drop(name, choose.choice(has))
+        return model.drop(name, choose.choice(has))
     if len(mine) > 20:
-        return everything.drop(None, choose.choice(mine))
-    size = choose.choice(ensemble.SIZES)
-    other = choose.choice([each for each in range(PLAYERS) if each != name])
+        return model.drop(None, choose.choice(mine))
+    size = choose.choice(process_model.SIZES)
+    other = choose.choice([each for each in range(PROCESSES) if each != name])
     step = choose.choices(
         ["make", "give", "array", "collect", "publish", "fetch", "ask", "drop", "drop mine", "fill", "kill", "fork"],
         [4, 4, 1, 3, 3, 3, 2, 4, 4, 2, 0.3, 0.3],
     )[0]
     if step == "make":
-        everything.make(choose.choice([name, None]), size, choose.random() < 0.5)
+        model.make(choose.choice([name, None]), size, choose.random() < 0.5)
     elif step == "array":
-        everything.give_array(size, name)
-    elif step == "fetch" and everything.published[other]:
-        everything.fetch(other, name, choose.random() < 0.7)
+        model.give_array(size, name)
+    elif step == "fetch" and model.published[other]:
+        model.fetch(other, name, choose.random() < 0.7)
     elif step == "kill":
-        everything.kill(name)
+        model.kill(name)
     elif mine and step in ("give", "drop mine", "fork"):
         key = choose.choice(mine)
         if step == "give":
-            everything.give(key, name)
+            model.give(key, name)
         elif step == "fork":
-            everything.fork(key)
+            model.fork(key)
         else:
-            everything.drop(None, key)
+            model.drop(None, key)
     elif has and step in ("collect", "publish", "ask", "drop", "fill"):
         key = choose.choice(has)
         if step == "fill":
-            everything.fill(name, key)
+            model.fill(name, key)
         elif step == "ask":
-            if key not in everything.players[other].has:
-                between = choose.choice(ensemble.BETWEEN)
-                everything.ask(other, name, key, choose.randint(2, 3), between, choose.random() < 0.5)
+            if key not in model.processes[other].has:
+                between = choose.choice(process_model.BETWEEN)
+                model.ask(other, name, key, choose.randint(2, 3), between, choose.random() < 0.5)
         elif step == "collect":
-            everything.collect(key, name, choose.choice(ensemble.MEANWHILE))
+            model.collect(key, name, choose.choice(process_model.MEANWHILE))
         elif step == "publish":
-            if name != everything.without_queue:
-                everything.publish(key, name)
+            if name != model.without_queue:
+                model.publish(key, name)
         else:
-            everything.drop(name, key)
+            model.drop(name, key)
     return None
 
 
 def run_at_random(seconds: float, seed: int) -> Counter[str]:
     choose = random.Random(seed)
-    everything = Ensemble(PLAYERS)
+    model = ProcessModel(PROCESSES)
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        random_step(everything, choose)
-        everything.check()
-    everything.close()
-    return everything.done
+        random_step(model, choose)
+        model.check()
+    model.close()
+    return model.done
 
 
 def test_a_short_random_run() -> None:

@@ -84,7 +84,7 @@ class Wire(RuleBasedStateMachine):
     @precondition(lambda self: self.senders)
     @rule(data=st.data(), is_written_long_ago=st.booleans())
     def send(self, data: Any, is_written_long_ago: bool) -> None:
-        """A message may have been written before one of its blocks was given up."""
+        """A message may have been written before one of its blocks was retired."""
         sender = self.senders[data.draw(st.sampled_from(sorted(self.senders)))]
         known = sorted(self.current) if not is_written_long_ago else list(range(1, self.last_number + 1))
         numbers = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
@@ -98,7 +98,7 @@ class Wire(RuleBasedStateMachine):
 
     @precondition(lambda self: self.senders)
     @rule(data=st.data())
-    def look(self, data: Any) -> None:
+    def revoke_stale(self, data: Any) -> None:
         self.senders[data.draw(st.sampled_from(sorted(self.senders)))].revoke_stale()
 
     @precondition(lambda self: self.senders)
@@ -109,7 +109,7 @@ class Wire(RuleBasedStateMachine):
         self.send_control(SenderLeft(sender))
 
     @rule(data=st.data())
-    def give_up(self, data: Any) -> None:
+    def retire(self, data: Any) -> None:
         """A block's memory is another block's now, whose number is a new one."""
         self.current.discard(data.draw(st.sampled_from(sorted(self.current))))
         self.last_number += 1
@@ -229,36 +229,36 @@ def test_a_program_that_does_not_read_gets_rid_of_what_its_worker_has_given_up(p
     assert kept_by(peer.queue) == 1
     peer.ask(drop_kept)
     maintenance.run()  # the tensor is gone here, too
-    peer.queue.write((give_up_all, ()))
-    wait_until(lambda: not kept_by(peer.queue), what="what was kept to be given up")
+    peer.queue.write((retire_all, ()))
+    wait_until(lambda: not kept_by(peer.queue), what="the kept descriptors to be closed")
     peer.queue.read(timeout=30)
 
 
-def give_up_all() -> None:
-    from tests.marshalling.support import give_up_memory
+def retire_all() -> None:
+    from tests.marshalling.support import retire_memory
 
-    give_up_memory()
+    retire_memory()
 
 
 def test_a_queue_in_which_nothing_is_to_be_read_is_not_ready(peer: Peer) -> None:
-    """What the worker says to the connection is no answer."""
+    """A control message of the worker is no answer."""
     peer.ask(make_and_keep, 300)
     peer.ask(drop_kept)
     maintenance.run()
-    peer.queue.write((tick_after_the_answer, ()))
+    peer.queue.write((maintain_after_the_answer, ()))
     peer.queue.read(timeout=30)
-    wait_until(lambda: peer.queue._role.end.is_readable(), what="what is sent aside")
+    wait_until(lambda: peer.queue._role.end.is_readable(), what="the control message")
     assert torchwq.select([peer.queue], timeout=0) == []
     assert not kept_by(peer.queue)
 
 
-def tick_after_the_answer() -> None:
+def maintain_after_the_answer() -> None:
     import threading
     import time
 
-    from tests.marshalling.support import give_up_memory
+    from tests.marshalling.support import retire_memory
 
-    threading.Thread(target=lambda: (time.sleep(0.5), give_up_memory())).start()
+    threading.Thread(target=lambda: (time.sleep(0.5), retire_memory())).start()
 
 
 def test_a_sender_without_room_sends_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_rooms_of_all_senders_together_leave_descriptors_for_the_rest(monkeypatc
 
 
 def test_an_answer_of_a_sender_that_was_stopped_for_long_arrives(peer: Peer) -> None:
-    """It is stopped between choosing what goes along and sending; its reader gives up all that it can meanwhile."""
+    """It is stopped between choosing what goes along and sending; its reader retires all that it can meanwhile."""
     mine = torch.full((300,), 4.0)
     peer.ask(keep, mine)
     assert (peer.ask(apply_to_kept, itself) == 4).all()

@@ -41,7 +41,7 @@ def peer() -> Any:
         yield started
 
 
-def scribble(elements: int) -> None:
+def overwrite_free_blocks(elements: int) -> None:
     """Write over all memory for so many floats that is believed to be free."""
     tensors = [torchwq.empty(elements).fill_(-1) for _ in range(8)]
     del tensors
@@ -80,7 +80,7 @@ def test_memory_that_a_reader_sees_is_not_used_again(peer: Peer, how: str) -> No
     peer.ask(keep_somehow, how, torch.full((100,), 7.0))
     try:
         for _ in range(3):
-            scribble(100)
+            overwrite_free_blocks(100)
             assert peer.ask(apply_to_kept, value_of) == 7.0
     finally:
         peer.ask(forget_kept)
@@ -131,7 +131,7 @@ def test_memory_that_the_writer_sees_is_not_used_again(peer: Peer, alias: Any) -
     peer.ask(same, tensor)
     kept = alias(tensor, tensor) if alias is torch.Tensor.view_as else alias(tensor)
     del tensor
-    scribble(100)
+    overwrite_free_blocks(100)
     assert value_of(kept) == 7.0
 
 
@@ -201,8 +201,8 @@ def test_a_fork_sees_its_tensors_unchanged(peer: Peer) -> None:
         finally:
             os._exit(2)
     del mine, theirs
-    scribble(100)
-    peer.ask(scribble, 100)
+    overwrite_free_blocks(100)
+    peer.ask(overwrite_free_blocks, 100)
     os.write(go[1], b"x")
     _, status = os.waitpid(pid, 0)
     for fd in (*go, *done):
@@ -231,7 +231,7 @@ def test_a_fork_in_the_middle_of_a_move_spoils_the_block(monkeypatch: pytest.Mon
     torchwq.share_(tensor)
     del tensor
     monkeypatch.undo()
-    scribble(17_000)
+    overwrite_free_blocks(17_000)
     os.write(go[1], b"x")
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     for fd in go:
@@ -288,7 +288,7 @@ def test_memory_given_up_while_an_answer_is_under_way_arrives(peer: Peer, whose:
     received_blocks.trim()
     for _ in range(5):
         maintenance.run()
-    scribble(300)
+    overwrite_free_blocks(300)
     good, out = peer.queue.read(timeout=30)
     assert good
     assert (out == 4).all()
@@ -378,14 +378,14 @@ def test_a_finalizer_may_write_what_its_own_thread_is_moving(monkeypatch: pytest
 
 
 def test_a_reader_without_a_queue_has_promised_nothing_to_the_next_queues_senders(peer: Peer) -> None:
-    """The peer reads through one queue after the other, has none in between, and gives up what it can then."""
+    """The peer reads through one queue after the other, has none in between, and retires what it can then."""
     tensor = torch.full((600,), 7.0)
     for _ in range(3):
         queue = peer.ask(open_a_queue)
         queue.write(tensor)
         queue.close()
         assert peer.ask(apply_to_kept, read_and_close) == 7.0
-        peer.ask(give_up_all)
+        peer.ask(retire_all)
 
 
 def open_a_queue() -> torchwq.WorkQueue:
@@ -399,7 +399,7 @@ def read_and_close(queue: torchwq.WorkQueue) -> float:
         return float(queue.read(timeout=20).mean())
 
 
-def give_up_all() -> None:
+def retire_all() -> None:
     drop_kept()
     gc.collect()
     pool.trim()
@@ -468,8 +468,8 @@ def test_a_tensor_goes_on_through_torchs_own_multiprocessing(peer: Peer, made: s
     tensor[0] = 9
     del tensor
     gc.collect()
-    scribble(10)
-    peer.ask(scribble, 10)
+    overwrite_free_blocks(10)
+    peer.ask(overwrite_free_blocks, 10)
     queue.put(None)
     assert answers.get() == [9.0] + [4.0] * 9
     process.join()
@@ -535,10 +535,10 @@ def test_a_received_tensor_can_be_swapped(peer: Peer) -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     peer.ask(drop_kept)
-    peer.ask(scribble, 100)
+    peer.ask(overwrite_free_blocks, 100)
     assert other.tolist() == [4.0] * 100, "its memory is held for whoever has it now"
     del other, net
-    peer.ask(scribble, 100)
+    peer.ask(overwrite_free_blocks, 100)
     assert torchwq.memory_stats().mapped_in_use == 0
 
 
@@ -750,7 +750,7 @@ def test_many_processes_use_one_reference_table() -> None:
         workers.join(30)
     assert seen == list(range(300))
     for _ in range(5):
-        scribble(50)
+        overwrite_free_blocks(50)
     wait_until(lambda: (received_blocks.trim(), pool.trim(), torchwq.memory_stats().blocks)[2] == 0)
 
 

@@ -1,6 +1,8 @@
-"""When a block may be used again: the protocol of lifetimes. Its other half is in ``ref_table``.
+"""When a block may be used again. The functions are called under ``state_lock.lock``, unless they say otherwise.
 
-Invariants. The functions of this module are called under ``state_lock.lock``, unless they say otherwise.
+Note [block lifetimes]
+~~~~~~~~~~~~~~~~~~~~~~
+This rests on Note [reference counts].
 
 * A made block goes to a new tensor only if neither this process (``Block.in_use``) nor another one
   (``RefTable.state``) uses it, which is checked under the lock. It cannot come into use in between: a new tensor on it

@@ -1,10 +1,10 @@
-"""Processes that hand shared tensors around, and a model of what each of them must see.
+"""Processes that pass shared tensors on, and a model of what each of them must see.
 
-The test's process is the *conductor*. It tells *players*, one queue for each, what to do with their tensors. A player
-may also own a queue of its own, whose handles the conductor has given to all others: so tensors go from player to
-player without passing the conductor. One without a queue asks others through a queue that is there for one answer
-only. A tensor is filled with one number, which the model knows; whoever can still see the tensor must see that number,
-whatever was sent, dropped, made and killed since.
+The test tells *processes*, through one queue for each, what to do with their tensors. A process may also own a queue,
+whose handles the test has given to all others: so tensors go from process to process without passing the test. A
+process without a queue asks others through a queue that is there for one answer only. A tensor is filled with one
+number, which the model knows; whatever was sent, dropped, made and killed since, every process with the tensor must see
+that number.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torchwq
 from torchwq.memory import maintenance, pool, received_blocks
 
 WAIT = 30.0
-#: What the conductor does while an answer is under way.
-MEANWHILE = ("nothing", "trim", "tick", "fork")
-#: What a player does between two questions of its.
+#: What the test does while an answer is in flight.
+MEANWHILE = ("nothing", "trim", "maintain", "fork")
+#: What a process does between two questions of its.
 BETWEEN = ("trim", "nothing")
 #: Few, so that blocks are used again; the last is large enough to be mapped privately as an array.
 SIZES = (2, 16, 600, 5000)
 
 
-def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
-    """A player."""
+def run_commands(commands: torchwq.WorkQueue, has_queue: bool) -> None:
+    """A process."""
     import contextlib
     import gc
     import queue
@@ -96,8 +96,8 @@ def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
                 gc.collect()
                 pool.trim()
                 received_blocks.trim()
-            elif what == "look":
-                scribble(args[0])
+            elif what == "check":
+                overwrite_free_blocks(args[0])
                 answer = {key: (int(value.min()), int(value.max())) for key, value in store.items()}
             elif what == "stop":
                 return
@@ -106,17 +106,17 @@ def play(commands: torchwq.WorkQueue, has_queue: bool) -> None:
             answer = None
 
 
-def scribble(sizes: tuple[int, ...] = SIZES) -> None:
+def overwrite_free_blocks(sizes: tuple[int, ...] = SIZES) -> None:
     """Write over every block of this process that it believes to be free."""
     for size in sizes:
         blocks = [torchwq.empty(size, dtype=torch.int64).fill_(-1) for _ in range(6)]
         del blocks
 
 
-class Player:
+class ModelProcess:
     def __init__(self, has_queue: bool) -> None:
         self.commands = torchwq.workqueue()
-        self.map = torchwq.map(1, play, self.commands, has_queue)
+        self.map = torchwq.map(1, run_commands, self.commands, has_queue)
         self.pid, self.own = self.commands.read(timeout=WAIT)
         #: The tensors that it must have, by their keys.
         self.has: set[int] = set()
@@ -144,11 +144,11 @@ class Player:
         self.commands.close()
 
 
-class Ensemble:
-    """The conductor, and what it knows to be true. All players but the last have a queue."""
+class ProcessModel:
+    """What the test knows to be true. All processes but the last have a queue."""
 
-    def __init__(self, players: int) -> None:
-        self.without_queue = players - 1
+    def __init__(self, processes: int) -> None:
+        self.without_queue = processes - 1
         self.done: Counter[str] = Counter()
         self.next_key = 1000
         #: What each tensor is filled with.
@@ -156,21 +156,21 @@ class Ensemble:
         #: Keys of arrays, which travel by value: copies do not see each other's changes, so these are not changed.
         self.arrays: set[int] = set()
         self.mine: dict[int, Any] = {}
-        #: What is under way from one player's own queue: (publisher, key).
-        self.players: dict[int, Player] = {}
+        #: What is in flight from one process's own queue: (publisher, key).
+        self.processes: dict[int, ModelProcess] = {}
         self.published: dict[int, list[int]] = {}
-        for name in range(players):
+        for name in range(processes):
             self.enter(name)
 
     def enter(self, name: int) -> None:
-        player = self.players[name] = Player(name != self.without_queue)
+        process = self.processes[name] = ModelProcess(name != self.without_queue)
         self.published[name] = []
-        for other, each in self.players.items():
+        for other, each in self.processes.items():
             if other != name:
                 if each.own is not None:
-                    player.tell("source", other, each.own)
-                if player.own is not None:
-                    each.tell("source", name, player.own)
+                    process.tell("source", other, each.own)
+                if process.own is not None:
+                    each.tell("source", name, process.own)
 
     def new_key(self) -> int:
         self.next_key += 1
@@ -185,96 +185,96 @@ class Ensemble:
         if name is None:
             self.mine[key] = torchwq.empty(size, dtype=torch.int64).fill_(key) if in_place else torch.full((size,), key)
         else:
-            self.players[name].tell("make in place" if in_place else "make", key, size)
-            self.players[name].has.add(key)
+            self.processes[name].tell("make in place" if in_place else "make", key, size)
+            self.processes[name].has.add(key)
 
     def give(self, key: int, name: int) -> None:
-        """From the conductor to a player."""
+        """From the test to a process."""
         self.done["give"] += 1
-        self.players[name].tell("take", key, self.mine[key])
-        self.players[name].has.add(key)
+        self.processes[name].tell("take", key, self.mine[key])
+        self.processes[name].has.add(key)
 
     def give_array(self, size: int, name: int) -> None:
-        """By value: the player's copy must not change when the conductor's does."""
+        """By value: the process's copy must not change when the test's does."""
         self.done["give array"] += 1
         key = self.new_key()
         self.arrays.add(key)
         array = np.full(size, key)
-        self.players[name].tell("take", key, array)
+        self.processes[name].tell("take", key, array)
         array.fill(-1)
-        self.players[name].has.add(key)
+        self.processes[name].has.add(key)
 
     def collect(self, key: int, name: int, meanwhile: str) -> None:
-        """From a player to the conductor, who gives up all the memory it can while the answer is under way."""
+        """From a process to the test, which retires all the memory it can while the answer is in flight."""
         self.done[f"collect, {meanwhile}"] += 1
-        commands = self.players[name].commands
+        commands = self.processes[name].commands
         commands.write(("give", key))
         if meanwhile == "fork" and self.mine:
             self.fork(max(self.mine))
         elif meanwhile == "trim":
             pool.trim()
             received_blocks.trim()
-        elif meanwhile == "tick":
+        elif meanwhile == "maintain":
             for _ in range(3):
                 maintenance.run()
         self.mine[key] = commands.read(timeout=WAIT)
 
     def publish(self, key: int, name: int) -> None:
-        """From a player into its own queue."""
+        """From a process into its own queue."""
         self.done["publish"] += 1
-        self.players[name].tell("publish", key)
+        self.processes[name].tell("publish", key)
         self.published[name].append(key)
 
     def fetch(self, source: int, name: int, keep: bool) -> None:
-        """From a player's own queue to another player."""
-        key = self.players[name].tell("fetch", source, keep)
+        """From a process's own queue to another process."""
+        key = self.processes[name].tell("fetch", source, keep)
         assert key == self.published[source].pop(0)
         if keep:
-            self.players[name].has.add(key)
+            self.processes[name].has.add(key)
         self.done["fetch"] += 1
 
     def ask(self, name: int, source: int, key: int, questions: int, between: str, keep: bool) -> None:
-        """A player asks another for the same tensor, again and again, each time through a queue for this one answer."""
+        """A process asks another for the same tensor several times, each time through a queue for this one answer."""
         self.done[f"ask, {between}"] += 1
         for left in reversed(range(questions)):
-            reply = self.players[name].tell("ask")
-            self.players[source].tell("reply", reply, key)
+            reply = self.processes[name].tell("ask")
+            self.processes[source].tell("reply", reply, key)
             reply.close()
             del reply
-            assert self.players[name].tell("hear", keep and not left) == key
+            assert self.processes[name].tell("hear", keep and not left) == key
             if between != "nothing" and left:
-                self.players[name].tell(between)
+                self.processes[name].tell(between)
         if keep:
-            self.players[name].has.add(key)
+            self.processes[name].has.add(key)
 
     def drop(self, name: int | None, key: int) -> None:
         self.done["drop"] += 1
         if name is None:
             del self.mine[key]
         else:
-            self.players[name].tell("drop", key)
-            self.players[name].has.discard(key)
+            self.processes[name].tell("drop", key)
+            self.processes[name].has.discard(key)
 
     def view(self, name: int, key: int) -> None:
         self.done["view"] += 1
-        self.players[name].tell("view", key)
+        self.processes[name].tell("view", key)
 
     def fill(self, name: int, key: int) -> None:
-        """Whoever has the tensor sees it."""
+        """Every process with the tensor sees it."""
         if key in self.arrays:
             return
         self.done["fill"] += 1
         self.value[key] += 1_000_000
-        self.players[name].tell("fill", key, self.value[key])
+        self.processes[name].tell("fill", key, self.value[key])
 
     def kill(self, name: int) -> None:
-        """With all that it holds, and all that is under way from it and to it."""
+        """With all that it holds, and all that is in flight from it and to it."""
         self.done["kill"] += 1
-        player = self.players.pop(name)
+        process = self.processes.pop(name)
         orphans = self.published.pop(name)
-        player.kill()
-        if orphans and self.players:
-            heir = next(iter(self.players.values()))
+        process.kill()
+        if orphans and self.processes:
+            heir = next(iter(self.processes.values()))
             for key in orphans:  # what a dead owner had written can still be read, and its memory is there
                 assert heir.tell("fetch", name, True) == key
                 heir.has.add(key)
@@ -294,7 +294,7 @@ class Ensemble:
             finally:
                 os._exit(code)
         del tensor, self.mine[key]
-        scribble()
+        overwrite_free_blocks()
         os.write(ask[1], b"x")
         _, status = os.waitpid(pid, 0)
         for fd in (*ask, *answer):
@@ -303,16 +303,16 @@ class Ensemble:
         assert os.waitstatus_to_exitcode(status) == 0
 
     def check(self) -> None:
-        """All that anybody holds has its content, although everybody writes over what they believe to be free."""
-        scribble()
+        """Every held tensor has its content, although every process writes over the blocks that it believes to be free."""
+        overwrite_free_blocks()
         for key, tensor in self.mine.items():
-            assert (tensor == self.value[key]).all(), f"the conductor's {key}: {tensor}, not {self.value[key]}"
-        for name, player in self.players.items():
-            seen = player.tell("look", SIZES)
-            expected = {key: (self.value[key],) * 2 for key in player.has}
-            assert seen == expected, f"player {name} sees {seen}, not {expected}"
+            assert (tensor == self.value[key]).all(), f"the test's {key}: {tensor}, not {self.value[key]}"
+        for name, process in self.processes.items():
+            seen = process.tell("check", SIZES)
+            expected = {key: (self.value[key],) * 2 for key in process.has}
+            assert seen == expected, f"process {name} sees {seen}, not {expected}"
 
     def close(self) -> None:
         self.mine.clear()
-        for player in self.players.values():
-            player.stop()
+        for process in self.processes.values():
+            process.stop()
