@@ -118,17 +118,16 @@ class BackgroundTask(unretrieved.Future[T]):
             self.set_running_or_notify_cancel()
             events: queue.SimpleQueue[tuple[Any, list[int]] | None] = queue.SimpleQueue()
             (self._worker,) = starting.start(
-                1,
                 _ENTRY,
+                [[payload]],
                 lambda _, data, fds: events.put((data, fds)),
                 lambda _: events.put(None),
                 backend=workers,
+                keep_alive=held,
             )
         except BaseException:
             self._queue.close()
             raise
-        self._worker.keep_alive = held
-        self._worker.send(payload)
         self._completion = weakref.ref(completion := _Completion(self, self._worker, events))
         _unfinished.add(completion)
         try:

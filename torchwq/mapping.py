@@ -50,17 +50,17 @@ class _Outcomes:
         _pending.add(self)
 
     def start(self, payloads: list[Any], backend: Backend, held: list[Any]) -> None:
-        self.workers = starting.start(len(payloads), _ENTRY, self._on_message, self._on_end, backend=backend)
-        for process, payload in zip(self.workers, payloads, strict=True):
-            process.keep_alive = held
-            process.send(payload)
+        messages = [[payload] for payload in payloads]
+        self.workers = starting.start(
+            _ENTRY, messages, self._on_message, self._on_end, backend=backend, keep_alive=held
+        )
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         self._answers[process.info.mapid] = (data, fds)
 
     def _on_end(self, process: worker.Worker) -> None:
         if process.exitcode != 0:
-            process.error = functools.partial(_error_of, weakref.ref(self), process.info.mapid)
+            process.error = functools.partial(_error_of, weakref.ref(self), weakref.ref(process))
         with self.changed:
             self.ended += 1
             self.changed.notify_all()
@@ -124,12 +124,14 @@ class _Outcomes:
             exceptions.discard_answer(*unread)
 
 
-def _error_of(find: Callable[[], _Outcomes | None], mapid: int) -> BaseException | None:
-    outcomes = find()
-    if outcomes is None:
+def _error_of(
+    find_outcomes: Callable[[], _Outcomes | None], find_process: Callable[[], worker.Worker | None]
+) -> BaseException | None:
+    outcomes, process = find_outcomes(), find_process()
+    if outcomes is None or process is None:
         return None
-    outcomes.resolve(outcomes.workers[mapid])
-    return outcomes.errors.get(mapid)
+    outcomes.resolve(process)
+    return outcomes.errors.get(process.info.mapid)
 
 
 #: Answers that may have errors to print.

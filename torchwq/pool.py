@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import queue
 import signal
 import threading
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
-from .errors import QueueClosed
+from .errors import QueueClosed, ResourceError
 from .marshalling import codec, exceptions
 from .transport.fork import reset_in_child
 from .transport.waiting import cores
@@ -78,9 +79,8 @@ class _PoolThread(threading.Thread):
         self.broken: BaseException | None = None
         #: Whether ``submit`` must send this thread an event.
         self.wants_wakeup = True
-        self._setup = setup
+        self._start_one = functools.partial(starting.start, _ENTRY, [[setup]], backend=backend, of=n)
         self._held = held  # objects that the setup message needs as long as workers start
-        self._backend = backend
         self._workers: dict[int, worker.Worker] = {}
         self._idle: deque[worker.Worker] = deque()
         self._assigned: dict[int, deque[_Task]] = {}
@@ -118,27 +118,29 @@ class _PoolThread(threading.Thread):
             process = self._idle.popleft()
             assigned = self._assigned[process.info.mapid]
             assigned.append(task)
-            if not process.send(task.payload):
+            try:
+                if process.send(task.payload):
+                    continue
                 # It died idle. Another worker gets the task after this one's end event.
-                assigned.remove(task)
                 with self.lock:
                     self.waiting.appendleft(task)
-        for _ in range(wanted):
+            except ResourceError as error:
+                self._idle.append(process)
+                _complete(task, None, error)
+            assigned.remove(task)
+        while wanted and self.broken is None:
+            wanted -= 1
             self._start_worker()
 
     def _start_worker(self) -> None:
         mapid = next(number for number in range(self.n) if number not in self._workers)
-        try:
-            (process,) = starting.start(
-                1, _ENTRY, self._on_message, self._on_end, backend=self._backend, first_mapid=mapid, of=self.n
-            )
-        except Exception as error:  # any error must fail the futures
-            self._mark_broken(error)
-            return
-        self._workers[mapid] = process
         self._assigned[mapid] = deque()
         self._starting.add(mapid)
-        process.send(self._setup)
+        try:
+            (self._workers[mapid],) = self._start_one(self._on_message, self._on_end, first_mapid=mapid)
+        except Exception as error:  # any error must fail the futures
+            self._starting.discard(mapid)
+            self._mark_broken(error)
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
@@ -165,19 +167,17 @@ class _PoolThread(threading.Thread):
 
     def _handle_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
+        assigned = self._assigned[mapid]
+        value, error = exceptions.decode_answer(data, fds)
         if mapid in self._starting:
             self._starting.discard(mapid)
-            _, error = exceptions.decode_answer(data, fds)
             if error is not None:
                 self._mark_broken(error)
-            else:
-                self._idle.append(process)
+                return
         else:
-            assigned = self._assigned[mapid]
-            task, value, error = assigned.popleft(), *exceptions.decode_answer(data, fds)
-            if not assigned:
-                self._idle.append(process)
-            _complete(task, value, error)
+            _complete(assigned.popleft(), value, error)
+        if not assigned:
+            self._idle.append(process)
 
     def _handle_end(self, process: worker.Worker) -> None:
         mapid = process.info.mapid
@@ -308,8 +308,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         self._pool = _PoolThread(n, setup, self._backend, held)
         _pools.add(self._pool)
         self._pool.start()
-        self._finalizer = weakref.finalize(self, self._pool.shut_down, False)
-        self._finalizer.atexit = False
+        weakref.finalize(self, self._pool.shut_down, False).atexit = False
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         """Run ``fn(*args, **kwargs)`` in a worker.

@@ -16,7 +16,6 @@ import errno
 import functools
 import os
 import select
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -167,21 +166,15 @@ def _serve(
     else:
         own = codec.encode((worker_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
-        1,
         f"{__name__}:served_main",
+        [[own, config]],
         lambda process, data, fds: exceptions.discard_answer(data, fds),
         lambda process: None,
         backend=backend,
+        keep_alive=held,
         first_mapid=worker_config.worker_id,
         of=worker_config.num_workers,
     )
-    process.keep_alive = held
-    try:
-        process.send(own)
-        process.send(config)
-    except BaseException:  # it would wait for what it does not get
-        process.kill(signal.SIGKILL)
-        raise
     return StartedWorker(process)
 
 

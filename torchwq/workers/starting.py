@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,26 +59,39 @@ def check_number(n: Any, what: str) -> int:
 
 
 def start(
-    n: int,
     entry: str,
+    messages: Sequence[Sequence[Any]],
     on_message: OnMessage,
     on_end: OnEnd,
     *,
     backend: Backend,
+    keep_alive: object = None,
     first_mapid: int = 0,
     of: int | None = None,
 ) -> list[Worker]:
-    """Start ``n`` workers that run ``entry`` (``module:function``), numbered from ``first_mapid``, of ``of`` in all.
+    """Start workers, and send each its first messages. If one cannot be started or sent to, kill all.
 
-    Raises ResourceError if no descriptor or thread is left, WorkerStartError if no process can be started.
+    Args:
+        entry: the function that the workers run, ``module:function``.
+        messages: the first messages of each worker.
+        keep_alive: objects that must live as long as the workers.
+        first_mapid: the number of the first worker.
+        of: how many workers there are in all; by default as many as this call starts.
+
+    Raises ResourceError if no descriptor or thread is left, or a message cannot be sent; WorkerStartError if no process
+    can be started.
     """
     group = next(_started)
     seed = _base_seed(group)
     workers: list[Worker] = []
     try:
-        for mapid in range(first_mapid, first_mapid + n):
-            info = WorkerInfo(mapid, of or n, (seed + mapid) % 2**63)
+        for mapid in range(first_mapid, first_mapid + len(messages)):
+            info = WorkerInfo(mapid, of or len(messages), (seed + mapid) % 2**63)
             workers.append(backend.start(info, entry, on_message, on_end, group))
+        for worker, first in zip(workers, messages, strict=True):
+            worker.keep_alive = keep_alive
+            for message in first:
+                worker.send(message)
     except BaseException as error:
         for worker in workers:
             worker.kill(signal.SIGKILL)
