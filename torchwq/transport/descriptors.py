@@ -65,11 +65,25 @@ def resource_error(error: OSError, call: str = "") -> OSError:
 
 
 @contextlib.contextmanager
-def _naming(call: str) -> Iterator[None]:
+def _calling(call: str, *, has_fallback: bool = False) -> Iterator[None]:
+    """Turn errors of a system call into ResourceErrors; go on if the system refuses a call that has a fallback."""
     try:
         yield
+    except (ProcessLookupError, TorchwqError):
+        raise
     except OSError as error:
-        raise resource_error(error, call) from error
+        if not has_fallback or error.errno not in REFUSALS:
+            raise resource_error(error, call) from error
+
+
+@contextlib.contextmanager
+def closed_on_error(fds: list[int]) -> Iterator[None]:
+    """Close the descriptors that are in the list when an error comes."""
+    try:
+        yield
+    except BaseException:
+        close_fds(fds)
+        raise
 
 
 def fill_stdio() -> None:
@@ -82,7 +96,7 @@ def fill_stdio() -> None:
 
 
 def _put_null(fd: int) -> None:
-    with _naming("open"):
+    with _calling("open"):
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     if null == fd:
         os.set_inheritable(fd, True)  # as standard streams are
@@ -95,46 +109,34 @@ def above_stdio(fd: int) -> int:
     """The same file at a descriptor that is no standard stream's; takes over ``fd``."""
     if fd >= _FIRST_OWN:
         return fd
-    try:
+    with closed_on_error([fd]):
         moved = dup(fd)
-    except OSError:
-        os.close(fd)
-        raise
     _put_null(fd)
     return moved
 
 
 def dup(fd: int) -> int:
     """Another descriptor of the same file, closed on exec."""
-    with _naming("fcntl"):
+    with _calling("fcntl"):
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_OWN)
 
 
 def dup_all(fds: Sequence[int]) -> list[int]:
     """Those of several files. If one cannot be had, none is left open."""
     made: list[int] = []
-    try:
+    with closed_on_error(made):
         for fd in fds:
             made.append(dup(fd))
-    except OSError:
-        for fd in made:
-            os.close(fd)
-        raise
     return made
 
 
 def all_above_stdio(fds: Sequence[int]) -> list[int]:
     """What ``above_stdio`` gives for each. If one cannot be moved, all are closed."""
     moved = list(fds)
-    try:
+    with closed_on_error(moved):
         for index, fd in enumerate(moved):
             moved[index] = -1  # ``above_stdio`` closes it if it fails
             moved[index] = above_stdio(fd)
-    except OSError:
-        for fd in moved:
-            if fd >= 0:
-                os.close(fd)
-        raise
     return moved
 
 
@@ -173,21 +175,21 @@ def open_file(path: str, flags: int, mode: int = 0o600) -> int:
 def map_file(fd: int, nbytes: int, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
     """A writable mapping of a file, with a descriptor of its own."""
     fill_stdio()
-    with _naming("mmap"):
+    with _calling("mmap"):
         return mmap.mmap(fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def socketpair(kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
     """Two connected AF_UNIX sockets."""
     fill_stdio()
-    with _naming("socketpair"):
+    with _calling("socketpair"):
         return socket.socketpair(socket.AF_UNIX, kind)
 
 
 def unix_socket(kind: socket.SocketKind) -> socket.socket:
     """An AF_UNIX socket."""
     fill_stdio()
-    with _naming("socket"):
+    with _calling("socket"):
         return socket.socket(socket.AF_UNIX, kind)
 
 
@@ -196,24 +198,20 @@ def epoll() -> select.epoll | None:
     if not hasattr(select, "epoll"):
         return None
     fill_stdio()
-    try:
-        return select.epoll()
-    except OSError as error:
-        if error.errno in REFUSALS:
-            return None
-        raise resource_error(error, "epoll_create1") from error
+    made = None
+    with _calling("epoll_create1", has_fallback=True):
+        made = select.epoll()
+    return made
 
 
 def eventfd() -> int | None:
     """An eventfd of 0 that does not block; None where the system has none, or refuses it."""
     if not hasattr(os, "eventfd"):
         return None
-    try:
-        return above_stdio(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-    except OSError as error:
-        if error.errno in REFUSALS:
-            return None
-        raise resource_error(error, "eventfd2") from error
+    fd = None
+    with _calling("eventfd2", has_fallback=True):
+        fd = above_stdio(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    return fd
 
 
 def pidfd(pid: int) -> int | None:
@@ -223,20 +221,16 @@ def pidfd(pid: int) -> int | None:
     """
     if not hasattr(os, "pidfd_open"):
         return None
-    try:
-        return above_stdio(os.pidfd_open(pid))
-    except OSError as error:
-        if error.errno in REFUSALS:
-            return None
-        if error.errno == errno.ESRCH:
-            raise
-        raise resource_error(error, "pidfd_open") from error
+    fd = None
+    with _calling("pidfd_open", has_fallback=True):
+        fd = above_stdio(os.pidfd_open(pid))
+    return fd
 
 
 def pipe() -> tuple[int, int]:
     """Both ends of a pipe; reading does not block."""
     fill_stdio()
-    with _naming("pipe2"):
+    with _calling("pipe2"):
         read, write = os.pipe()
     os.set_blocking(read, False)
     return read, write
@@ -245,23 +239,17 @@ def pipe() -> tuple[int, int]:
 def memory_file(name: str, nbytes: int = 0) -> int:
     """A file without a name of ``nbytes`` zero bytes, in memory if the system allows that."""
     fd = _unnamed(name)
-    try:
+    with closed_on_error([fd]), _calling("ftruncate"):
         os.ftruncate(fd, nbytes)
-    except OSError as error:
-        os.close(fd)
-        raise resource_error(error, "ftruncate") from error
     return fd
 
 
 def _unnamed(name: str) -> int:
     if hasattr(os, "memfd_create"):
-        try:
+        with _calling("memfd_create", has_fallback=True):
             return above_stdio(os.memfd_create(name, os.MFD_CLOEXEC))
-        except OSError as error:
-            if error.errno not in REFUSALS:
-                raise resource_error(error, "memfd_create") from error
     folder = _SHM_FOLDER if os.access(_SHM_FOLDER, os.W_OK | os.X_OK) else None
-    with _naming("memfd_create, and files in /dev/shm or the temporary folder"):
+    with _calling("memfd_create, and files in /dev/shm or the temporary folder"):
         fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
     os.unlink(path)
     return above_stdio(fd)

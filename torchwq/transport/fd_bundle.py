@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import ResourceError
 from . import descriptors
-from .descriptors import close_fds
+from .descriptors import closed_on_error
 from .endpoint import MAX_FDS
 from .sockets import ANCILLARY_SIZE, CLOEXEC, NO_WAIT, check_sendable, received_fds, scm_rights, set_buffer_size
 
@@ -42,16 +42,12 @@ def unpack(fd: int) -> list[int]:
     Raises ResourceError if they are more than this process may have; none is left open then.
     """
     fds: list[int] = []
-    with socket.socket(fileno=fd) as carrier:
-        try:
-            while True:
-                try:
-                    data, ancillary, flags, _ = carrier.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
-                except (BlockingIOError, ConnectionError):
-                    return fds
-                if not data:
-                    return fds
-                fds += received_fds(ancillary, flags)
-        except BaseException:
-            close_fds(fds)
-            raise
+    with socket.socket(fileno=fd) as carrier, closed_on_error(fds):
+        while True:
+            try:
+                data, ancillary, flags, _ = carrier.recvmsg(8, ANCILLARY_SIZE, NO_WAIT | CLOEXEC)
+            except (BlockingIOError, ConnectionError):
+                return fds
+            if not data:
+                return fds
+            fds += received_fds(ancillary, flags)
