@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from ..errors import ClosureError
-from . import functions
+from . import functions, updates
 
 #: Attributes of every module. A function that uses them captures no data.
 _MODULE_ATTRIBUTES: Final = frozenset(
@@ -165,10 +165,8 @@ def library_functions_in(function: types.FunctionType) -> Iterator[types.Functio
 def _cells(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Name and content of each closure cell that is not empty."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:
-            continue
+        if (content := updates.content_of(cell)) is not updates.MISSING:
+            yield name, content
 
 
 def _is_generated(function: types.FunctionType) -> bool:

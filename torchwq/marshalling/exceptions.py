@@ -12,16 +12,16 @@ Invariant: whatever the user's classes do while an exception is packed or unpack
 from __future__ import annotations
 
 import contextlib
-import copyreg
+import functools
 import pickle
 import traceback
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from ..errors import Interrupted, RemoteError, RemoteTraceback
 from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
-from . import codec, reducers
+from . import codec, reducers, subclass_state
 from .copies import ATOMS
 from .local_message import LocalMessage
 
@@ -32,6 +32,9 @@ _MAX_ITEMS: Final = 1000
 _HEAP_TYPE: Final = 1 << 9
 #: Exceptions that pass through all handlers of this module.
 _PASS_THROUGH: Final = (KeyboardInterrupt, Interrupted)
+
+
+T = TypeVar("T")
 
 
 class PackedException(NamedTuple):
@@ -50,7 +53,7 @@ class PackedException(NamedTuple):
 def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedException:
     """Pack a caught exception so that it travels to ``peer`` in any case."""
     pickled = whole = bare = None
-    for usable in (_accept_all, _TryEncoding(peer)):
+    for usable in (lambda _: None, functools.partial(_try_encoding, peer)):
         try:
             parts = _Dissector(usable).of(error)
             payload = codec.encode(parts, codec.UNLIMITED, upvalues=True, peer=peer)
@@ -96,12 +99,7 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
     for pickled in (packed.pickled, packed.bare):
         if isinstance(error, BaseException) or pickled is None:
             continue
-        try:
-            error = pickle.loads(pickled)
-        except _PASS_THROUGH:
-            raise
-        except BaseException:
-            error = None
+        error = _guarded(functools.partial(pickle.loads, pickled), lambda _: None)
     if not isinstance(error, BaseException):
         error = RemoteError(f"{packed.kind}: {packed.summary}")
     error.__cause__ = RemoteTraceback(packed.text)
@@ -113,15 +111,14 @@ def decode_answer(data: Any, fds: list[int]) -> tuple[Any, BaseException | None]
 
     ``data`` may also be the error with which receiving the answer has failed.
     """
-    try:
+
+    def decode() -> tuple[Any, BaseException | None]:
         if isinstance(data, BaseException):
             raise data
         value, packed = codec.decode(data, fds)
         return value, None if packed is None else unpack(packed)
-    except _PASS_THROUGH:
-        raise
-    except BaseException as raised:  # SystemExit, too, is an error of the answer, and must not end the caller
-        return None, raised
+
+    return _guarded(decode, lambda raised: (None, raised))
 
 
 def discard_answer(data: Any, fds: list[int]) -> None:
@@ -130,42 +127,35 @@ def discard_answer(data: Any, fds: list[int]) -> None:
         codec.discard(data, fds)
 
 
+def _guarded(run: Callable[[], T], fallback: Callable[[BaseException], T]) -> T:
+    """The result of ``run``, which calls user code. If it raises, even SystemExit, the result of ``fallback``."""
+    try:
+        return run()
+    except _PASS_THROUGH:
+        raise
+    except BaseException as raised:
+        return fallback(raised)
+
+
 def _kind(error: BaseException) -> str:
     return f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
 
 
 def _summary(error: BaseException) -> str:
-    try:
-        return str(error)
-    except _PASS_THROUGH:
-        raise
-    except BaseException:
-        return "(its text cannot be had)"
-
-
-def _accept_all(part: Any) -> str | None:
-    """Why a part cannot travel: None, for any part."""
-    return None
+    return _guarded(lambda: str(error), lambda _: "(its text cannot be had)")
 
 
 def _accept_atoms(part: Any) -> str | None:
     return None if type(part) in ATOMS else f"a {type(part).__qualname__}"
 
 
-class _TryEncoding:
-    """Tries to encode a part, and returns why it cannot travel."""
+def _try_encoding(peer: Capabilities, part: Any) -> str | None:
+    """Why a part cannot travel: the error with which encoding fails."""
 
-    def __init__(self, peer: Capabilities) -> None:
-        self._peer = peer
+    def encode_part() -> None:
+        codec.encode(part, codec.UNLIMITED, upvalues=True, peer=peer)
 
-    def __call__(self, part: Any) -> str | None:
-        try:
-            codec.encode(part, codec.UNLIMITED, upvalues=True, peer=self._peer)
-        except _PASS_THROUGH:
-            raise
-        except BaseException as error:
-            return f"{type(error).__name__}: {_summary(error)}"
-        return None
+    return _guarded(encode_part, lambda error: f"{type(error).__name__}: {_summary(error)}")
 
 
 class _Parts:
@@ -239,36 +229,22 @@ class _Dissector:
             return value, False
         missing.append(f"{place} ({reason})")
         self.has_left_out = True
-        return _text_of(value), True
-
-
-def _text_of(value: Any) -> str:
-    try:
-        return f"{value!r:.200}"
-    except _PASS_THROUGH:
-        raise
-    except BaseException:
-        return f"<{type(value).__qualname__}>"
+        return _guarded(lambda: f"{value!r:.200}", lambda _: f"<{cls.__qualname__}>"), True
 
 
 def _reduced(error: BaseException) -> tuple[Any, tuple[Any, ...], Any]:
     """The function that makes such an exception, its arguments, and the state; from ``__reduce__`` if that works."""
     cls = type(error)
     make, made_of, state = cls, error.args, None
-    try:
-        reduced: Any = reducers.registered[cls](error) if cls in reducers.registered else error.__reduce_ex__(4)
-    except _PASS_THROUGH:
-        raise
-    except BaseException:
-        reduced = None
+    reduce = reducers.registered.get(cls, lambda error: error.__reduce_ex__(4))
+    reduced: Any = _guarded(lambda: reduce(error), lambda _: None)
     if isinstance(reduced, tuple) and len(reduced) in (2, 3) and isinstance(reduced[1], tuple):
         make, made_of, *rest = reduced
         state = rest[0] if rest else None
     else:
         state = error.__dict__
     if state is None or state is error.__dict__:
-        slots = {name: getattr(error, name) for name in copyreg._slotnames(cls) if hasattr(error, name)}  # type: ignore[attr-defined]
-        state = {**(state or {}), **slots} or None
+        state = {**(state or {}), **subclass_state.slots_of(error)} or None
     return make, made_of, state
 
 
@@ -276,13 +252,10 @@ def _put_together(
     cls: Any, make: Any, made_of: tuple[Any, ...] | None, args: tuple[Any, ...], fallback_text: tuple[str, str]
 ) -> BaseException:
     """Make the exception as its ``__reduce__`` says; if that fails, without its ``__init__``."""
-    made_of = args if made_of is None else made_of
-    try:
-        error = make(*made_of)
-    except _PASS_THROUGH:
-        raise
-    except BaseException as raised:
-        error = _without_init(cls, made_of, args, raised) if make is cls else None
+    parts = args if made_of is None else made_of
+    error = _guarded(
+        lambda: make(*parts), lambda raised: _without_init(cls, parts, args, raised) if make is cls else None
+    )
     return error if isinstance(error, BaseException) else RemoteError(": ".join(fallback_text))
 
 
@@ -305,13 +278,10 @@ def _put_state(error: BaseException, found: tuple[Any, list[str]]) -> None:
     state, missing = found
     notes = list(getattr(error, "__notes__", ()))
     if state is not None:
-        try:
-            error.__setstate__(state)
-        except _PASS_THROUGH:
-            raise
-        except BaseException:
-            if isinstance(state, dict):
-                vars(error).update(state)
+        _guarded(
+            lambda: error.__setstate__(state),
+            lambda _: vars(error).update(state) if isinstance(state, dict) else None,
+        )
     if missing:
         notes.append(f"left behind in the worker, because it cannot be sent: {', '.join(missing)}")
     for note in notes:

@@ -143,10 +143,8 @@ def _parts(attributes: dict[str, Any], slots: dict[str, Any]) -> dict[Any, Any]:
     for name, value in attributes.items():
         parts[(name,)] = value
     for index, cell in enumerate(slots["__closure__"] or ()):
-        try:
-            parts[index] = cell.cell_contents
-        except ValueError:
-            continue
+        if (content := updates.content_of(cell)) is not updates.MISSING:
+            parts[index] = content
     return parts
 
 
@@ -158,10 +156,7 @@ def _part(function: Any, key: Any) -> Any:
         return getattr(function, key)
     if isinstance(key, tuple):
         return vars(function).get(key[0], updates.MISSING)
-    try:
-        return function.__closure__[key].cell_contents
-    except ValueError:
-        return updates.MISSING
+    return updates.content_of(function.__closure__[key])
 
 
 def _set_part(function: Any, key: Any, value: Any) -> None:

@@ -8,7 +8,6 @@ result everywhere.
 
 from __future__ import annotations
 
-import copyreg
 import enum
 import functools
 import types
@@ -18,7 +17,7 @@ from typing import Any, Final
 
 from cloudpickle import cloudpickle
 
-from . import definitions, functions, importable, namespaces, reducers, updates
+from . import definitions, functions, importable, namespaces, reducers, subclass_state, updates
 
 _LruCache: Final = type(functools.lru_cache(len))
 _Globals = dict[str, Any]
@@ -228,13 +227,8 @@ def reduce_instance(obj: Any, cls: type) -> Any:
         return NotImplemented
     if isinstance(obj, enum.Enum):
         return _reduced(obj, globals_, reduced, cls, (obj.value,))
-    return _reduced(obj, globals_, reduced, _rebuild_sentinel, (cls, _attributes(obj)))
-
-
-def _attributes(obj: Any) -> dict[str, Any]:
-    found = dict(getattr(obj, "__dict__", {}))
-    found.update((name, getattr(obj, name)) for name in copyreg._slotnames(type(obj)) if hasattr(obj, name))  # type: ignore[attr-defined]
-    return found
+    attributes = {**getattr(obj, "__dict__", {}), **subclass_state.slots_of(obj)}
+    return _reduced(obj, globals_, reduced, _rebuild_sentinel, (cls, attributes))
 
 
 def _rebuild_sentinel(cls: Any, attributes: dict[str, Any]) -> Any:

@@ -24,10 +24,14 @@ def of(obj: Any, base: type) -> Any:
     ):
         return obj.__getstate__()
     attributes = getattr(obj, "__dict__", None) or None
-    slots = {name: getattr(obj, name) for name in copyreg._slotnames(cls) if hasattr(obj, name)}  # type: ignore[attr-defined]
-    if slots:
-        return attributes, slots
-    return attributes
+    slots = slots_of(obj)
+    return (attributes, slots) if slots else attributes
+
+
+def slots_of(obj: Any) -> dict[str, Any]:
+    """The slots that ``obj`` has set, by name."""
+    names = copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
+    return {name: getattr(obj, name) for name in names if hasattr(obj, name)}
 
 
 def reduced(rebuild: Any, args: tuple[Any, ...], obj: Any, base: type) -> tuple[Any, ...]:

@@ -66,17 +66,17 @@ def _reduce_tensor(encoder: Encoder, tensor: torch.Tensor) -> Any:
         if storage.nbytes() == 0:
             return _reduce_with_storage(tensor, tensor)
         if slice_of(storage) is not None:
-            return _refer_packed(tensor, encoder.packing.refer(storage), geometry(tensor))
+            return _refer(tensor, encoder.packing.refer(storage), geometry(tensor), packed=True)
         if sharing.needs_torch_reducer(storage):
             return _reduce_with_storage(tensor, tensor)
         many = encoder.block_count >= max_own_blocks()
         if many and not storage.is_shared() and storages.is_sole_owner(tensor, storage):
-            return _refer_packed(tensor, encoder.packing.move(tensor), geometry(tensor))
+            return _refer(tensor, encoder.packing.move(tensor), geometry(tensor), packed=True)
         del storage
         try:
             block = sharing.share(tensor)
         except sharing.IsSlice:
-            return _refer_packed(tensor, encoder.packing.refer(tensor.untyped_storage()), geometry(tensor))
+            return _refer(tensor, encoder.packing.refer(tensor.untyped_storage()), geometry(tensor), packed=True)
         if block is None:
             return _reduce_to_copy(tensor)
         storage = tensor.untyped_storage()
@@ -104,18 +104,13 @@ def alias(tensor: torch.Tensor, where: tuple[int, Geometry] | None) -> torch.Ten
     return other
 
 
-def _refer(tensor: torch.Tensor, index: int, where: Geometry) -> Any:
-    code, offset, size, stride = where
+def _refer(tensor: torch.Tensor, index: int, geometry: Geometry, packed: bool = False) -> Any:
+    """Reduce to the block with this index, or to the packed storage."""
+    code, offset, size, stride = geometry
+    where = index, code, offset, tuple(size), stride
     if type(tensor) is torch.Tensor and not tensor.requires_grad:
-        return rebuild, (index, code, offset, tuple(size), stride)
-    return _rebuild_leaf, (type(tensor), tensor.requires_grad, index, code, offset, tuple(size), stride)
-
-
-def _refer_packed(tensor: torch.Tensor, group: int, where: Geometry) -> Any:
-    code, offset, size, stride = where
-    if type(tensor) is torch.Tensor and not tensor.requires_grad:
-        return rebuild_packed, (group, code, offset, tuple(size), stride)
-    return _rebuild_packed_leaf, (type(tensor), tensor.requires_grad, group, code, offset, tuple(size), stride)
+        return rebuild_packed if packed else rebuild, where
+    return _rebuild_packed_leaf if packed else _rebuild_leaf, (type(tensor), tensor.requires_grad, *where)
 
 
 def _reduce_with_storage(tensor: torch.Tensor, data: torch.Tensor) -> Any:
@@ -131,7 +126,7 @@ def _reduce_by_value(encoder: Encoder, tensor: torch.Tensor) -> Any:
             tensor, torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
         )
     bare, span = sharing.dense(tensor)
-    return _refer_packed(tensor, encoder.packing.copy(bare, span), geometry(bare))
+    return _refer(tensor, encoder.packing.copy(bare, span), geometry(bare), packed=True)
 
 
 def rebuild(index: int, code: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -167,25 +162,23 @@ def _reduce_to_copy(tensor: torch.Tensor) -> Any:
 
 
 def _rebuild_copy(cls: type[torch.Tensor], requires_grad: bool, data: Any, *geometry: Any) -> torch.Tensor:
-    storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
-    return _as_leaf(storages.place(storage, *geometry), cls, requires_grad)
+    return _as_leaf(storages.place(_rebuild_storage(data), *geometry), cls, requires_grad)
 
 
 def _reduce_unusual(encoder: Encoder, tensor: torch.Tensor) -> Any:
     """Take the tensor apart into dense ones on the CPU, or leave it to torch."""
-    parameter = isinstance(tensor, torch.nn.Parameter)
     if tensor.is_conj():
-        return _restore, (_restore_conj, (_without_grad(tensor).conj(),), parameter, tensor.requires_grad)
+        return _restore, (_restore_conj, (_without_grad(tensor).conj(),), type(tensor), tensor.requires_grad)
     if tensor.is_neg():
         bare = storages.negated_view(_without_grad(tensor))
-        return _restore, (storages.negated_view, (bare,), parameter, tensor.requires_grad)
+        return _restore, (storages.negated_view, (bare,), type(tensor), tensor.requires_grad)
     if tensor.is_nested:
         parts = storages.nested_parts(_without_grad(tensor))
-        return _restore, (storages.nested_from, (parts,), parameter, tensor.requires_grad)
+        return _restore, (storages.nested_from, (parts,), type(tensor), tensor.requires_grad)
     if tensor.layout is not torch.strided:
         dense, coalesced = storages.sparse_parts(_without_grad(tensor))
         args = (tensor.layout, dense, tensor.shape, coalesced)
-        return _restore, (_rebuild_sparse, args, parameter, tensor.requires_grad)
+        return _restore, (_rebuild_sparse, args, type(tensor), tensor.requires_grad)
     if tensor.is_quantized:
         return NotImplemented
     _refuse_device(encoder, tensor.device)
@@ -240,9 +233,8 @@ def _rebuild_dense(
     return _as_leaf(storages.place(storage, code, offset, size, stride), cls, requires_grad)
 
 
-def _restore(rebuild: Any, args: tuple[Any, ...], parameter: bool, requires_grad: bool) -> torch.Tensor:
-    tensor: torch.Tensor = rebuild(*args)
-    return torch.nn.Parameter(tensor, requires_grad) if parameter else tensor.requires_grad_(requires_grad)
+def _restore(rebuild: Any, args: tuple[Any, ...], cls: type[torch.Tensor], requires_grad: bool) -> torch.Tensor:
+    return _as_leaf(rebuild(*args), cls, requires_grad)
 
 
 def _restore_conj(tensor: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def _contents(value: Any, cls: Any, enclosing: list[Any]) -> list[Any] | None:
     if cls is types.FunctionType:
         if _is_of_module(value):
             return None
-        cells = [_cell(cell) for cell in value.__closure__ or ()]
+        cells = [content_of(cell) for cell in value.__closure__ or ()]
         found = [value.__code__, value.__defaults__, value.__kwdefaults__, vars(value), cells]
     elif cls in _PARTS_OF:
         found = [getattr(value, name) for name in _PARTS_OF[cls]]
@@ -188,7 +188,8 @@ def _is_of_module(function: types.FunctionType) -> bool:
     return module is not None and namespaces.look_up(vars(module), function.__qualname__) is function
 
 
-def _cell(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure cell contains; ``MISSING`` if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:

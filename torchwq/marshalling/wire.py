@@ -137,9 +137,7 @@ class References(Kind):
         data = begin + _ONE.pack(block.number, nbytes, 1)
         if len(data) > limit:
             return None
-        message = Message(data, [block.fd], [storage], _REFERENCES, (block.number,), True)
-        message.nbytes += nbytes
-        return message
+        return Message(data, [block.fd], [storage], _REFERENCES, (block.number,), True, nbytes)
 
     @classmethod
     def encode_plain(
@@ -163,9 +161,7 @@ class References(Kind):
         data = b"".join(parts)
         if len(data) > limit:
             return None
-        message = Message(data, fds, storages, cls.kind, numbers, True)
-        message.nbytes += nbytes
-        return message
+        return Message(data, fds, storages, cls.kind, numbers, True, nbytes)
 
     @staticmethod
     def tail(rows: Sequence[Row], blocks: Iterable[Block | Buffer]) -> list[bytes]:
@@ -179,9 +175,8 @@ class References(Kind):
         cls, data: bytes, fds: list[int], keep: list[Any], blocks: Iterable[Block | Buffer], only_blocks: bool
     ) -> Message:
         """The payload of ``data``, a pickle with its ``tail``; the blocks' descriptors are the last of ``fds``."""
-        message = Message(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks)
-        message.nbytes += sum(block.nbytes for block in blocks)
-        return message
+        nbytes = sum(block.nbytes for block in blocks)
+        return Message(data, fds, keep, cls.kind, [block.number for block in blocks], only_blocks, nbytes)
 
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
@@ -258,9 +253,7 @@ class InBlock(Kind):
             keep.append(storage)
         data = cls._HEAD.pack(size, in_bundle) + _ONE.pack(number, nbytes, 1)
         numbers = [*(block.number for block in blocks), number]
-        message = Message(data, [*fds, fd], keep, cls.kind, numbers)
-        message.nbytes += size + sum(block.nbytes for block in blocks)
-        return message
+        return Message(data, [*fds, fd], keep, cls.kind, numbers, nbytes=size + sum(block.nbytes for block in blocks))
 
     @classmethod
     def _opened(cls, data: bytes, fds: list[int]) -> tuple[ReceivedBlocks, memoryview, bool]:

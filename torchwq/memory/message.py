@@ -28,6 +28,7 @@ class Message:
         kind: int = PICKLE,
         numbers: Sequence[int] = (),
         only_blocks: bool = False,
+        nbytes: int = 0,
     ) -> None:
         self.data = data
         self.fds = fds
@@ -41,8 +42,8 @@ class Message:
         self._counts_sent: Sequence[Callable[[int], None]] = ()
         if fds and not only_blocks:
             self._counts_sent = [each.count_sent for each in keep if isinstance(each, Descriptor) and each.count_sent]
-        #: Bytes of the message, and of all that it refers to.
-        self.nbytes = len(data)
+        #: Bytes of the message, and ``nbytes`` of all that it refers to.
+        self.nbytes = len(data) + nbytes
 
     def on_send(self) -> None:
         """It is about to be sent: count its references. Called before a reader can receive it."""
