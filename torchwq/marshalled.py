@@ -1,7 +1,7 @@
 """``torchwq.marshal``: an object marshalled once, to be read many times.
 
-It is a message to this process that is never used up: each reading decodes a copy. When the message itself travels,
-its objects are sent on as what they are, tensors by reference.
+It is a local message, of which each reading decodes a copy. When it travels in another message, its objects travel as
+always: tensors by reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Marshalled:
         self._message = message
 
     def read(self) -> Any:
-        """The object: values are a new copy each time, tensors are on the memory of those that were marshalled.
+        """The object. Values are a new copy each time; tensors share the memory of those that were marshalled.
 
         Raises whatever unpickling the object raises.
 

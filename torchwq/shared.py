@@ -1,7 +1,7 @@
-"""Tensors in shared memory without a queue: born there, moved there, and how much of it there is.
+"""Shared memory without a queue: functions that make tensors in it, move tensors to it, and measure and limit it.
 
-``torch.empty(...).share_memory_()`` and its like make fresh shared memory each time. These use memory again that was
-shared before, which is an order of magnitude faster for anything but the smallest tensors.
+``torch.empty(...).share_memory_()`` makes new shared memory each time. These functions use the memory of earlier
+tensors again, which is an order of magnitude faster for all but the smallest tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _new(
 def empty(*size: Any, dtype: torch.dtype | None = None, requires_grad: bool = False) -> torch.Tensor:
     """Make a tensor in shared memory, with arbitrary values: writing it to a queue copies nothing.
 
-    Its memory is used again once neither this process nor any other has a tensor on it.
+    torchwq uses its memory again when no process has a tensor on it any more.
 
     Args:
         *size: its shape: integers, or one sequence of integers.
@@ -83,7 +83,7 @@ def empty_like(tensor: torch.Tensor, *, dtype: torch.dtype | None = None, requir
     """Make a tensor in shared memory that has the shape, the type and the strides of another. See :func:`empty`.
 
     Args:
-        tensor: the other, of any device; its values are not looked at.
+        tensor: the other, of any device.
         dtype: the new tensor's type; that of ``tensor`` if None.
         requires_grad: whether autograd shall record operations on it.
 
@@ -120,7 +120,7 @@ def share_(obj: T) -> T:
 
 
 def memory_stats() -> MemoryStats:
-    """Count the shared memory that this process has to do with.
+    """Count the shared memory that this process has made, or has received tensors on.
 
     Source: ``torch.cuda.memory_stats``.
     """
@@ -128,9 +128,9 @@ def memory_stats() -> MemoryStats:
 
 
 def set_memory_limit(nbytes: int | None) -> None:
-    """Limit how much shared memory this process, and each worker started from now on, keeps for use again.
+    """Limit how much shared memory this process, and each worker that it starts from now on, keeps for later tensors.
 
-    Tensors may need more than that: then it is made, and given back to the system as soon as nobody uses it.
+    Tensors may need more than that. Then torchwq makes it, and gives it back to the system when no tensor uses it.
 
     Args:
         nbytes: the limit in bytes, 0 to keep none; None for the default, a quarter of the memory that is available when

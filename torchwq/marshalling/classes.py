@@ -40,7 +40,6 @@ _BY_OTHER_NAMES = frozenset({type(None), type(Ellipsis), type(NotImplemented)})
 def reduce(cls: type, sealing: bool) -> Any:
     """The definition of a class, as ``reducer_override`` returns it."""
     _, args, (attributes, _), *_ = cloudpickle._dynamic_class_reduce(cls)
-    slots = _own_slots(cls)
     for name in [name for name, value in attributes.items() if isinstance(value, _DESCRIPTORS)]:
         if attributes[name].__objclass__ is cls:
             del attributes[name]
@@ -55,17 +54,15 @@ def reduce(cls: type, sealing: bool) -> Any:
         members = dict(cls.__members__)
         for name in members:
             attributes.pop(name, None)
-        made = (
-            _make_enum,
-            (token, args[0], args[1], args[2], {n: m.value for n, m in members.items()}, args[4]),
-        )
+        values = {name: member.value for name, member in members.items()}
+        made = _make_enum, (token, args[0], args[1], args[2], values, args[4])
         extra = {name: dict(vars(member)) for name, member in members.items()}
         for each in extra.values():
             each.pop("__objclass__", None)
     else:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        if slots is not None:
-            names["__slots__"] = slots  # type: ignore[assignment]
+        names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        if (slots := _own_slots(cls)) is not None:
+            names["__slots__"] = slots
         if isinstance(vars(cls).get("__dict__"), property):
             names["__dict__"] = vars(cls)["__dict__"]
         made = _make_class, (token, type(cls), cls.__name__, args[2], cls.__bases__, names)

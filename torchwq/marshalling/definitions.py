@@ -81,10 +81,10 @@ _process = _Registry()
 
 def _registries() -> tuple[_Registry, ...]:
     """The registries to search, the first for new ones. A worker that is a thread has its own before its process's."""
-    kept = namespaces.thread_state()
-    if kept is None:
+    state = namespaces.thread_state()
+    if state is None:
         return (_process,)
-    own: _Registry = kept.setdefault("definitions", _Registry())
+    own: _Registry = state.setdefault("definitions", _Registry())
     return own, _process
 
 

@@ -22,7 +22,7 @@ import threading
 import types
 import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any, Final
 
 from . import importable
@@ -64,8 +64,8 @@ _of_main: Namespace | None = None
 def thread_state() -> dict[str, Any] | None:
     """The state of this thread if it is a worker, which ``workers.threads`` gives it; else None."""
     thread = threading.current_thread()
-    kept: dict[str, Any] | None = getattr(thread, "torchwq_definitions", None)
-    return kept
+    state: dict[str, Any] | None = getattr(thread, "torchwq_definitions", None)
+    return state
 
 
 def existing(globals_: dict[str, Any]) -> Namespace | None:
@@ -93,9 +93,9 @@ def of(globals_: dict[str, Any]) -> Namespace:
 
 def find_or_create(token: str, name: str, has_module: bool, attributes: dict[str, Any]) -> dict[str, Any]:
     """The globals of the namespace with this token in this process, or in this thread if it is a worker."""
-    kept = thread_state()
-    spaces: Any = _spaces if kept is None else kept.setdefault("", {})
-    space: Namespace | None = spaces.get(token)
+    state = thread_state()
+    spaces: MutableMapping[str, Namespace] = _spaces if state is None else state.setdefault("", {})
+    space = spaces.get(token)
     if space is None:
         globals_ = {"__builtins__": builtins, **attributes}
         if name:
@@ -103,17 +103,16 @@ def find_or_create(token: str, name: str, has_module: bool, attributes: dict[str
         space = Namespace(token, globals_, False)
         globals_[_KEY] = space
         space = spaces.setdefault(token, space)
-        if kept is None:
+        if state is None:
             _install_proxy(name, space, has_module)
-    globals_ = space.globals
-    return globals_
+    return space.globals
 
 
 def all_namespaces() -> list[Namespace]:
     """The namespaces of this process, the script's included; or of this thread if it is a worker."""
-    kept = thread_state()
-    if kept is not None:
-        return list(kept.get("", {}).values())
+    state = thread_state()
+    if state is not None:
+        return list(state.get("", {}).values())
     main = sys.modules.get("__main__")
     if isinstance(main, types.ModuleType) and not isinstance(main, ProxyModule):
         of(vars(main))
@@ -239,7 +238,7 @@ def _namespaces_of(name: str) -> list[Namespace]:
 def _install_proxy(name: str, space: Namespace, has_module: bool) -> None:
     """Let pickle find the namespace's values by name."""
     if name in importable.MAIN:
-        if not _may_replace_main():
+        if not _replace_main():
             return
         name = "__main__"
     elif not has_module or not name:
@@ -257,8 +256,9 @@ def _install_proxy(name: str, space: Namespace, has_module: bool) -> None:
         _kept_alive.append(space)
 
 
-def _may_replace_main() -> bool:
-    """Whether ``__main__`` has no script: in a worker, or in a process that multiprocessing has spawned from one."""
+def _replace_main() -> bool:
+    """Make ``__main__`` a ``ProxyModule`` if it has no script: in a worker, or in a process that multiprocessing has
+    spawned from one. Returns whether it is one."""
     main = sys.modules.get("__main__")
     if isinstance(main, ProxyModule):
         return True
