@@ -89,21 +89,20 @@ def _prefix_of(shape: _Shape) -> bytes:
 
 
 def _tensors_in(obj: Any) -> tuple[tuple[str, ...], Sequence[torch.Tensor]] | None:
-    """The keys and tensors of a flat collection that contains only tensors."""
-    keys: tuple[str, ...] = ()
-    values: Any = obj
-    if type(obj) is dict:
-        values = obj.values()
+    """The keys and tensors of a flat collection that contains only tensors; () and the tensor for a tensor alone."""
+    cls = type(obj)
+    if cls is torch.Tensor:
+        return (), [obj]
     if not 0 < len(obj) <= _MAX_TENSORS:
         return None
+    values = list(obj.values()) if cls is dict else obj
     for value in values:
         if type(value) is not torch.Tensor:
             return None
-    if type(obj) is dict:
-        keys, values = tuple(obj), list(values)
-        for key in keys:
-            if type(key) is not str:
-                return None
+    keys = tuple(obj) if cls is dict else ()
+    for key in keys:
+        if type(key) is not str:
+            return None
     return keys, values
 
 
@@ -129,11 +128,9 @@ class LocalTensors(LocalMessage):
         self._places = places
 
     def decode(self, *, original_tensors: bool = False) -> Any:
-        tensors = (
-            self.objects
-            if original_tensors
-            else [alias(*each) for each in zip(self.objects, self._places, strict=True)]
-        )
+        tensors = self.objects
+        if not original_tensors:
+            tensors = [alias(*each) for each in zip(tensors, self._places, strict=True)]
         return _build((self._cls, self._keys, (), ()), tensors)
 
     def copy(self) -> LocalMessage:
@@ -142,7 +139,7 @@ class LocalTensors(LocalMessage):
 
 def encode_local(obj: Any) -> LocalMessage | None:
     """The local message of a tensor, dict, list or tuple; None if it must take the general path."""
-    content = ((), [obj]) if type(obj) is torch.Tensor else _tensors_in(obj)
+    content = _tensors_in(obj)
     if content is None:
         return None
     keys, tensors = content
@@ -301,13 +298,8 @@ def decode(shape: _Shape, references: Iterable[tuple[int, int]]) -> Any:
 def learn(obj: Any, rows: Sequence[Row]) -> None:
     """Remember the shape of an object that has come by the general path, with these rows of packed tensors."""
     cls = type(obj)
-    if cls is torch.Tensor:
-        content: Any = (), [obj]
-    elif cls in (dict, list, tuple):
-        content = _tensors_in(obj)
-        if content is None:
-            return
-    else:
+    content = _tensors_in(obj) if cls in (torch.Tensor, dict, list, tuple) else None
+    if content is None:
         return
     keys, tensors = content
     if any(tensor.requires_grad or is_unusual(tensor) for tensor in tensors):
