@@ -303,7 +303,7 @@ class ProcessModel:
         assert os.waitstatus_to_exitcode(status) == 0
 
     def check(self) -> None:
-        """Every held tensor has its content, although every process writes over the blocks that it believes to be free."""
+        """Every held tensor has its content, although all processes write over blocks that they believe are free."""
         overwrite_free_blocks()
         for key, tensor in self.mine.items():
             assert (tensor == self.value[key]).all(), f"the test's {key}: {tensor}, not {self.value[key]}"

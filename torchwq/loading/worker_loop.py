@@ -173,7 +173,7 @@ class WorkerLoop:
 
 
 def _size(payload: bytes | LocalMessage) -> int:
-    """Bytes of a message that is not a parcel. Of a thread's, which are not copied, those of its tensors."""
+    """Bytes of a message that is not a ``Message``. Of a thread's, which are not copied, those of its tensors."""
     return len(payload) if isinstance(payload, bytes) else _nbytes_of(payload.objects)
 
 
