@@ -206,7 +206,7 @@ def _leaves_nothing_behind(_services: None) -> Iterator[None]:
 _debug_read = 0
 
 
-def told_by_debug_mode() -> str:
+def report_of_debug_mode() -> str:
     """What the debug mode of the reactor has told, in this process and in those below, since this was asked last."""
     global _debug_read
     assert debug.ON
@@ -223,7 +223,7 @@ def told_by_debug_mode() -> str:
 @pytest.fixture(autouse=True)
 def _nothing_holds_the_reactor_up(_services: None) -> Iterator[None]:
     yield
-    told = told_by_debug_mode()
+    told = report_of_debug_mode()
     assert not told, told
 
 

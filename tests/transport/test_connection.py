@@ -1,4 +1,4 @@
-"""A connection as its side uses it: nothing half made stays, who waits is told, and what waits leaves or comes back."""
+"""A connection: nothing half made stays, waiting threads learn of its end, messages are sent or given back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchwq.transport.connection import Connection
 
 
 class Watched:
-    """A payload that notes what becomes of it."""
+    """A payload that notes its calls."""
 
     kind = 0
     data = b"watched."
@@ -54,7 +54,7 @@ def fill(connection: Connection) -> int:
     return count
 
 
-def test_one_that_cannot_be_made_closes_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_cannot_be_made_closes_its_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_descriptors()
 
     def refuse() -> int | None:
@@ -70,7 +70,7 @@ def test_one_that_cannot_be_made_closes_its_ends(monkeypatch: pytest.MonkeyPatch
         assert open_descriptors() == before
 
 
-def test_no_descriptor_is_opened_before_somebody_sleeps(both: tuple[Connection, Connection]) -> None:
+def test_no_descriptor_is_opened_before_a_thread_sleeps(both: tuple[Connection, Connection]) -> None:
     before = open_descriptors()
     ours, theirs = both
     ours.send(b"1.")
@@ -119,7 +119,7 @@ def test_threads_that_spin_at_the_same_time_do_not_hinder_each_other(both: tuple
 
 
 @pytest.mark.parametrize("end", ["stop_waiting", "close"])
-def test_who_waits_in_another_thread_is_told_of_the_end(both: tuple[Connection, Connection], end: str) -> None:
+def test_a_thread_that_waits_learns_of_the_end(both: tuple[Connection, Connection], end: str) -> None:
     _, theirs = both
     results: list[object] = []
 
@@ -139,7 +139,7 @@ def test_who_waits_in_another_thread_is_told_of_the_end(both: tuple[Connection, 
     assert results == [None, None, None]
 
 
-def test_what_has_come_is_taken_after_the_waiting_was_stopped(both: tuple[Connection, Connection]) -> None:
+def test_a_message_that_has_arrived_can_be_taken_after_stop_waiting(both: tuple[Connection, Connection]) -> None:
     ours, theirs = both
     ours.send(b"1.")
     theirs.stop_waiting()
@@ -149,7 +149,7 @@ def test_what_has_come_is_taken_after_the_waiting_was_stopped(both: tuple[Connec
     assert ours.take() == (b"2.", [])
 
 
-def test_what_waits_comes_back_when_the_connection_is_closed(both: tuple[Connection, Connection]) -> None:
+def test_messages_that_wait_are_given_back_when_the_connection_is_closed(both: tuple[Connection, Connection]) -> None:
     ours, _ = both
     fill(ours)
     payload = Watched()
@@ -161,7 +161,7 @@ def test_what_waits_comes_back_when_the_connection_is_closed(both: tuple[Connect
     ours.close()
 
 
-def test_who_waits_until_all_is_sent_is_told_of_the_closing(both: tuple[Connection, Connection]) -> None:
+def test_a_thread_that_waits_until_all_is_sent_learns_of_the_close(both: tuple[Connection, Connection]) -> None:
     ours, _ = both
     fill(ours)
     thread = threading.Thread(target=ours.outbox.wait_empty)
@@ -172,7 +172,7 @@ def test_who_waits_until_all_is_sent_is_told_of_the_closing(both: tuple[Connecti
     assert not thread.is_alive()
 
 
-def test_one_that_is_closed_when_sent_is_read_from_until_then(both: tuple[Connection, Connection]) -> None:
+def test_a_connection_that_closes_when_sent_is_read_until_then(both: tuple[Connection, Connection]) -> None:
     ours, theirs = both
     count = fill(ours)
     theirs.send(b"answer.")
@@ -187,7 +187,7 @@ def test_one_that_is_closed_when_sent_is_read_from_until_then(both: tuple[Connec
         theirs.take()
 
 
-def test_a_closed_one_is_not_watched(both: tuple[Connection, Connection]) -> None:
+def test_a_closed_connection_is_not_watched(both: tuple[Connection, Connection]) -> None:
     ours, theirs = both
     called = threading.Event()
     theirs.watch(called.set)
@@ -200,7 +200,7 @@ def test_a_closed_one_is_not_watched(both: tuple[Connection, Connection]) -> Non
 
 
 def test_one_end_may_be_written_to_and_the_other_one_read(both: tuple[Connection, Connection]) -> None:
-    """As whoever has a channel does."""
+    """As each side of a channel does."""
     before = open_descriptors()
     a, b = kinds.pair()
     line = Connection(b, outgoing=a)
@@ -211,7 +211,7 @@ def test_one_end_may_be_written_to_and_the_other_one_read(both: tuple[Connection
     assert open_descriptors() == before
 
 
-def test_the_child_of_a_fork_has_none_of_it(both: tuple[Connection, Connection]) -> None:
+def test_the_child_of_a_fork_closes_its_copies(both: tuple[Connection, Connection]) -> None:
     ours, theirs = both
     fill(ours)
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""The debug mode of the reactor. That it has nothing to tell of torchwq itself is looked at after each test."""
+"""The debug mode of the reactor. After each test, the fixtures check that it has not reported torchwq itself."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.conftest import told_by_debug_mode
+from tests.conftest import report_of_debug_mode
 from torchwq.marshalling import codec
 from torchwq.transport import debug, reactor
 
 
 def run_in_reactor(callback: Callable[[], object]) -> str:
-    """Have the reactor call it; returns what the debug mode tells."""
+    """Have the reactor call it; returns what the debug mode reports."""
     done = threading.Event()
     reactor.get().call_later(0, callback)
     reactor.get().call_later(0, done.set)
     assert done.wait(30)
-    return told_by_debug_mode()
+    return report_of_debug_mode()
 
 
 def burn(seconds: float) -> None:
@@ -31,37 +31,37 @@ def burn(seconds: float) -> None:
         pass
 
 
-def test_a_callback_that_takes_long_is_told_of() -> None:
+def test_a_callback_that_takes_long_is_reported() -> None:
     def burns() -> None:
         burn(debug.MAX_CALLBACK_TIME * 1.2)
 
-    told = run_in_reactor(burns)
-    assert "burns" in told
-    assert "ms of processor time" in told
-    assert f"process {os.getpid()}" in told
+    report = run_in_reactor(burns)
+    assert "burns" in report
+    assert "ms of processor time" in report
+    assert f"process {os.getpid()}" in report
 
 
-def test_a_callback_that_takes_a_moment_is_not_told_of() -> None:
+def test_a_callback_that_takes_a_moment_is_not_reported() -> None:
     assert not run_in_reactor(lambda: burn(debug.MAX_CALLBACK_TIME / 5))
 
 
-def test_a_callback_that_waits_is_told_of_while_it_does() -> None:
+def test_a_callback_that_waits_is_reported_while_it_does() -> None:
     go_on = threading.Event()
 
     def waits() -> None:
         go_on.wait(30)
 
     reactor.get().call_later(0, waits)
-    told = ""
+    report = ""
     until = time.monotonic() + 30
-    while not told and time.monotonic() < until:
-        told = told_by_debug_mode()
+    while not report and time.monotonic() < until:
+        report = report_of_debug_mode()
     go_on.set()
-    assert "waits" in told
-    assert "go_on.wait(30)" in told, "where it waits"
+    assert "waits" in report
+    assert "go_on.wait(30)" in report, "where it waits"
 
 
-def test_a_callback_that_has_to_share_the_processor_is_not_told_of() -> None:
+def test_a_callback_that_has_to_share_the_processor_is_not_reported() -> None:
     stop = threading.Event()
 
     def shares() -> None:
@@ -79,17 +79,17 @@ def test_a_callback_that_has_to_share_the_processor_is_not_told_of() -> None:
             each.join()
 
 
-def test_a_callback_that_marshals_is_told_of() -> None:
+def test_a_callback_that_marshals_is_reported() -> None:
     def marshals() -> None:
         codec.decode(*codec.deliver_local(codec.encode({"a": [1]}, 1000)))
 
-    told = run_in_reactor(marshals)
-    assert told.count("marshals at") == 2
-    assert told.count("runs code of the user's") == 2
-    assert "codec.encode({" in told, "where it does"
+    report = run_in_reactor(marshals)
+    assert report.count("marshals at") == 2
+    assert report.count("runs code of the user's") == 2
+    assert "codec.encode({" in report, "where it does"
 
 
-def test_garbage_that_is_collected_in_the_reactor_is_nobodys_fault() -> None:
+def test_garbage_collected_in_the_reactor_is_not_reported() -> None:
     class Marshals:
         def __init__(self) -> None:
             self.me = self
@@ -117,7 +117,7 @@ def run(source: str, environment: dict[str, str]) -> str:
     return done.stderr
 
 
-def test_it_costs_nothing_when_it_is_off() -> None:
+def test_the_debug_mode_costs_nothing_when_it_is_off() -> None:
     source = """
         import threading
         import torchwq
@@ -132,7 +132,7 @@ def test_it_costs_nothing_when_it_is_off() -> None:
     assert not run(source, {key: value for key, value in os.environ.items() if not key.startswith("TORCHWQ_")})
 
 
-def test_it_tells_on_stderr_unless_it_has_a_path() -> None:
+def test_the_debug_mode_reports_on_stderr_unless_it_has_a_path() -> None:
     source = """
         import threading, time
         from torchwq.transport import reactor

@@ -53,7 +53,7 @@ def test_a_message_that_cannot_be_sent_is_not_taken_for_a_peer_that_is_gone(ends
     assert a.try_send(b"after it")
     assert b.try_receive() == (b"after it", [])
     a.close()
-    with pytest.raises(BrokenPipeError):  # here it is this end that is closed
+    with pytest.raises(BrokenPipeError):  # because this end is closed
         a.try_send(b"x")
 
 
@@ -118,7 +118,7 @@ def test_descriptors_ride_along(ends: tuple[Endpoint, Endpoint]) -> None:
     assert b.try_receive() == (b"none", [])
 
 
-def test_what_is_next_can_be_seen_and_stays(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_peek_shows_the_next_message_and_leaves_it(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     assert b.peek() is None
     with tempfile.TemporaryFile() as file:
@@ -133,7 +133,7 @@ def test_what_is_next_can_be_seen_and_stays(ends: tuple[Endpoint, Endpoint]) -> 
     assert b.peek() == b""
 
 
-def test_what_was_sent_before_closing_is_still_received(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_messages_sent_before_closing_are_still_received(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     b.try_send(b"unread by the one that closes")
     a.try_send(b"last")
@@ -154,7 +154,7 @@ def test_stop_receiving_refuses_the_other_side_and_still_sends(ends: tuple[Endpo
     assert b.try_receive() == (b"y", [])
 
 
-def test_unread_tells_when_all_is_taken(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_unread_by_peer_says_when_all_is_taken(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     assert a.unread_by_peer() == 0
     a.try_send(b"x")
@@ -205,7 +205,7 @@ def test_too_many_descriptors_are_a_clear_error_and_leak_nothing(ends: tuple[End
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("victim_reads", [True, False])
 def test_killed_processes_leave_nothing_to_repair(kind: str, victim_reads: bool) -> None:
-    """Readers or writers of one shared end are killed at random; every message left is whole, and others go on."""
+    """Readers or writers of one shared end are killed at random: every message left is whole, others work on."""
     a, b = KINDS[kind]()
     mine, theirs = a, b
     body = b"0123456789" * 300
@@ -274,7 +274,7 @@ def test_an_fd_bundle_that_does_not_fit_leaves_no_descriptor_open(monkeypatch: p
             os.fstat(fd)
 
 
-def test_a_moment_s_wait_for_room_does_not_begin_anew_with_each_signal(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_a_send_with_timeout_does_not_begin_anew_with_each_signal(ends: tuple[Endpoint, Endpoint]) -> None:
     a, _ = ends
     while a.try_send(b"x" * 1000):
         pass

@@ -1,4 +1,4 @@
-"""No descriptor is free: who wants one is told the limit, nothing half made stays open, and nobody spins."""
+"""No descriptor is free: an error names the limit, nothing half made stays open, and no thread spins."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ class FullSocket:
         return self.inner.accept()
 
 
-def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner tells, once, and looks now and then: it was called thousands of times while it span."""
+def test_opening_a_name_waits_for_its_owner_to_have_a_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The owner warns once, and tries again now and then instead of at once."""
     with torchwq.workqueue("full"):
         here = directory.get()
         full = FullSocket(here._socket, 0.5)
-        told: list[object] = []
+        warned: list[object] = []
         monkeypatch.setattr(here, "_socket", full)
-        monkeypatch.setattr(directory.warnings, "warn", lambda *args, **_: told.append(args))
+        monkeypatch.setattr(directory.warnings, "warn", lambda *args, **_: warned.append(args))
         asking = socket.socket(socket.AF_UNIX, socket_type())
         asking.connect(here.path)
         link = Link(asking.detach())
@@ -54,12 +56,12 @@ def test_who_opens_a_queue_by_name_waits_for_its_owner_to_have_a_descriptor(monk
         close_fds(received[1])
         assert received[0][:1] == b"Q"
         assert full.calls < 20, "it has tried again at once"
-        assert len(told) == 1
-        assert "RLIMIT_NOFILE" in str(told)
+        assert len(warned) == 1
+        assert "RLIMIT_NOFILE" in str(warned)
 
 
 def test_an_owner_that_lives_and_cannot_answer_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its link ends as that of a dead one does."""
+    """The link to it ends as one to a dead owner does."""
     with torchwq.workqueue("busy"):
         here = directory.get()
         with monkeypatch.context() as patched:
@@ -117,13 +119,13 @@ def test_descriptors_run_out_while_things_are_opened(run_script: Callable[..., o
             return count()
 
         last = -1
-        while last != count():  # what was opened once stays
+        while last != count():  # some descriptors are opened once, and stay
             last = count()
             gc.collect()
             time.sleep(0.3)
         base = count()
         resource.setrlimit(resource.RLIMIT_NOFILE, (base + 36, base + 36))
-        for spare in range(6):  # they run out at another place of each
+        for spare in range(6):  # the descriptors run out at another place of each
             kept = [os.open("/", os.O_RDONLY) for _ in range(spare)]
             for name, make in makers.items():
                 made = []
@@ -144,7 +146,7 @@ def test_descriptors_run_out_while_things_are_opened(run_script: Callable[..., o
 
 
 def test_a_relative_folder_for_temporary_files(run_script: Callable[..., object], tmp_path: Path) -> None:
-    """Names are found, and removed, after the program has gone elsewhere."""
+    """Names are found, and removed, after the program has changed its directory."""
     run_script(
         """
         import os, tempfile, torchwq

@@ -21,7 +21,7 @@ def descriptors_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize("end", ["the peer goes", "it is closed", "the process forks"])
-def test_descriptors_that_wait_in_a_link_are_closed_when_they_cannot_leave(tmp_path: Path, end: str) -> None:
+def test_descriptors_that_wait_in_a_link_are_closed_when_they_cannot_be_sent(tmp_path: Path, end: str) -> None:
     file = tmp_path / "file"
     file.touch()
     ours, their_fd = link.pair()

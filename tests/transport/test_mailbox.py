@@ -19,7 +19,7 @@ def test_messages_come_in_order_and_then_none() -> None:
         box.pop()
 
 
-def test_the_bell_rings_while_there_are_messages() -> None:
+def test_the_alarm_is_set_while_there_are_messages() -> None:
     box: Mailbox[str] = Mailbox()
     box.put("before")
     alarm = box.not_empty()
@@ -55,7 +55,7 @@ def test_threads_that_put_take_and_sleep_lose_nothing(alarm: bool) -> None:
     def read(mine: list[tuple[int, int]]) -> None:
         while True:
             found = box.take() or box.wait(box.take, None)
-            if found is None:  # woken, and another was faster
+            if found is None:  # another reader was faster
                 continue
             if found[0] < 0:
                 return
@@ -98,7 +98,7 @@ def test_wait_ends_for_a_reason_and_at_the_deadline() -> None:
     assert not thread.is_alive()
 
 
-def test_a_taker_who_came_before_the_bell_leaves_it_ringing_only_until_somebody_looks() -> None:
+def test_an_alarm_made_while_a_message_is_taken_is_cleared_by_has_message() -> None:
     box: Mailbox[int] = Mailbox()
     box.put(1)
     pop = box.pop

@@ -29,7 +29,7 @@ def receive(end: Endpoint) -> bytes:
     return bytes(received[0])
 
 
-def test_what_a_full_socket_does_not_take_is_flushed_in_order(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_messages_that_a_full_socket_does_not_take_are_sent_later_in_order(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     outbox = Outbox(a)
     for number in range(20_000):
@@ -40,7 +40,7 @@ def test_what_a_full_socket_does_not_take_is_flushed_in_order(ends: tuple[Endpoi
     assert len(outbox) == 0
 
 
-def test_what_cannot_be_sent_is_told_and_leaves_the_outbox_as_it_was(
+def test_a_message_that_cannot_be_sent_raises_and_leaves_the_outbox_as_it_was(
     ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = ends
@@ -48,20 +48,20 @@ def test_what_cannot_be_sent_is_told_and_leaves_the_outbox_as_it_was(
     bad = Message(b"bad.", [-1], [])
     with pytest.raises(NotSent):
         outbox.send(bad)
-    told: list[Any] = []
-    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error[0]))
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: reported.append(error[0]))
     count = 0
     while not outbox.pending:
         outbox.send(b"%d." % count)
         count += 1
-    outbox.send(bad)  # waits with the others; whoever has written it is told nothing any more
+    outbox.send(bad)  # waits with the others; its writer learns no more of it
     outbox.send(b"%d." % count)
     messages = [receive(b) for _ in range(count + 1)]
     assert [message.partition(b".")[0] for message in messages] == [b"%d" % number for number in range(count + 1)]
     numbers = [number_of(message) for message in messages]
     assert numbers == [*range(1, count + 1), count + 2]
     outbox.wait_empty()
-    assert told == [NotSent]
+    assert reported == [NotSent]
 
 
 def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tuple[Endpoint, Endpoint]) -> None:
@@ -85,7 +85,7 @@ def test_many_threads_keep_their_own_order_and_numbers_match_the_order(ends: tup
     assert numbers == list(range(1, 8_001))
 
 
-def test_sent_is_called_once_for_each_message_the_socket_took(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_on_sent_is_called_once_for_each_message_the_socket_took(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     taken: list[bytes] = []
     outbox = Outbox(a, on_sent=lambda tag, data: taken.append(data))
@@ -98,7 +98,7 @@ def test_sent_is_called_once_for_each_message_the_socket_took(ends: tuple[Endpoi
     assert taken == [b"%d." % number for number in range(5_000)]
 
 
-def test_a_closed_other_side_drops_what_waits_and_refuses_more(ends: tuple[Endpoint, Endpoint]) -> None:
+def test_a_closed_peer_drops_pending_messages_and_refuses_more(ends: tuple[Endpoint, Endpoint]) -> None:
     a, b = ends
     outbox = Outbox(a)
     for _ in range(20_000):
@@ -124,8 +124,8 @@ def test_close_when_sent_waits_for_the_last_message(ends: tuple[Endpoint, Endpoi
     assert closed.wait(5)
 
 
-def test_the_reactor_sends_what_waits_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has others to see to. It calls again while there is room."""
+def test_the_reactor_sends_pending_messages_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has other descriptors to serve, and calls again while there is room."""
     a, b = kinds.pair()
     outbox = Outbox(a)
     written = 1000
@@ -157,7 +157,7 @@ def test_the_reactor_sends_what_waits_some_at_a_time(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("is_watched", [True, False])
-def test_a_ctrl_c_as_the_first_message_waits_leaves_nothing_behind(
+def test_a_ctrl_c_as_the_first_message_becomes_pending_leaves_nothing_behind(
     ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch, is_watched: bool
 ) -> None:
     a, b = ends
@@ -182,7 +182,7 @@ def test_a_ctrl_c_as_the_first_message_waits_leaves_nothing_behind(
     wait_until(lambda: a.fileno() not in watcher._watched)
 
 
-def test_a_message_that_nobody_can_be_found_to_send_on_is_as_if_it_had_not_been_written(
+def test_a_message_that_the_reactor_cannot_send_later_is_as_if_it_had_not_been_written(
     ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = ends

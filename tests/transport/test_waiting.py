@@ -50,11 +50,11 @@ def test_an_alarm_wakes_every_waiter_until_it_is_cleared() -> None:
     b.close()
 
 
-def test_all_who_wait_can_be_woken_once() -> None:
+def test_wake_all_ends_each_wait_once() -> None:
     a, b = kinds.pair()
     waiter = Waiter(b)
     alarm = waiter.alarm
-    waiter.wake_all()  # nobody
+    waiter.wake_all()  # no thread waits
     results: list[object] = []
     threads = [threading.Thread(target=lambda: results.append(waiter.wait(b.try_receive, None))) for _ in range(3)]
     for thread in threads:
@@ -68,7 +68,7 @@ def test_all_who_wait_can_be_woken_once() -> None:
     started = time.monotonic()
     assert waiter.wait(b.try_receive, started + 0.05) is None
     assert time.monotonic() >= started + 0.05
-    assert waiter.wait(b.try_receive, started + 60, lambda: True) is None  # a reason that came before
+    assert waiter.wait(b.try_receive, started + 60, lambda: True) is None  # a reason that existed before
     assert time.monotonic() < started + 30
     waiter.close()
     a.close()
@@ -112,7 +112,7 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("has_eventfd", [True, False])
-def test_an_alarm_that_a_signal_handler_changes_while_it_is_changed_shows_how_it_is(
+def test_an_alarm_that_a_signal_handler_changes_while_it_is_changed_ends_in_the_right_state(
     monkeypatch: pytest.MonkeyPatch, has_eventfd: bool
 ) -> None:
     if not has_eventfd:
@@ -158,7 +158,7 @@ def test_a_wait_that_ctrl_c_ends_as_it_begins_or_ends_is_not_woken_for_ever(monk
     b.close()
 
 
-def test_a_deadline_in_the_past_still_takes_what_is_there() -> None:
+def test_a_deadline_in_the_past_still_takes_a_message_that_is_there() -> None:
     a, b = kinds.pair()
     waiter = Waiter(b)
     a.try_send(b"x")
@@ -180,7 +180,7 @@ def test_closing_ends_the_wait_and_releases_the_descriptors() -> None:
     b.close()
 
 
-def test_an_alarm_that_is_garbage_is_closed_for_whoever_uses_it_in_a_finalizer() -> None:
+def test_an_alarm_that_is_garbage_is_closed_for_a_finalizer_that_uses_it() -> None:
     class Uses:
         def __init__(self) -> None:
             self.alarm, self.me = Alarm(), self
@@ -207,11 +207,11 @@ def test_a_source_that_was_closed_ends_the_wait_by_the_alarm() -> None:
     a.close()
 
 
-def test_what_an_interruption_has_left_makes_nobody_late() -> None:
+def test_a_sleeper_left_by_an_interruption_delays_no_message() -> None:
     a, b = kinds.pair()
     waiter = Waiter(b)
     waiter._spin = 0
-    waiter._asleep.add(-1)  # as if a thread were asleep, and watched nothing
+    waiter._asleep.add(-1)  # as if a thread slept that watches nothing
     timer = threading.Timer(0.1, a.try_send, [b"x"])
     timer.start()
     began = time.monotonic()

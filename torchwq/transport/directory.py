@@ -62,7 +62,7 @@ class Directory:
         self._names: dict[str, Opener] = {}
         self._tombstones: dict[str, _Tombstone] = {}
         self._asking: set[Link] = set()
-        self._has_told = False
+        self._has_warned = False
         watcher = reactor.get()
         self._socket = descriptors.unix_socket(socket_type())
         try:
@@ -112,7 +112,7 @@ class Directory:
                 if error.errno in descriptors.SHORTAGE:
                     self._wait_for_descriptors()
                 return
-            self._has_told = False
+            self._has_warned = False
             if peer_uid(connection) != os.geteuid():
                 connection.close()
                 continue
@@ -128,9 +128,9 @@ class Directory:
         watcher = reactor.get()
         watcher.set_reader(self._socket.fileno(), None)
         watcher.call_later(ACCEPT_INTERVAL, self._listen_again)
-        if self._has_told:
+        if self._has_warned:
             return
-        self._has_told = True
+        self._has_warned = True
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         text = (
             f"no file descriptor is free (RLIMIT_NOFILE: {soft}): a process that opens a queue of this one by name "

@@ -90,7 +90,7 @@ class SeqpacketEndpoint(SocketEndpoint):
     def peek(self) -> bytes | None:
         try:
             return self._socket.recv(MAX_MESSAGE, NO_WAIT | socket.MSG_PEEK)
-        except (BlockingIOError, ConnectionResetError):  # the reset is told once: see ``try_receive``
+        except (BlockingIOError, ConnectionResetError):  # the kernel reports the reset once: see ``try_receive``
             return None
 
 

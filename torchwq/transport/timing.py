@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 #: The longest sleep before a reader tries again. The kernel wakes one sleeper for a message, and that process may be
-#: killed before it takes the message; half of the second within which users are told of a death.
+#: killed before it takes the message; half of the second within which users learn of a death.
 MAX_SLEEP: Final = 0.5
 #: The same for threads that wake each other. They lose no wake-up; this bounds what a fault of ours would cost.
 MAX_PARKED: Final = 1.0
