@@ -1,23 +1,35 @@
-"""Parts of other processes in a channel, as it were."""
+"""Helpers that stand for other processes."""
 
 from __future__ import annotations
 
 import os
 
+from torchwq import Channel
 from torchwq.channels.socket import SocketChannel, open_socket_channels
 from torchwq.channels.table import SENT
 
 
+def socket_of(channel: Channel) -> SocketChannel:
+    """Open the channel to processes."""
+    channel._core.open_to_processes()
+    socket = channel._core.socket
+    assert socket is not None
+    return socket
+
+
+def descriptors_of(socket: SocketChannel) -> list[int]:
+    """What another process would get."""
+    fds = [*socket._connection.handover(), *socket.table.handover()]
+    return [os.dup(fd) for fd in (fds if socket._room < 0 else [*fds, socket._room])]
+
+
 def another(socket: SocketChannel) -> SocketChannel:
     """A second part, which would normally be another process's."""
-    fds = [*socket._connection.handover(), *socket.table.handover()]
-    if socket._room >= 0:
-        fds.append(socket._room)
-    return SocketChannel(socket.name, [os.dup(fd) for fd in fds], socket.capacity)
+    return SocketChannel(socket.name, descriptors_of(socket), socket.capacity)
 
 
 def write_and_die(socket: SocketChannel) -> None:
-    """What a process leaves that is killed after it has written."""
+    """Leave what a process leaves that is killed after it has written."""
     part = another(socket)
     part.table.add(SENT, 1)
     part.table.abandon()

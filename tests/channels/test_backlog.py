@@ -1,4 +1,4 @@
-"""Backlogs that leave as one item, in the moments in which there is nothing in them."""
+"""Backlogs that leave as one message, also when nothing is left to be in it."""
 
 from __future__ import annotations
 

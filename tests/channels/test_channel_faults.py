@@ -18,7 +18,7 @@ import torch
 
 import torchwq
 from tests.channels import jobs
-from tests.channels.parts import another, write_and_die
+from tests.channels.parts import another, descriptors_of, socket_of, write_and_die
 from tests.conftest import wait_until
 from torchwq import ChannelState
 from torchwq.channels import core as cores
@@ -61,9 +61,7 @@ def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(table, "REUSE_AFTER", 2)
     monkeypatch.setattr(table, "MAX_PEERS", 4)
     channel = torchwq.channel()
-    channel._core.open_to_processes()
-    socket = channel._core.socket
-    assert socket is not None
+    socket = socket_of(channel)
     for _ in range(6):
         write_and_die(socket)
         with pytest.raises(torchwq.WorkerDied, match="ended without having closed"):
@@ -74,9 +72,7 @@ def test_each_death_is_told_however_many_there_were(monkeypatch: pytest.MonkeyPa
 
 def test_a_channel_that_too_many_have_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     channel = torchwq.channel(capacity=3)
-    channel._core.open_to_processes()
-    socket = channel._core.socket
-    assert socket is not None
+    socket = socket_of(channel)
     monkeypatch.setattr(table, "MAX_PEERS", 1)
     with pytest.raises(torchwq.ResourceError, match="more than 1 processes"):
         another(socket)
@@ -325,9 +321,7 @@ def test_a_failed_closing_is_told_to_whoever_reads_the_end() -> None:
 def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
     """An alarm that limits the time raises TimeoutError, which is an OSError, perhaps just after the item has left."""
     channel = torchwq.channel()
-    channel._core.open_to_processes()
-    socket = channel._core.socket
-    assert socket is not None
+    socket = socket_of(channel)
     if not socket._sender._is_active:
         pytest.skip("a stream is sent to under a lock")
     send = socket._sender._send_bare
@@ -348,10 +342,8 @@ def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
 def test_a_writer_that_is_late_hears_of_the_closing() -> None:
     channel = torchwq.channel()
     local = channel._core.local
-    channel._core.open_to_processes()
+    socket = socket_of(channel)
     channel.write("before")
-    socket = channel._core.socket
-    assert socket is not None
     socket.close()  # as another process does
     assert local.try_write(1) is ChannelState.CLOSED
     assert (local.state(), local.is_closed, local.num_items()) == (ChannelState.CLOSED, True, 1)
@@ -395,9 +387,7 @@ def test_a_class_that_cannot_be_hashed_is_named(process: bool) -> None:
 
 def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
     channel = torchwq.channel(capacity=3)
-    channel._core.open_to_processes()
-    socket = channel._core.socket
-    assert socket is not None
+    socket = socket_of(channel)
     reactor.get()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     failures = 0
@@ -405,7 +395,7 @@ def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
         gc.collect()
         cleanup.finish()
         before = open_descriptors()
-        fds = [os.dup(fd) for fd in (*socket._connection.handover(), *socket.table.handover(), socket._room)]
+        fds = descriptors_of(socket)
         free = [fd for fd in range(1024) if fd not in open_descriptors()]
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[failures], limits[1]))
         try:

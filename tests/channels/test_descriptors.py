@@ -1,4 +1,4 @@
-"""The first item with descriptors: nobody may receive it who could lose them."""
+"""The first item with descriptors: no reader may receive it that could lose them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import torchwq
 from tests.channels import jobs
+from tests.channels.parts import socket_of
 from tests.conftest import wait_until
 from torchwq import Channel, ChannelState
 from torchwq.channels.socket import SocketChannel
@@ -20,15 +21,8 @@ from torchwq.transport import kinds
 pytestmark = pytest.mark.skipif(kinds.kind() != "seqpacket", reason="a stream is never received without descriptors")
 
 
-def socket_of(channel: Channel) -> SocketChannel:
-    channel._core.open_to_processes()
-    socket = channel._core.socket
-    assert socket is not None
-    return socket
-
-
 def begun() -> tuple[Channel, SocketChannel, threading.Thread]:
-    """A channel of which one reads, as a thread that is in recv does, while another writes its first tensor."""
+    """A channel in which one thread seems to be in recv while another writes the first tensor."""
     channel = torchwq.channel()
     socket = socket_of(channel)
     socket.table.count_attempt()

@@ -1,4 +1,4 @@
-"""One who waits at a channel is woken by what there is to tell: nobody finds it by looking now and then."""
+"""A thread that waits at a channel is woken by the failures that it is told of: it does not poll for them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import pytest
 import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
-from torchwq.channels import core as cores
+from torchwq.channels import core, reading
 
-#: Longer than any test may take: who looks only so often never does.
+#: Longer than any test may take.
 NEVER = 1000.0
 
 
 @pytest.fixture(autouse=True)
-def _nobody_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "POLL_INTERVAL", NEVER)
+def _nothing_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (core, reading):
+        monkeypatch.setattr(module, "POLL_INTERVAL", NEVER)
 
 
 def is_waiting(channel: torchwq.Channel) -> bool:
@@ -32,7 +33,7 @@ def is_waiting(channel: torchwq.Channel) -> bool:
 
 
 def soon(channel: torchwq.Channel, action: Callable[[], object]) -> threading.Thread:
-    """Do it when the reader has fallen asleep; by a thread that could not write."""
+    """Do it when the reader sleeps; in a daemon thread, which does not count as one that could write."""
 
     def run() -> None:
         wait_until(lambda: is_waiting(channel))

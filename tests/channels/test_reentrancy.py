@@ -1,5 +1,4 @@
-"""A finalizer or a signal handler uses the channel that its thread is just using: neither hangs, and nothing is
-lost."""
+"""A finalizer or signal handler uses the channel that its thread is using: nothing hangs, and nothing is lost."""
 
 from __future__ import annotations
 
