@@ -1,12 +1,12 @@
-"""Makes a worker's batches: from the dataset as a worker has it, from where it is to begin or to go on.
+"""Makes a worker's batches, from the beginning of an epoch or from a snapshot.
 
 It follows torch's ``_worker_loop`` step by step where users can see it: seeds, ``get_worker_info``, ``worker_init_fn``,
-fetchers, and that a failure is answered and the next index taken.
+fetchers. A failure is an answer, and the worker goes on with the next index.
 
 Invariants:
 
 * Each index gets exactly one answer. What ``worker_init_fn`` or the beginning of an epoch raises is the first answer.
-* The first answer of an epoch brings the snapshot from before it, if there is anything to tell.
+* The first answer of an epoch has the snapshot from before it, if the worker has a state.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class BatchMaker:
         self._dataset = config.dataset
         self._fetcher: Any = None
         self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, None, copies=False)
-        #: What was raised before the first index came.
+        #: An error from before the first index.
         self._error: Exception | None = None
         self._ended = False
         self._batches = 0
-        #: From where this epoch began, until the first answer has told it.
+        #: The snapshot from the beginning of this epoch, for the first answer.
         self._before: Snapshot | None = None
 
     def set_up(self) -> None:
-        """Make this process, or thread, a worker, and be where it is to begin.
+        """Make this process, or thread, a worker, and begin at its snapshot.
 
-        Threads share the generators of random numbers, and the dataset's data, but not its attributes.
+        Threads share random number generators, and the dataset's data, but not its attributes.
         """
         config, worker_config = self._config, self._worker_config
         worker_id, seed = worker_config.worker_id, config.base_seed + worker_config.worker_id
@@ -68,9 +68,8 @@ class BatchMaker:
                 config.init_fn(worker_id)
             generators = GeneratorStates() if config.saves_rng and not self._in_thread else None
             self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, generators, copies=self._in_thread)
-            self._go_on(
-                copy.deepcopy(worker_config.resume) if self._in_thread else worker_config.resume, worker_config.begins
-            )
+            resume = copy.deepcopy(worker_config.resume) if self._in_thread else worker_config.resume
+            self._resume(resume, worker_config.begins)
         except Exception as error:
             self._error = error
 
@@ -79,12 +78,12 @@ class BatchMaker:
         self._dataset = internals.seeded(self._dataset, shared_seed)
         try:
             self._make_fetcher()
-            self._note_beginning()
+            self._capture_beginning()
         except Exception as error:
             self._error = error
 
     def make(self, index: Any) -> Any:
-        """The answer to an index: a batch, as it is if there is nothing else to tell, or a ``messages.Answer``."""
+        """The answer to an index: a ``messages.Answer``, or only the batch if there is nothing else to say."""
         try:
             if self._error is not None:
                 error, self._error = self._error, None
@@ -96,30 +95,30 @@ class BatchMaker:
             if self._config.kind != internals.ITERABLE:
                 return self.failure(stop, index)
             self._ended = True
-            return End(after=self._snapshot(), before=self._beginning())
+            return End(after=self._snapshot(), before=self._pop_before())
         except Exception as error:
             return self.failure(error, index)
         self._batches += 1
         recorder = self._recorder
-        if not recorder.watches:
+        if not recorder.has_state:
             return data
-        after = recorder.take(self._batches) if recorder.is_due(self._batches) else None
+        after = recorder.capture(self._batches) if recorder.is_due(self._batches) else None
         if self._before is None and (after is None or recorder.is_redundant(after)):
             return data
-        return Batch(data, after=after, before=self._beginning())
+        return Batch(data, after=after, before=self._pop_before())
 
     def failure(self, error: Exception, index: Any) -> Failure:
         """The answer to an index whose batch could not be made or sent, because of ``error``."""
-        after = self._recorder.take(self._batches) if self._recorder.watches else None
-        return Failure(error, describe_failure_place(error, index), after=after, before=self._beginning())
+        after = self._recorder.capture(self._batches) if self._recorder.has_state else None
+        return Failure(error, describe_failure_place(error, index), after=after, before=self._pop_before())
 
-    def _beginning(self) -> Snapshot | None:
+    def _pop_before(self) -> Snapshot | None:
         before, self._before = self._before, None
         return before
 
     def _snapshot(self) -> Snapshot:
-        if self._recorder.watches:
-            return self._recorder.take(self._batches)
+        if self._recorder.has_state:
+            return self._recorder.capture(self._batches)
         return Snapshot(self._batches, ended=bool(getattr(self._fetcher, "ended", False)))
 
     def _make_fetcher(self) -> None:
@@ -130,12 +129,12 @@ class BatchMaker:
         self._ended = False
         self._batches = 0
 
-    def _note_beginning(self) -> None:
+    def _capture_beginning(self) -> None:
         self._recorder.begin(self._dataset, self._fetcher)
-        self._before = self._recorder.take(self._batches) if self._recorder.watches else None
+        self._before = self._recorder.capture(self._batches) if self._recorder.has_state else None
 
-    def _go_on(self, resume: Snapshot, begins: bool) -> None:
-        """Be where a worker was; with ``begins``, and begin the next epoch there."""
+    def _resume(self, resume: Snapshot, begins: bool) -> None:
+        """Go on from a snapshot; with ``begins``, it is the end of an epoch, and the next one begins."""
         if resume.dataset is not None:
             self._dataset.load_state_dict(resume.dataset)
         if not begins or resume.iterator is not None or resume.replay:
@@ -144,7 +143,7 @@ class BatchMaker:
         if resume.iterator is not None:
             iterator.load_state_dict(resume.iterator)
         elif not begins and self._config.kind == internals.ITERABLE and resume.dataset is None:
-            # What has no state of its own is iterated again up to where it was.
+            # A dataset without a state is iterated again up to the snapshot.
             if resume.rng is None:
                 resume.captured_at = resume.batches
             samples = self._config.batch_size if self._config.auto_collation and self._config.batch_size else 1
@@ -155,10 +154,10 @@ class BatchMaker:
             self._replay(resume)
         if begins:
             self._make_fetcher()
-        self._note_beginning()
+        self._capture_beginning()
 
     def _replay(self, resume: Snapshot) -> None:
-        """Make and drop what was made after the rest of the snapshot was noted."""
+        """Make and drop the batches that were made after the rest of the snapshot was captured."""
         self._batches = resume.batches
         if resume.ended:
             self._fetcher.ended = True
@@ -167,5 +166,5 @@ class BatchMaker:
             size = self._config.batch_size if self._config.auto_collation else None
             indices = [None if size is None else [None] * size] * (resume.batches - resume.captured_at)
         for index in indices or ():
-            with contextlib.suppress(Exception):  # it was raised, or will be
+            with contextlib.suppress(Exception):  # the consumer has it already, or will get it
                 self._fetcher.fetch(index)

@@ -1,10 +1,10 @@
-"""Collation straight into shared memory that is used again.
+"""Collates a batch straight into shared memory that is used again.
 
-torch's default collation looks up in a map what to do with samples of a type. In a worker, the entry for tensors is
-replaced by one that stacks them into a block of the pool. That also serves collate functions of a user's own that call
-``default_collate``, and arrays, which torch collates as tensors.
+torch's default collation has a map from the type of a sample to a function. In a worker, ``install`` replaces the
+function for tensors by one that stacks them into a block of the pool. Collate functions that call ``default_collate``
+profit from that too, and so do arrays, which torch collates as tensors.
 
-A worker that is a thread shares that map with its process: there the entry does so in workers' threads only.
+A worker that is a thread shares the map with its process. There the function does this in workers' threads only.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..memory.packing import SMALL
 from ..memory.recycling import block_of
 from . import internals
 
-#: The blocks that this worker, a process, has stacked a batch's tensors into, since it was cleared. Nobody else has
-#: tensors on them, so these tensors may go by reference.
+#: The blocks into which this worker, a process, has stacked the tensors of its present batch. No other tensors are on
+#: them, so these may go by reference.
 collated_blocks: set[Block] = set()
 
 _whole_process = False
-#: How the stack of so many tensors of this type and size lies, and its bytes. Cleared when it has too many.
+#: How a stack of so many tensors of a dtype and shape lies in memory, and its bytes. Cleared when it is full.
 _stacks: dict[tuple[torch.dtype, int, torch.Size], tuple[Geometry, int]] = {}
 _MAX_STACKS: Final = 1024
 
 
 def install(*, in_thread: bool) -> None:
-    """From now on default collation in this process, which is a worker, makes shared tensors; or in this thread."""
+    """Let default collation make shared tensors in this process, which is a worker; or, ``in_thread``, this thread."""
     global _whole_process
     _whole_process = _whole_process or not in_thread
     if internals.default_collate_fn_map.get(torch.Tensor) is internals.collate_tensor_fn:
@@ -49,7 +49,7 @@ def collate_tensor(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None)
     key = first.dtype, len(batch), first.shape
     geometry, nbytes = _stacks.get(key) or _stack(*key)
     if nbytes <= SMALL and _whole_process:
-        return torch.stack(tuple(batch), 0)  # it will be packed with others
+        return torch.stack(tuple(batch), 0)  # the message packs it into a block with others
     out = sharing.new(geometry, nbytes) if nbytes else None
     if out is None:
         return torch.stack(tuple(batch), 0)

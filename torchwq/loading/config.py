@@ -1,4 +1,4 @@
-"""What the workers of a loader are told when they start."""
+"""What a loader passes to its workers when they start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LoaderConfig:
     Attributes:
         kind, dataset, auto_collation, collate_fn, drop_last, base_seed, batch_size: as torch's loader has them.
         init_fn: the ``worker_init_fn``.
-        saves_rng: whether random numbers go on where they were, too.
+        saves_rng: whether snapshots have the states of random number generators.
         snapshot_every: after how many of its batches a worker sends a snapshot; 0 for never.
         counters, flow: the shared words of all workers.
         prefetch: how many batches a worker may make ahead.
@@ -40,7 +40,7 @@ class LoaderConfig:
 
     @classmethod
     def from_loader(cls, iterator: Any, loader: Any, stats: StatsCollector) -> LoaderConfig:
-        """What workers are told by an iterator of ``loader``, of which torch's base class has made its attributes."""
+        """For an ``iterator`` of ``loader``, which has the attributes that torch's base class sets."""
         max_workers, every = max(iterator._num_workers, loader._max_workers), loader.snapshot_every_n_steps or 0
         restarts = loader.on_worker_death == "restart" and loader.max_restarts > 0
         sharding = iterator._world_size, iterator._rank
@@ -63,12 +63,12 @@ class LoaderConfig:
 
 @dataclass
 class WorkerConfig:
-    """What one worker has for itself.
+    """What is different for each worker.
 
     Attributes:
         worker_id, num_workers, shared_seed: as torch's loader has them.
-        resume: from where it goes on.
-        begins: whether ``resume`` is the end of an epoch, and another one begins.
+        resume: the snapshot from which it goes on.
+        begins: whether ``resume`` is the end of an epoch, and the next one begins.
         room: for how many of its blocks the loader has room: see Note [in-band promises].
     """
 

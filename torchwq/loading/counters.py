@@ -1,8 +1,8 @@
-"""What a loader and its workers count, in shared memory, so that looking at it costs no message.
+"""What a loader and its workers count in shared memory, where a look costs no message.
 
-Each worker has a line of words of its own, however many there are. In a loader's statistics only the worker writes to
-its line. In the line that governs the *flow*, the iterator writes ``CONSUMED``, ``GENERATION`` and ``LIMIT``, and the
-worker ``ASLEEP``.
+Each worker has words of its own, in two mappings. Only the worker writes its words of the statistics. Of its words that
+govern the *flow* (``messages`` has Note [Flow of batches]), the iterator writes ``CONSUMED``, ``GENERATION`` and
+``LIMIT``, and the worker ``ASLEEP``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from ..peers.shared_words import SharedWords
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
 BUSY, WAITED, BATCHES, NBYTES = range(4)
-#: Words that govern the flow: how many of the worker's answers were taken; which tasks are still wanted, counted by how
-#: often others were abandoned; whether the worker sleeps until CONSUMED has grown; up to which of its answers it makes
-#: batches that nobody wants any more; how many of its answers were lost: see Note [in-band promises].
+#: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
+#: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
+#: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises].
 CONSUMED, GENERATION, ASLEEP, LIMIT, LOST = range(5)
 _WORDS: Final = 8  # a cache line for each worker
 
 
 class Counters(SharedWords):
-    """One mapping of the counters of ``workers`` workers of a loader. Used again for those that come after them."""
+    """One mapping of the counters of ``workers`` workers of a loader. Their successors use it again."""
 
     def __init__(self, workers: int, fd: int | None = None) -> None:
         super().__init__(0, workers, _WORDS, fd)
@@ -35,13 +35,13 @@ class Counters(SharedWords):
         return self.words[first : first + _WORDS]
 
     def grown(self, workers: int) -> Counters:
-        """Others for more workers, which go on with these counts. Whoever counts in these is not seen any more."""
+        """Counters for more workers, with the same counts. What processes count in these is not seen any more."""
         more = Counters(workers)
         more.words[: len(self.words)] = self.words
         return more
 
     def sum(self, word: int) -> int:
-        """What all workers together have counted in this word."""
+        """Sum of a word over all workers."""
         return sum(self.column(word))
 
 

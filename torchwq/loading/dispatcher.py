@@ -1,8 +1,8 @@
-"""Which index is drawn when, and which worker makes its batch.
+"""Draws indices from the sampler, and says which worker makes the batch of each.
 
-torch's loader is the model: an index is drawn when it draws one, and goes to the workers in turn; those whose part of
-an iterable dataset has come to its end are left out. Where nobody can tell the difference, indices are drawn further
-ahead, and several go in one message.
+torch's loader is the model. The dispatcher draws an index when torch would, and gives them to the workers in turn,
+except those whose part of an iterable dataset has ended. Where nobody can tell the difference, it draws further ahead,
+and sends several indices in one message.
 
 Invariants:
 
@@ -25,25 +25,24 @@ from .sampler_rng import SamplerRng
 from .state import State
 from .worker_handle import WorkerHandle
 
-#: How many indices a worker knows of beyond those for which it may make batches now, where that is no difference to
-#: anyone: a message then brings several.
+#: How many indices a worker gets beyond those for which it may make batches now, where nobody can tell the difference.
 _AHEAD: Final = 8
-#: Stands where a sampler has no more indices.
+#: What ``next`` gives for a sampler that has ended.
 _NONE_LEFT: Final = object()
 
 
 @dataclass
 class Epoch:
-    """What the indices of one epoch are drawn from, and what ``set_epoch`` had set when its first one was drawn."""
+    """What the indices of one epoch are drawn from, and the epoch that ``set_epoch`` had set before the first one."""
 
     cursor: SamplerCursor
     rng: SamplerRng
-    was_set: Any = None
+    set_epoch: Any = None
 
 
 @dataclass(slots=True)
 class Task:
-    """An index under way: who makes its batch, of which epoch it is, and what the sampler has told after it."""
+    """An index in flight: the worker that makes its batch, its epoch, and the sampler's state after it."""
 
     worker: WorkerHandle
     index: Any
@@ -57,9 +56,9 @@ class Dispatcher:
     Args:
         loader: the DataLoader.
         workers: where indices go.
-        may_grow: whether workers may be added. Until they are, nothing is drawn further ahead than torch does: a new
-            worker would have to wait until what the others know of is done.
-        pins: whether a thread pins batches, which is told of each index by ``expect``.
+        may_grow: whether workers may be added. Then nothing is drawn further ahead than torch does: a new worker would
+            have to wait until the others have done the indices that they have.
+        pins: whether a thread pins batches. ``expect`` tells it of each index.
     """
 
     def __init__(self, loader: Any, workers: list[WorkerHandle], may_grow: bool, pins: bool) -> None:
@@ -72,7 +71,7 @@ class Dispatcher:
         self._prefetch: int = loader.prefetch_factor
         self._in_order: bool = loader.in_order
         self._can_draw_ahead = self._in_order and not pins and internals.can_draw_ahead(self._sampler)
-        # How many indices more than are needed now are drawn, and how many are sent in one message.
+        # How many indices are drawn beyond those that are needed now, and how many go in one message.
         self._extra_indices, self._indices_per_message = 0, 1
         if not may_grow:
             self._start_drawing_ahead()
@@ -89,17 +88,17 @@ class Dispatcher:
         """Begin an epoch, and draw its first indices.
 
         Args:
-            resume: from where; None: from the beginning.
-            draws: what the sampler draws again; None: it draws as ever.
+            resume: from where; None for the beginning.
+            draws: what the sampler draws again; None if it draws anew.
         """
         self.in_flight = deque()
         self._next_worker = 0
-        #: Whether the sampler has no more indices, and with which state the next epoch begins then.
+        #: Whether the sampler has no more indices; and the state with which the next epoch begins then.
         self.sampler_ended = False
         self.sampler_end: SamplerState | None = None
         #: The sampler's state after the last index whose batch was handed out.
         self.sampler_state: SamplerState | None = None
-        #: Whether indices do not come back in the order in which they were drawn.
+        #: Whether a saved state lists the indices in flight, because answers come in another order than indices.
         self.records_pending = not self._in_order
         cursor = SamplerCursor(self._sampler, self._every)
         if resume is not None and resume.begins:
@@ -116,20 +115,24 @@ class Dispatcher:
             else:
                 self._next_worker = resume.next_worker
                 self.records_pending = self.records_pending or bool(resume.pending)
-                cursor.go_on(resume.sampler, 0 if self.iterable else resume.position, resume.pending or ())
-            if cursor.watches:
-                told = resume.sampler.told() if resume is not None and not resume.begins and resume.sampler else None
+                cursor.resume(resume.sampler, 0 if self.iterable else resume.position, resume.pending or ())
+            if cursor.may_have_state:
+                told = (
+                    resume.sampler.copy_if_set()
+                    if resume is not None and not resume.begins and resume.sampler
+                    else None
+                )
                 self.sampler_state = told or cursor.state()
             for _ in range((self._prefetch + self._extra_indices) * len(self._workers)):
                 self.dispatch_next()
             self.flush()
 
     def begin_prefetched_epoch(self) -> bool:
-        """Begin the epoch whose first indices are under way already, if it is the one that is wanted."""
+        """Begin the epoch whose first indices are in flight already; False if there is none, or another is wanted."""
         ahead = self._drawn
         if ahead is self.current or (self.in_flight and self.in_flight[0].epoch is self.current):
             return False
-        if _epoch_of(self._sampler) != ahead.was_set:
+        if _set_epoch_of(self._sampler) != ahead.set_epoch:
             return False  # set_epoch was called meanwhile
         self.current = ahead
         self.sampler_ended = False
@@ -137,12 +140,12 @@ class Dispatcher:
         return True
 
     def prefetched_rng(self) -> SamplerRng | None:
-        """What the next epoch is drawn from, if its first indices are under way already."""
+        """What the next epoch is drawn from, if its first indices are in flight already."""
         ahead = self._drawn
-        return None if ahead is self.current or _epoch_of(self._sampler) != ahead.was_set else ahead.rng
+        return None if ahead is self.current or _set_epoch_of(self._sampler) != ahead.set_epoch else ahead.rng
 
     def abandon(self) -> None:
-        """Nobody wants what is under way any more: what will come of it is stale."""
+        """Nobody wants what is in flight any more: its answers will be stale."""
         for worker in self._workers:
             worker.abandon_tasks(self._prefetch)
 
@@ -153,7 +156,7 @@ class Dispatcher:
         cursor = self._drawn.cursor
         index = next(cursor.indices, _NONE_LEFT)
         if index is not _NONE_LEFT:
-            self._assign(index, cursor.note() if cursor.watches else None)
+            self._assign(index, cursor.note() if cursor.may_have_state else None)
             return
         self.flush()
         if self._drawn is not self.current or self.sampler_ended:
@@ -163,7 +166,7 @@ class Dispatcher:
         if self._prefetch_across_epochs:
             following = SamplerCursor(self._sampler, self._every)
             self._drawn = Epoch(
-                following, sampler_rng.capture(self._sampler, self._generator), _epoch_of(self._sampler)
+                following, sampler_rng.capture(self._sampler, self._generator), _set_epoch_of(self._sampler)
             )
             following.begin()
             self.dispatch_next()
@@ -194,21 +197,21 @@ class Dispatcher:
             worker.flush()
 
     def feed(self, worker: WorkerHandle) -> None:
-        """Give a worker that was added as many indices as the others have."""
+        """Give a new worker as many indices as the others have."""
         for _ in range(self._prefetch):
             self._next_worker = worker.worker_id
             self.dispatch_next()
 
     def stop_growing(self) -> None:
-        """No worker will be added any more."""
+        """No more workers will be added."""
         self._start_drawing_ahead()
         for _ in range(self._extra_indices * len(self._workers)):
             self.dispatch_next()
 
-    # What comes back
+    # Answers
 
     def take(self, worker: WorkerHandle) -> Task:
-        """The task that this worker's next answer belongs to. It is not under way any more."""
+        """Remove and return the task to which this worker's next answer belongs."""
         in_flight = self.in_flight
         if in_flight[0].worker is worker:
             return in_flight.popleft()
@@ -218,22 +221,22 @@ class Dispatcher:
         return task
 
     def next_worker(self) -> WorkerHandle | None:
-        """Whose answer is the next; None if that may be anyone's."""
+        """The worker whose answer is the next; None if any worker's may be."""
         return self.in_flight[0].worker if self._in_order and self.in_flight else None
 
     def indices_of(self, worker: WorkerHandle) -> list[Any]:
-        """The indices of this worker that are under way, in order."""
+        """The indices of this worker that are in flight, in order."""
         return [task.index for task in self.in_flight if task.worker is worker]
 
     def advance_sampler(self, sampler_state: SamplerState | None) -> None:
-        """The consumer has come past an index after which the sampler has told this, or nothing."""
+        """The consumer is past an index. ``sampler_state``: the sampler's state after it, if it was captured."""
         if sampler_state is not None:
             self.sampler_state = sampler_state
         elif self.sampler_state is not None:
             self.sampler_state.steps += 1
 
     def pending(self) -> list[Any]:
-        """Indices of this epoch that were drawn, and have not come back."""
+        """Indices of this epoch that were drawn, and whose answers have not been taken."""
         in_flight = [task.index for task in self.in_flight if task.epoch is self.current]
         return [*in_flight, *self.current.cursor.pending]
 
@@ -241,10 +244,10 @@ class Dispatcher:
         """The sampler's state after the last batch that was handed out; None if it has none."""
         if self.sampler_state is None:
             return None
-        # Where indices come back in any order, the last one that was drawn counts.
+        # Where answers come in any order, the last index that was drawn counts.
         return self.current.cursor.state() if self.records_pending else replace(self.sampler_state)
 
 
-def _epoch_of(sampler: Any) -> Any:
-    """What ``set_epoch`` sets: of a batch sampler's sampler, or its own."""
+def _set_epoch_of(sampler: Any) -> Any:
+    """What ``set_epoch`` sets, in a sampler and in the one within it."""
     return [getattr(each, "epoch", None) for each in internals.sampler_chain(sampler)]

@@ -1,4 +1,4 @@
-"""Where loading has failed, in words: at which sample, or else at which batch, as far as that can be found out."""
+"""Says at which sample loading has failed, or else at which batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def describe_failure_place(error: BaseException, index: Any) -> str:
-    """Tell at which sample ``error`` was raised, if a frame of torch's fetcher still shows it; else at which batch.
+    """The sample at which ``error`` was raised, if a frame of torch's fetcher shows it; else the batch.
 
     Args:
-        error: what was raised while a batch was made.
+        error: raised while a batch was made.
         index: what the sampler gave for that batch.
     """
     traceback, in_fetcher = error.__traceback__, False
@@ -22,13 +22,13 @@ def describe_failure_place(error: BaseException, index: Any) -> str:
             return f"at index {frame.f_locals['idx']!r}"
         if was_in_fetcher and not in_fetcher:
             # From Python 3.12 on the fetcher's loop has no frame of its own, and its variable is gone.
-            return f"at {_asked_for(frame, index)}"
+            return f"at {_index_in_dataset(frame, index)}"
         traceback = traceback.tb_next
     return f"at {describe_index(index)}"
 
 
-def _asked_for(frame: types.FrameType, index: Any) -> str:
-    """Which of the batch's indices the dataset has been asked for, as far as its frame shows it."""
+def _index_in_dataset(frame: types.FrameType, index: Any) -> str:
+    """Which of the batch's indices the dataset was to get, if its frame shows that; else all of them."""
     code = frame.f_code
     if code.co_name == "__getitem__" and code.co_argcount > 1 and isinstance(index, (list, tuple)):
         name = code.co_varnames[1]

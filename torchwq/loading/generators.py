@@ -1,4 +1,4 @@
-"""The generators of random numbers of a process, python's, numpy's and torch's, and their states as plain data."""
+"""The random number generators of a process, Python's, numpy's and torch's, and their states as plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plain_data import decode_bytes, decode_tensor, encode_bytes
 
 
 class GeneratorStates:
-    """The generators of this process, compared with what they were when this was made."""
+    """The states of the generators when this object was made."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -23,7 +23,7 @@ class GeneratorStates:
         self._numpy, self._words = _numpy_words()
 
     def changed(self) -> dict[str, Any] | None:
-        """The states of those that were drawn from, as plain data; None if none was."""
+        """The present states of generators that were drawn from since, as plain data; None if none was."""
         found: dict[str, Any] = {}
         if (state := random.getstate()) != self._python:
             version, words, gauss = state
@@ -36,7 +36,7 @@ class GeneratorStates:
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Let the generators of this process go on from where ``GeneratorStates.changed`` has found them."""
+    """Set the generators of this process to what ``GeneratorStates.changed`` gave."""
     if "python" in states:
         version, words, gauss = states["python"]
         random.setstate((version, tuple(np.frombuffer(decode_bytes(words), "<u4").tolist()), gauss))
@@ -48,7 +48,7 @@ def set_generators(states: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def fork_torch_rng() -> Iterator[None]:
-    """What is drawn within it from torch's generator was never drawn."""
+    """Restore torch's global generator after this block. Source: ``torch.random.fork_rng``, which does more."""
     before = torch.get_rng_state()
     try:
         yield
@@ -57,13 +57,13 @@ def fork_torch_rng() -> Iterator[None]:
 
 
 def _numpy_words() -> tuple[Any, bytes]:
-    """numpy's generator and the memory of its state, which ``get_state`` would copy three times; None if unknown."""
+    """numpy's generator, None if unknown, and the memory of its state, which ``get_state`` would copy three times."""
     if not hasattr(np.random, "get_bit_generator"):  # before numpy 1.24
         return None, b""
     generator = np.random.get_bit_generator()
     if type(generator) is not np.random.MT19937:
         return None, b""
-    # The words and the position in them: ``struct mt19937_state``. What is left of a normal number was drawn with them.
+    # The words and the position in them: ``struct mt19937_state``. Half a pair of normal numbers was drawn with them.
     return generator, ctypes.string_at(generator.ctypes.state_address, 625 * 4)
 
 

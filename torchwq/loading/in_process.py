@@ -1,8 +1,8 @@
-"""An iterator without workers: torch's own, which can also tell its state and begin from one.
+"""An iterator without workers: torch's own, which can also capture its state and begin from one.
 
-Nothing is ahead here. So nothing is noted with each batch, and whoever asks for the state gets that of the dataset, its
-iterator and the sampler as they are. It is not the training's business how the iterator came to its place: what is
-drawn meanwhile from the global generator was never drawn, unless a dataset sets it when it is given its state.
+Nothing is drawn ahead. So a batch needs no snapshot, and the state is that of the dataset, its iterator and the sampler
+as they are. Going on from a state leaves torch's global generator as it was, unless the dataset sets it when it is
+given its state: the generator is the training's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         self._sampler_iter: Any = self._cursor.indices
 
     def _resume(self, loader: Any, resume: State) -> None:
-        # Nothing was drawn yet, and the dataset, perhaps, has set the global generator to what it was.
+        # Nothing was drawn yet, and the dataset may have set the global generator to what it was.
         undrawn = "digest" in resume.draws and sampler_rng.is_current(resume.draws)
         with generators.fork_torch_rng():
             super().__init__(loader)
@@ -53,14 +53,14 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         self._num_yielded = resume.yielded
         if undrawn:
             sampler_rng.restore_own(self._index_sampler, loader.generator, resume.draws)
-            self._cursor.go_on(resume.sampler, 0)
+            self._cursor.resume(resume.sampler, 0)
         else:
             self._sampler_rng = sampler_rng.SamplerRng.of(resume.draws)
             self._failed = resume.position - resume.yielded - len(resume.pending or ())
             iterable = self._dataset_kind == internals.ITERABLE
             with sampler_rng.replaying(self._index_sampler, loader.generator, resume.draws):
                 position = 0 if iterable else resume.position
-                self._cursor.go_on(resume.sampler, position, resume.pending or (), draws_next=not iterable)
+                self._cursor.resume(resume.sampler, position, resume.pending or (), draws_next=not iterable)
         self._give_state_to_samples(resume, loader.batch_size or 1)
 
     def _give_state_to_dataset(self, dataset: Any, resume: State) -> None:
@@ -98,7 +98,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
 
     def capture(self) -> State:
         """From where the loader can go on after the batch that was handed out last. Raises what ``state_dict`` does."""
-        cursor, told = self._cursor, self._told_draws()
+        cursor, draws = self._cursor, self._draws()
         recorder = SnapshotRecorder(self._dataset_kind, 1, None, copies=True)
         recorder.begin(self._dataset, self._dataset_fetcher)
         cursor.start()
@@ -110,14 +110,14 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             position=self._num_yielded + self._failed + len(cursor.pending),
             finished=self.finished,
             begins=self.finished,
-            draws=told,
-            sampler=cursor.end() if self.finished else cursor.state() if cursor.watches else None,
-            snapshots=[recorder.read(self._num_yielded)],
+            draws=draws,
+            sampler=cursor.end() if self.finished else cursor.state() if cursor.may_have_state else None,
+            snapshots=[recorder.capture_dataset(self._num_yielded)],
             active=[True],
             pending=list(cursor.pending) or None,
         )
 
-    def _told_draws(self) -> dict[str, Any]:
+    def _draws(self) -> dict[str, Any]:
         if self._sampler_rng is not None:
             return self._sampler_rng.to_plain()
         return sampler_rng.draws_of_next_epoch(self._index_sampler, self._loader_generator, base_seed=False)

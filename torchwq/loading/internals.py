@@ -1,8 +1,8 @@
-"""The private parts of ``torch.utils.data`` that the loader builds on. The only module that uses them.
+"""The private parts of ``torch.utils.data`` that the loader uses. No other module uses them.
 
 Checked on torch 2.13.0. The iterator is a subclass of torch's base class, and fetchers, seeding, samplers' handling and
-``get_worker_info`` are torch's own, because a drop-in replacement that copies them drifts away from them. Where one of
-these is missing, ``AVAILABLE`` is False and the loader leaves everything to torch's own iterator.
+``get_worker_info`` are torch's own, because copies of them would drift away from torch. Where one of these is missing,
+``AVAILABLE`` is False and the loader leaves everything to torch's own iterator.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def numpy_seed(base_seed: int, worker_id: int) -> Any:
 
 
 def make_fetcher(kind: int, dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool) -> Any:
-    """What fetches a batch by its indices: ``fetcher.fetch(index)``."""
+    """An object that fetches a batch by its indices: ``fetcher.fetch(index)``."""
     return _kinds.create_fetcher(kind, dataset, auto_collation, collate_fn, drop_last)
 
 
@@ -76,15 +76,15 @@ _thread_local = threading.local()
 
 @reset_in_child
 def _forget() -> None:
-    """The thread that has forked may be a worker; the child is none, or another one."""
+    """The thread that forks may be a worker. The child is not that worker."""
     vars(_thread_local).clear()
 
 
 def set_worker_info(worker_id: int, num_workers: int, seed: int, dataset: Any, *, in_thread: bool) -> None:
-    """What ``torch.utils.data.get_worker_info()`` gives from now on in this process, or ``in_thread``, in this thread.
+    """Set what ``torch.utils.data.get_worker_info()`` gives in this process, or, ``in_thread``, in this thread.
 
-    ``get_worker_info`` looks into a variable of its module. Users have it imported under names of their own, so what
-    can be replaced for one thread is its code.
+    ``get_worker_info`` reads a variable of its module. Users may have imported the function under any name, so only
+    its code can be replaced.
     """
     info = _WorkerInfo(id=worker_id, num_workers=num_workers, seed=seed, dataset=dataset)
     if not in_thread:
@@ -106,14 +106,14 @@ def _get_worker_info() -> Any:
 
 
 def sharding_init(dataset: Any, init_fn: Any, world_size: int, rank: int) -> Any:
-    """``init_fn``, preceded for a datapipe by torch's sharding of it among the workers."""
+    """``init_fn``; for a datapipe, after torch's sharding of it among the workers."""
     if isinstance(dataset, (IterDataPipe, MapDataPipe)):
         return functools.partial(_sharding_init, init_fn, world_size, rank)
     return init_fn
 
 
 def new_shared_seed(dataset: Any, generator: Any, process_group: Any) -> int | None:
-    """The seed that all workers of a datapipe's epoch have in common; None for any other dataset."""
+    """The seed that all workers share for a datapipe's epoch; None for any other dataset."""
     return _share_seed(generator, process_group) if isinstance(dataset, IterDataPipe) else None
 
 
@@ -139,8 +139,10 @@ def _inner_sampler(sampler: Any) -> Any:
 
 
 def can_draw_ahead(sampler: Any) -> bool:
-    """Whether nobody can tell when an index is drawn from ``sampler``: it is one of torch's own, and after its first
-    index it draws from no random number generator that others use."""
+    """Whether nobody can tell when an index is drawn from ``sampler``.
+
+    It is one of torch's own, and after its first index it draws from no random number generator that others use.
+    """
     sampler = _inner_sampler(sampler)
     if type(sampler) is RandomSampler:
         return sampler.generator is None or (not sampler.replacement and sampler.num_samples < len(sampler.data_source))
@@ -154,7 +156,7 @@ def takes_seed(sampler: Any) -> RandomSampler | None:
 
 
 def draws_nothing_global(sampler: Any) -> bool:
-    """Whether ``sampler`` is known to draw nothing from torch's global generator, but for what ``takes_seed`` tells."""
+    """Whether ``sampler`` is known to draw nothing from torch's global generator, except a seed: see ``takes_seed``."""
     sampler = _inner_sampler(sampler)
     if type(sampler) in (RandomSampler, SubsetRandomSampler, WeightedRandomSampler):
         return sampler.generator is not None
@@ -162,12 +164,12 @@ def draws_nothing_global(sampler: Any) -> bool:
 
 
 def has_no_state(sampler: Any) -> bool:
-    """Whether neither ``sampler`` nor its iterator can have a state that it tells."""
+    """Whether neither ``sampler`` nor its iterator can have ``state_dict``."""
     sampler = _inner_sampler(sampler)
     return type(sampler) in (RandomSampler, list, tuple, range) or type(sampler) in _SAMPLERS_WITHOUT_LATER_DRAWS
 
 
 def may_have_state(kind: int, dataset: Any) -> bool:
-    """Whether the iterator of a dataset may have a state that it tells. A generator has none."""
+    """Whether the iterator of a dataset may have ``state_dict``. A generator has none."""
     iterate = getattr(type(dataset), "__iter__", None)
     return bool(kind == ITERABLE) and not inspect.isgeneratorfunction(iterate)

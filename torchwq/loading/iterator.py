@@ -1,21 +1,20 @@
 """One pass, or with persistent workers all passes, over a loader's batches.
 
-torch's ``_MultiProcessingDataLoaderIter`` is the model for everything a user can see: when an index is drawn from the
-sampler, which worker it goes to, that the next index is sent before a batch is handed out or its failure raised. What
-differs is below that. There is no result queue: each worker has a connection of its own, and since each answers in
-order, the next batch is simply the next message of the worker whose turn it is. Batches that are early wait in their
-socket, not in a dictionary; no thread moves anything.
+torch's ``_MultiProcessingDataLoaderIter`` is the model for everything a user can see: when it draws an index from the
+sampler, which worker gets it, and that it sends the next index before it returns a batch or raises its failure. But
+there is no result queue. Each worker has a connection of its own and answers in order, so the next batch is the next
+message of the worker whose turn it is. Early batches wait in their socket, and no thread moves them.
 
-The iterator puts the parts together: the ``dispatcher`` draws indices and gives them to workers, the ``receiver`` or
-the thread that pins gets their answers, ``progress`` knows the state.
+The ``dispatcher`` draws indices and gives them to workers, the ``worker_pool`` receives the answers, ``progress`` knows
+the state.
 
 Invariants:
 
-* After a death that is not mended, and after ``close``, nothing is under way and no process is left.
-* What interrupts ``next`` or ``_reset`` in any other place than a user's code, Ctrl-C above all, may have come between
-  a message and its count. So it closes the iterator; the loader's next epoch has a new one.
-* It ends by ``__del__``, as nothing else does in torchwq. ``weakref.finalize`` would keep what closing needs, and with
-  it the sampler, the dataset and the collation. Those of a subclass are often methods of the loader, and a loader with
+* After a death without a restart, and after ``close``, nothing is in flight and no process is left.
+* An interruption of ``next`` or ``_reset``, such as Ctrl-C, may have come between a message and its count. So it closes
+  the iterator; the loader's next epoch has a new one.
+* ``__del__`` ends it, as no other object of torchwq. ``weakref.finalize`` would keep what closing needs, and so the
+  sampler, the dataset and the collation. In a subclass these are often methods of the loader, and a loader with
   persistent workers has this iterator: it would never be garbage.
 """
 
@@ -58,8 +57,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
 
     Args:
         loader: the DataLoader.
-        stats: what is counted for the loader.
-        resume: where to go on; None: at the beginning.
+        stats: the loader's counts.
+        resume: where to go on; None for the beginning.
     """
 
     def __init__(self, loader: Any, stats: StatsCollector, resume: State | None = None) -> None:
@@ -67,16 +66,16 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._closed, self._begun = True, False  # there is nothing to close yet
         self._stats = stats
         self._backend = loader.backend
-        #: What each further use of it raises.
+        #: Each further use raises this.
         self._broken: Exception | None = None
-        #: Answers that were received to learn something, and are to be handed out.
+        #: Answers that ``capture`` has received ahead of their turn.
         self._received_early: deque[tuple[WorkerHandle, Any]] = deque()
         #: Whether workers go on from the end of an epoch, as persistent ones do.
         self._continues_workers = resume is not None and resume.finished and loader.persistent_workers
         draws = self._begin_as_torch(loader, resume)
         if loader.prefetch_factor <= 0:
             raise AssertionError("prefetch_factor must be greater than 0 for a loader with workers")
-        #: Whether workers may have to tell something of the dataset.
+        #: Whether the dataset or its iterator may have a state.
         self._has_dataset_state = is_stateful(self._dataset) or internals.may_have_state(
             self._dataset_kind, self._dataset
         )
@@ -92,9 +91,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._pool = WorkerPool(self._handles, self._dispatcher, self._config, loader, stats)
         self._closed = False
         try:
-            told = resume.snapshots if resume is not None and (self._continues_workers or not resume.begins) else None
+            snapshots = None
+            if resume is not None and (self._continues_workers or not resume.begins):
+                snapshots = resume.snapshots
             for worker_id in range(self._num_workers):
-                self._start_worker(worker_id, told[worker_id] if told else Snapshot())
+                self._start_worker(worker_id, snapshots[worker_id] if snapshots else Snapshot())
             internals.new_shared_seed(self._dataset, loader.generator, self._pg)  # torch draws one more here
             if self._pin_memory:
                 self._pool.pin(self._pin_memory_device)
@@ -109,8 +110,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     def _begin_as_torch(self, loader: Any, resume: State | None) -> dict[str, Any] | None:
         """torch's own beginning, which draws a seed for the workers. Returns what the sampler draws again, if anything.
 
-        Where ``resume`` says what was drawn, nothing is. If it stands for the beginning of an epoch, and the generators
-        are as they were, it need not say so.
+        If ``resume`` says what was drawn, this draws nothing, unless ``resume`` is the beginning of an epoch and the
+        global generator is still as it was.
         """
         draws = None
         if resume is not None:
@@ -122,7 +123,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             super().__init__(loader)
         if resume is not None and (self._continues_workers or not resume.begins):
             self._base_seed = resume.base_seed
-            sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)  # that was drawn from them
+            sampler_rng.restore_own(loader._index_sampler, loader.generator, resume.draws)  # torch has drawn from them
         elif draws is not None:
             self._base_seed = draws.get("base_seed", self._base_seed)
         return draws
@@ -162,16 +163,15 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         goes_on = resume is not None and not resume.begins
         self._num_yielded = resume.yielded if resume is not None and goes_on else 0
         self._finished = False
-        moved = self._config.saves_rng and (self._begun or self._continues_workers)
-        self._progress.begin(resume, starts_unknown=not goes_on and (self._has_dataset_state or moved))
+        rng_may_differ = self._config.saves_rng and (self._begun or self._continues_workers)
+        self._progress.begin(resume, starts_unknown=not goes_on and (self._has_dataset_state or rng_may_differ))
         self._dispatcher.begin(resume, draws)
         self._sampler_iter = self._dispatcher.current.cursor.indices
 
     def _receive_stale(self) -> None:
-        """Wait for what an epoch before this one has left under way.
+        """Wait for the stale answers of earlier epochs, as torch's loader does.
 
-        ``abandon_tasks`` counts on it: up to which answer a worker still makes batches is one number, for one epoch
-        that was broken off. torch's loader waits here for as much.
+        ``abandon_tasks`` relies on it: LIMIT is one number, for one abandoned epoch.
         """
         for worker in self._handles:
             while worker.stale:
@@ -228,7 +228,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 try:
                     raise _error_of(answer, f"{self._backend} {worker.worker_id}")
                 finally:
-                    del found, answer  # a thread's has the error, and so this frame would be kept by it
+                    del found, answer  # they have a thread's error, whose traceback keeps this frame
             if type(answer) is End:
                 worker.snapshot = answer.after or Snapshot()
                 worker.active = False
@@ -241,21 +241,20 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             return answer.data if type(answer) is Batch else answer
 
     def _receive(self, worker: WorkerHandle) -> tuple[WorkerHandle, Any] | None:
-        """The next answer that is not here yet: ``worker``'s, if batches come in order. None if nobody wants it."""
+        """Receive the next answer: ``worker``'s, if batches come in order. None if it is stale."""
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         try:
             return self._pool.receive(worker, deadline)
         except Exception as error:
             if isinstance(error, TimeoutError) and deadline is not None and time.monotonic() >= deadline:
                 late = self._pool.describe_late_workers()
-                told = f"DataLoader timed out after {self._timeout} seconds{late and ': '}{late}"
-                raise RuntimeError(told) from None
-            # A worker has died; or descriptors have run out, or a signal handler has raised it: a message may be lost.
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds{late and ': '}{late}") from None
+            # A worker has died; or descriptors have run out, or a signal handler has raised: a message may be lost.
             self._abort(error)
             raise
 
     def _grow(self, autoscaler: Autoscaler) -> None:
-        """Add workers if there is a need, as long as there is something for them to do."""
+        """Add as many workers as the autoscaler says, as long as there are indices for them."""
         if not autoscaler.is_due(self._num_yielded):
             return
         for _ in range(autoscaler.workers_to_add(self._handles)):
@@ -273,7 +272,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
     # State and end
 
     def capture(self) -> State:
-        """From where the loader can go on after the batch that was handed out last."""
+        """The state after the batch that was handed out last."""
         if self._closed:
             return self._last_state
         in_flight = self._dispatcher.in_flight
@@ -281,7 +280,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             found = self._receive(in_flight[len(self._received_early)].worker)
             if found is not None:
                 if not isinstance(found[1], Answer):
-                    self._progress.unknown_starts.clear()  # workers have nothing to tell
+                    self._progress.unknown_starts.clear()  # the workers have no state
                 self._progress.record_start(*found)
                 self._received_early.append(found)
         return self._capture()
@@ -302,11 +301,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._close(self._pool.end_in_background)
 
     def close(self) -> None:
-        """End the workers, and wait until they have finished what they are at. May be called again."""
+        """End the workers, and wait until they have finished what they are doing. May be called again."""
         self._close(self._pool.end)
 
     def close_at_exit(self) -> None:
-        """End the workers because the interpreter ends. As with torch's loader, only persistent ones have the time."""
+        """End the workers at the interpreter's exit. As with torch's loader, only persistent ones may finish."""
         if self._persistent_workers and not shutdown.interrupted():
             self.close()
         else:
@@ -316,9 +315,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if self._closed:
             return
         if self._begun:
-            self._last_state = self._stats.state = self._progress.capture(
-                self._base_seed, self._num_yielded, self._finished
-            )
+            self._last_state = self._stats.state = self._capture()
             self._last_state.is_drawn_ahead = False  # what was drawn ahead is lost
         self._closed = True
         self._stats.stop()
@@ -326,7 +323,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         end()
 
     def abandon(self) -> None:
-        """In a fork: the workers are the parent's."""
+        """In a forked child: the workers are the parent's."""
         self._closed = True
         self._broken = RuntimeError(
             "this iterator of a DataLoader was made before a fork and belongs to the parent process: make one here"
@@ -337,19 +334,19 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         """Whether no more batches can come from it, in this epoch or another."""
         return self._closed
 
-    #: torch's name for it, which frameworks call.
+    #: torch's name of ``close``, which frameworks call.
     _shutdown_workers = close
 
     @property
     def _workers(self) -> list[Any]:
-        """torch's name for its workers, which programs look for: with the methods of ``multiprocessing.Process``."""
+        """torch's name of the workers, which programs use. They have the methods of ``multiprocessing.Process``."""
         return [worker.process.handle for worker in self._handles]
 
     def __del__(self) -> None:
         if self._closed or sys.is_finalizing():
             return
-        # Garbage is collected at any moment, in any thread. Some must not wait for what close waits for, because that
-        # waits for them.
+        # Garbage is collected at any time, in any thread. ``close`` waits for other threads, so a thread for which they
+        # may wait must not call it.
         if self._pool.is_in_own_thread or state_lock.is_locked_by_this_thread() or reactor.get().is_in_current_thread:
             threading.Thread(target=self.close, name="torchwq-close", daemon=True).start()
         else:
@@ -375,7 +372,7 @@ def _error_of(failure: Failure, worker: str) -> BaseException:
 
 
 def _without_frames(error: Exception) -> Exception:
-    """A copy of ``error``, to be kept: the frames in the traceback of one that was raised would keep the iterator."""
+    """A copy of ``error`` without traceback, whose frames would keep the iterator."""
     try:
         return copy.copy(error)
     except Exception:

@@ -1,18 +1,19 @@
-"""What a loader and its workers say to each other, over one connection for each worker.
+"""The messages between a loader and each of its workers.
 
-To the worker: ``(generation, indices)``, as the sampler gave them, for each of which it makes one batch; or a
-:class:`NewEpoch`; or None, to wake it. To the loader: one answer for each index, in the order of the indices: the
-batch itself, or one of the other classes here. So who answers what needs no numbers, and a worker whose connection ends
-has in hand exactly what it has not answered.
+To the worker: ``(generation, indices)``, for each index of which it makes one batch; or a :class:`NewEpoch`; or None,
+which wakes it. To the loader: one answer for each index, in order: the batch itself, or one of the other classes here.
+So no message needs a number, and a worker whose connection ends had exactly the unanswered indices in hand.
 
-Indices may be sent far ahead, many in a message. How far ahead *batches* are made is governed by shared words
-(``counters``), so that a consumer that takes a batch need not send anything:
+Note [Flow of batches]
+
+The loader may send indices far ahead. Shared words (``counters``) govern how far ahead the worker makes *batches*, so
+a consumer that takes a batch need not send anything.
 
 * The worker makes the next batch if it has made fewer than ``prefetch`` more than ``CONSUMED`` says.
-* Else it sets ``ASLEEP``, looks once more, and waits for a message. Whoever raises ``CONSUMED`` looks at ``ASLEEP``
-  after that, and sends a message if it is set. Both have a fence in between, so one of them sees the other's store.
-* Tasks of another generation than ``GENERATION`` are not wanted any more. They are answered by ``End`` at once, but for
-  those up to the answer ``LIMIT``, which torch's loader would have had made.
+* Else it sets ``ASLEEP``, looks once more, and waits for a message. The consumer raises ``CONSUMED``, looks at
+  ``ASLEEP``, and sends a message if it is set. Both have a fence in between, so one of them sees the other's store.
+* Nobody wants tasks of another generation than ``GENERATION`` any more. The worker answers them with ``End`` at once,
+  except those up to the answer ``LIMIT``: torch's loader would have had these made.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from ..marshalling.exceptions import PackedException
 
 @dataclass(slots=True)
 class Snapshot:
-    """From where a worker can go on.
+    """A state of a worker, from which it can go on.
 
     Attributes:
         batches: how many batches the worker has made in this epoch.
-        captured_at: after how many of them the rest of this was captured. Those after it are made again.
-        replay: the indices of these, for a map-style dataset.
+        captured_at: after how many of them the rest was captured. The worker that goes on makes the later ones again.
+        replay: the indices of the later ones, for a map-style dataset.
         iterator, dataset: what their ``state_dict()`` gave, where they have one.
         error: what one of these has raised instead.
         rng: the states of the random number generators that were drawn from.
-        ended: whether the last batch was not complete, because an iterable dataset had no more.
+        ended: whether the last batch was incomplete, because an iterable dataset had no more samples.
     """
 
     batches: int = 0
@@ -47,7 +48,7 @@ class Snapshot:
     ended: bool = False
 
     def copied(self) -> Snapshot:
-        """One that no further batch changes. (``dataclasses.replace`` takes five times as long.)"""
+        """A copy that no further batch changes. (``dataclasses.replace`` takes five times as long.)"""
         replay = None if self.replay is None else self.replay.copy()
         return Snapshot(
             self.batches, self.captured_at, replay, self.iterator, self.dataset, self.error, self.rng, self.ended
@@ -63,11 +64,11 @@ class NewEpoch:
 
 @dataclass(slots=True)
 class Answer:
-    """An answer that is more than a batch. A batch with nothing else to tell goes as it is.
+    """An answer that is more than a batch.
 
     Attributes:
-        after: from where the worker would go on, if it tells that with this answer.
-        before: from where it has begun; only the first answer of an epoch tells that.
+        after: the worker's snapshot after this answer, if one is due.
+        before: the snapshot from the beginning of the epoch, with its first answer.
     """
 
     after: Snapshot | None = field(default=None, kw_only=True)
@@ -83,12 +84,12 @@ class Batch(Answer):
 
 @dataclass(slots=True)
 class End(Answer):
-    """The worker's part of an iterable dataset has come to its end; or nobody wants this batch any more."""
+    """The worker's part of an iterable dataset has ended; or nobody wants this batch any more."""
 
 
 @dataclass(slots=True)
 class Failure(Answer):
-    """The dataset, or what was made of its samples, has raised; at this index, as far as that is known."""
+    """Making or sending a batch has raised ``error``; ``where``: at which index, in words."""
 
     error: PackedException | BaseException
     where: str

@@ -1,14 +1,13 @@
 """Copies batches into pinned memory ahead of the consumer, in a thread, as torch's loader does.
 
-A batch is unpickled and pinned by the thread; the consumer finds it ready. The thread takes answers in the order in
-which the consumer will want them.
+The thread receives, decodes and pins answers, in the order in which the consumer will want them.
 
 Invariants:
 
-* For each ``expect`` the thread receives one answer, also if nobody wants it any more: the consumer drops those.
-* While the thread runs, nobody else receives: whoever did would take an answer that the thread then waits for in vain.
-  So it is stopped, and does not wait any more, before the workers are closed.
-* The last that ``receive`` gives is an error: what has ended the thread, or that it was stopped.
+* For each ``expect`` the thread receives one answer, even if nobody wants it any more: the consumer drops those.
+* While the thread runs, no other thread receives: it would take an answer for which this one then waits in vain. So
+  the thread is stopped before the workers are closed.
+* The last thing that ``receive`` raises is what has ended the thread, or that it was stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .worker_handle import WorkerGone, WorkerHandle
 
 
 class Pinner:
-    """The thread that takes what comes in at ``receiver``, and pins it for ``device``."""
+    """The thread that takes answers from ``receiver``, and pins them for ``device``."""
 
     def __init__(self, receiver: ResultReceiver, device: Any) -> None:
         self._receiver = receiver
@@ -47,26 +46,26 @@ class Pinner:
         self._receiver.recheck()
 
     def restarted(self) -> None:
-        """A worker that was gone has been replaced: what it was to answer will come."""
+        """A dead worker was replaced: its answers will come."""
         self._restarted.put(True)
 
     def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Any]:
-        """The next answer, pinned, and whose it is; the thread knows whose is the next.
+        """The next answer, pinned, and the worker that has sent it. ``worker`` is ignored: the thread knows it.
 
         Raises TimeoutError after ``deadline`` (time.monotonic); WorkerGone, after which the thread waits for
         ``restarted``; or what has ended the thread.
         """
         try:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found, answer = self._ready.get(timeout=left)
+            sender, answer = self._ready.get(timeout=left)
         except queue.Empty:
             raise TimeoutError from None
-        if found is None:
+        if sender is None:
             try:
                 raise answer
             finally:
                 del answer  # or the error would keep this frame, and that the error
-        return found, answer
+        return sender, answer
 
     def _run(self) -> None:
         try:
@@ -104,7 +103,7 @@ class Pinner:
         return answer
 
     def stop(self, timeout: float) -> None:
-        """End the thread, and wait for that, ``timeout`` seconds at most: it may be in a user's ``pin_memory``."""
+        """End the thread, and wait at most ``timeout`` seconds for that: it may be in a user's ``pin_memory``."""
         self._receiver.stop()
         self._expected.put(None)
         self._restarted.put(False)
@@ -114,5 +113,5 @@ class Pinner:
 
     @property
     def is_in_current_thread(self) -> bool:
-        """Whether it is this thread that pins."""
+        """Whether the current thread is the one that pins."""
         return self._thread is threading.current_thread()

@@ -1,7 +1,7 @@
-"""A loader's workers as processes or threads: one interface over multiprocessing's processes and torchwq's workers.
+"""A loader's workers as processes or threads: one interface to multiprocessing's processes and torchwq's workers.
 
-``handle`` is what programs find in ``iterator._workers``, as they do in that of torch's iterator: it has the methods of
-a ``multiprocessing.Process``. It does not keep the iterator alive.
+Programs look into ``iterator._workers``, which torch's iterator has, too. They find the ``handle`` of each worker, with
+the methods of a ``multiprocessing.Process``. It does not keep the iterator alive.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Final
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..workers import worker
 
-#: Seconds that a worker may take to end by itself, as with torch's DataLoader (``MP_STATUS_CHECK_INTERVAL``): to
-#: finish the sample that it is at, what its generators do finally, and its exit functions.
+#: Seconds that a worker may take to end by itself, as with torch's DataLoader (``MP_STATUS_CHECK_INTERVAL``): for its
+#: present sample, ``finally`` blocks of generators, and exit functions.
 END_TIMEOUT: Final = 5.0
-#: How long, in seconds, whoever asks for a pid waits for the fork server, which may import torch meanwhile.
+#: Seconds for which ``pid`` waits for the fork server, which may be importing torch.
 _START_TIMEOUT: Final = 60.0
 
 
 class ForkedWorker:
     """A process that multiprocessing has forked."""
 
-    #: What it is to its loader, and whether ``kill`` ends it, whatever it is at.
+    #: What it and the loader can give each other, and whether ``kill`` always ends it.
     peer: Capabilities = SAME_MACHINE
     can_be_killed = True
 
@@ -38,7 +38,7 @@ class ForkedWorker:
         return self.handle.exitcode  # type: ignore[no-any-return]
 
     def wait(self, seconds: float | None) -> bool:
-        """Whether it has ended, or does within so many seconds; None: wait for as long as it takes."""
+        """Whether it ends within ``seconds``; None waits for ever."""
         self.handle.join(seconds)
         return self.handle.exitcode is not None
 
@@ -50,7 +50,7 @@ class ForkedWorker:
 
 
 class StartedWorker:
-    """A process from torchwq's fork server, or a thread. Has the methods of ``multiprocessing.Process``, too."""
+    """A process from torchwq's fork server, or a thread, with the methods of ``multiprocessing.Process``."""
 
     daemon = True
 
@@ -60,12 +60,12 @@ class StartedWorker:
 
     @property
     def handle(self) -> StartedWorker:
-        """What programs find in ``iterator._workers``."""
+        """For ``iterator._workers``."""
         return self
 
     @property
     def pid(self) -> int | None:
-        """Waits until the fork server has told it, which it does at once. None of a thread."""
+        """The process id, for which this waits until the fork server sends it; None for a thread."""
         self._process.started_event.wait(_START_TIMEOUT)
         return self._process.pid
 
@@ -76,7 +76,7 @@ class StartedWorker:
 
     @property
     def name(self) -> str:
-        """Its name, as a process of multiprocessing has one."""
+        """A name like that of a process of multiprocessing."""
         return f"torchwq-worker-{self._process.info.mapid}"
 
     @property
@@ -89,7 +89,7 @@ class StartedWorker:
         return not self._process.ended_event.is_set()
 
     def wait(self, seconds: float | None) -> bool:
-        """Whether it has ended, or does within so many seconds; None: wait for as long as it takes."""
+        """Whether it ends within ``seconds``; None waits for ever."""
         return self._process.wait(seconds)
 
     def join(self, timeout: float | None = None) -> None:

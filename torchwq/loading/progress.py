@@ -1,14 +1,13 @@
-"""From where a loader could go on after the batch that its consumer was given last.
+"""The state of a loader after the batch that its consumer got last.
 
-Workers and the sampler are ahead of the consumer. So a worker tells with a batch from where it would go on after it
-(``Snapshot``), and the sampler is asked after each index. Here is what of that belongs to the batches that the consumer
-has.
+Workers and the sampler are ahead of the consumer. So each batch comes with the worker's ``Snapshot`` after it, and each
+index with the sampler's state. ``Progress`` keeps those that belong to the batches that the consumer has.
 
 Invariants:
 
 * ``worker.snapshot`` is the worker's last snapshot, and counts the batches since then.
-* What has failed counts once a batch after it was handed out: whoever goes on from there does not try it again, whoever
-  goes on from before that does.
+* A failure counts from the next batch on: a loader that goes on after that batch does not try it again, one that goes
+  on from before does.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Progress:
 
     Args:
         workers: those of the loader; they may grow.
-        dispatcher: knows what is under way.
+        dispatcher: knows what is in flight.
         persistent: whether workers go on with the next epoch.
-        needs_replay: whether batches that came without a snapshot need their indices to be made again.
+        needs_replay: whether a snapshot lists the indices of the batches since then, which are made again.
     """
 
     def __init__(
@@ -44,12 +43,12 @@ class Progress:
         """An epoch begins, or goes on.
 
         Args:
-            resume: from where; None: from the beginning.
-            starts_unknown: whether workers tell with their first answers from where they have begun.
+            resume: from where; None for the beginning.
+            starts_unknown: whether workers send with their first answers the snapshot from before these.
         """
-        #: Those of which it is not known yet from where they have begun.
+        #: Workers whose snapshot from before their first answer has not come yet.
         self.unknown_starts = set(self._workers) if starts_unknown else set()
-        #: Tasks that have failed since the last batch, with the workers' snapshots after them, and how many did before.
+        #: Tasks that have failed since the last batch, with the workers' snapshots after them; and how many before it.
         self._failures: list[tuple[Task, Snapshot | None]] = []
         self._failed = 0
         for number, worker in enumerate(self._workers):
@@ -62,14 +61,14 @@ class Progress:
             self._failed = resume.position - resume.yielded - len(resume.pending or ())
 
     def begin_prefetched_epoch(self) -> None:
-        """The next epoch begins, of which workers have made batches already."""
-        for task, after in self._failures:  # that ended the epoch before
+        """Begin the epoch of which workers have made batches already."""
+        for task, after in self._failures:  # at the end of the epoch before
             if after is not None:
                 task.worker.snapshot = after
         self._failures, self._failed = [], 0
 
     def record_start(self, worker: WorkerHandle, answer: Any) -> None:
-        """Take from a worker's first answer from where it has begun, if that is not known."""
+        """Take a worker's snapshot from before its first answer, if it is unknown."""
         if worker in self.unknown_starts:
             self.unknown_starts.discard(worker)
             if isinstance(answer, Answer) and answer.before is not None:
@@ -87,7 +86,7 @@ class Progress:
                 worker.snapshot = answer.after
                 return
         elif self.unknown_starts:
-            self.unknown_starts.clear()  # workers have nothing to tell
+            self.unknown_starts.clear()  # the workers have no state
         snapshot = worker.snapshot
         snapshot.batches += 1
         if self._needs_replay:
@@ -111,7 +110,7 @@ class Progress:
         """The state after the last batch that was handed out.
 
         Args:
-            base_seed: of the workers.
+            base_seed: that of the workers.
             yielded: how many batches of the epoch were handed out.
             finished: whether the epoch is over.
         """
@@ -122,7 +121,7 @@ class Progress:
             pending = [*(task.index for task in failed), *dispatcher.pending()]
         first = next((task.worker for task in [*failed, *list(dispatcher.in_flight)[:1]]), self._workers[0])
         ahead = dispatcher.prefetched_rng() if finished else None
-        tells = self._persistent or not finished  # others begin the next epoch as they began this one
+        goes_on = self._persistent or not finished  # other workers begin the next epoch anew
         return State(
             iterable=dispatcher.iterable,
             num_workers=len(self._workers),
@@ -134,7 +133,7 @@ class Progress:
             draws=(ahead or dispatcher.current.rng).to_plain(),
             is_drawn_ahead=ahead is not None,
             sampler=dispatcher.sampler_end if finished else dispatcher.captured_sampler_state(),
-            snapshots=[worker.snapshot.copied() if tells else Snapshot() for worker in self._workers],
+            snapshots=[worker.snapshot.copied() if goes_on else Snapshot() for worker in self._workers],
             active=[worker.active for worker in self._workers],
             next_worker=first.worker_id,
             pending=pending,

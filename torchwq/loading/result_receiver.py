@@ -1,12 +1,12 @@
-"""Where the answers of a loader's workers come in.
+"""Receives the answers of a loader's workers.
 
-Apart from the iterator, so that a thread that waits here does not keep the iterator alive.
+It is not part of the iterator, so that a thread that waits here does not keep the iterator alive.
 
 Invariants:
 
-* One thread receives: the consumer, or, after ``use_from_thread``, another one.
-* That other one clears ``_wake`` before it looks at what it stands for, whether to stop and who is to be waited for;
-  whoever changes that sets it afterwards.
+* One thread receives: the consumer, or, after ``use_from_thread``, the pinning thread.
+* The pinning thread clears ``_wake`` before it looks whether to stop and for whom to wait. A thread that changes either
+  sets ``_wake`` afterwards.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .messages import Failure
 from .statistics import StatsCollector
 from .worker_handle import WorkerGone, WorkerHandle
 
-#: Whoever waits for any of several workers looks at all of them at least so often, in seconds.
+#: A thread that waits for any of several workers looks at all of them this often, in seconds.
 _POLL_INTERVAL: Final = 0.5
 
 
 class ResultReceiver:
-    """Receives from ``workers``, which may grow; ``in_order``, from the one that is asked for, or else from any."""
+    """Receives from ``workers``, which may grow: ``in_order``, from the one that ``receive`` names, else from any."""
 
     def __init__(self, workers: list[WorkerHandle], in_order: bool, stats: StatsCollector) -> None:
         self._workers = workers
@@ -42,12 +42,12 @@ class ResultReceiver:
             self._wake = Alarm()
 
     def recheck(self) -> None:
-        """Others are to be waited for than the thread that waits may know."""
+        """Have the pinning thread look again for which workers to wait."""
         if self._wake is not None:
             self._wake.set()
 
     def stop(self) -> None:
-        """Wake the thread that waits, and let it wait no more. What has come can still be taken."""
+        """Wake the thread that waits, for good. Answers that have come can still be taken."""
         self.stopped = True
         self.recheck()
         for worker in self._workers:
@@ -59,10 +59,10 @@ class ResultReceiver:
             self._wake.close()
 
     def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Any]:
-        """The next answer, and whose it is.
+        """The next answer, and the worker that has sent it.
 
         Args:
-            worker: whose answer is the next, in order.
+            worker: the worker whose answer is the next, in order.
             deadline: when to stop waiting (time.monotonic); None for never.
 
         Raises:
@@ -87,7 +87,7 @@ class ResultReceiver:
 
     def _wait(self, worker: WorkerHandle, deadline: float | None) -> Received | None:
         if not worker.unreceived:
-            worker.flush()  # so nobody waits for an answer to what was not asked
+            worker.flush()  # or this would wait for the answer to an index that was not sent
         began = time.perf_counter_ns()
         received = worker.wait(deadline)
         self._stats.waited += time.perf_counter_ns() - began
@@ -116,7 +116,7 @@ class ResultReceiver:
                 return any_worker, None
 
     def _poll(self, busy: list[WorkerHandle], seconds: float) -> bool:
-        """Wait until one of these may have answered; False if the iterator was closed."""
+        """Wait until one of the ``busy`` workers may have answered; False if the iterator was closed."""
         fds = [] if self._wake is None else [self._wake.fileno()]
         for worker in busy:
             if worker.connection.fileno() < 0:

@@ -33,7 +33,7 @@ class SamplerState:
     steps: int = 0
     error: Exception | None = None
 
-    def told(self) -> SamplerState | None:
+    def copy_if_set(self) -> SamplerState | None:
         """A copy, if anything was told."""
         return None if self.sampler is None and self.iterator is None else replace(self)
 
@@ -50,15 +50,15 @@ class SamplerCursor:
         self._iterator: Any = None
         self._steps = 0
         #: Whether an index may have moved something that has a state.
-        self.watches = not internals.has_no_state(sampler)
-        self._batches_here = self.watches and type(sampler) is BatchSampler
+        self.may_have_state = not internals.has_no_state(sampler)
+        self._makes_batches = self.may_have_state and type(sampler) is BatchSampler
         #: Indices that come before the sampler's next.
         self.pending: deque[Any] = deque()
         self.indices: Iterator[Any] = iter(())
 
     def begin(self, iterator: Any = None) -> None:
         """Begin an epoch. ``iterator`` is one of the sampler that was made already."""
-        if self._batches_here:
+        if self._makes_batches:
             self.indices = self._batches(self._sampler)
         else:
             self.indices = self._iterator = iter(self._sampler) if iterator is None else iterator
@@ -68,7 +68,7 @@ class SamplerCursor:
         if resume is not None and resume.sampler is not None and self._source is not None:
             self._source.load_state_dict(copy_of_state(resume.sampler))
 
-    def go_on(
+    def resume(
         self, resume: SamplerState | None, position: int, pending: Iterable[Any] = (), *, draws_next: bool = False
     ) -> None:
         """Be where ``resume`` says; if it says nothing, ``position`` indices after the first.
@@ -99,7 +99,7 @@ class SamplerCursor:
 
     def start(self) -> None:
         """Call ``iter`` of the sampler in a batch sampler, which waits for the first index as with torch."""
-        if self._batches_here and self._iterator is None:
+        if self._makes_batches and self._iterator is None:
             self._iterator = iter(self._sampler.sampler)
 
     def _batches(self, sampler: BatchSampler) -> Iterator[list[Any]]:
@@ -127,7 +127,7 @@ class SamplerCursor:
         """The state as it is now; None if there is nothing that has one."""
         iterator = self._iterator if is_stateful(self._iterator) else None
         if self._source is None and iterator is None:
-            self.watches = self._batches_here and self._iterator is None  # it has not begun
+            self.may_have_state = self._makes_batches and self._iterator is None  # it has not begun
             return None
         return _state_of(self._source, iterator)
 

@@ -34,7 +34,7 @@ class SnapshotRecorder:
         self._moved = False
         self._error: tuple[str, PackedException] | None = None
         #: Whether there is anything to tell.
-        self.watches = False
+        self.has_state = False
 
     def begin(self, dataset: Any, fetcher: Any) -> None:
         """These are what the epoch's batches are made of."""
@@ -42,13 +42,13 @@ class SnapshotRecorder:
         iterator = getattr(fetcher, "dataset_iter", None)
         self._with_iterator = self._kind == internals.ITERABLE and is_stateful(iterator)
         self._with_dataset = is_stateful(dataset) and dataset is not iterator
-        self.watches = self._with_dataset or self._with_iterator or self._generators is not None
+        self.has_state = self._with_dataset or self._with_iterator or self._generators is not None
 
     def is_due(self, batches: int) -> bool:
         """Whether the worker's batch of this number brings a note, if there is anything to tell."""
         return bool(self._every) and batches % self._every == 0
 
-    def read(self, batches: int) -> Snapshot:
+    def capture_dataset(self, batches: int) -> Snapshot:
         """From where the worker would go on now. Raises what ``state_dict`` raises."""
         now = Snapshot(batches, captured_at=batches, ended=bool(getattr(self._fetcher, "ended", False)))
         if self._with_iterator:
@@ -57,10 +57,10 @@ class SnapshotRecorder:
             now.dataset = self._apart(self._dataset.state_dict())
         return now
 
-    def take(self, batches: int) -> Snapshot:
+    def capture(self, batches: int) -> Snapshot:
         """The same, with the generators of random numbers; what ``state_dict`` raises is in it."""
         try:
-            now = self.read(batches)
+            now = self.capture_dataset(batches)
         except Exception as error:
             now = Snapshot(batches, captured_at=batches, error=self._packed(error))
         if self._generators is not None:
