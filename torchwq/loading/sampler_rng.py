@@ -1,13 +1,13 @@
-"""What the order of an epoch was drawn from, and how the same is drawn again.
+"""The random number generators from which a sampler draws an epoch's order, kept to draw the same order again.
 
-The sampler of an epoch draws from torch's global generator or from one of its own. To go on in the middle of an epoch
-it must draw what it has drawn: so the states of these generators at the epoch's beginning are kept. Most of the time
-much less is enough: torch's ``RandomSampler`` takes nothing from the global generator but a seed, others take nothing.
+A sampler draws from torch's global generator or from one of its own. To go on in the middle of an epoch it must draw
+the same again, so a state has the generators as they were when the epoch began. Mostly less is enough: torch's
+``RandomSampler`` takes only a seed from the global generator, others take nothing.
 
-The *next* epoch draws from the generators as they are. A state that stands for its beginning keeps what it would draw,
-and a digest of the global generator. Where that is the same when the state is loaded, because the program has gone on
-or has restored it, the epoch draws as ever. Otherwise it draws what the state says, and the global generator is left
-alone: it is the training's.
+The *next* epoch draws from the generators as they are. The state of its beginning has what the epoch would draw, and a
+digest of the global generator. If the digest is the same when the state is loaded, because the program has gone on or
+has restored the generator, the epoch draws anew. Otherwise it draws what the state says, and leaves the global
+generator alone, which is the training's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .plain_data import decode_tensor, encode_bytes, is_stateful
 
 @dataclass
 class SamplerRng:
-    """The generators that a sampler may draw from, as they were at one time; the global one only where it matters."""
+    """The generators that a sampler may draw from, as they were at one time; the global one only if it matters."""
 
     of_global: torch.Tensor | None
     own: list[torch.Tensor]
@@ -75,7 +75,7 @@ def draws_when_iterated(sampler: Any) -> bool:
 
 
 def draws_of_next_epoch(sampler: Any, generator: Any, *, base_seed: bool) -> dict[str, Any]:
-    """What an epoch that begins now would draw: ``base_seed`` says whether it draws one for workers too."""
+    """What an epoch that begins now would draw; ``base_seed``: whether it also draws a seed for workers."""
     state = torch.get_rng_state()
     drawn = _generator(state)
     made = capture(sampler, generator).to_plain()
@@ -95,14 +95,14 @@ def is_current(draws: dict[str, Any]) -> bool:
 
 
 def restore_own(sampler: Any, generator: Any, draws: dict[str, Any]) -> None:
-    """Give generators of the loader's own the states that they had."""
+    """Give the sampler's and the loader's own generators the states that they had."""
     for each, state in zip(_own(sampler, generator), draws.get("own", ()), strict=False):
         each.set_state(decode_tensor(state))
 
 
 @contextlib.contextmanager
 def replaying(sampler: Any, generator: Any, draws: dict[str, Any]) -> Iterator[None]:
-    """Within it a sampler draws what it has drawn. The global generator is as before afterwards."""
+    """Let the sampler draw the same again in this block. Afterwards the global generator is as before."""
     restore_own(sampler, generator, draws)
     seeded = internals.takes_seed(sampler) if "seed" in draws else None
     with fork_torch_rng():
@@ -125,7 +125,7 @@ def _own(sampler: Any, generator: Any) -> list[torch.Generator]:
 
 def _may_draw_globally(sampler: Any) -> bool:
     if any(map(is_stateful, internals.sampler_chain(sampler))):
-        return False  # its own state says what it will draw
+        return False  # its state says what it will draw
     return not internals.draws_nothing_global(sampler)
 
 

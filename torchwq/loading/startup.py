@@ -1,12 +1,12 @@
-"""How the workers of a loader start, each with its end of the connection.
+"""Starts the workers of a loader, each with its end of the connection.
 
-Two ways to start a process. *Forked*, by multiprocessing, where torch would fork: the worker has the dataset as it is,
-with open files, locks and database handles. *Served*, by torchwq's warm fork server, where torch would spawn: the
-worker begins clean, and what it needs is marshalled once for all of them, tensors by reference. A worker may also be a
-thread, which gets the dataset as it is.
+multiprocessing *forks* a worker where torch would fork: the worker has the dataset as it is, with open files, locks and
+database handles. torchwq's warm fork server starts a worker where torch would spawn: the worker begins clean, and its
+configuration is marshalled once for all workers, tensors by reference. A worker may also be a thread, which gets the
+dataset as it is.
 
-A worker that still works when its loader closes finishes what it is at: only the loader ends it. A forked one whose
-owner has *died* ends by itself, within ``_GRACE`` (``_end_with_owner``); a served one is killed by the fork server.
+A worker that is busy when its loader closes finishes its present sample, unless the loader ends it. If the owner has
+*died*, a forked worker ends by itself within ``_GRACE_PERIOD`` (``_end_with_owner``), and the fork server kills others.
 """
 
 from __future__ import annotations
@@ -42,26 +42,25 @@ from .processes import ForkedWorker, Process, StartedWorker
 from .worker_handle import Start, connection_of
 from .worker_loop import WorkerLoop
 
-#: Seconds for which a worker whose owner has died may go on with what it is at; how often it asks who its parent is.
-_GRACE: Final = 1.5
+#: Seconds for which a worker whose owner has died may go on; and between two looks who its parent is.
+_GRACE_PERIOD: Final = 1.5
 _PARENT_POLL_INTERVAL: Final = 0.1
-#: Descriptors that multiprocessing needs to fork. It leaves some of them open if there are not enough, so that is seen
-#: before.
-_PIPES: Final = 4
+#: Descriptors that multiprocessing needs to fork. If there are too few, it leaves some of them open, so they are tried
+#: out before.
+_FORK_FDS: Final = 4
 
 
 def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
-    """How the workers of ``config`` are started: as torch would on this platform, or as the arguments say.
+    """A function that starts a worker of ``config``: as torch would on this platform, or as the arguments say.
 
     Args:
-        context: of multiprocessing; None for the platform's default.
+        context: multiprocessing's; None for the platform's default.
         config: what the workers have in common.
         backend: starts them.
 
     Raises:
-        MarshalError: they are to be served and something of the configuration cannot travel; its message names the
-            place.
-        RuntimeError: threads are green ones here.
+        MarshalError: something of the configuration cannot travel to the fork server's processes.
+        RuntimeError: this process has green threads.
     """
     greenlets.check("a DataLoader with workers")
     held: list[Any] = []
@@ -79,14 +78,14 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
 
 
 def _fork(context: Any, config: LoaderConfig, worker_config: WorkerConfig, end: Endpoint) -> Process:
-    definitions.give_tokens_to_main()  # what comes back by another way than the batches is known here, too
+    definitions.give_tokens_to_main()  # the worker may send __main__'s definitions back over a queue
     tree_table.current()  # of a table that it made itself, the worker's blocks would mean nothing here
     handover: list[int] = []
     try:
-        for fd in [*end.handover(), *[end.fileno()] * _PIPES]:
+        for fd in [*end.handover(), *[end.fileno()] * _FORK_FDS]:
             handover.append(descriptors.dup(fd))
-        close_fds(handover[-_PIPES:])
-        del handover[-_PIPES:]
+        close_fds(handover[-_FORK_FDS:])
+        del handover[-_FORK_FDS:]
         process = context.Process(target=_forked_main, args=(config, worker_config, handover, os.getpid()), daemon=True)
         process.start()
     except ResourceError:
@@ -111,10 +110,10 @@ def _forked_main(config: LoaderConfig, worker_config: WorkerConfig, handover: Se
 
 
 def _end_with_owner(connection: Connection, owner: int) -> None:
-    """End this process soon after its parent ``owner`` has died, even if it is busy then.
+    """End this process soon after its parent ``owner`` has died, even if it is busy.
 
-    The event is the end of the connection, which comes also if the loader closes it: after that, this looks who is the
-    parent until the process ends, which it does soon.
+    The end of the connection is the event. It also comes if the loader closes the connection, so a thread polls for the
+    parent until the process ends, which is soon.
     """
     poll = select.poll()
     poll.register(connection.fileno(), getattr(select, "POLLRDHUP", 0))
@@ -123,7 +122,7 @@ def _end_with_owner(connection: Connection, owner: int) -> None:
         poll.poll()
         while os.getppid() == owner:
             time.sleep(_PARENT_POLL_INTERVAL)
-        time.sleep(_GRACE)
+        time.sleep(_GRACE_PERIOD)
         os._exit(1)
 
     threading.Thread(target=watch, name="torchwq-watch", daemon=True).start()

@@ -1,13 +1,12 @@
-"""What a loader saves, and how the same batches come out of it again.
+"""The state that a loader saves, from which another one gives the same batches.
 
-For a map-style dataset the state is the position in the sampler's sequence, and what makes the sequence come out the
-same: what its sampler drew from (``sampler_rng``), or the sampler's own state if it has one. Going on means to draw and
-drop that many indices; nothing is fetched. With ``in_order=False`` it is also the indices that were drawn and have not
-come back. For the dataset, whichever kind, it is what each worker has told of it (``snapshots``); an iterable one that
-tells nothing is iterated again up to where it was.
+It has the position in the sampler's sequence, and what makes the sequence the same: what the sampler drew from
+(``sampler_rng``), or its own state if it has one. Going on means to draw and drop that many indices; nothing is
+fetched. With ``in_order=False`` the state also has the indices that were drawn and have not come back. For the dataset
+it has each worker's snapshot (``snapshots``); an iterable dataset without a state is iterated again up to its place.
 
-The dict that users get has the keys of torchdata's StatefulDataLoader where it means the same, since programs look into
-it: flat without workers, with a part for each worker otherwise.
+The dict that users get has the keys of torchdata's StatefulDataLoader where these mean the same, because programs look
+into it: flat without workers, and otherwise with a part for each worker.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ _VERSION: Final = 2
 
 @dataclass
 class State:
-    """From where a loader can go on.
+    """A state from which a loader can go on.
 
     Attributes:
-        iterable: whether its dataset is.
-        num_workers: how many workers it had.
-        base_seed: of its workers.
-        yielded: how many batches of the epoch it had handed out.
-        position: how many indices it had drawn for that, those included that failed before the last batch.
-        finished: whether the epoch's end was reached.
-        begins: whether the state stands for the beginning of an epoch, the first or the one after this.
+        iterable: whether the dataset is iterable.
+        num_workers: how many workers there were.
+        base_seed: the seed that the workers share.
+        yielded: how many batches of the epoch were handed out.
+        position: how many indices were drawn for that, including those that failed before the last batch.
+        finished: whether the epoch has ended.
+        begins: whether this is the beginning of an epoch, the first or the one after this.
         draws: see ``sampler_rng``.
-        is_drawn_ahead: whether ``draws`` is of the next epoch already, because that was drawn from ahead.
-        sampler: of the sampler.
-        snapshots: of each worker, or of this process.
-        active: which workers' parts of an iterable dataset had not come to their end.
-        next_worker: whose batch is the next.
-        pending: indices that were drawn and not handed out, where these are not simply the next ones.
+        is_drawn_ahead: whether ``draws`` belongs to the next epoch, because indices of that were drawn ahead.
+        sampler: the sampler's state.
+        snapshots: each worker's, or that of this process.
+        active: which workers' parts of an iterable dataset had not ended.
+        next_worker: the worker whose batch is the next.
+        pending: indices that were drawn and not handed out, if these are not simply the next ones.
     """
 
     iterable: bool
@@ -62,7 +61,7 @@ class State:
 
     @classmethod
     def initial(cls, dataset: Any, iterable: bool, num_workers: int) -> State:
-        """Of a loader that was not iterated over yet. Workers' datasets are as they are made."""
+        """The state of a loader before its first epoch."""
         count = max(1, num_workers)
         snapshots = [Snapshot() for _ in range(count)]
         if not num_workers and is_stateful(dataset):
@@ -71,11 +70,11 @@ class State:
             except AttributeError:
                 if not iterable:
                     raise
-                # It has a state once it is iterated over.
+                # It may have a state only after ``iter``.
         return cls(iterable, num_workers, begins=True, snapshots=snapshots, active=[True] * count)
 
     def at_beginning(self) -> State:
-        """Nothing of the epoch was drawn yet; what workers or the sampler have told is with them already."""
+        """The same at the beginning of the epoch, when the dataset and the sampler have their states already."""
         count = max(1, self.num_workers)
         return replace(
             self,
@@ -129,7 +128,7 @@ class State:
         return made
 
     def _part(self, worker_id: int) -> dict[str, Any]:
-        """What one worker has told."""
+        """The part of one worker."""
         snapshot = self.snapshots[worker_id]
         if snapshot.error is not None:
             error = exceptions.unpack(snapshot.error)
@@ -150,7 +149,7 @@ class State:
 
     @classmethod
     def from_dict(cls, saved: Any) -> State:
-        """Raises ValueError if it is nothing that ``to_dict`` has made."""
+        """The reverse of ``to_dict``. Raises ValueError if ``saved`` is something else."""
         if not isinstance(saved, dict) or saved.get("_torchwq_version") != _VERSION:
             raise ValueError(_NO_STATE)
         try:
@@ -181,21 +180,24 @@ class State:
         )
 
     def fitted(self, iterable: bool, num_workers: int, strict: bool) -> State:
-        """What a loader of this kind goes on from. Raises ValueError if it cannot; ``strict``: also if not quite."""
+        """The state for a loader of this kind.
+
+        Raises ValueError if the loader cannot go on from here; with ``strict``, also if it would lose something.
+        """
         if self.iterable != iterable:
             kinds = {True: "an iterable-style", False: "a map-style"}
             raise ValueError(
                 f"this state was taken from a loader with {kinds[self.iterable]} dataset, and this one has "
                 f"{kinds[iterable]} one: load it into a loader made like the first"
             )
-        told = any(each.dataset is not None or each.iterator is not None for each in self.snapshots)
+        has_dataset_state = any(each.dataset is not None or each.iterator is not None for each in self.snapshots)
         if self.num_workers == num_workers:
             return self
         both = (
             f"this state was taken with num_workers={self.num_workers} and this loader has num_workers={num_workers}: "
             f"which worker makes which batch, and with which random numbers, depends on that. "
         )
-        if not self.begins or told:
+        if not self.begins or has_dataset_state:
             if self.iterable:
                 raise ValueError(
                     f"{both}Make the loader with num_workers={self.num_workers}, or begin the epoch anew: an iterable "
@@ -206,7 +208,7 @@ class State:
                     f"{both}Make the loader with num_workers={self.num_workers}, or begin the epoch anew, or go on at "
                     f"the same sample with load_state_dict(state, strict=False)"
                 )
-            lost = ", and what the workers' datasets had told of themselves is lost" if told else ""
+            lost = ", and what the workers' datasets had told of themselves is lost" if has_dataset_state else ""
             warning.warn(
                 f"this state was taken with num_workers={self.num_workers} and this loader has "
                 f"num_workers={num_workers}: it goes on at the same sample, but workers' random numbers begin "

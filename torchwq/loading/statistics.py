@@ -1,4 +1,4 @@
-"""Tells whether a loader or the training that it feeds is the slower one."""
+"""Measures whether a loader or the training that it feeds is the slower one."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class LoaderStatistics:
 
 
 class StatsCollector:
-    """What is counted for one loader, over all its iterators."""
+    """Counts for one loader, over all its iterators."""
 
     def __init__(self, workers: int) -> None:
         self._counters: Counters | None = None
         self.workers = workers
-        #: From where an iterator that is gone could have gone on.
+        #: The state of the last iterator, when that is gone.
         self.state: Any = None
         self.restarts = 0
-        #: At how many workers an automatic number was last said to stay.
+        #: The last number of workers that the autoscaler has logged.
         self.logged_num_workers = 0
         #: Nanoseconds for which the consumer has waited.
         self.waited = 0
         self.num_handed_out = 0
-        #: Nanoseconds for which the loader was iterated over, and since when it is now; 0 if it is not.
+        #: Nanoseconds of all epochs that have ended; and when the present one began, 0 if there is none.
         self._iterated = self._since = 0
-        # Of the last look: when, how long the consumer had waited, how long cores had been idle.
+        # The last check: when, how long the consumer had waited, how long cores had been idle.
         self._last_check = 0, 0, 0.0
 
     def __reduce__(self) -> Any:
@@ -61,7 +61,7 @@ class StatsCollector:
         return StatsCollector, (self.workers,)
 
     def counters(self, workers: int) -> Counters:
-        """For so many workers. Made when they are needed: they take a descriptor."""
+        """Counters for so many workers. They take a descriptor, so they are made when they are needed."""
         if self._counters is None:
             self._counters = Counters(workers)
         elif self._counters.slots < workers:
@@ -69,17 +69,17 @@ class StatsCollector:
         return self._counters
 
     def start(self) -> None:
-        """The loader is iterated over."""
+        """An epoch begins."""
         self._since = self._since or time.perf_counter_ns()
 
     def stop(self) -> None:
-        """It is not any more."""
+        """The epoch has ended."""
         if self._since:
             self._iterated += time.perf_counter_ns() - self._since
             self._since = 0
 
     def since_last_check(self) -> tuple[float, bool]:
-        """What part of the time the consumer waited since the last call, and whether a core was idle meanwhile."""
+        """For which part of the time since the last call the consumer waited, and whether a core was idle."""
         now, waited, idle = time.perf_counter_ns(), self.waited, _idle_time()
         then, waited_then, idle_then = self._last_check
         idle_cores = (idle - idle_then) * 1e9 / max(1, now - then)
@@ -87,7 +87,7 @@ class StatsCollector:
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
     def read(self) -> LoaderStatistics:
-        """All that was counted until now."""
+        """The counts until now."""
         now = time.perf_counter_ns()
         seconds = (self._iterated + (now - self._since if self._since else 0)) / 1e9
         counters = self._counters
@@ -120,7 +120,7 @@ def _verdict(waited: float, seconds: float, idle: float, busy: float, batches: i
 
 
 def _idle_time() -> float:
-    """Seconds for which the cores of this machine have been idle, all together; 0.0 where that is not known."""
+    """Seconds for which the cores of this machine have been idle, all together; 0.0 if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as stat:
             return int(stat.readline().split()[4]) / os.sysconf("SC_CLK_TCK")

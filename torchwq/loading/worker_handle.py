@@ -1,19 +1,18 @@
-"""One worker as its loader sees it: what it was asked for, what it has answered, and the connection to it.
+"""One worker as its loader sees it: the indices sent to it, its answers, and the connection to it.
 
-One connection leads to each worker, and its other end is in no other process: so the connection ends with the worker. A
-worker that is a thread has a connection of the same kind within this process, and the dataset and its batches pass as
-they are.
+Each worker has a connection of its own, whose other end is in no other process. So the connection ends with the worker.
+A worker that is a thread has a connection within this process, which passes the dataset and the batches as they are.
 
 Invariants:
 
-* A worker answers in the order in which it was asked. So counting tells which answers are *stale*: the first ``stale``
-  of those that the consumer has not taken are answers that nobody wants any more.
-* One thread gives a worker its indices and takes its answers off the count (``consumed``): the consumer's. Either that
-  thread receives the answers, too, or another one, which pins them.
-* ``received`` is the snapshot after the last answer of this epoch that the consumer's thread has received, so also
-  after the last one before a death, which it hears of when everything before that has been received. Before the first
-  one it says only what the random numbers are after the last answer, stale or not, of the epoch before.
-* Whoever starts a worker closes its descriptors of the worker's end as soon as the worker has them.
+* A worker answers in order. So a count says which answers are *stale*: the first ``stale`` of those that the consumer
+  has not taken are answers that nobody wants any more.
+* Only the consumer's thread sends indices and counts answers as ``consumed``. It also receives the answers, unless
+  another thread pins them.
+* ``received`` is the snapshot after the last answer of this epoch that the consumer's thread has received. A death is
+  reported after all answers before it, so it is also the last snapshot before a death. Before the first answer it has
+  only the random number generators after the last answer, stale or not, of the epoch before.
+* The loader closes its descriptors of the worker's end as soon as the worker has them.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ from .messages import Answer, NewEpoch, Snapshot
 from .processes import END_TIMEOUT, Process
 
 Start = Callable[[WorkerConfig, Any], Process]
-"""Starts a worker with this configuration, which gets this end of the connection."""
+"""Starts a worker with this configuration and this end of the connection."""
 
 
 def connection_of(end: Endpoint | LocalEndpoint) -> Connection | LocalEndpoint:
-    """What the loader, and a worker, make of an end. One within this process has all that they need."""
+    """The connection of an end. An end within this process is a connection itself."""
     return end if isinstance(end, LocalEndpoint) else Connection(end)
 
 
-#: Wakes a worker that is far enough ahead: it says nothing.
+#: Wakes a worker, and means nothing else.
 _WAKE: Final = pickle.dumps(None)
 
 
@@ -68,37 +67,37 @@ class WorkerHandle:
 
     Args:
         start: starts it.
-        worker_config: what it gets for itself.
-        flow: the words that govern the flow of its batches, see ``messages``.
+        worker_config: its own configuration.
+        flow: see Note [Flow of batches].
         backend: connects it.
     """
 
     def __init__(self, start: Start, worker_config: WorkerConfig, flow: memoryview, backend: Backend) -> None:
         self.worker_id = worker_config.worker_id
         self._connect = backend.connect
-        #: Whether what is sent to it stays in this process.
+        #: Whether it is a thread of this process.
         self._same_process = backend.peer.same_process
         self._start = start
         self._worker_config = worker_config
         self._flow = flow
         self._fence = threading.RLock()
-        #: Held by who takes from the connection: mostly the thread that receives, now and then the reactor's.
+        #: Held while a thread takes from the connection: the one that receives, or sometimes the reactor's.
         self._receiving = threading.RLock()
-        #: Indices that the worker does not know of before ``flush``.
+        #: Indices for the worker that ``flush`` will send.
         self.unsent: list[Any] = []
         self._generation = 0
-        # Indices that it knows of; answers of these that were received; and that the consumer has taken.
+        # Indices sent to it; answers received; answers that the consumer has taken.
         self._sent = self._received = self._consumed = 0
         self.stale = 0
-        #: False if its part of an iterable dataset has come to its end in this epoch.
+        #: False if its part of an iterable dataset has ended in this epoch.
         self.active = True
-        #: From where it would go on after the last answer that was handed out, and that was received.
+        #: Its snapshots after the last answer that was handed out, and after the last that was received.
         self.snapshot = self.received = worker_config.resume
         self._open()
 
     def _open(self) -> None:
         """Start the worker. If that fails, nothing is left open."""
-        # All of it before the worker starts, which has to be ended otherwise; it has its end then.
+        # The worker starts last: after that, an error would have to end it.
         with contextlib.ExitStack() as opened, contextlib.ExitStack() as passed_on:
             try:
                 ours, theirs = self._connect()
@@ -122,16 +121,16 @@ class WorkerHandle:
             opened.pop_all()
 
     def flush(self) -> None:
-        """Send it the indices that it does not know of."""
+        """Send it its ``unsent`` indices."""
         if self.unsent:
             unsent, self.unsent = self.unsent, []
             self._sent += len(unsent)
-            if self._same_process:  # it would see what the sampler makes of its list
+            if self._same_process:  # it would see if the sampler changes its list
                 unsent = [index.copy() if type(index) is list else index for index in unsent]
             self.send((self._generation, unsent))
 
     def consumed(self) -> None:
-        """One more of its answers was taken: it may make one more batch."""
+        """The consumer has taken an answer, so the worker may make one more batch."""
         self._consumed += 1
         with self._fence:
             self._flow[CONSUMED] = self._consumed
@@ -139,17 +138,17 @@ class WorkerHandle:
             self.send(None)
 
     def drop_stale(self, answer: Any) -> None:
-        """The answer that was taken is one that nobody wants, but for the random numbers after it."""
+        """The consumer has taken a stale answer, of which it keeps only the random number generators."""
         self.stale -= 1
         if isinstance(answer, Answer) and answer.after is not None:
             self.received = Snapshot(rng=answer.after.rng)
         self.consumed()
 
     def abandon_tasks(self, prefetch: int) -> None:
-        """Nobody wants what it was asked for until now. Its answers will come, and are stale.
+        """Make all answers that have not been taken stale.
 
-        It makes the first ``prefetch`` of them all the same, as torch's loader has them made, so that the dataset's
-        random numbers afterwards do not depend on how far the worker had come.
+        The worker makes the batches of the first ``prefetch`` all the same, as torch's loader has them made. So the
+        dataset's random numbers afterwards do not depend on how far the worker had come.
         """
         self.stale = self._sent - self._consumed
         self._flow[LIMIT] = self._consumed + prefetch
@@ -158,16 +157,13 @@ class WorkerHandle:
         self._flow[GENERATION] = self._generation
 
     def begin_epoch(self, shared_seed: int | None) -> None:
-        """Let it iterate anew. ``shared_seed`` is the one that all workers of a datapipe have in common."""
+        """Let it iterate anew. ``shared_seed`` is the seed that all workers of a datapipe share."""
         self.snapshot = self.received = Snapshot(rng=self.received.rng)
         self._worker_config.shared_seed = shared_seed
         self.send(NewEpoch(shared_seed))
 
     def send(self, message: Any) -> None:
-        """Send a message; None only wakes it.
-
-        One that is dead does not get it: that shows when its answer is waited for.
-        """
+        """Send a message; None only wakes the worker. A dead worker is noticed when its answer is waited for."""
         try:
             if isinstance(self.connection, LocalEndpoint):
                 self.connection.send(LocalMessage(None, [message]))
@@ -181,7 +177,7 @@ class WorkerHandle:
 
     @property
     def has_answered(self) -> bool:
-        """Whether anything has come from it."""
+        """Whether an answer has come from it."""
         return self._received > 0
 
     @property
@@ -191,11 +187,11 @@ class WorkerHandle:
 
     @property
     def unanswered(self) -> int:
-        """For how many indices of this epoch the consumer has not taken an answer."""
+        """For how many indices of this epoch the consumer has not taken the answer."""
         return self._sent - self._consumed - self.stale + len(self.unsent)
 
     def take(self) -> Received | None:
-        """The next answer, if it is here. Raises EOFError if none will come."""
+        """The next answer, if it has come. Raises EOFError if none will come."""
         with self._receiving:
             take = self.connection.take
             received = take() if self._kept is None else self._kept.take(take)
@@ -210,7 +206,7 @@ class WorkerHandle:
                 self._kept.take_control_messages(self.connection.endpoint)
 
     def wait(self, deadline: float | None) -> Received | None:
-        """The next answer; None after ``deadline`` (time.monotonic), and if there is none after ``stop_waiting``.
+        """The next answer; None after ``deadline`` (time.monotonic) and after ``stop_waiting``.
 
         Raises EOFError if none will come.
         """
@@ -222,11 +218,11 @@ class WorkerHandle:
                 return None
 
     def stop_waiting(self) -> None:
-        """End ``wait``, in any thread. What has come can still be taken."""
+        """End ``wait``, in any thread. Answers that have come can still be taken."""
         self.connection.stop_waiting()
 
     def death(self, in_hand: str) -> WorkerDied:
-        """Why no answer will come. A worker whose connection has ended may still run its exit functions."""
+        """The error for the end of the connection. The worker may still be running its exit functions."""
         if not self.process.wait(END_TIMEOUT):
             self.process.kill(signal.SIGKILL)
             self.process.wait(END_TIMEOUT)
@@ -236,7 +232,7 @@ class WorkerHandle:
         return death
 
     def restart(self, indices: Sequence[Any]) -> None:
-        """Put a new process in the place of a dead one, which goes on where that one was.
+        """Start a new process in the place of a dead one, to go on where that was.
 
         Args:
             indices: those of this epoch for which the consumer has not taken an answer, in order.
@@ -246,15 +242,15 @@ class WorkerHandle:
         worker_config.begins = worker_config.begins and self.received is worker_config.resume
         worker_config.resume = self.received
         self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
-        # What nobody wants any more is answered, too: whoever receives counts on it.
-        here = self._received - self._consumed
-        stale_to_come = max(0, self.stale - here)
-        self._sent, self._received, self._consumed = here, here, 0
+        # The pinning thread may wait for stale answers, too, so the new process gives as many.
+        to_consume = self._received - self._consumed
+        stale_to_come = max(0, self.stale - to_consume)
+        self._sent, self._received, self._consumed = to_consume, to_consume, 0
         self._open()
         if stale_to_come:
             self._sent += stale_to_come
             self.send((-1, [None] * stale_to_come))
-        self.unsent = list(indices[max(0, here - self.stale) :])
+        self.unsent = list(indices[max(0, to_consume - self.stale) :])
         self.flush()
 
     def _disconnect(self) -> None:
@@ -264,7 +260,7 @@ class WorkerHandle:
             self._kept.close()
 
     def close(self) -> None:
-        """End the connection, and so the worker; does not wait for it."""
+        """End the connection, and so the worker. Does not wait for it."""
         if self._closed:
             return
         try:
@@ -277,7 +273,7 @@ class WorkerHandle:
 
 
 def _as_torch_says(pid: int | None, exitcode: int | None) -> str:
-    """The sentence of torch's loader about a dead worker, which programs look for. Source: ``DataLoader.cpp``."""
+    """torch's sentence on a dead worker, which programs look for. Source: ``DataLoader.cpp``."""
     if pid is None or exitcode is None:
         return ""
     if exitcode < 0:

@@ -1,12 +1,12 @@
-"""What a worker of a loader does until the loader is gone: it takes indices, and answers each with a batch.
+"""The loop of a loader's worker: it answers each index with a batch, until the loader closes the connection.
 
 Invariants:
 
 * Each index gets exactly one answer, in order.
-* A batch travels by value, in shared memory: a tensor goes by reference only if this worker has just collated it, and
-  nobody else has it. So whatever the consumer does with a batch, the dataset does not see it. From a thread it goes as
-  it is, as it does without workers.
-* The worker ends when its connection does, whoever has closed it and however, after the batch that it is at.
+* A batch travels by value, in shared memory: a tensor goes by reference only if this worker has just collated it, so
+  that nobody else has it. Whatever the consumer does with a batch, the dataset does not see it. A thread passes the
+  batch as it is, as a loader without workers does.
+* The worker ends when its connection ends, for whatever reason, after its present batch.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from .config import LoaderConfig, WorkerConfig
 from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, LOST, NBYTES, WAITED
 from .messages import Answer, Batch, End, Failure, NewEpoch
 
-#: How often a worker that is far enough ahead looks whether it still is before it sleeps.
+#: A worker that is far enough ahead looks so many times whether it still is before it sleeps.
 _SPINS: Final = 10
 
 
 class WorkerLoop:
-    """The work of one worker: a process, or, if its connection is within this one, a thread.
+    """The work of one worker: a process, or, if its connection is within this process, a thread.
 
     Args:
-        config, worker_config: what all workers have in common, and what this one has for itself.
+        config, worker_config: the configuration of all workers, and of this one.
         connection: to the loader.
-        has_main: whether the loader's process has the same ``__main__``: it has forked this one.
+        has_main: whether the loader's process has forked this one, and so has the same ``__main__``.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class WorkerLoop:
                     made = wanted or (generation >= 0 and self._made < flow[LIMIT])
                     if not made or self._made - flow[CONSUMED] < prefetch:
                         break
-                    self._wait_until_consumed()  # after which it may not be wanted any more
+                    self._wait_until_consumed()  # meanwhile the loader may abandon the task
                 began = time.perf_counter_ns()
                 words[WAITED] += began - since
                 payload = self._answer(index) if made else self._encode(End())
@@ -104,7 +104,7 @@ class WorkerLoop:
                 words[NBYTES] += payload.nbytes if isinstance(payload, Message) else _size(payload)
                 del payload
         except (EOFError, BrokenPipeError):
-            pass  # the loader is gone, or has no use for more
+            pass  # the loader has closed the connection, or is dead
 
     def _receive(self) -> None:
         received, take = None, self._connection.take
@@ -144,13 +144,13 @@ class WorkerLoop:
             except Exception as still:
                 return self._encode(self._maker.failure(still, index))
         finally:
-            del answer  # the error in it would keep this frame, and that the error
+            del answer  # the traceback of an error in it keeps this frame
 
     def _encode(self, answer: Any) -> Any:
         if self._in_thread:
             if self._config.auto_collation or type(answer) is Failure:
                 return LocalMessage(None, [answer])
-            # What the dataset itself may have, and use again.
+            # The dataset may have made it, and use it again.
             return codec.encode_one(answer, codec.UNLIMITED, "batch", owned_blocks=(), peer=SAME_PROCESS)
         importable.reader.has_main = self._has_main
         try:
@@ -161,7 +161,7 @@ class WorkerLoop:
             importable.reader.has_main = False
 
     def _encode_without_states(self, answer: Any, error: Exception) -> Any:
-        """If it is the snapshots that cannot be sent, that is for whoever asks for the state. Else raises ``error``."""
+        """Send the answer without its states, if these cannot be sent. The loader's ``state_dict`` raises ``error``."""
         if not isinstance(answer, Answer):
             raise error
         packed = exceptions.pack(error)
@@ -173,7 +173,7 @@ class WorkerLoop:
 
 
 def _size(payload: bytes | LocalMessage) -> int:
-    """Bytes of a message that is not a ``Message``. Of a thread's, which are not copied, those of its tensors."""
+    """Bytes of a pickle; or of the tensors of a thread's message, which are not copied."""
     return len(payload) if isinstance(payload, bytes) else _nbytes_of(payload.objects)
 
 

@@ -1,10 +1,10 @@
-"""The workers of one iterator: started, received from, replaced if they die, and ended together.
+"""The workers of one iterator: starts them, receives from them, replaces dead ones, and ends them together.
 
 Invariants:
 
-* A death is told, or mended, when everything that the worker had sent before it has been received.
-* Ending them never leaves a process behind, and waits for one at most ``END_TIMEOUT`` seconds before it uses force.
-  Force is for processes only: nobody can end a thread from outside.
+* A death is raised, or the worker replaced, when everything that the worker had sent has been received.
+* ``end`` leaves no process behind. It waits for a worker at most ``END_TIMEOUT`` seconds before it uses force, which no
+  thread can be ended by.
 """
 
 from __future__ import annotations
@@ -30,22 +30,21 @@ from .result_receiver import ResultReceiver
 from .statistics import StatsCollector
 from .worker_handle import WorkerGone, WorkerHandle
 
-#: Seconds that all workers together may take to end by themselves where there is no time: a worker's death or Ctrl-C is
-#: to be told at once, or the interpreter ends.
+#: Seconds that all workers together may take to end by themselves if an error is to be raised, or at exit.
 SHORT_END_TIMEOUT: Final = 0.5
 #: Seconds that a worker may take to end after a signal.
 _SIGNAL_TIMEOUT: Final = 1.0
 
 
 class WorkerPool:
-    """The workers of one iterator, and who receives their answers.
+    """The workers of one iterator, and the receiver of their answers.
 
     Args:
-        workers: the list that they are in. They are added to it.
-        dispatcher: knows what they have in hand.
-        config: what they have in common.
+        workers: the list to which workers are added.
+        dispatcher: knows their indices in flight.
+        config: their common configuration.
         loader: the DataLoader.
-        stats: what is counted for the loader.
+        stats: the loader's counts.
     """
 
     def __init__(
@@ -77,20 +76,20 @@ class WorkerPool:
         return worker
 
     def pin(self, device: Any) -> None:
-        """Let a thread receive from now on, which pins batches for ``device``."""
+        """From now on a thread receives the answers, and pins batches for ``device``."""
         self._source = self._pinner = Pinner(self._receiver, device)
         self._dispatcher.expect = self._pinner.expect
 
     def receive(self, worker: WorkerHandle, deadline: float | None) -> tuple[WorkerHandle, Any] | None:
-        """The next answer, and whose it is; None if it is one that nobody wants any more.
+        """The next answer, and the worker that has sent it; None if the answer is stale.
 
         Args:
-            worker: whose answer is the next, in order.
+            worker: the worker whose answer is the next, in order.
             deadline: when to stop waiting (time.monotonic); None for never.
 
         Raises:
             TimeoutError: after ``deadline``.
-            WorkerDied: a worker has died, and is not to be replaced.
+            WorkerDied: a worker has died, and may not be replaced.
         """
         while True:
             try:
@@ -105,10 +104,10 @@ class WorkerPool:
                 if isinstance(answer, Answer) and answer.after is not None:
                     worker.received = answer.after
                 return found
-            self._replace(dead)  # not where Gone is handled: nobody else should see it
+            self._replace(dead)  # outside of the except block: WorkerGone should not be the context of an error
 
     def _replace(self, worker: WorkerHandle) -> None:
-        """Put another worker in the place of one that has died, or raise."""
+        """Restart a dead worker, or raise WorkerDied."""
         indices = self._dispatcher.indices_of(worker)
         death = worker.death(describe_index(indices[0]) if indices else "")
         if self._restarts >= self._max_restarts or self._closed:
@@ -126,7 +125,7 @@ class WorkerPool:
             self._pinner.restarted()
 
     def describe_late_workers(self) -> str:
-        """Which workers have not answered, in words."""
+        """Says which workers have not answered."""
         first = self._dispatcher.next_worker()
         missing = []
         for worker in self._workers if first is None else [first]:
@@ -138,7 +137,7 @@ class WorkerPool:
 
     @property
     def is_in_own_thread(self) -> bool:
-        """Whether this thread is one of those that ``end`` waits for."""
+        """Whether ``end`` would wait for the current thread."""
         return self._pinner is not None and self._pinner.is_in_current_thread
 
     def end(self, in_all: float | None = None) -> None:
@@ -148,7 +147,7 @@ class WorkerPool:
             self._stop_pinning(END_TIMEOUT if in_all is None else in_all)
 
     def end_in_background(self) -> None:
-        """The same for somebody who has no time; see :func:`end_in_background`."""
+        """The same without a long wait; see :func:`end_in_background`."""
         with contextlib.ExitStack() as stack:
             stack.callback(end_in_background, self._workers)
             self._stop_pinning(END_TIMEOUT)
@@ -160,22 +159,22 @@ class WorkerPool:
 
 
 def end(workers: Sequence[WorkerHandle], in_all: float | None = None) -> None:
-    """End workers: by closing their connections, and, if that does not do in time, by force, which threads escape.
+    """End workers by closing their connections, and processes that do not end in time by force.
 
     Args:
         workers: all of them.
-        in_all: seconds that all of them together may take to end by themselves; None: ``END_TIMEOUT`` for each process,
-            one after the other, as torch's loader waits for them.
+        in_all: seconds that all of them together may take to end by themselves; None for ``END_TIMEOUT`` for each
+            process, one after the other, as torch's loader waits for them.
     """
-    with contextlib.ExitStack() as stack:  # another Ctrl-C in the middle of it does not keep it from doing the rest
-        stack.callback(recycling.retire_orphans)  # their blocks would be kept for a while: no process uses them again
+    with contextlib.ExitStack() as stack:  # after another Ctrl-C it does the rest
+        stack.callback(recycling.retire_orphans)  # or the workers' blocks would stay for a while, of no use to anyone
         stack.callback(_wait_or_kill, workers, in_all)
         for worker in workers:
             stack.callback(worker.close)
 
 
 def end_in_background(workers: Sequence[WorkerHandle]) -> None:
-    """The same for somebody who has no time: after ``SHORT_END_TIMEOUT`` seconds a thread goes on with it."""
+    """The same, but after ``SHORT_END_TIMEOUT`` seconds a thread goes on with it."""
     left = list(workers)
     try:
         for worker in workers:
