@@ -1,4 +1,1 @@
-"""What the handles that users hold have in common: how a handle is read, and how it travels.
-
-Queues, channels, mutexes and the loader add only what is their own.
-"""
+"""What handles have in common: how one is read, and how one travels. Each kind of handle adds only its own part."""

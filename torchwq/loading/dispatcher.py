@@ -117,12 +117,8 @@ class Dispatcher:
                 self.records_pending = self.records_pending or bool(resume.pending)
                 cursor.resume(resume.sampler, 0 if self.iterable else resume.position, resume.pending or ())
             if cursor.may_have_state:
-                told = (
-                    resume.sampler.copy_if_set()
-                    if resume is not None and not resume.begins and resume.sampler
-                    else None
-                )
-                self.sampler_state = told or cursor.state()
+                resumed = None if resume is None or resume.begins else resume.sampler
+                self.sampler_state = (resumed and resumed.copy_if_set()) or cursor.state()
             for _ in range((self._prefetch + self._extra_indices) * len(self._workers)):
                 self.dispatch_next()
             self.flush()

@@ -132,9 +132,7 @@ class Barrier:
             raise_closed()
         if words[BROKEN + generation % 2] == generation + 1:
             self._raise_unseen_failure(seen)
-            raise WorkerDied(
-                "the barrier cannot be completed: others that had this mutex have gone, and all that have it wait here"
-            )
+            raise WorkerDied(f"{_PREFIX}others that had this mutex have gone, and all that have it wait here")
         with self._table.locked():
             return self._take_position(generation)
 

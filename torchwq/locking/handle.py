@@ -13,6 +13,7 @@ from ..handles.reference import HandleRef, Target, register_handle
 from ..peers.failures import SeenFailures
 from ..transport.descriptors import close_fds
 from ..workers import threads
+from .layout import HOLDER
 from .state import MutexState, close_when_unused, find_state
 
 
@@ -121,7 +122,7 @@ class Mutex:
         state = self._state
         if state.forked:
             return "<torchwq.Mutex, of another process>"
-        status = "closed" if state.closed else "locked" if state.lock.is_locked else "unlocked"
+        status = "closed" if state.closed else "locked" if state.table.words[HOLDER] else "unlocked"
         return f"<torchwq.Mutex, {status}>"
 
     def __reduce__(self) -> Any:

@@ -38,11 +38,6 @@ class RobustLock:
         #: See ``Mutex.abandoned``.
         self.abandoned: WorkerDied | None = None
 
-    @property
-    def is_locked(self) -> bool:
-        """Whether a thread of any process holds it."""
-        return bool(self._words[HOLDER])
-
     def acquire(self, deadline: float | None) -> bool:
         ident = threading.get_ident()
         if not hasattr(self._exit_hooks, "hook"):
