@@ -83,17 +83,17 @@ def test_an_interruption_while_a_death_is_looked_into(monkeypatch: pytest.Monkey
     loader = _loader(20, on_worker_death="restart", pin_memory=pin_memory)
     iterator = iter(loader)
     next(iterator)
-    died = WorkerHandle.died
+    death = WorkerHandle.death
 
     def interrupted(worker: WorkerHandle, in_hand: str) -> Any:
-        died(worker, in_hand)
+        death(worker, in_hand)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(WorkerHandle, "died", interrupted)
+    monkeypatch.setattr(WorkerHandle, "death", interrupted)
     iterator._handles[0].process.kill(signal.SIGKILL)
     with pytest.raises(KeyboardInterrupt):
         list(iterator)
-    monkeypatch.setattr(WorkerHandle, "died", died)
+    monkeypatch.setattr(WorkerHandle, "death", death)
     assert [int(batch) for batch in loader] == list(range(20))
 
 

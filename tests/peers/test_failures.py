@@ -1,4 +1,4 @@
-"""Which deaths a handle has been told of, and which handles there are."""
+"""The deaths that a handle has been told of, and the handles of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Handle:
 
 
 def die(table: PeerTable) -> None:
-    """A peer comes to the table and dies."""
+    """Let a peer come to the table and die."""
     PeerTable([os.dup(fd) for fd in table.handover()]).abandon()
 
 
@@ -36,7 +36,7 @@ def test_each_death_is_told_once_to_each_handle() -> None:
     table.leave()
 
 
-def test_what_was_told_before_a_copy_is_not_told_to_it() -> None:
+def test_a_copy_is_told_only_of_deaths_after_it_was_made() -> None:
     table = PeerTable()
     die(table)
     seen = SeenFailures()
@@ -51,7 +51,7 @@ def test_what_was_told_before_a_copy_is_not_told_to_it() -> None:
     table.leave()
 
 
-def test_a_death_waits_for_what_comes_first_and_for_who_it_concerns() -> None:
+def test_a_death_waits_for_what_comes_first_and_for_whom_it_concerns() -> None:
     table = PeerTable()
     die(table)
     seen = SeenFailures()
@@ -62,7 +62,7 @@ def test_a_death_waits_for_what_comes_first_and_for_who_it_concerns() -> None:
     table.leave()
 
 
-def test_deaths_that_nobody_sees_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deaths_that_the_table_does_not_show_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "REUSE_AFTER", 4)
     table = PeerTable()
     seen = SeenFailures()
@@ -74,7 +74,7 @@ def test_deaths_that_nobody_sees_any_more_are_forgotten(monkeypatch: pytest.Monk
     table.leave()
 
 
-def test_a_handle_that_is_gone_or_waits_is_no_other_handle() -> None:
+def test_a_handle_that_is_garbage_or_waits_is_no_other_handle() -> None:
     handles: LocalHandles[Handle] = LocalHandles()
     mine, other = Handle(), Handle()
     handles.add(mine)

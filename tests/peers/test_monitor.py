@@ -1,4 +1,4 @@
-"""Whoever waits at a table of peers is told at once of who comes, leaves, dies or shows something."""
+"""A monitor reports at once that a peer comes, leaves, dies or changes a word."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ WORD = FIRST_SLOT_WORD
 
 
 class Changes:
-    """What a monitor has told."""
+    """What a monitor has reported."""
 
     def __init__(self, table: PeerTable) -> None:
-        self._told = threading.Event()
-        self.monitor = PeerMonitor(table, self._told.set)
+        self._changed = threading.Event()
+        self.monitor = PeerMonitor(table, self._changed.set)
 
     def after(self, action: object) -> bool:
-        """Whether it tells of something when ``action`` was done."""
-        self._told.wait(0.2)  # of what was before: an edge may still be under way
-        self._told.clear()
+        """Whether the monitor reports a change after ``action``."""
+        self._changed.wait(0.2)  # for earlier changes, whose event may still come
+        self._changed.clear()
         action()  # type: ignore[operator]
-        return self._told.wait(10)
+        return self._changed.wait(10)
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def watched() -> Iterator[tuple[PeerTable, Changes]]:
         changes.monitor.close()
 
 
-def test_it_tells_of_who_comes_leaves_and_shows_something() -> None:
+def test_it_reports_a_peer_that_comes_leaves_or_changes_a_word() -> None:
     with watched() as (table, changes):
         came: list[PeerTable] = []
         assert changes.after(lambda: came.append(another(table)))
@@ -57,7 +57,7 @@ def test_it_tells_of_who_comes_leaves_and_shows_something() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, b"x"], ids=["killed", "exits without leaving"])
-def test_it_tells_of_a_death_before_and_after_it_has_begun(how: bytes | signal.Signals) -> None:
+def test_it_reports_the_death_of_peers_from_before_and_after_it_was_opened(how: bytes | signal.Signals) -> None:
     with new_table() as table:
         before = Child(table)
         changes = Changes(table)
@@ -70,7 +70,7 @@ def test_it_tells_of_a_death_before_and_after_it_has_begun(how: bytes | signal.S
         changes.monitor.close()
 
 
-def test_while_nobody_waits_nothing_is_open_for_it() -> None:
+def test_while_nobody_waits_it_has_no_descriptor_open() -> None:
     with new_table() as table:
         child = Child(table)
         before = open_descriptors()
@@ -81,7 +81,7 @@ def test_while_nobody_waits_nothing_is_open_for_it() -> None:
         child.end(b"l")
 
 
-def test_who_waits_need_not_have_descriptors_for_a_reactor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_can_wait_without_descriptors_for_a_reactor(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> reactor.Reactor:
         raise ResourceError("no descriptor is free")
 
@@ -99,7 +99,7 @@ def test_who_waits_need_not_have_descriptors_for_a_reactor(monkeypatch: pytest.M
         child.end(b"l")
 
 
-def test_a_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(slot: int) -> bool:
         raise KeyboardInterrupt
 
@@ -116,7 +116,7 @@ def test_a_ctrl_c_while_it_looks_for_peers_leaves_it_as_it_was(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("what", ["pidfd", "epoll", "eventfd", "another namespace"])
-def test_where_an_event_cannot_tell_it_says_so(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_if_a_death_would_cause_no_event(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "another namespace":
         monkeypatch.setattr(tables, "_pid_namespace", lambda: os.getpid())
     else:
@@ -131,7 +131,7 @@ def test_where_an_event_cannot_tell_it_says_so(what: str, monkeypatch: pytest.Mo
         assert (child.slot, False) in list(table.other_slots())
 
 
-def test_a_process_id_that_was_given_again_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_watch_a_later_process_with_the_same_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer dies just before its pidfd is opened."""
     with new_table() as table:
         child = Child(table)

@@ -1,4 +1,4 @@
-"""Words that processes share, and locks that end with their holders."""
+"""Shared words, and record locks, which end with their holders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slots in shared memory: who has one, who lives, what is counted."""
+"""The table of peers: slots, which peers are alive, and counts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def new_table() -> Iterator[PeerTable]:
 
 
 def another(table: PeerTable) -> PeerTable:
-    """A second part in the same table, which would normally be another process's."""
+    """Another peer of the same table, which would normally be another process."""
     return PeerTable([os.dup(fd) for fd in table.handover()])
 
 
 class Child:
-    """A process that takes a slot, and then does what it is told."""
+    """A process that claims a slot, and ends as the test says."""
 
     def __init__(self, table: PeerTable) -> None:
         told, self._tell = os.pipe()
@@ -60,7 +60,7 @@ class Child:
         os.waitpid(self.pid, 0)
 
 
-def test_each_part_has_a_slot_of_its_own() -> None:
+def test_each_peer_has_a_slot_of_its_own() -> None:
     with new_table() as table:
         assert (table.slot, table.was_shared(), list(table.other_slots())) == (0, False, [])
         child = Child(table)
@@ -73,7 +73,7 @@ def test_each_part_has_a_slot_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, b"x"], ids=["killed", "exits without leaving"])
-def test_a_slot_that_was_not_left_is_a_dead_ones(how: bytes | signal.Signals) -> None:
+def test_a_slot_that_was_not_left_shows_a_dead_peer(how: bytes | signal.Signals) -> None:
     with new_table() as table:
         child = Child(table)
         child.end(how)
@@ -84,7 +84,7 @@ def test_a_slot_that_was_not_left_is_a_dead_ones(how: bytes | signal.Signals) ->
         second.end(b"l")
 
 
-def test_a_slot_that_was_left_is_taken_again_with_its_counts() -> None:
+def test_a_slot_that_was_left_is_claimed_again_with_its_counts() -> None:
     with new_table() as table:
         part = another(table)
         part.words[part.slot_offset(part.slot) + WORD] = 5
@@ -96,7 +96,7 @@ def test_a_slot_that_was_left_is_taken_again_with_its_counts() -> None:
         assert table.has_failed(1)
 
 
-def test_a_forked_child_has_no_part_in_its_parents_slot() -> None:
+def test_a_forked_child_does_not_hold_its_parents_slot() -> None:
     with new_table() as table:
         part = another(table)
         held, hold = os.pipe()
@@ -115,7 +115,7 @@ def test_a_forked_child_has_no_part_in_its_parents_slot() -> None:
 
 
 @pytest.mark.parametrize("has_gil", [True, False])
-def test_a_counter_misses_nothing(has_gil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_counts_each_call_of_many_threads(has_gil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         monkeypatch.setattr(tables, "HAS_GIL", has_gil and tables.HAS_GIL)
         table.words[table.slot_offset(table.slot) + WORD] = 7
@@ -133,7 +133,7 @@ def test_a_counter_misses_nothing(has_gil: bool, monkeypatch: pytest.MonkeyPatch
         assert table.words[table.slot_offset(table.slot) + WORD] == 7 + 80_000
 
 
-def test_the_head_is_locked_against_processes_and_threads() -> None:
+def test_the_header_lock_excludes_processes_and_threads() -> None:
     with new_table() as table:
         part = another(table)
         order = []
@@ -153,27 +153,27 @@ def enter(part: PeerTable) -> bool:
 
 
 def die(part: PeerTable) -> None:
-    """Leave the slot as a process does that is killed."""
+    """End as a killed process does."""
     part.abandon()
 
 
-def test_slots_of_the_dead_are_taken_again_and_deaths_do_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_of_dead_peers_are_claimed_again_and_deaths_do_not_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "REUSE_AFTER", 64)
     monkeypatch.setattr(tables, "MAX_PEERS", 256)
     with new_table() as table:
-        told: set[int] = set()
+        deaths: set[int] = set()
         for number in range(tables.MAX_PEERS + 200):
             part = another(table)
             part.words[part.slot_offset(part.slot) + WORD] += 1
             die(part)
             if not number % 50:
-                told |= {peer_id for _, peer_id, lives in table.other_peers() if not lives}
-        told |= {peer_id for _, peer_id, lives in table.other_peers() if not lives}
-        assert len(told) == table.num_deaths == table.sum(WORD) == tables.MAX_PEERS + 200
+                deaths |= {peer_id for _, peer_id, alive in table.other_peers() if not alive}
+        deaths |= {peer_id for _, peer_id, alive in table.other_peers() if not alive}
+        assert len(deaths) == table.num_deaths == table.sum(WORD) == tables.MAX_PEERS + 200
         assert len(table.used_slots()) < tables.MAX_PEERS
 
 
-def test_a_slot_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_claims_a_dead_peers_slot_is_another_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     state = WORD + 1
     monkeypatch.setattr(tables, "REUSE_AFTER", 3)
     with new_table() as table:
@@ -182,21 +182,21 @@ def test_a_slot_is_taken_again_by_one_that_is_new_in_it(monkeypatch: pytest.Monk
         for part in dead:
             part.words[part.slot_offset(part.slot) + state] = 1
             die(part)
-        before = {peer_id for _, peer_id, lives in table.other_peers() if not lives}
+        before = {peer_id for _, peer_id, alive in table.other_peers() if not alive}
         assert len(before) == 4
-        heir = PeerTable([os.dup(fd) for fd in table.handover()], reset_words=[state])
-        assert heir.slot == dead[0].slot  # not that of the one who lasts
-        assert heir.words[heir.slot_offset(heir.slot) + state] == 0
-        assert [slot for slot, lives in table.other_slots() if lives] == [lasting.slot, heir.slot]
+        successor = PeerTable([os.dup(fd) for fd in table.handover()], reset_words=[state])
+        assert successor.slot == dead[0].slot  # not that of the one who lasts
+        assert successor.words[successor.slot_offset(successor.slot) + state] == 0
+        assert [slot for slot, alive in table.other_slots() if alive] == [lasting.slot, successor.slot]
         assert table.num_deaths == 4
-        die(heir)
-        new = {peer_id for _, peer_id, lives in table.other_peers() if not lives} - before
+        die(successor)
+        new = {peer_id for _, peer_id, alive in table.other_peers() if not alive} - before
         assert len(new) == 1
         assert table.num_deaths == 5
         lasting.leave()
 
 
-def test_no_slot_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_slot_of_a_living_peer_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "REUSE_AFTER", 2)
     monkeypatch.setattr(tables, "MAX_PEERS", 4)
     with new_table() as table:
@@ -211,28 +211,28 @@ def test_no_slot_of_one_who_lives_is_given_away(monkeypatch: pytest.MonkeyPatch)
             part.leave()
 
 
-def test_one_who_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_leaves_while_another_looks_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         leaver = another(table)
-        lives = table.is_alive
+        is_alive = table.is_alive
 
         def leave_first(slot: int) -> bool:
             leaver.leave()
-            return lives(slot)
+            return is_alive(slot)
 
         monkeypatch.setattr(table, "is_alive", leave_first)
         assert list(table.other_slots()) == []
 
 
-def test_one_who_comes_while_another_looks_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_comes_while_another_looks_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     with new_table() as table:
         leaver = another(table)
         came: list[PeerTable] = []
-        lives = table.is_alive
+        is_alive = table.is_alive
 
         def change(slot: int) -> bool:
             leaver.leave()
-            held = lives(slot)
+            held = is_alive(slot)
             if not came:
                 came.append(another(table))
             return held
