@@ -463,4 +463,4 @@ def test_the_index_that_failed_is_named_only_if_it_is_known(dataset: Any, place:
     """For Pythons whose comprehensions have no frame; on others it is known from there."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - only its traceback matters
         dataset[1]
-    assert failure_place._asked_for(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]
+    assert failure_place._index_in_dataset(caught.tb.tb_next.tb_frame, [1, 2]) == place  # type: ignore[union-attr]
