@@ -186,8 +186,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             (StopIteration), it stands for the beginning of the next.
 
         The random numbers that a dataset draws in its workers go on, too, if the loader was made with
-        ``on_worker_death="restart"``, has loaded a state, or has returned one before. Otherwise workers do not save
-        their generators, which costs about 0.1 ms a batch.
+        ``on_worker_death="restart"``, has loaded a state, or has returned one before. Otherwise workers do not save the
+        state of their generators: that would cost about 0.1 ms a batch.
 
         Raises:
             Exception: an error from ``state_dict`` of the dataset, its iterator or the sampler.

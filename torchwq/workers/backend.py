@@ -59,7 +59,7 @@ class Backend(abc.ABC):
             on_message, on_end: see ``worker``.
 
         Raises:
-            OSError: the system's limits do not allow another worker.
+            OSError, ResourceError: the system's limits do not allow another worker.
             WorkerStartError: the worker cannot be started for another reason.
         """
 

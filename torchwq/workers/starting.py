@@ -94,7 +94,9 @@ def start(
                 worker.send(message)
     except BaseException as error:
         for worker in workers:
-            worker.kill(signal.SIGKILL)
+            worker.terminate(signal.SIGKILL)
+            if not worker.can_be_killed:
+                worker.send(None)  # wakes the thread, which waits for its first message, to be interrupted
         if isinstance(error, OSError) and not isinstance(error, TorchwqError):
             raise descriptors.resource_error(error) from error
         raise

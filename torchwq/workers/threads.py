@@ -16,6 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import queue
 import signal
@@ -26,7 +27,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from ..errors import Interrupted
+from ..errors import Interrupted, ResourceError
 from ..transport import local
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.fork import reset_in_child
@@ -58,7 +59,7 @@ class OwnedResource(Protocol):
 
 
 class ThreadWorker(Worker):
-    """A worker that is a thread. Starts at once. Raises OSError if the system allows no more threads."""
+    """A worker that is a thread. Starts at once. Raises ResourceError if the system allows no more threads."""
 
     peer = SAME_PROCESS
     can_be_killed = False
@@ -85,7 +86,8 @@ class ThreadWorker(Worker):
             self.thread.start()
         except RuntimeError as error:
             self._unregister()
-            raise OSError(11, f"{error}: a limit on threads (RLIMIT_NPROC or the cgroup's pids.max)") from error
+            limit = f"{error}: a limit on threads (RLIMIT_NPROC or the cgroup's pids.max)"
+            raise ResourceError(errno.EAGAIN, limit) from error
 
     @property
     def identity(self) -> object:

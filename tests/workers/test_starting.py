@@ -1,8 +1,9 @@
-"""If the system refuses to send a worker its first messages or a task, the caller gets the error; no worker stays."""
+"""A worker cannot be started, or the system refuses its messages: the caller gets the error, and no worker stays."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections import Counter
 from typing import Any
 
@@ -60,3 +61,17 @@ def test_a_background_task_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torchwq.ResourceError, match="refused"):
         torchwq.BackgroundTask(square, 3)
     wait_until(lambda: not worker.active_workers(), what="the end of the worker")
+
+
+def test_threads_end_if_another_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refusing(thread: threading.Thread) -> None:
+        if thread.name == "torchwq-worker-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+    with pytest.raises(torchwq.ResourceError, match="limit on threads"):
+        torchwq.map(3, square, backend="thread")
+    wait_until(lambda: not worker.active_workers(), what="the end of the threads")
