@@ -83,7 +83,7 @@ def fill_block(nbytes: int, fill: Callable[[Block], T], is_short: bool = False) 
     Returns None if no descriptor is free. Raises ResourceError if there is no memory.
 
     Args:
-        is_short: ``fill`` does not let go of the lock, and takes less time than the pool does otherwise.
+        is_short: ``fill`` takes little time, and no other lock. So it may run under the lock, which is faster.
     """
     if is_short:
         with state_lock.lock:
