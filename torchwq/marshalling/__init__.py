@@ -1,5 +1,6 @@
 """Objects to messages and back: by value, tensors by reference, functions as code.
 
-``codec`` is the way in; ``reducers`` says which type travels how; ``functions`` holds the closure rule; ``locate``
-finds the place of what cannot travel; ``describe`` says in a few words what a message holds, without running any of it.
+Begin with ``codec``, the interface. ``reducers`` says which type travels how; ``closure_rule`` refuses functions that
+drag data along; ``locate`` finds the place of an object that cannot travel; ``describe`` describes a message in a few
+words, without running any of it.
 """

@@ -36,7 +36,7 @@ class Attachments:
         self.owned_blocks: Container[Block] | None = None
         self.peer = SAME_MACHINE
         self.worker_resources: list[Any] | None = None
-        #: Whether definitions that this process has received travel as they are now: see ``definitions``.
+        #: Whether definitions that this process has received travel as they are now: see Note [definitions].
         self.full_definitions = False
         self.objects: list[Any] = []
         self._buffers: list[bytearray] = []

@@ -211,7 +211,7 @@ def encode_call(
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
 ) -> Encoded:
-    """Encode ``(function, args, extra)`` as one payload, so that they still share what they share.
+    """Encode ``(function, args, extra)`` as one payload, so that objects which occur in several stay one object.
 
     Raises as :func:`encode_all` does.
     """

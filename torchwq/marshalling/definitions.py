@@ -1,7 +1,9 @@
 """Functions, classes and named values that go by value: each is defined once in a process, and known by a token.
 
 Pickle refers to such an object by its module and name. Where the reader has no such module, the object's definition
-travels, with a token from the process that has made the object, its *home*. Invariants:
+travels, with a token from the process that has made the object, its *home*.
+
+Note [definitions]
 
 * Where the token is known, the object that has it arrives. Its home does not look at the definition: a worker's answer
   refers to the owner's own class, of which no attribute changes and for which no metaclass runs. Other processes take

@@ -1,6 +1,6 @@
 """Describes a pickle in a few words, without importing or running anything that it names.
 
-Errors say so what a dead worker was working on: nobody should rebuild a message that may have killed a worker.
+Errors use it to say what a dead worker was working on: rebuilding a message that may have killed a worker is no option.
 """
 
 from __future__ import annotations

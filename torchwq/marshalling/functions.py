@@ -4,8 +4,8 @@ A function or class travels by name if its importable module has it under that n
 ``__main__``, of a notebook or of a plugin, or one that was made inside a function. ``closure_rule`` says which of these
 are refused.
 
-A function that its module has under its name is defined once in each process (``definitions``), and keeps its
-attributes from message to message. A nested function or lambda is made anew from each message.
+A function that its module has under its name is defined once in each process, and keeps its attributes from message to
+message: see Note [definitions]. A nested function or lambda is made anew from each message.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A function that travels by value needs globals in the reader's process. All functions of one script have the same ones:
 what one of them sets the next one finds, in a pool's worker as in one of ``concurrent.futures``.
 
+Note [namespaces]
+
 * A *namespace* is such globals, with a *token* from the process of their module, the namespace's *home*. The token is
   the same in all processes, also in those forked from the home.
 * At home a message changes nothing in the namespace.
@@ -129,7 +131,7 @@ def look_up(globals_: dict[str, Any], name: str) -> Any:
 
 
 def install(globals_: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None:
-    """Install a message's values into globals, by the rules above."""
+    """Install a message's values into globals, as Note [namespaces] says."""
     space = existing(globals_)
     if space is None:  # the globals of an importable module, which has what its code needs
         for name, value in values:

@@ -39,25 +39,20 @@ class Encoder(Protocol):
 
     def attach_fd(self, fd: int, owner: Any) -> int:
         """Send ``fd`` with the message, which keeps ``owner`` alive until then. Returns its index."""
-        ...
 
     def attach_block(self, block: Block, storage: Any) -> int:
         """Send a reference to ``block``, whose storage is ``storage``, with the message. Returns its index."""
-        ...
 
     @property
     def packing(self) -> Packing:
         """The storages that the message packs into few blocks."""
-        ...
 
     @property
     def block_count(self) -> int:
         """The number of blocks to which the message refers so far."""
-        ...
 
     def attach_object(self, obj: Any) -> int:
         """Send ``obj`` itself with a message for a peer in this process. Returns its index."""
-        ...
 
 
 Reducer = Callable[[Encoder, Any], Any]
@@ -90,22 +85,21 @@ def register(cls: type, reducer: Reducer) -> None:
 def register_reducer(type: type[T], reduce: Callable[[T], tuple[Any, ...] | str]) -> None:
     """Let objects of exactly ``type`` travel as ``reduce`` says: in queues, channels, arguments, results and batches.
 
-    For what cannot be pickled, or should not be as it is. Tensors in what ``reduce`` returns travel by reference,
-    everything else by value. What it returns is all that a reader needs: a process that only reads such objects, and
-    sends none, need not register anything. ``copyreg.pickle`` and ``ForkingPickler.register`` are heeded, too; this
-    goes before them.
+    Use it for objects that cannot be pickled, or should not be pickled as they are. Tensors in the result of ``reduce``
+    travel by reference, everything else by value. A process that only reads such objects need not register anything.
+    A reducer of ``copyreg.pickle`` or ``ForkingPickler.register`` serves where no reducer is registered here.
 
     Args:
         type: a class. As with ``ForkingPickler.register``, its subclasses are not included; register each of them.
         reduce: takes the object and returns what its ``__reduce__`` would: ``(callable, args)``, where
-            ``callable(*args)`` makes the object again, or with a state and more behind; or NotImplemented, for pickle's
-            own way. Registered again, the last one counts. It is not called where nothing is marshalled: for batches
-            of a loader without workers, or with threads.
+            ``callable(*args)`` makes the object again, or a longer tuple with a state; or NotImplemented, to let pickle
+            decide. The reducer that was registered last counts. torchwq does not call it where it marshals nothing:
+            for batches of a loader without workers, or with threads.
 
     Raises:
         TypeError: ``type`` is not a class, or ``reduce`` cannot be called.
-        ValueError: objects of this type travel in a way that cannot be changed: tensors, storages, arrays, functions,
-            classes, torchwq's own, and what pickle asks nobody about, such as int, str, tuple and dict.
+        ValueError: torchwq or pickle always sends objects of this type in its own way: tensors, storages, arrays,
+            functions, classes, torchwq's own types, and types such as int, str, tuple and dict.
 
     Source: ``copyreg.pickle`` and ``multiprocessing.reduction.ForkingPickler.register``.
     """
@@ -141,8 +135,7 @@ def register_family(base: type, reducer: Reducer) -> None:
 
 
 def register_fallback(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
-    """Reduce instances of the classes in ``registry``, except those in ``but``, with ``reducer``, where this table has
-    no reducer for them. ``registry`` may grow later."""
+    """Reduce instances of classes in ``registry``, except those in ``but``, where this table has no reducer for them."""
     global _fallback_types, _not_fallback, _fallback_reducer
     _fallback_types, _not_fallback, _fallback_reducer = registry, but, reducer
 

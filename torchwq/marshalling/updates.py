@@ -1,7 +1,9 @@
 """Updates of definitions: a process takes over what their home has changed since it received them.
 
 A living worker must compute with the owner's current attributes, defaults, methods and cells. So when a definition
-comes again, this module compares its parts with those that the last message brought. Invariants:
+comes again, this module compares its parts with those that the last message brought. It rests on Note [definitions].
+
+Note [updates of definitions]
 
 * A home takes over nothing. Elsewhere nothing older replaces anything newer: each state has a *stamp*, the moment at
   which its home has sent it. A process that passes it on keeps the stamp. A sealed state has none, and changes nothing.
