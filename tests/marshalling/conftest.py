@@ -12,7 +12,7 @@ from .support import Peer, started_peer
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections(_services: None) -> None:
-    """Each test collects garbage twice: spare it what torch and the modules before have left, which is none."""
+    """Freeze the objects of torch and of earlier modules: each test collects garbage twice."""
     gc.collect()
     gc.freeze()
 
@@ -25,6 +25,6 @@ def module_peer(_services: None) -> Iterator[Peer]:
 
 @pytest.fixture
 def peer(module_peer: Peer) -> Iterator[Peer]:
-    """The worker, which keeps no memory of one test's for the next: by itself it looks only every other second."""
+    """The worker, after freeing the last test's memory: by itself it would do so only every other second."""
     yield module_peer
-    module_peer.settle()
+    module_peer.free_unused_memory()

@@ -1,4 +1,4 @@
-"""An importable module with a life of its own, for tests of what goes by name."""
+"""An importable module with a life of its own, for tests of objects that travel by name."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class SlottedParameter(torch.nn.Parameter):
 
 
 class StatefulTensor(torch.Tensor):
-    """Says itself what is to travel."""
+    """Has a ``__getstate__``."""
 
     def __getstate__(self) -> Any:
         return {"told": self.note}
@@ -130,7 +130,7 @@ class Holder:
 
 
 class WithoutText:
-    """Neither its repr nor its str can be had."""
+    """Its ``repr`` and its ``str`` raise."""
 
     def __init__(self, content: Any = None) -> None:
         self.content = content
@@ -140,7 +140,7 @@ class WithoutText:
 
 
 class BrokenMapping(Mapping[str, Any]):
-    """Cannot be looked at, nor sent."""
+    """Raises when it is inspected or sent."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -161,7 +161,7 @@ class BrokenSize:
 
 
 class Unpicklable(Exception):
-    """Holds what cannot be pickled."""
+    """Has an attribute that cannot be pickled."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -176,7 +176,7 @@ class Unrebuildable(Exception):
 
 
 class EndsTheProcess(Exception):
-    """Calls ``sys.exit`` when it is made again of its ``args``."""
+    """Calls ``sys.exit`` when it is made from its ``args`` again."""
 
     def __init__(self, text: str, again: bool = False) -> None:
         if again:
@@ -240,7 +240,7 @@ class Carrier(Exception):
 
 
 def with_settings(settings: Any) -> Any:
-    """A decorator that closes over settings, and says nothing of what it wraps."""
+    """A decorator that closes over settings, and has no ``__wrapped__``."""
 
     def decorate(function: Any) -> Any:
         def wrapper(*args: Any) -> Any:

@@ -23,7 +23,7 @@ LIMIT = codec.CALL_LIMIT
 
 
 def received(payload: bytes | Message) -> tuple[bytes, list[int]]:
-    """What a reader would get: the bytes with a trailer, and descriptors of its own."""
+    """The message as a reader would get it: bytes with a trailer, and its own descriptors."""
     if isinstance(payload, Message):
         return payload.copy()
     return payload + trailer(7, PICKLE), []
@@ -54,8 +54,8 @@ class Peer:
     def echo(self, obj: Any) -> Any:
         return self.ask(same, obj)
 
-    def settle(self) -> None:
-        """Let no memory be kept that nobody uses, here and at the worker."""
+    def free_unused_memory(self) -> None:
+        """Free all memory that no tensor uses, in this process and in the worker."""
         gc.collect()
         received_blocks.trim()
         pool.trim()
@@ -85,7 +85,7 @@ def serve(queue: torchwq.WorkQueue) -> None:
         if question is None:
             return
         answer(queue, *question)
-        del question  # what a test has dropped must not live on here
+        del question  # a test may have dropped it
 
 
 def answer(queue: torchwq.WorkQueue, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -142,12 +142,12 @@ def identical(left: Any, right: Any) -> bool:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """In the machine's byte order: numpy itself unpickles an array that is not contiguous so."""
+    """The array in the machine's byte order, in which numpy unpickles one that is not contiguous."""
     return array if array.dtype.hasobject else array.astype(array.dtype.newbyteorder("="))
 
 
 def descriptors() -> set[str]:
-    """Descriptors of this process that are open now, but for memory that is only kept for use again."""
+    """The open descriptors of this process, after freeing the memory that no tensor uses."""
     pool.trim()
     received_blocks.trim()
     found = set()
@@ -155,7 +155,7 @@ def descriptors() -> set[str]:
         try:
             os.fstat(int(fd))
         except OSError:
-            continue  # the one that listed the directory
+            continue  # the descriptor of the directory itself
         found.add(fd)
     return found
 
@@ -205,7 +205,7 @@ def raw_bytes(tensor: torch.Tensor) -> list[bytes]:
 
 
 def facts(tensor: torch.Tensor) -> dict[str, Any]:
-    """All that must be the same on both sides, but for the memory itself."""
+    """All properties that must be the same on both sides, without the memory itself."""
     found: dict[str, Any] = {
         "type": f"{type(tensor).__module__}.{type(tensor).__qualname__}",
         "dtype": tensor.dtype,

@@ -1,4 +1,4 @@
-"""What travels by value: equal, the reader's own, whatever its size; and encoders that survive anything."""
+"""Values arrive equal, and as the reader's own, whatever their size; encoders survive any failure."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def test_many_bytes_are_copied_once_and_into_shared_memory(obj: Any) -> None:
     channel = torchwq.channel()
     channel._core.open_to_processes()
     with torchwq.workqueue() as q:
-        for ticket in q._role.handle_descriptors():  # type: ignore[union-attr]
-            ticket.close()  # as if a process had one
+        for descriptor in q._role.handle_descriptors():  # type: ignore[union-attr]
+            descriptor.close()  # as if a process had one
         for write in (functools.partial(codec.encode, limit=LIMIT), q.write, channel.write):
             tracemalloc.start()
             try:
@@ -447,7 +447,7 @@ def test_nothing_of_a_message_is_left_for_the_next() -> None:
 
 
 class Reentrant:
-    """Marshals its content by itself, while it is being marshalled."""
+    """Marshals its content itself, while pickle reduces it."""
 
     def __init__(self, content: Any) -> None:
         self.content = content
@@ -458,7 +458,7 @@ class Reentrant:
 
 
 class ReentrantReader:
-    """Reads another message while it is being read."""
+    """Reads another message while pickle rebuilds it."""
 
     def __init__(self, payload: Any) -> None:
         self.payload = payload

@@ -1,4 +1,4 @@
-"""What a script defines is defined once in each process: identity, state and globals, from message to message."""
+"""Each process has one definition of a script's function or class: identity, state and globals between messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-#: A script's own kinds of things. ``check`` sees to it that they are at a worker what they are at home.
+#: A script that defines objects of all kinds. ``check`` compares a worker's with the owner's.
 KINDS = """
     import dataclasses, enum, functools, pickle, typing
     import torch, torchwq
@@ -144,7 +144,7 @@ ONCE = (
 )
 
 
-def test_what_a_script_defines_is_there_once_and_the_owners_is_never_changed(run_script: Any) -> None:
+def test_a_process_has_a_scripts_definitions_once_and_the_owners_never_change(run_script: Any) -> None:
     assert run_script(ONCE).stdout == "same\n"
 
 
@@ -212,7 +212,7 @@ TREE = """
 
 @pytest.mark.timeout(150)  # several processes of it import torch, one after the other
 def test_a_workers_own_processes_have_what_the_worker_has(run_script: Any) -> None:
-    """Those of multiprocessing, of concurrent.futures, and of torchwq itself."""
+    """Processes of multiprocessing, of concurrent.futures, and of torchwq itself."""
     source = TREE + "        assert torchwq.map(1, tree, 3).join() == [[Sample(3)]]\n"
     run_script(source, timeout=140)
 
@@ -369,12 +369,12 @@ CHANGING = """
 
 
 @pytest.mark.parametrize("backend", ["process", "thread"])
-def test_a_living_worker_computes_with_what_its_owner_has_now(run_script: Any, backend: str) -> None:
-    """And keeps what it has set itself, be it a counter or what it has put into a cache."""
+def test_a_living_worker_computes_with_the_owners_current_definitions(run_script: Any, backend: str) -> None:
+    """But it keeps a counter that it has set itself, and a cache that it has filled."""
     assert run_script(CHANGING, backend).stdout == "done\n"
 
 
-def test_what_comes_from_elsewhere_than_home_or_was_sent_before_changes_no_definition(peer: Peer) -> None:
+def test_only_newer_states_from_its_home_change_a_definition(peer: Peer) -> None:
     script = run_in_main("class A:\n    n = 1\ndef old(x): return x.n\ndef set_own():\n    A.n = 5\n    return A()")
     made, old = script["A"](), marshal(script["A"]())
     assert peer.ask(script["old"], made) == 1
@@ -517,7 +517,7 @@ def limited(): return LIMIT
 
 @pytest.fixture
 def plugin(tmp_path: Path) -> Any:
-    """A module that was loaded from its file, which is gone by now."""
+    """A module that was loaded from a file, which no longer exists."""
     path = tmp_path / "a_plugin.py"
     path.write_text(PLUGIN)
     spec = importlib.util.spec_from_file_location("a_plugin", path)
@@ -540,7 +540,9 @@ def test_a_plugin_that_was_loaded_from_its_file_goes_by_value(peer: Peer, plugin
     assert peer.ask(call, plugin.limited, upvalues=True) == 3
 
 
-def test_a_function_that_uses_a_plugin_is_told_that_it_cannot_be_imported(peer: Peer, plugin: types.ModuleType) -> None:
+def test_the_error_for_a_function_that_uses_a_plugin_says_that_nobody_can_import_it(
+    peer: Peer, plugin: types.ModuleType
+) -> None:
     script = run_in_main("def f(): return a_plugin.work(4)[1], a_plugin.limited()")
     script["a_plugin"] = plugin
     with pytest.raises(torchwq.ClosureError, match="module 'a_plugin', which no other process can import"):
@@ -550,7 +552,7 @@ def test_a_function_that_uses_a_plugin_is_told_that_it_cannot_be_imported(peer: 
 
 
 def test_what_runpy_ran_goes_by_value(run_script: Any, tmp_path: Path) -> None:
-    """In a working directory that is gone, too."""
+    """Also in a working directory that no longer exists."""
     (tmp_path / "ran.py").write_text(
         "import torchwq\nclass Item:\n    def __init__(self, x): self.x = x\n"
         "def make(x): return Item(x)\ndef work(x): return make(x), __name__\n"

@@ -32,7 +32,7 @@ def test_plain_objects_are_shown(obj: Any) -> None:
     assert described(obj) == repr(obj)
 
 
-def test_what_cannot_be_rebuilt_is_named() -> None:
+def test_an_object_that_is_not_rebuilt_is_named() -> None:
     assert described(torch.ones(3)) == "<tensor>"
     assert described({"x": torch.ones(3), "y": np.ones(3)}) == "{'x': <tensor>, 'y': <array>}"
     assert described(np.ones((2, 3))[:, ::2]) == "<array>"
@@ -60,7 +60,7 @@ def test_a_description_is_short(obj: Any) -> None:
 
 
 class Runs:
-    """Would leave a trace if it were rebuilt."""
+    """Leaves a trace if it is rebuilt."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,6 +122,6 @@ def test_a_damaged_message_has_a_description_too(cut: int, place: int, byte: int
         assert len(describe(data + bytes(9))) <= 200
 
 
-def test_what_a_script_defines_is_named() -> None:
+def test_a_scripts_definitions_are_named() -> None:
     script = run_in_main("class Job:\n    def __init__(self, x): self.x = x\ndef work(x): return x")
     assert described((script["work"], script["Job"](5), 7)) == "(<work>, <Job>, 7)"

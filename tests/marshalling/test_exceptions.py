@@ -115,7 +115,7 @@ RAISERS = [raise_becomes_text, raise_raises_on_rebuild]
 
 
 @pytest.mark.parametrize("raiser", RAISERS)
-def test_what_cannot_come_back_is_told_by_its_text(raiser: Callable[[], None]) -> None:
+def test_an_exception_that_cannot_travel_arrives_as_its_text(raiser: Callable[[], None]) -> None:
     try:
         raiser()
     except Exception as caught:
@@ -169,7 +169,7 @@ def test_an_attribute_that_cannot_travel_is_left_behind_and_a_note_says_so() -> 
         assert place in _notes(out)
 
 
-def test_arguments_that_cannot_travel_are_told_by_their_texts() -> None:
+def test_arguments_that_cannot_travel_arrive_as_their_texts() -> None:
     out = travelled(ValueError("text", (i for i in range(3)), [threading.Lock()]))
     assert type(out) is ValueError
     assert out.args[0] == "text"
@@ -180,7 +180,7 @@ def test_arguments_that_cannot_travel_are_told_by_their_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "args", "told"),
+    ("error", "args", "note"),
     [
         (library.Unrebuildable(5, "text"), ("5: text",), "TypeError"),
         (library.EndsTheProcess("text"), ("text", True), "SystemExit: 3"),
@@ -190,14 +190,14 @@ def test_arguments_that_cannot_travel_are_told_by_their_texts() -> None:
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_an_exception_whose_class_cannot_make_it_again_keeps_its_type(
-    error: Exception, args: tuple[Any, ...], told: str
+    error: Exception, args: tuple[Any, ...], note: str
 ) -> None:
     vars(error)["more"] = 7
     out: Any = travelled(error)
     assert type(out) is type(error)
     assert out.args == args
     assert out.more == 7
-    assert told in _notes(out)
+    assert note in _notes(out)
     if isinstance(error, OSError):
         assert (out.errno, out.filename, str(out)) == (2, "name", str(error))
 

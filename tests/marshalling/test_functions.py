@@ -1,4 +1,4 @@
-"""Functions travel as code: what goes by name, what by value, what is refused and how the refusal reads."""
+"""Functions travel as code: by name, by value, or not at all, with an error that says why."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_repr_and_size() -> None:
 
 
 def through(obj: Any) -> Any:
-    """What a thread would get."""
+    """The object as a thread would get it."""
     return codec.decode(*codec.deliver_local(codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)))
 
 

@@ -1,4 +1,4 @@
-"""What multiprocessing can send: its connections and sockets in any message, its locks only to a new worker."""
+"""Objects of multiprocessing: connections and sockets travel in any message, locks only to a new worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OwnConnection(multiprocessing.connection.Connection):
 
 
 class Registered:
-    """Of a library that has told multiprocessing how its descriptor is to travel."""
+    """A class of a library that has registered a reducer with multiprocessing."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

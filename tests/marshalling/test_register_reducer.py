@@ -250,7 +250,7 @@ def test_what_would_be_overlooked_or_breaks_torchwq_is_refused(cls: type, who: s
 
 
 @pytest.mark.parametrize("wrong", [None, 5, [Model, ()]])
-def test_a_reducer_that_returns_something_else_is_told_of_with_the_place(wrong: Any) -> None:
+def test_the_error_for_a_reducer_that_returns_something_else_names_the_place(wrong: Any) -> None:
     torchwq.register_reducer(Model, lambda model: wrong)
     with pytest.raises(torchwq.MarshalError, match=r"args\[0\]\[1\].*test_register_reducer.Model.*\(callable, args\)"):
         roundtrip([1, Model(torch.zeros(1))])

@@ -128,7 +128,7 @@ ALL = {**STRIDED, **OTHERS, **EMPTY}
 
 @pytest.fixture(scope="module", autouse=True)
 def _torch_has_imported_what_it_needs(_quick_collections: None) -> None:
-    """It does so late, for nested tensors above all, and every collection would look at that again."""
+    """Let torch import late modules now, above all for nested tensors, so that no collection looks at them again."""
     for make in ALL.values():
         facts(make())
     gc.collect()
@@ -147,7 +147,7 @@ def test_a_tensor_comes_out_as_it_was(kind: str) -> None:
 
 
 def values(tensor: torch.Tensor) -> list[Any]:
-    """What is in it, as numbers."""
+    """The tensor's values as numbers."""
     return [part.tolist() for part in _plain(tensor)]
 
 
@@ -410,7 +410,7 @@ def double_all(state: dict[str, torch.Tensor]) -> None:
 
 
 def _mapped(path: Path, kind: str) -> tuple[Any, torch.Tensor]:
-    """What is to be sent, and the tensor that torch has mapped."""
+    """The object to send, and the tensor that torch has mapped."""
     np.arange(100.0).tofile(path)
     tensor = torch.from_file(str(path), shared="private" not in kind, size=100, dtype=torch.float64)
     if "gone" in kind:

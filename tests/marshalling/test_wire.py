@@ -1,4 +1,4 @@
-"""What messages look like: one class for each kind, and nobody else who takes one apart."""
+"""The layout of messages: one class for each kind, and no other module takes a message apart."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plain(obj: Any) -> Any:
 
 
 @pytest.mark.parametrize(("make", "kind", "text"), KINDS)
-def test_what_is_read_is_whole_and_what_is_thrown_away_leaves_nothing(make: Any, kind: Any, text: str) -> None:
+def test_a_decoded_message_is_whole_and_a_discarded_one_leaves_nothing(make: Any, kind: Any, text: str) -> None:
     before, in_flight = descriptors(), torchwq.memory_stats().in_flight
     obj = make()
     wire.discard(*laid_down(obj))
@@ -61,7 +61,7 @@ def test_what_is_read_is_whole_and_what_is_thrown_away_leaves_nothing(make: Any,
     assert descriptors() == before
 
 
-def test_a_pickle_with_descriptors_keeps_them_until_it_is_read_or_thrown_away() -> None:
+def test_a_pickle_with_descriptors_keeps_them_until_it_is_decoded_or_discarded() -> None:
     before = descriptors()
     with open("/dev/null") as file:
         descriptor = Descriptor(duplicates.dup(file.fileno()))
@@ -76,7 +76,7 @@ def test_a_pickle_with_descriptors_keeps_them_until_it_is_read_or_thrown_away() 
     assert descriptors() == before
 
 
-def test_a_backlog_message_brings_its_items_in_order_and_throws_them_away_with_itself() -> None:
+def test_a_backlog_message_has_its_items_in_order_and_discards_them_with_itself() -> None:
     before = descriptors()
     for use in ("read", "throw away"):
         items = [laid_down(obj) for obj in ("first", torch.arange(2), "last")]
@@ -114,7 +114,7 @@ TAKES_APART = re.compile(
 )
 
 
-def test_nobody_else_takes_a_message_apart() -> None:
+def test_no_other_module_takes_a_message_apart() -> None:
     found = [
         f"{path.relative_to(SOURCES)}: {line.strip()}"
         for path in sorted(SOURCES.rglob("*.py"))

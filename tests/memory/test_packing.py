@@ -43,7 +43,7 @@ def module_peer(_services: None) -> Iterator[Peer]:
 @pytest.fixture
 def peer(module_peer: Peer) -> Iterator[Peer]:
     yield module_peer
-    module_peer.settle()
+    module_peer.free_unused_memory()
 
 
 def tensors(count: int) -> list[torch.Tensor]:

@@ -135,7 +135,7 @@ def register_family(base: type, reducer: Reducer) -> None:
 
 
 def register_fallback(registry: Container[type], but: Container[type], reducer: Reducer) -> None:
-    """Reduce instances of classes in ``registry``, except those in ``but``, where this table has no reducer for them."""
+    """Reduce instances of classes in ``registry``, but not in ``but``, for which this table has no reducer."""
     global _fallback_types, _not_fallback, _fallback_reducer
     _fallback_types, _not_fallback, _fallback_reducer = registry, but, reducer
 
