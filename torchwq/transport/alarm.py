@@ -1,4 +1,4 @@
-"""A flag that a thread can sleep on together with sockets: set until cleared, whoever looks.
+"""A flag that a thread can sleep on together with sockets: set until it is cleared.
 
 An alarm is level-triggered: several threads may wait on one queue, and a state such as "closed" must wake each of them.
 So waiters never clear it; only the owner of the state does, when the state no longer holds. It is set while there is

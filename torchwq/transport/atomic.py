@@ -16,7 +16,6 @@ A build without the GIL promises neither across threads. There such methods are 
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -36,7 +35,6 @@ def serialize(owner: object, *methods: str) -> None:
 
 
 def _guarded(guard: threading.RLock, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         with guard:
             return method(*args, **kwargs)

@@ -44,7 +44,6 @@ _MAX_IDLE_POLLS: Final = int(20 * _SLOWDOWN)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-
 _numbers = itertools.count()
 
 

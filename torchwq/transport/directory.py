@@ -63,7 +63,7 @@ class Directory:
         self._tombstones: dict[str, _Tombstone] = {}
         self._asking: set[Link] = set()
         self._has_warned = False
-        watcher = reactor.get()
+        watcher = reactor.get()  # before the socket: it may raise ResourceError
         self._socket = descriptors.unix_socket(socket_type())
         try:
             self._socket.bind(self.path)
@@ -125,9 +125,8 @@ class Directory:
 
     def _wait_for_descriptors(self) -> None:
         """Stop watching the socket, which stays readable, until a descriptor may be free. Those who ask wait in it."""
-        watcher = reactor.get()
-        watcher.set_reader(self._socket.fileno(), None)
-        watcher.call_later(ACCEPT_INTERVAL, self._listen_again)
+        reactor.get().set_reader(self._socket.fileno(), None)
+        reactor.get().call_later(ACCEPT_INTERVAL, self._listen_again)
         if self._has_warned:
             return
         self._has_warned = True
@@ -229,8 +228,8 @@ def ask(name: str) -> tuple[Link, Received] | None:
     descriptor to ask with.
     """
     path = namespace.current().lookup(name)
-    existing_here = existing()
-    if path is None or (existing_here is not None and path == existing_here.path):
+    own = existing()
+    if path is None or (own is not None and path == own.path):
         return None
     until = time.monotonic() + REPLY_TIMEOUT
     while True:

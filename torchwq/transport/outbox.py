@@ -307,7 +307,7 @@ class Outbox:
         self._notify_empty()
 
     def withdraw(self) -> list[tuple[bytes, Payload | None]]:
-        """Close, and hand what waits, in order, to the caller, who sends it in another way."""
+        """Close, and return the messages that wait, in order: the caller sends them in another way."""
         with self._closing():
             while self.submitted:
                 self.pending.append(self.submitted.popleft())

@@ -7,7 +7,10 @@ from typing import Any, Protocol
 
 
 class Payload(Protocol):
-    """A message with a kind, descriptors and an owner who counts it: see :class:`torchwq.memory.message.Message`."""
+    """A message with a kind and descriptors: see :class:`torchwq.memory.message.Message`.
+
+    ``on_send`` counts it: the peer may receive it from now on. ``on_send_failed`` takes that back.
+    """
 
     @property
     def data(self) -> bytes: ...
@@ -15,11 +18,8 @@ class Payload(Protocol):
     def kind(self) -> int: ...
     @property
     def fds(self) -> Sequence[int]: ...
-    def on_send(self) -> None:
-        """Count it: the peer may receive it from now on."""
-
-    def on_send_failed(self) -> None:
-        """Take ``on_send`` back: it will not be sent."""
+    def on_send(self) -> None: ...
+    def on_send_failed(self) -> None: ...
 
 
 class Promises(Protocol):

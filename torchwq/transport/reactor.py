@@ -160,11 +160,8 @@ class Reactor:
                     _call(key.data.reader)
                 if events & selectors.EVENT_WRITE:
                     _call(key.data.writer)
-            self._run_timers()
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            _call(heapq.heappop(self._timers)[2])
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                _call(heapq.heappop(self._timers)[2])
 
     def abandon(self) -> None:
         self._selector.close()

@@ -21,11 +21,6 @@ _EPOLL: Final = hasattr(select, "epoll")
 _IN: Final = select.EPOLLIN if _EPOLL else selectors.EVENT_READ
 
 
-def _kqueue() -> Any:
-    """For the BSDs and macOS: a selector that is a kqueue can itself be watched."""
-    return selectors.KqueueSelector()  # type: ignore[attr-defined,unused-ignore]
-
-
 def _epoll() -> select.epoll:
     poll = descriptors.epoll()
     if poll is None:
@@ -62,7 +57,8 @@ class Readiness:
     def fileno(self) -> int:
         with self._lock:
             if self._poll is None:
-                self._poll = _epoll() if _EPOLL else _kqueue()
+                # On the BSDs and macOS: a kqueue can itself be watched.
+                self._poll = _epoll() if _EPOLL else selectors.KqueueSelector()  # type: ignore[attr-defined,unused-ignore]
                 for fd in self._fds:
                     self._add(fd)
             fd = int(self._poll.fileno())
