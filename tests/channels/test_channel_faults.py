@@ -396,7 +396,8 @@ def test_a_channel_that_comes_while_descriptors_run_out_leaves_none() -> None:
         cleanup.finish()
         before = open_descriptors()
         fds = descriptors_of(socket)
-        free = [fd for fd in range(1024) if fd not in open_descriptors()]
+        taken = open_descriptors()
+        free = [fd for fd in range(1024) if fd not in taken]
         resource.setrlimit(resource.RLIMIT_NOFILE, (free[failures], limits[1]))
         try:
             core = cores.open_(b"of another process", 3, fds)

@@ -13,6 +13,7 @@ monitor has no event for.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -46,7 +47,6 @@ class Core:
         self.capacity = capacity
         self.socket: SocketChannel | None = None
         self.local = LocalChannel(capacity)
-        self.local.on_wait_for_room = _weakly(self._wait_for_room)
         self.backend: ChannelBackend = self.local
         self.forked = False
         #: What is to be released when this object is gone.
@@ -60,36 +60,55 @@ class Core:
         self._readiness = Readiness()
         # The mailbox only weakly: this channel may be in it.
         self._finalizer = weakref.finalize(
-            self, _close_later, self._socket_channels, weakref.ref(self.local.mailbox), self._alarm, self._readiness
+            self, _close_later, self._socket_channels, weakref.ref(self.local.pipe.box), self._alarm, self._readiness
         )
         self._finalizer.atexit = False
         if socket is not None:
+            self.local.pipe.carry(socket)
             self._use(socket)
         closed_in_child(self)
         _cores[name] = self
 
     def _use(self, socket: SocketChannel) -> None:
-        socket.on_wait_for_room = _weakly(self._wait_for_room)
+        if self.local.room is not None and socket.room is not None:
+            self.local.room.share(socket.room)
         monitor = self.monitor = PeerMonitor(socket.table, _weakly(self._peers_changed))
         self._socket_channels.append((socket, monitor))
         self.socket = self.backend = socket
         if self._readiness.is_watched:
             monitor.open()
 
-    # Waiting
+    # Writing and waiting
 
-    def _wait_for_room(self) -> None:
-        writer = self.failures.writer()
-        self.failures.raise_unseen(writer.seen_failures(), WRITE)
-        self.failures.publish_waiting(writer, WRITE)
-        self.failures.raise_if_nobody_left(writer, WRITE)
+    def send_if_room(self, backend: ChannelBackend, payload: Any, handle: Any) -> bool:
+        """See ``ChannelBackend.send``, in a channel with a capacity.
+
+        ``payload`` was encoded for ``backend``. If there is no room, this thread waits for it with ``handle``.
+        """
+        assert self.local.room is not None
+        watched: list[PeerMonitor] = []
+        with contextlib.ExitStack() as watching:
+
+            def look() -> float:
+                monitor = self.monitor
+                if monitor is not None and monitor not in watched:
+                    watched.append(monitor)
+                    watching.enter_context(monitor.watching())
+                self.failures.raise_unseen(handle.seen_failures(), WRITE)
+                self.failures.publish_waiting(handle, WRITE)
+                self.failures.raise_if_nobody_left(handle, WRITE)
+                return self.failures.seconds_until_sure(POLL_INTERVAL)
+
+            return self.local.room.write(lambda: backend.send(payload), look)
 
     def wake_all(self) -> None:
         """Let every thread that waits at this core look at the other handles."""
         self.changes += 1
-        self.local.mailbox.wake_all()
+        self.local.pipe.wake_all()
         if self.socket is not None:
             self.socket.wake_all()
+        if self.local.room is not None:
+            self.local.room.wake_all()
 
     def _peers_changed(self) -> None:
         """The table of peers has changed. Called by the reactor."""
@@ -110,19 +129,21 @@ class Core:
         Raises as ``handle_descriptors``, and changes nothing then.
         """
         self.check_fork()
-        with self.local.lock:
+        with self.local.pipe.lock:
             if self.socket is not None:
                 return
-            # Before the items move: one may have this channel in it.
-            socket = self.socket = SocketChannel(self.name, capacity=self.capacity)
             try:
-                self.local.move_to(socket)
+                socket = self.local.move_to(self._open_socket)
             except BaseException:
                 self.socket = None
-                socket.leave()
                 raise
             self._use(socket)
             self._watch()
+
+    def _open_socket(self) -> SocketChannel:
+        # It is known before the items move: one may have this channel in it.
+        self.socket = SocketChannel(self.name, capacity=self.capacity)
+        return self.socket
 
     def leave(self, handle: Any, worker: Any, failed: bool) -> None:
         """The thread worker that had ``handle`` has ended."""
@@ -138,6 +159,8 @@ class Core:
         self.backend.close(failed=failed)
         if self.backend.peer.same_process:
             self._alarm.set()
+        if self.local.room is not None:
+            self.local.room.wake_all()
 
     # Readiness
 
@@ -156,9 +179,9 @@ class Core:
 
     def _watch(self) -> None:
         if self.socket is None:
-            self._readiness.set(self.local.mailbox.not_empty().fileno(), self._alarm.fileno())
+            self._readiness.set(*self.local.pipe.filenos(), self._alarm.fileno())
         else:
-            self._readiness.set(self.socket.outlet(), self._alarm.fileno())
+            self._readiness.set(*self.socket.filenos(), self._alarm.fileno())
 
     def update_readiness_soon(self) -> None:
         if self._readiness.is_watched:

@@ -127,11 +127,6 @@ class FailureDetector:
 
     # Waiting
 
-    def writer(self) -> Any:
-        """The handle with which this thread waits for room."""
-        me = threading.get_ident()
-        return next(handle for (handle, ident), what in list(self._waiting.items()) if ident == me and what == WRITE)
-
     @contextmanager
     def waiting(self, handle: Any, operation: int) -> Iterator[None]:
         """Within this context, ``handle`` waits in this thread."""

@@ -36,13 +36,10 @@ class FastSender:
         table: the channel's.
         outbox: sends what this object does not.
         outgoing: where both send to.
-        is_active: whether small pickles may be sent without looking at the channel's capacity.
         write_any: writes any object, in any state of the channel.
     """
 
-    def __init__(
-        self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, is_active: bool, write_any: Write
-    ) -> None:
+    def __init__(self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, write_any: Write) -> None:
         self._table = table
         self._words = table.words
         self._outbox = outbox
@@ -50,7 +47,7 @@ class FastSender:
         self._max_payload = outgoing.max_payload
         self._write_any = write_any
         has_send_bare = outgoing.send_bare is not None
-        self._is_active = is_active and has_send_bare
+        self._is_active = has_send_bare
         #: These refuse as soon as this process leaves.
         self._send_bare: Callable[[bytes, int], object] = outgoing.send_bare or _refuse
         self._send_with_timeout: Callable[[bytes], bool] = outgoing.send_with_timeout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 from collections.abc import Sequence
@@ -111,9 +110,10 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
 
         Source: torch-ipc's ``c:write``.
         """
-        if len(objs) == 1:
+        core = self._core
+        if len(objs) == 1 and core.capacity is None:
             self.has_written = True
-            state = self._core.backend.try_write(objs[0])
+            state = core.backend.try_write(objs[0])
             if state is not None:
                 return state
         return self._send_all(objs, upvalues=False)
@@ -135,10 +135,13 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         backend = core.backend
         self.has_written = True
         payloads = codec.encode_all(objs, backend.max_payload, upvalues=upvalues, peer=backend.peer)
-        with contextlib.nullcontext() if core.capacity is None else core.failures.waiting(self, WRITE):
-            for payload in payloads:
-                if not backend.send(payload):
-                    return core.backend.state()
+        if core.capacity is None:
+            are_sent = all(map(backend.send, payloads))
+        else:
+            with core.failures.waiting(self, WRITE):
+                are_sent = all(core.send_if_room(backend, payload, self) for payload in payloads)
+        if not are_sent:
+            return core.backend.state()
         return _OPEN if objs else core.backend.state()
 
     def read(self, nonblocking: bool = False, *, timeout: float | None = None) -> tuple[ChannelState, Any]:

@@ -1,49 +1,48 @@
-"""The backend of a channel that no other process has: a mailbox."""
+"""A channel that no other process has: a pipe, whose items move to a socket channel when one comes."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from ..marshalling import codec
 from ..marshalling.copies import try_copy
+from ..pipe.pipe import MovingPipe
+from ..pipe.room import Room
 from ..transport.capabilities import SAME_PROCESS
 from ..transport.endpoint import Received
-from ..transport.mailbox import Mailbox
 from ..transport.waiting import never
+from .socket import SocketChannel
 from .state import ChannelState
 
-#: A writer that waits for room looks so often, in seconds.
-_POLL_INTERVAL: Final = 0.25
+R = TypeVar("R")
 
 
 class LocalChannel:
-    """Carries items between threads.
-
-    Invariant: a writer holds ``lock`` from its look whether the channel is closed, or has a successor, until its item
-    is in the mailbox. So no item comes after the closing, and none is left behind when the items move.
-    """
+    """Items between threads. Whoever comes too late, because they have moved, is passed on to the socket channel."""
 
     peer = SAME_PROCESS
     max_payload = codec.UNLIMITED
 
     def __init__(self, capacity: int | None) -> None:
-        self.lock = threading.RLock()
-        self.mailbox: Mailbox[Received] = Mailbox()
-        #: The backend to which the items have moved, if another process has the channel now.
-        self.successor: Any = None
-        self._capacity = capacity
-        self._room = threading.Condition(self.lock)
-        self._closed = False
-        self._written = 0
-        self._failed = False
-        #: Called by a writer that waits for room, now and then; may raise.
-        self.on_wait_for_room: Callable[[], None] | None = None
+        self.pipe: MovingPipe[SocketChannel] = MovingPipe()
+        self._closed_by_failure = False
+        #: Also that of the socket channel; None if any number of items has room.
+        self.room: Room | None = None
+        if capacity is not None:
+            # It knows this object weakly: what is in the pipe goes with this object.
+            this = weakref.proxy(self)
+            self.room = Room(capacity, lambda: this.num_items(), lambda: this.is_closed, lambda: this.counting())
+
+    def counting(self) -> AbstractContextManager[object]:
+        """Within this, no other process writes."""
+        socket = self.pipe.carrier
+        return contextlib.nullcontext() if socket is None else socket.table.locked()
 
     def try_write(self, obj: Any) -> ChannelState | None:
-        if self._capacity is not None:
-            return None
         payload = try_copy(obj)
         if payload is None:
             try:
@@ -53,46 +52,21 @@ class LocalChannel:
         return ChannelState.OPEN if self.send(payload) else self.state()
 
     def send(self, payload: Any) -> bool:
-        if self._capacity is not None:
-            return self._send_if_room(payload)
-        with self.lock:
-            if self.successor is None:
-                return self._put(payload)
-        return self._forward(payload)
-
-    def _put(self, payload: Any) -> bool:
-        if self._closed:
-            return False
-        self._written += 1
-        self.mailbox.put(codec.deliver_local(payload))
-        return True
-
-    def _forward(self, payload: Any) -> bool:
-        sent: bool = self.successor.send(codec.for_other_processes(payload, self.successor.max_payload))
-        return sent
-
-    def _send_if_room(self, payload: Any) -> bool:
-        assert self._capacity is not None
-        with self._room:
-            while not self._closed and self.successor is None and len(self.mailbox) >= self._capacity:
-                if not self._room.wait(_POLL_INTERVAL) and self.on_wait_for_room is not None:
-                    self.on_wait_for_room()
-            if self.successor is None:
-                return self._put(payload)
-        return self._forward(payload)
+        was_put = self.pipe.put_if_local(payload)
+        if was_put is not None:
+            return was_put
+        socket = self.pipe.carrier
+        assert socket is not None
+        return socket.send(codec.for_other_processes(payload, socket.max_payload))
 
     def take(self) -> Received | None:
-        received = self.mailbox.take()
-        if received is not None:
-            if self._capacity is not None:
-                with self._room:
-                    self._room.notify()
-        elif self.successor is not None:
-            return self.successor.take()  # type: ignore[no-any-return]
+        received = self.pipe.take()
+        if received is not None and self.room is not None:
+            self.room.made()
         return received
 
     def can_take(self) -> bool:
-        return self.mailbox.has_message()
+        return self.pipe.can_take()
 
     def try_read(self) -> tuple[ChannelState, Any] | None:
         received = self.take()
@@ -100,63 +74,50 @@ class LocalChannel:
             return None
         return ChannelState.CLOSED if self.is_closed else ChannelState.OPEN, codec.decode(*received)
 
-    def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
-        if self._has_ended():
-            return self.take()
-        return self.mailbox.wait(self.take, deadline, lambda: self._has_ended() or stop())
-
-    def _has_ended(self) -> bool:
-        return self._closed or self.successor is not None
+    def wait(
+        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = never
+    ) -> R | None:
+        return self.pipe.wait(attempt, deadline, stop)
 
     @property
     def was_failed(self) -> bool:
-        return self._failed
+        return self._closed_by_failure
 
     @property
     def is_closed(self) -> bool:
-        return bool(self._closed if self.successor is None else self.successor.is_closed)
+        socket = self.pipe.carrier
+        return self.pipe.is_closed if socket is None else socket.is_closed
 
     def state(self) -> ChannelState:
-        if self.successor is not None:
-            return self.successor.state()  # type: ignore[no-any-return]
-        if not self._closed:
+        socket = self.pipe.carrier
+        if socket is not None:
+            return socket.state()
+        if not self.pipe.is_closed:
             return ChannelState.OPEN
-        return ChannelState.CLOSED if len(self.mailbox) else ChannelState.DRAINED
+        return ChannelState.CLOSED if self.pipe.box.messages else ChannelState.DRAINED
 
     def num_items(self) -> int:
-        return len(self.mailbox) if self.successor is None else self.successor.num_items()
-
-    def close(self, *, failed: bool = False) -> None:
-        with self._room:
-            if self.successor is not None:
-                self.successor.close(failed=failed)
-            self._failed = self._failed or (failed and not self._closed)
-            self._closed = True
-            self._room.notify_all()
-        self.mailbox.end()
+        socket = self.pipe.carrier
+        return len(self.pipe.box.messages) if socket is None else socket.num_items()
 
     def counts(self) -> tuple[int, int, int]:
-        return self._written, self._written - len(self.mailbox), 0
+        written = self.pipe.written
+        return written, written - len(self.pipe.box), 0
 
-    def move_to(self, successor: Any) -> None:
-        """Send all items to ``successor``, and all that come later. Called with the lock held.
+    def close(self, *, failed: bool = False) -> None:
+        with self.pipe.lock:
+            socket = self.pipe.carrier
+            if socket is not None:
+                socket.close(failed=failed)
+            self._closed_by_failure = self._closed_by_failure or (failed and not self.pipe.is_closed)
+            self.pipe.close()
 
-        Raises, and changes nothing, if an item cannot go there.
-        """
-        items = []
-        while (received := self.mailbox.take()) is not None:
-            items.append(received)
-        try:
-            payloads = [codec.for_other_processes(data, successor.max_payload) for data, _ in items]
-        except BaseException:
-            for received in items:
-                self.mailbox.put(received)
-            raise
-        successor.table.set_initial_counts(self._written - len(items))
-        for payload in payloads:
-            successor.send(payload)
-        if self._closed:
-            successor.close(failed=self._failed)
-        self.successor = successor
-        self._room.notify_all()
-        self.mailbox.wake_all()
+    def move_to(self, open_socket: Callable[[], SocketChannel]) -> SocketChannel:
+        """Send all items to a socket channel, and all that come later. Raises as ``MovingPipe.move``."""
+        with self.pipe.lock:
+            self.pipe.move(open_socket)
+            socket = self.pipe.carrier
+            assert socket is not None
+            if self.pipe.is_closed:
+                socket.close(failed=self._closed_by_failure)
+            return socket

@@ -54,7 +54,7 @@ class Reader(MessageSource):
         core.check_fork()
         self._monitor = None
         self._deadline = math.inf if deadline is None else deadline
-        received = core.backend.wait(min(time.monotonic() + _FIRST_WAIT, self._deadline))
+        received = core.backend.wait(core.backend.take, min(time.monotonic() + _FIRST_WAIT, self._deadline))
         if received is not None:
             return received
         with contextlib.ExitStack() as self._watching:
@@ -63,7 +63,7 @@ class Reader(MessageSource):
 
     def sleep(self, deadline: float | None) -> Received | None:
         until = time.monotonic() + self._core.failures.seconds_until_sure(POLL_INTERVAL)
-        return self._core.backend.wait(min(until, self._deadline), self._has_changed)
+        return self._core.backend.wait(self.take, min(until, self._deadline), self._has_changed)
 
     def _has_changed(self) -> bool:
         return self._core.changes != self._changes

@@ -20,15 +20,15 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..marshalling import codec
 from ..marshalling.codec import encode
 from ..marshalling.wire import BacklogMessage
 from ..memory import anonymous, recycling
-from ..transport import cleanup, descriptors, kinds, polling
+from ..pipe.room import SharedRoom
+from ..transport import cleanup, kinds
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
@@ -43,8 +43,7 @@ from .fast_send import FastSender
 from .state import ChannelState
 from .table import CLOSED, ROOM_WANTED, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, ChannelTable
 
-#: A writer that waits for room in a channel with a capacity looks at least so often, in seconds.
-_POLL_INTERVAL: Final = 0.02
+R = TypeVar("R")
 
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
@@ -93,9 +92,8 @@ class SocketChannel:
             fds_of_table, rest[:2] = rest[:2], []
             self.table = ChannelTable(fds_of_table)
             opened.callback(self.table.leave)
-            room = next(iter(rest), None) if fds else descriptors.eventfd() if capacity else None
-            #: An eventfd that is readable when there may be room again; -1 if there is none.
-            self._room = -1 if room is None else room
+            #: How writers of all processes wait for room, in a channel with a capacity.
+            self.room = None if capacity is None else SharedRoom(self.table.words, ROOM_WANTED, rest)
             opened.pop_all()
         self.max_payload = outgoing.max_payload
         self._outgoing, self._incoming = outgoing, incoming
@@ -103,10 +101,10 @@ class SocketChannel:
         self._outbox = self._connection.outbox
         self._try_receive = self._connection.take
         self._closing = Closing(self.table, incoming, outgoing)
-        # With a capacity, items are counted under the table's lock, and none takes a fast way.
-        is_fast = capacity is None
-        self._sender = FastSender(self.table, self._outbox, outgoing, is_fast, self._try_write_any)
-        self._receiver = FastReceiver(self.table, incoming.receive_bare if is_fast else None, self._try_read_any)
+        self._sender = FastSender(self.table, self._outbox, outgoing, self._try_write_any)
+        # With a capacity each item makes room, so none takes the fast way.
+        receive_bare = incoming.receive_bare if capacity is None else None
+        self._receiver = FastReceiver(self.table, receive_bare, self._try_read_any)
         # Bound once: most of an item's time is spent there.
         self.try_write, self.try_read = self._sender.try_write, self._receiver.try_read
         self._backlog = BacklogTransfer(self.table, self._outbox, outgoing, self._receiver, self.finish_closing)
@@ -121,13 +119,11 @@ class SocketChannel:
         if fds:
             self.table.count_handle_received()
 
-    # Writing
+    # Writing. A channel with a capacity has ``Core.send_if_room`` call ``send``.
 
     def _try_write_any(self, obj: Any) -> ChannelState | None:
         if self._is_leaving:
             return self.state()
-        if self.capacity is not None:
-            return None
         try:
             payload = encode(obj, self.max_payload)
         except Exception:
@@ -135,8 +131,6 @@ class SocketChannel:
         return _OPEN if self.send(payload) else self.state()
 
     def send(self, payload: Any) -> bool:
-        if self.capacity is not None:
-            return self._send_if_room(payload)
         if type(payload) is bytes and not self.is_closed:
             try:
                 if self._sender.try_send(payload):
@@ -176,36 +170,6 @@ class SocketChannel:
         self.finish_closing()
         self._leave_if_unused()
 
-    # Room, in a channel with a capacity
-
-    #: Called by a writer that waits for room, now and then; may raise.
-    on_wait_for_room: Callable[[], None] | None = None
-
-    def _send_if_room(self, payload: Any) -> bool:
-        assert self.capacity is not None
-        while True:
-            with self.table.locked():
-                if self.left or self._words[CLOSED]:
-                    return False
-                if self.num_items() < self.capacity:
-                    return self._send_or_keep(payload)
-                self._words[ROOM_WANTED] = 1
-            if polling.readable(_POLL_INTERVAL, *([self._room] if self._room >= 0 else [])):
-                with contextlib.suppress(OSError):
-                    os.read(self._room, 8)
-            if self.on_wait_for_room is not None:
-                self.on_wait_for_room()
-
-    def _signal_room(self) -> None:
-        self._words[ROOM_WANTED] = 0
-        with contextlib.suppress(OSError):
-            os.write(self._room, (1).to_bytes(8, "little"))
-
-    def _close_room(self) -> None:
-        if self._room >= 0:
-            os.close(self._room)
-            self._room = -1
-
     # Reading
 
     def can_take(self) -> bool:
@@ -240,22 +204,24 @@ class SocketChannel:
         else:
             self.table.count_attempt()
             self.table.count_taken()
-        if self._words[ROOM_WANTED]:
-            self._signal_room()
+        if self.room is not None:
+            self.room.made()
         return received
 
-    def outlet(self) -> int:
-        """The descriptor that is readable while there are items, or the end."""
-        return self._incoming.fileno()
+    def filenos(self) -> Sequence[int]:
+        """Readable while there are items, or the end."""
+        return (self._incoming.fileno(),)
 
     def wake_all(self) -> None:
         """End each ``wait`` that has begun."""
         self._connection.wake_all()
 
-    def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
+    def wait(
+        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = never
+    ) -> R | None:
         if self._at_end or self.left:
-            return self.take() if self._backlog.unforwarded else None
-        return self._connection.wait(self.take, deadline, stop)
+            return attempt() if self._backlog.unforwarded else None
+        return self._connection.wait(attempt, deadline, stop)
 
     # Closing
 
@@ -265,8 +231,8 @@ class SocketChannel:
                 return
             self._closing.close(failed)
         self.finish_closing()
-        if self.capacity is not None:
-            self._signal_room()
+        if self.room is not None:
+            self.room.made()
 
     def finish_closing(self) -> None:
         """See ``Closing.finish``. Whoever waits calls this now and then."""
@@ -306,11 +272,19 @@ class SocketChannel:
 
     # Joining and leaving
 
+    def begin(self, before: int) -> None:
+        """See ``pipe.Carrier``."""
+        self.table.set_initial_counts(before)
+
+    def cancel(self) -> None:
+        """See ``pipe.Carrier``."""
+        self.leave()
+
     def handle_descriptors(self) -> list[anonymous.Descriptor]:
         """Descriptors for another process. Raises ResourceError."""
         fds = [*self._connection.handover(), *self.table.handover()]
-        if self._room >= 0:
-            fds.append(self._room)
+        if self.room is not None:
+            fds += self.room.handover()
         return anonymous.duplicates(fds, self.table.count_handles_sent)
 
     def release(self) -> None:
@@ -354,11 +328,10 @@ class SocketChannel:
         for each in self._backlog.unforwarded:
             codec.discard(*each)
         self._connection.close(leave_open=at_exit)
-        if not at_exit:
-            self._close_room()
+        if self.room is not None and not at_exit:
+            self.room.close()
         self.table.leave(failed=failed, keep_memory=at_exit)
 
     def abandon(self) -> None:
         self.left = True
         self._receiver.leave()
-        self._close_room()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..transport.capabilities import Capabilities
 from ..transport.endpoint import Received
 from ..transport.waiting import never
+
+R = TypeVar("R")
 
 
 class ChannelState(enum.Enum):
@@ -60,12 +62,10 @@ class ChannelBackend(Protocol):
         """Take the next item, if there is one, and decode it. Returns the state of the channel with it."""
         ...
 
-    def wait(self, deadline: float, stop: Callable[[], object] = never) -> Received | None:
-        """Take the next item as soon as there is one.
-
-        None after ``deadline`` (time.monotonic), or if the channel was closed, or for no reason. Also when ``stop()``
-        is true; who makes it true calls ``wake_all`` then.
-        """
+    def wait(
+        self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object] = never
+    ) -> R | None:
+        """See ``Pipe.wait``. It ends when the channel is closed, too."""
         ...
 
     @property

@@ -59,7 +59,11 @@ class WorkerSide(SocketRole):
             made.callback(end.close)
             self._counters = Counters(fds[size])
             made.callback(self._counters.close)
-            self._room = None if capacity is None else SharedRoom(self._counters.words, ASKED, rest)
+            self._room = None
+            if capacity is not None:
+                room_fds, rest[:] = list(rest), []
+                self._room = SharedRoom(self._counters.words, ASKED, room_fds)
+                made.callback(self._room.close)
             super().__init__(end, False, self._answered, self._tell_untold)
             made.pop_all()
         self._receive = self.connection.take
