@@ -19,8 +19,8 @@ def socket_of(channel: Channel) -> SocketChannel:
 
 def descriptors_of(socket: SocketChannel) -> list[int]:
     """What another process would get."""
-    fds = [*socket._connection.handover(), *socket.table.handover()]
-    return [os.dup(fd) for fd in (fds if socket._room < 0 else [*fds, socket._room])]
+    room = [] if socket.room is None else socket.room.handover()
+    return [os.dup(fd) for fd in (*socket._connection.handover(), *socket.table.handover(), *room)]
 
 
 def another(socket: SocketChannel) -> SocketChannel:
