@@ -240,7 +240,7 @@ def ask(name: str) -> tuple[Link, Received] | None:
             link.send(_REQUEST.pack(b"O", os.getpid(), started_ns) + name.encode())
             received = link.wait(max(0.0, until - time.monotonic()))
         except (EOFError, BrokenPipeError):
-            # The owner has ended, or lives and could not answer: connecting again tells.
+            # The owner has ended, or lives and could not answer: the next connection shows which.
             link.close()
             if time.monotonic() < until:
                 time.sleep(RECONNECT_INTERVAL)

@@ -30,17 +30,17 @@ class ParkingLot:
     """Any number of threads that wait for the same thing, woken in the order in which they came.
 
     Args:
-        is_left: whether something is left of what the sleepers wait for.
+        is_left: whether there is more for the sleepers to take.
     """
 
     def __init__(self, is_left: Callable[[], object]) -> None:
         self._is_left = is_left
-        #: Those who wait. A waker that is in a hurry looks here first.
+        #: A waker on the hot path looks here first.
         self.asleep: deque[threading.Lock] = deque()
 
     def wait(self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object]) -> R | None:
-        """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), or if there
-        is a reason to ``stop``, or for no reason: the caller looks at the state of things and waits again.
+        """Return what ``attempt`` gives; None after ``deadline`` (time.monotonic), or if there is a reason to ``stop``,
+        or for no reason: the caller looks at the state of things and waits again.
 
         A KeyboardInterrupt that ends the wait takes nothing.
         """
@@ -69,7 +69,7 @@ class ParkingLot:
         return found
 
     def wake_one(self) -> None:
-        """Wake the one who has waited longest."""
+        """Wake the thread that has waited longest."""
         try:
             latch = self.asleep.popleft()
         except IndexError:
@@ -77,6 +77,6 @@ class ParkingLot:
         latch.release()
 
     def wake_all(self) -> None:
-        """Let everyone who waits look at the state of things."""
+        """End every wait that has begun."""
         for _ in range(len(self.asleep)):
             self.wake_one()
