@@ -65,6 +65,7 @@ LOOKS = 100
 LONGEST = [
     "examples/test_examples.py",
     "loading/test_faults.py",
+    "loading/test_what_reaches_workers.py",
     "loading/test_equality.py",
     "examples/test_silence.py",
     "loading/test_state.py",
