@@ -58,10 +58,13 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
     views = [memoryview(buffer).cast("B") for buffer in buffers]
     fd = create()
     try:
-        offset = 0
+        start = 0
         for view in views:
-            offset = _write(fd, view, offset)
-        os.ftruncate(fd, max(offset, 1))
+            done = 0
+            while done < view.nbytes:
+                done += os.pwrite(fd, view[done : done + _MAX_BYTES_PER_CALL], start + done)
+            start += done
+        os.ftruncate(fd, max(start, 1))
     except OSError as error:
         os.close(fd)
         raise descriptors.resource_error(error, "pwrite") from error
@@ -69,13 +72,6 @@ def fill(buffers: Sequence[bytes | memoryview]) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _write(fd: int, view: memoryview, offset: int) -> int:
-    done = 0
-    while done < view.nbytes:
-        done += os.pwrite(fd, view[done : done + _MAX_BYTES_PER_CALL], offset + done)
-    return offset + done
 
 
 def map_private(fd: int, nbytes: int | None = None) -> memoryview:

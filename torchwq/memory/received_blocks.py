@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from .ref_table import IN_USE, UNTRACKED
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
 _FLAGS: Final = (0, IN_USE, 0, 0)
+
+_low: Final = operator.attrgetter("low")
 
 #: How often this process knew a message's block, and how often it had to map one.
 hits = misses = 0
@@ -218,10 +221,6 @@ class ReceivedBlocks:
             if block.kind == MAPPED and not block.is_polled:
                 recycling.release(block)
         self._blocks.clear()
-
-
-def _low(row: Row) -> int:
-    return row.low
 
 
 def take_tensor(number: int, nbytes: int, geometry: Geometry) -> torch.Tensor | None:

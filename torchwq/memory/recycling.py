@@ -14,7 +14,7 @@ This rests on Note [reference counts].
   possible reader keeps them, see Note [in-band promises]. So *retiring* a block is always safe, even if every process
   that has had it is dead: its memory is not used again, and is freed when nobody has it any more.
 * What cannot be accounted for is retired: a block that a forked child or torch's own multiprocessing may see, one
-  whose references do not come home, one whose maker is dead.
+  whose references were lost, one whose maker is dead.
 * ``by_number`` has every block of this process that has a number.
 
 ``use_poller`` finds out that the tensors of a message are gone. Weak references watch private mappings of blocks, and
