@@ -31,12 +31,11 @@ from typing import Any, Final, Protocol
 from ..errors import WorkerDied
 from ..peers.failures import SeenFailures, dead_peer_ids
 from ..peers.local_handles import LocalHandles
-from ..peers.table import PeerTable
 from ..workers import threads
 from ..workers.deaths import others_may_come, raise_next_death
 from .socket import SocketChannel
 from .state import ChannelBackend
-from .table import BACKLOG, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, WAITING
+from .table import BACKLOG, SENT, TAKEN, WAITING, ChannelTable
 
 #: What a thread waits to do; 0 for one that does not wait.
 READ, WRITE = 1, 2
@@ -95,7 +94,7 @@ class FailureDetector:
         #: Since when nobody seems to be left, and the counts of items then.
         self._nobody_left_since: tuple[float, Any] | None = None
 
-    def _table(self) -> PeerTable | None:
+    def _table(self) -> ChannelTable | None:
         """The table of the processes that have the channel; None if no other process can have it."""
         socket = self._core.socket
         return None if socket is None or socket.left else socket.table
@@ -253,19 +252,19 @@ class FailureDetector:
         return self.handles.ever_pending or (table is not None and (table.was_shared() or table.any_handle_sent()))
 
 
-def _relevant_deaths(operation: int, table: PeerTable, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
+def _relevant_deaths(operation: int, table: ChannelTable, dead: Sequence[int], living: Sequence[int]) -> Sequence[int]:
     """Which deaths matter to a thread that waits for ``operation``: see Note [Failures that a channel tells]."""
 
-    def has_written(slot: int) -> bool:
-        return table.get_word(slot, SENT) > table.get_word(slot, SENT_AT_CLAIM)
+    def has_sent(slot: int) -> bool:
+        return table.num_sent(slot) > 0
 
-    def has_read(slot: int) -> bool:
-        return table.get_word(slot, TAKEN) > table.get_word(slot, TAKEN_AT_CLAIM)
+    def has_taken(slot: int) -> bool:
+        return table.num_taken(slot) > 0
 
     def was_to_write(slot: int) -> bool:
-        return has_written(slot) or bool(table.get_word(slot, BACKLOG))
+        return has_sent(slot) or bool(table.get_word(slot, BACKLOG))
 
-    awaited, other = (was_to_write, has_read) if operation == READ else (has_read, has_written)
+    awaited, other = (was_to_write, has_taken) if operation == READ else (has_taken, has_sent)
     gone = [slot for slot in dead if awaited(slot)]
     if gone or any(map(awaited, living)):
         return gone

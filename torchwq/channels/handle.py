@@ -57,8 +57,8 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
             for item in source:
                 sink.write(work(item))
 
-    A ``with`` block that an error leaves closes the channel as one that has failed: who reads it gets WorkerDied after
-    the last item. Where several workers write to ``sink``, let the one who joins them close it.
+    A ``with`` block that an error leaves closes the channel as a failed writer: readers get WorkerDied after the last
+    item. Where several workers write to ``sink``, let the thread that joins them close it.
 
     Source: torch-ipc's ``ipc.channel``.
     """
@@ -159,9 +159,9 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         Raises:
             queue.Empty: nothing came within ``timeout``.
             WorkerDied: if nothing is there: a worker that had written to the channel died, or failed (once for each);
-                while waiting, also if everybody who had the channel has dropped it, and nobody is left who could write
-                (a non-blocking read says so if :func:`torchwq.select` has just found it);
-                or, once, instead of ``(DRAINED, None)``, if a ``with`` block that had failed has closed it.
+                while waiting, also if all others that had the channel have dropped it, and nobody is left that could
+                write (a non-blocking read says so if :func:`torchwq.select` has just found it);
+                or, once, instead of ``(DRAINED, None)``, if a ``with`` block that had failed has closed the channel.
             QueueClosed: the channel was inherited by a fork.
 
         A Ctrl-C that ends the wait takes nothing from the channel.
@@ -184,8 +184,8 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     def close(self) -> None:
         """Close the channel, for everybody. May be called again.
 
-        What was written before is still read. Whoever waits to read from an empty channel, or for room to write,
-        wakes up. Never blocks.
+        What was written before is still read. Threads that wait to read from an empty channel, or for room to write,
+        wake up. Never blocks.
 
         Source: torch-ipc's ``c:close``.
         """
@@ -201,7 +201,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         return self._core.backend.state() is ChannelState.DRAINED
 
     def num_items(self) -> int:
-        """How many items have been written and not read. While others write or read, it is a guess."""
+        """How many items have been written and not read: an estimate while others write or read."""
         return self._core.backend.num_items()
 
     def statistics(self) -> ChannelStatistics:

@@ -11,10 +11,10 @@ Invariants:
 
 * Items of one writer are read in the order in which they were written: they leave through one outbox, or past it while
   it is idle; a backlog message leaves when everything before it has.
-* Nobody takes a lock to send or receive in the usual case. So the socket is closed only when no handle is left that
-  could do so, or the process ends.
-* Who holds the table's lock may wait until nobody sends. So who sends takes no lock; the outbox calls ``_on_emptied``
-  when nobody sends.
+* A thread takes no lock to send or receive in the usual case. So the socket is closed only when no handle is left with
+  which a thread could do so, or when the process ends.
+* A thread that holds the table's lock may wait until no other thread sends. So a sending thread takes no lock, and the
+  outbox calls ``_on_emptied`` when no thread sends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from ..marshalling import codec
-from ..marshalling.codec import encode
 from ..marshalling.wire import BacklogMessage
 from ..memory import anonymous, recycling
 from ..pipe.room import SharedRoom
@@ -41,7 +40,7 @@ from .closing import Closing
 from .fast_receive import FastReceiver
 from .fast_send import FastSender
 from .state import ChannelState
-from .table import CLOSED, ROOM_WANTED, SENT, SENT_AT_CLAIM, TAKEN, TAKEN_AT_CLAIM, ChannelTable
+from .table import CLOSED, ROOM_WANTED, ChannelTable
 
 R = TypeVar("R")
 
@@ -125,7 +124,7 @@ class SocketChannel:
         if self._is_leaving:
             return self.state()
         try:
-            payload = encode(obj, self.max_payload)
+            payload = codec.encode(obj, self.max_payload)
         except Exception:
             return None
         return _OPEN if self.send(payload) else self.state()
@@ -266,9 +265,8 @@ class SocketChannel:
     def counts(self) -> tuple[int, int, int]:
         if self.left:
             return self._last_counts
-        sent, taken = self.table.own(SENT), self.table.own(TAKEN)
-        sent_before, taken_before = self.table.own(SENT_AT_CLAIM), self.table.own(TAKEN_AT_CLAIM)
-        return sent - sent_before + len(self._outbox), taken - taken_before, len(self._outbox)
+        table, unsent = self.table, len(self._outbox)
+        return table.num_sent(table.slot) + unsent, table.num_taken(table.slot), unsent
 
     # Joining and leaving
 

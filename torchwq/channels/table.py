@@ -77,6 +77,14 @@ class ChannelTable(PeerTable):
     def any_other_lives(self) -> bool:
         return any(lives for _, lives in self.other_slots())
 
+    def num_sent(self, slot: int) -> int:
+        """How many items the holder of a slot has sent."""
+        return self.get_word(slot, SENT) - self.get_word(slot, SENT_AT_CLAIM)
+
+    def num_taken(self, slot: int) -> int:
+        """How many items the holder of a slot has taken."""
+        return self.get_word(slot, TAKEN) - self.get_word(slot, TAKEN_AT_CLAIM)
+
     def num_in_socket(self) -> int:
         """How many items are sent and not taken, as far as they are counted."""
         return self.sum(SENT) - self.sum(TAKEN)
