@@ -49,6 +49,7 @@ class Context:
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._connection = Connection(end, waitable=False)
         self.max_payload = end.max_payload
+        self._failures = failures.process_state
 
     def receive(self) -> endpoint.Received:
         """Wait for the next message. Raises EOFError if the owner has closed the connection."""
@@ -63,15 +64,15 @@ class Context:
     def report_failure(self, error: Any) -> None:
         """Tell the worker's handles that its function has failed, with this packed error. The worker will end."""
         shutdown.failed = True
-        failures.process_state.fail(error, ends=True)
+        self._failures.fail(error, ends=True)
 
     def report_task_failure(self, error: Any) -> None:
         """Tell the worker's handles that a task has failed, with this packed error. The worker goes on."""
-        failures.process_state.fail(error, ends=False)
+        self._failures.fail(error, ends=False)
 
     def report_success(self) -> None:
         """Tell the worker's handles that a task has ended without an error."""
-        failures.process_state.succeed()
+        self._failures.succeed()
 
     def finish(self) -> None:
         """Wait until all messages are sent."""

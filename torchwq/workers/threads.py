@@ -173,6 +173,7 @@ class _ThreadContext(Context):
 
     def __init__(self, worker: ThreadWorker) -> None:
         self._worker = worker
+        self._failures = worker.failures
         self._get = worker._inbox.get
         self.send = worker.send_to_owner  # type: ignore[method-assign]
 
@@ -181,13 +182,7 @@ class _ThreadContext(Context):
 
     def report_failure(self, error: Any) -> None:
         self._worker.has_failed = True
-        self._worker.failures.fail(error, ends=False)
-
-    def report_task_failure(self, error: Any) -> None:
-        self._worker.failures.fail(error, ends=False)
-
-    def report_success(self) -> None:
-        self._worker.failures.succeed()
+        self._failures.fail(error, ends=False)
 
     def finish(self) -> None:
         pass

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import abc
+import contextlib
 import signal
 import threading
 import time
@@ -185,15 +186,6 @@ def add_end_listener(listener: EndListener) -> None:
         _listeners.add(listener)
 
 
-def _signal_of(exitcode: int | None) -> signal.Signals | None:
-    if exitcode is None or exitcode >= 0:
-        return None
-    try:
-        return signal.Signals(-exitcode)
-    except ValueError:
-        return None
-
-
 def death_error(
     *,
     mapid: int | None = None,
@@ -206,7 +198,10 @@ def death_error(
     who = f"worker {mapid}" if mapid is not None else "a worker"
     if pid is not None:
         who += f" (pid {pid})"
-    number = _signal_of(exitcode)
+    number = None
+    if exitcode is not None and exitcode < 0:
+        with contextlib.suppress(ValueError):  # a signal without a name
+            number = signal.Signals(-exitcode)
     if reason:
         how = f"died: {reason}"
     elif number is not None:
