@@ -334,11 +334,12 @@ def test_threads_that_write_together_keep_to_the_capacity(opened: bool, monkeypa
         most = 0
         send = owner._role._send
 
-        def send_late(payload: object) -> None:
+        def send_late(payload: object) -> bool:
             nonlocal most
             time.sleep(0.01)  # for the other threads to look whether there is room
             send(payload)
             most = max(most, owner.statistics().unsent + owner.statistics().written - owner.statistics().taken)
+            return True
 
         monkeypatch.setattr(owner._role, "_send", send_late)
         threads = [threading.Thread(target=owner.write, args=(number,)) for number in range(12)]

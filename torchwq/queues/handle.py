@@ -21,6 +21,7 @@ from ..transport.kinds import handover_size
 from ..transport.link import Link
 from ..transport.trailer import KIND
 from ..workers import shutdown
+from . import draining
 from .owner import Owner
 from .role import Role, open_roles
 from .thread import ThreadSide
@@ -205,7 +206,7 @@ class WorkQueue(ReadableHandle[Any]):
         """
         if not isinstance(self._role, Owner):
             raise TypeError("only the owner of a workqueue can drain it; this is a worker's handle")
-        self._role.drain(timeout)
+        draining.drain(self._role, timeout)
 
     def close(self) -> None:
         """Close this handle; if it is the owner's, the queue. May be called again.

@@ -85,7 +85,6 @@ class Membership(worker.EndListener):
         self._identities: set[object] = set()
         self._groups: set[int] = set()
         self._will_look = False
-        worker.add_end_listener(self)
 
     # Who is there
 
@@ -105,8 +104,20 @@ class Membership(worker.EndListener):
         return self._last_thread < 0
 
     def count_taken(self) -> int:
-        """How many questions were taken, as far as they were noted. With the lock held."""
-        return self._taken_by_gone + sum(member.slot.taken for member in self._members.values())
+        """How many questions were taken, as far as they were noted."""
+        with self._lock:
+            return self._taken_by_gone + sum(member.slot.taken for member in self._members.values())
+
+    def numbers_in_hand(self) -> list[int]:
+        """Numbers of the questions that members are at."""
+        with self._lock:
+            return [member.slot.number for member in self._members.values() if member.slot.busy]
+
+    def any_busy(self, mark: int) -> bool:
+        """Whether a member is at a question up to the number ``mark``, or has several threads that are at some."""
+        with self._lock:
+            members = self._members.values()
+            return any(each.slot.busy and (each.slot.busy > 1 or each.slot.number <= mark) for each in members)
 
     def in_hand(self, number: int, member: Member | None = None) -> str:
         """What the member with this number has in hand, if it is ``member``, in a few words."""

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
@@ -26,7 +26,6 @@ from ..marshalling import codec
 from ..memory import recycling
 from ..memory.anonymous import Descriptor, duplicates
 from ..pipe.pipe import Pipe
-from ..pipe.room import Room, SharedRoom
 from ..transport import cleanup, kinds, reactor
 from ..transport import link as links
 from ..transport.capabilities import SAME_MACHINE, SAME_PROCESS
@@ -34,17 +33,13 @@ from ..transport.endpoint import Received
 from ..transport.link import Link
 from ..workers import threads, worker
 from .answers import AnswerSocket
-from .counters import ASKED, LOST, Counters
+from .counters import LOST, Counters
 from .members import Member, Notes, Side
 from .membership import Membership
-from .questions import Questions, QuestionSocket
+from .questions import Questions
 from .role import SocketRole
 from .troubles import Troubles
 
-#: ``drain`` looks at the counters this often, in seconds: no event tells that a worker is done without an answer.
-_POLL_INTERVAL: Final = 0.02
-#: A question that nobody seems to have taken although the socket is empty is given up as lost after this, in seconds.
-_LOST_AFTER: Final = 0.2
 #: How many answers the reactor takes in at a time.
 _AT_ONCE: Final = 256
 
@@ -55,38 +50,40 @@ class Owner(SocketRole):
     def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
         self.capacity = capacity
         self._lock = threading.RLock()
-        self.questions = Questions(self._numbers_in_hand)
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
             reactor.get()  # which closes it when it is dropped, also if no descriptor is free then
             ours, self._theirs = kinds.pair()
             made.callback(self._theirs.close)
-            super().__init__(ours, True, self.questions.note_sent)
-            made.callback(self.connection.close)
+            made.callback(ours.close)
             self.counters = Counters()
+            made.callback(self.counters.close)
+            self.troubles = Troubles(self._lock, self._changed)
+            self.members = Membership(self, self._lock, self.counters, self.troubles, self._changed)
+            self.questions = Questions(capacity, self.counters, self.members)
+            super().__init__(ours, True, self.questions.note_sent)
             made.pop_all()
+        self.questions.connect(self.connection, self._theirs)
+        self.describe = self.questions.describe
         self._for_others = self.max_payload
         self.peer, self.max_payload = SAME_PROCESS, codec.UNLIMITED
         self.send = self._send if capacity is None else self._send_if_room
-        self._question_socket = QuestionSocket(self.connection, self._theirs)
-        self._room = None if capacity is None else Room(capacity, self._count_untaken, lambda: self.closed)
-        self._shared_room: SharedRoom | None = None
         #: Answers: of threads of this process, and of others.
         self.answers: Pipe[AnswerSocket] = Pipe()
         self._answer_socket = AnswerSocket(self.connection, self._theirs, self.counters.words, LOST)
         self.add_sender = self._answer_socket.add_sender
-        self.troubles = Troubles(self._lock, self._changed)
-        self.members = Membership(self, self._lock, self.counters, self.troubles, self._changed)
         self.sides: weakref.WeakSet[Side] = weakref.WeakSet()
-        #: How many threads are in ``drain``, which looks at the alarm for other reasons than the inbox.
-        self._draining = 0
+        #: How many threads are in ``absorbing``: they look at the alarm for other reasons than the inbox.
+        self._absorbing = 0
         self._is_released = False
         self.closed_ns = 0
         self._on_close = on_close
+        worker.add_end_listener(self.members)
         self._opened()
 
     # Writing
 
-    def _send(self, payload: Any) -> None:
+    def _send(self, payload: Any) -> bool:
+        """Always True."""
         if self.closed:
             raise QueueClosed(self.closed)
         was_put = self.questions.put_if_local(payload)
@@ -94,50 +91,17 @@ class Owner(SocketRole):
             self.outbox.send(codec.for_other_processes(payload, self._for_others))
         elif not was_put:
             raise QueueClosed(self.closed)
+        return True
 
     def _send_if_room(self, payload: Any) -> None:
-        assert self._room is not None
-        self._room.write(functools.partial(self._sent, payload), self._look_for_room)
-
-    def _sent(self, payload: Any) -> bool:
-        self._send(payload)
-        return True
+        assert self.questions.room is not None
+        self.questions.room.write(functools.partial(self._send, payload), self._look_for_room)
 
     def _look_for_room(self) -> None:
         """A write waits for room: raise what is to be told, if anything."""
         if self.alarm.is_set():
             self.raise_failure()
         self.outbox.flush()  # the reactor cannot, if a finalizer that it runs is what waits here
-
-    def note_taken(self) -> None:
-        """A thread of this process has taken a question."""
-        if self._room is not None:
-            self._room.made()
-
-    @property
-    def written(self) -> int:
-        """How many questions were ever written; also the number of the last one."""
-        return self.questions.written if self.questions.is_local else self.outbox.number
-
-    def _count_untaken(self) -> int:
-        questions = self.questions
-        if questions.is_local:
-            return len(questions.box)
-        sent = questions.sent
-        waiting = self.outbox.number - sent
-        with self._lock:
-            in_socket = sent - self.members.count_taken() if not self.closed else 0
-        if in_socket and self.end.unread_by_peer() == 0:
-            in_socket = 0  # a worker died with a question that it had not noted
-        return waiting + in_socket
-
-    def describe(self, number: int) -> str:
-        """A question in a few words."""
-        return self.questions.describe(number)
-
-    def _numbers_in_hand(self) -> list[int]:
-        with self._lock:
-            return [member.slot.number for member in self.members if member.slot.busy]
 
     # Other processes
 
@@ -150,47 +114,26 @@ class Owner(SocketRole):
         with questions.lock, questions.taking:
             if not questions.is_local:
                 return
-            if not questions.move(self._open_questions):  # it is just moving: a question has this queue in it
+            if not questions.move_to_socket():  # it is just moving: a question has this queue in it
                 return
             # Whoever encodes looks up ``send`` before ``peer``.
             self.peer, self.max_payload = SAME_MACHINE, self._for_others
             if self.capacity is None:
                 self.send = self.outbox.send
-        self._carry_answers()
+        self.answers.carry(self._answer_socket)
         for side in list(self.sides):
             side.rewatch()
         questions.box.end()
         questions.box.close()
 
-    def _open_questions(self) -> QuestionSocket:
-        if self._room is not None:
-            self._room.share(self._open_room())
-        self._open_reader()
-        return self._question_socket
-
-    def _open_room(self) -> SharedRoom:
-        with self._lock:
-            if self._shared_room is None:
-                self._shared_room = SharedRoom(self.counters.words, ASKED)
-            return self._shared_room
-
-    def _carry_answers(self) -> None:
-        if self.answers.carrier is None:
-            self.answers.carry(self._answer_socket)
-
-    def _handover(self) -> list[int]:
-        """Descriptors from which another process makes a handle, which stay this object's."""
-        room = [] if self.capacity is None else self._open_room().handover()
-        return [*self._theirs.handover(), self.counters.fd, *room]
-
     def handle_descriptors(self) -> list[Descriptor]:
         self.open_to_processes()
-        self._carry_answers()
+        self.answers.carry(self._answer_socket)
         ours, theirs = links.pair()
         made = [Descriptor(theirs)]
         with self._lock:
             try:
-                made[:0] = duplicates(self._handover())
+                made[:0] = duplicates(self.questions.handover())
             except BaseException:
                 ours.close()
                 raise
@@ -202,9 +145,9 @@ class Owner(SocketRole):
         with self._lock:
             if self.counters.fd < 0:
                 return False
-            self._carry_answers()
+            self.answers.carry(self._answer_socket)
             try:
-                self.members.add(link, pid, self._handover())
+                self.members.add(link, pid, self.questions.handover())
             except ResourceError:  # the link is closed, and who asks comes again
                 link.close()
                 return True
@@ -230,7 +173,7 @@ class Owner(SocketRole):
         """Make a thread of this process a member; returns its number. It may come to a queue that is closed."""
         with self.questions.taking:
             if not self.questions.is_local and not self.closed:
-                self._question_socket.open_reader()
+                self.questions.socket.open_reader()
             return self.members.add_thread(notes, threads.current())
 
     def remove_thread(self, number: int) -> None:
@@ -239,17 +182,12 @@ class Owner(SocketRole):
         self.questions.wake_all()
         self._close_for_threads()
 
-    def _open_reader(self) -> None:
-        """Let threads of this process, if there are any, read from the socket."""
-        if self.members.any_threads:
-            self._question_socket.open_reader()
-
     def count_pending(self, number: int) -> None:
         """See ``HandleRef``."""
         with self.questions.taking:
             self.members.pending_handles += number
             if number > 0 and not self.questions.is_local and not self.closed:
-                self._open_reader()
+                self.questions.socket.open_reader()
             if number < 0:
                 self._close_for_threads()
 
@@ -260,7 +198,7 @@ class Owner(SocketRole):
                 return
             if self.closed:
                 self.questions.discard()
-            self._question_socket.close_reader(is_closed=bool(self.closed))
+            self.questions.socket.close_reader(is_closed=bool(self.closed))
             if self._is_released and self.counters.fd >= 0:
                 self.release()
 
@@ -270,9 +208,10 @@ class Owner(SocketRole):
         return None if self.closed else self.answers.take()
 
     def sleep(self, deadline: float | None) -> Received | None:
-        return self.answers.wait(self.take, deadline, self._may_not_wait)
+        return self.answers.wait(self.take, deadline, self.may_not_wait)
 
-    def _may_not_wait(self) -> bool:
+    def may_not_wait(self) -> bool:
+        """Whether who waits for an answer has to look at something else."""
         return self.alarm.is_set() or bool(self.closed)
 
     def has_message(self) -> bool:
@@ -304,8 +243,8 @@ class Owner(SocketRole):
     def _changed(self) -> None:
         """Something has happened that may concern one who waits. With the lock held."""
         self._update_alarm()
-        if self._room is not None:
-            self._room.wake_all()
+        if self.questions.room is not None:
+            self.questions.room.wake_all()
 
     def _update_alarm(self) -> None:
         if self.closed or self.troubles.any_to_tell or self.members.nobody_left():
@@ -313,66 +252,20 @@ class Owner(SocketRole):
             self.answers.wake_all()
         else:
             self.alarm.clear()
-            if self._answer_socket.has_inbox and not self._draining:
+            if self._answer_socket.has_inbox and not self._absorbing:
                 self.alarm.set()  # so the readiness shows what is here
 
-    # Draining
-
-    def drain(self, timeout: float | None) -> None:
-        """See ``WorkQueue.drain``."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+    @contextlib.contextmanager
+    def absorbing(self) -> Iterator[None]:
+        """Within this, this thread moves answers out of the socket: those that are here already do not wake it."""
         with self._lock:
-            self._draining += 1
+            self._absorbing += 1
         try:
-            self._drain(timeout, deadline)
+            yield
         finally:
             with self._lock:
-                self._draining -= 1
+                self._absorbing -= 1
                 self._update_alarm()
-
-    def _drain(self, timeout: float | None, deadline: float | None) -> None:
-        mark = self.written
-        quiet_since = time.monotonic()
-        while True:
-            if self.closed:
-                raise QueueClosed(self.closed)
-            if self._absorb():
-                quiet_since = time.monotonic()
-            if self.troubles.any_to_tell:
-                self.raise_failure()
-            if self._is_drained(mark, time.monotonic() - quiet_since):
-                return
-            if self.alarm.is_set():
-                self.raise_failure()
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                raise TimeoutError(f"the queue was not drained within {timeout} s")
-            until = now + _POLL_INTERVAL if deadline is None else min(now + _POLL_INTERVAL, deadline)
-            if self.answers.carrier is None:
-                self.answers.wait(lambda: self._is_drained(mark, 0) or None, until, self._may_not_wait)
-            elif self.connection.wait(self._absorb, until):
-                quiet_since = time.monotonic()
-
-    def _absorb(self) -> bool | None:
-        """Move answers of other processes to the inbox; True if there were any."""
-        carrier = self.answers.carrier
-        return None if carrier is None else carrier.absorb()
-
-    def _is_drained(self, mark: int, quiet: float) -> bool:
-        """Whether the questions up to ``mark`` are answered, when no answer has come for ``quiet`` seconds."""
-        questions = self.questions
-        if questions.sent < mark:
-            return False
-        unread = len(questions.box) if questions.is_local else self.end.unread_by_peer()
-        with self._lock:
-            missing = mark - self.members.count_taken()
-            if missing > 0 and (unread or missing > self.troubles.possibly_lost or quiet < _LOST_AFTER):
-                return False
-            if self.troubles.any_ending:
-                return False
-            return not any(
-                member.slot.busy and (member.slot.busy > 1 or member.slot.number <= mark) for member in self.members
-            )
 
     # What members want of their owner
 
@@ -408,13 +301,10 @@ class Owner(SocketRole):
             self.closed = "the queue is closed"
             self.closed_ns = time.monotonic_ns()
             links_left = self.members.close() + self.troubles.close()
-            self.questions.forget_history()
         self._answer_socket.close()
         self.answers.close()
         self.answers.discard()
         self.questions.close()
-        if self._room is not None:
-            self._room.wake_all()
         self._on_close(self)
         recycling.expire_in_flight()
         self.connection.stop_waiting()
@@ -442,8 +332,7 @@ class Owner(SocketRole):
                 return
             self._answer_socket.end()
             self._theirs.close()
-            if self._shared_room is not None:
-                self._shared_room.close()
+            self.questions.release()
             self.counters.close()
             for member in self.members.close():
                 if member.link is not None:
@@ -455,4 +344,4 @@ class Owner(SocketRole):
 
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""
-        return self.written, 0 if self.closed else self._count_untaken(), len(self.members)
+        return self.questions.count, 0 if self.closed else self.questions.count_untaken(), len(self.members)

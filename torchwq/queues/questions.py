@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..pipe.pipe import MovingPipe
+from ..pipe.room import Room, SharedRoom
 from ..transport import descriptors, kinds
 from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
 from ..transport.timing import MAX_SLEEP
 from ..transport.trailer import number_of
+from .counters import ASKED, Counters
 from .history import History
+from .membership import Membership
 
 R = TypeVar("R")
 
@@ -43,6 +46,7 @@ class QuestionSocket:
         self.max_payload = theirs.max_payload
         self.send = connection.send
         self._outbox = connection.outbox
+        self._endpoint = connection.endpoint
         self._theirs = theirs
         #: Of the threads of this process, if there are any that may read.
         self._reader: Connection | None = None
@@ -56,6 +60,18 @@ class QuestionSocket:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
+
+    @property
+    def last_number(self) -> int:
+        """Number of the question that was written last."""
+        return self._outbox.number
+
+    def unread(self) -> int | None:
+        """How many are in the socket; None where that cannot be known."""
+        return self._endpoint.unread_by_peer()
+
+    def handover(self) -> list[int]:
+        return self._theirs.handover()
 
     def open_reader(self) -> None:
         """Let threads of this process read. Raises ResourceError."""
@@ -107,23 +123,58 @@ class Questions(MovingPipe[QuestionSocket]):
     """The pipe of questions, and what the owner knows of them.
 
     Args:
-        in_hand: numbers of the questions that workers are at.
+        capacity: how many may wait to be taken before writing waits; None: any number.
+        counters: where workers note what they take.
+        members: the workers' handles.
     """
 
-    def __init__(self, in_hand: Callable[[], Iterable[int]]) -> None:
+    def __init__(self, capacity: int | None, counters: Counters, members: Membership) -> None:
         super().__init__()
         self.taking = threading.RLock()
-        self._in_hand = in_hand
-        #: Of the question that a thread of this process has taken last.
-        self.number_taken = 0
+        self._counters = counters
+        self._members = members
         self._last_sent = 0
         self._history = History()
-        self._outbox_number: Callable[[], int] = lambda: 0
+        #: Of the question that a thread of this process has taken last.
+        self.number_taken = 0
+        self.room = None if capacity is None else Room(capacity, self.count_untaken, lambda: self.is_closed)
+        self._room_guard = threading.RLock()
+        self._shared_room: SharedRoom | None = None
+        #: What carries them to other processes, once they have the queue.
+        self.socket: QuestionSocket
+
+    def connect(self, connection: Connection, theirs: Endpoint) -> None:
+        """Over this connection they will go."""
+        self.socket = QuestionSocket(connection, theirs)
+
+    # Other processes
 
     @property
     def is_local(self) -> bool:
         """Whether no other process has the queue."""
         return self.carrier is None
+
+    def move_to_socket(self) -> bool:
+        """See ``move``. With ``lock`` and ``taking`` held."""
+        return self.move(self._open_socket)
+
+    def _open_socket(self) -> QuestionSocket:
+        if self.room is not None:
+            self.room.share(self._open_room())
+        if self._members.any_threads:
+            self.socket.open_reader()
+        return self.socket
+
+    def _open_room(self) -> SharedRoom:
+        with self._room_guard:
+            if self._shared_room is None:
+                self._shared_room = SharedRoom(self._counters.words, ASKED)
+            return self._shared_room
+
+    def handover(self) -> list[int]:
+        """Descriptors from which another process makes what it reads from, which stay this object's."""
+        room = [] if self.room is None else self._open_room().handover()
+        return [*self.socket.handover(), self._counters.fd, *room]
 
     # Written and sent
 
@@ -131,19 +182,35 @@ class Questions(MovingPipe[QuestionSocket]):
         """A question is in the socket. Called by who has claimed the outbox."""
         self._last_sent = number
         if self._history.add(number, data):
-            self._history.keep(self._in_hand())
+            self._history.keep(self._members.numbers_in_hand())
+
+    @property
+    def count(self) -> int:
+        """How many questions were ever written; also the number of the last one."""
+        return self.written if self.carrier is None else self.carrier.last_number
 
     @property
     def sent(self) -> int:
         """Number of the last question that workers find; those after it wait in the outbox."""
         return self.written if self.carrier is None else self._last_sent
 
+    def unread(self) -> int | None:
+        """How many wait where workers find them; None where that cannot be known."""
+        return len(self.box) if self.carrier is None else self.carrier.unread()
+
+    def count_untaken(self) -> int:
+        """How many no worker has taken."""
+        if self.carrier is None:
+            return len(self.box)
+        sent = self._last_sent
+        in_socket = 0 if self.is_closed else sent - self._members.count_taken()
+        if in_socket and self.carrier.unread() == 0:
+            in_socket = 0  # a worker died with a question that it had not noted
+        return self.carrier.last_number - sent + in_socket
+
     def describe(self, number: int) -> str:
         """A question in a few words."""
         return self._history.describe(number)
-
-    def forget_history(self) -> None:
-        self._history.clear()
 
     # Taken by threads of this process
 
@@ -161,8 +228,26 @@ class Questions(MovingPipe[QuestionSocket]):
             self.number_taken = number_of(found[0])
         return found
 
+    def note_taken(self) -> None:
+        """A thread of this process has taken one, and noted it."""
+        if self.room is not None:
+            self.room.made()
+
     def is_over(self) -> bool:
         """Whether no question is left for threads of this process, and none will come."""
         if self.carrier is None:
             return self.is_closed and not self.box.messages
         return self.carrier.has_ended(is_closed=self.is_closed)
+
+    # The end
+
+    def close(self) -> None:
+        super().close()
+        self._history.clear()
+        if self.room is not None:
+            self.room.wake_all()
+
+    def release(self) -> None:
+        """Nobody can be handed the queue any more."""
+        if self._shared_room is not None:
+            self._shared_room.close()

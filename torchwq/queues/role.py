@@ -45,7 +45,7 @@ class Role(MessageSource):
     capacity: int | None
     #: Send one payload, now or as soon as there is room. Raises QueueClosed. Whoever encodes looks it up before
     #: ``peer``: it takes what was encoded for the one or the other.
-    send: Callable[[Any], None]
+    send: Callable[[Any], object]
 
     def __init__(self) -> None:
         self.closed = ""

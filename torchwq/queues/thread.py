@@ -67,7 +67,7 @@ class ThreadSide(Role):
         if ident not in self._known:
             self._known.add(ident)
             self._threads.exit_hook = ThreadExitHook(self, ident)
-        owner.note_taken()
+        questions.note_taken()
         return received
 
     def send(self, payload: Any) -> None:
