@@ -4,11 +4,11 @@ A channel begins with a ``LocalChannel``: its items wait in a mailbox, and its t
 handle is first sent to another process, a ``SocketChannel`` is made, and the items that wait go there. From then on
 every thread of this process uses the socket, too, so that there is one order.
 
-A reader waits as ``reading`` says, and is told what ``failure_detector`` says. Once it has waited for a moment,
-whatever changes there wakes it: ``peers.monitor`` for the other processes; the thread that changes something for this
-one. Only these changes are polled, each POLL_INTERVAL: a thread of the user's ends, or a handle is dropped, so that
-nobody may be left; a worker dies with a handle in a message; a receiver dies with a backlog message; and whatever the
-monitor has no event for.
+A reader waits as ``reading`` says, a writer of a channel with a capacity for room, as ``send_if_room`` says here. Both
+are told what ``failure_detector`` says. Once one has waited for a moment, whatever changes there wakes it:
+``peers.monitor`` for the other processes; the thread that changes something for this one. Only these changes are
+polled, each POLL_INTERVAL: a thread of the user's ends, or a handle is dropped, so that nobody may be left; a worker
+dies with a handle in a message; a receiver dies with a backlog message; and whatever the monitor has no event for.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ way. It may attach to the message
 * a block (``encoder.attach_block``), which the rebuilding function finds in :func:`inbound_blocks`;
 * within a process an object (``encoder.attach_object``); the rebuilding function gets it from :func:`attached_object`.
 
-Reducers of users get only the object: :func:`register_reducer`.
+Reducers of users get only the object: :func:`register_reducer`. A module of torchwq registers its types when it is
+imported; ``encoders`` imports what nothing else does.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ stands in one place.
 
 A kind has four functions. ``encode`` writes a payload; its parameters differ from kind to kind. ``decode`` makes the
 object, ``discard`` frees what a message holds that nobody decodes, and ``describe`` says in a few words what it
-contains. To add a kind, write its class and add it to ``KINDS``.
+contains. To add a kind, write its class and add it to ``KINDS``, and to ``WITH_BLOCKS`` if it is more than a pickle.
 
 A *reference* is the number and the size of a block of shared memory. A *row* is a slice of such a block: see
 :class:`~torchwq.memory.packing.Row`. An *fd bundle* is a socket with descriptors in it: see
@@ -374,7 +374,8 @@ KINDS: Final[dict[int, type[Kind]]] = {
     each.kind: each for each in (Bare, Pickle, References, InBlock, BacklogMessage, Forget, Left)
 }
 
-#: Kinds whose messages are more than a pickle although they may come without descriptors.
+#: Kinds whose messages are more than a pickle although they may come without descriptors. A queue unpickles any other
+#: message that has none by itself.
 WITH_BLOCKS: Final = frozenset({References.kind, InBlock.kind})
 
 #: The function that decodes a message, by its last byte.

@@ -1,1 +1,1 @@
-"""Shared memory: blocks for large payloads, the counters of a queue, and torch's shared storages."""
+"""Shared memory: blocks for tensors and large payloads, when they may be used again, and torch's shared storages."""

@@ -2,7 +2,8 @@
 
 A writer takes a *claim*, writes, and gives the claim back: the message counts by itself then. While all that read are
 threads of this process, whoever takes a message wakes one who waits. Once other processes read, too, it does so through
-a word of shared memory and an event's descriptor, which all of them have.
+a word of shared memory and an event's descriptor, which all of them have. Whether a wait is in vain the room does not
+know: it calls the caller's ``look``, after ``_FIRST_LOOK`` and after each ``wake_all``.
 
 Note [Waiting for room]
 ~~~~~~~~~~~~~~~~~~~~~~~

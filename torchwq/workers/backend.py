@@ -4,7 +4,12 @@ A caller looks the name up once, here, and uses the ``Backend`` from then on. No
 workers: ``Worker.peer`` says what a message to a worker may hold, ``can_be_killed`` whether a signal ends it.
 ``starting`` registers the implementations, ``processes`` and ``threads``.
 
-A backend for other machines (Ray, say) is one more module and one more line in ``starting``. The module needs:
+A further backend is one more module and one more line in ``starting``. The module has a ``Backend``, a ``Worker`` (see
+``worker``), and a ``Context`` (see ``child``), with which the worker runs ``entry``. ``threads`` is the example for
+workers in this process. The entries of ``map`` and ``BackgroundTask`` receive one message, those of pools and loaders
+more.
+
+A backend for other machines (Ray, say) needs:
 
 * A ``Worker``. Its ``peer`` is ``OTHER_MACHINE``, so the encoder sends tensors by value and refuses what needs a
   descriptor; ``send`` gets bytes. One thread, which never blocks, calls ``on_message(worker, bytes, [])`` for each
