@@ -110,6 +110,7 @@ class _PoolThread(threading.Thread):
                 if not self.waiting:
                     return
                 if not self._idle:
+                    # Less than 0 if workers that run have taken tasks for which others are starting.
                     wanted = min(len(self.waiting) - len(self._starting), self.n - len(self._workers))
                     break
                 task = self.waiting.popleft()
@@ -128,9 +129,9 @@ class _PoolThread(threading.Thread):
                 self._idle.append(process)
                 _complete(task, None, error)
             assigned.remove(task)
-        while wanted and self.broken is None:
-            wanted -= 1
-            self._start_worker()
+        for _ in range(wanted):
+            if self.broken is None:
+                self._start_worker()
 
     def _start_worker(self) -> None:
         mapid = next(number for number in range(self.n) if number not in self._workers)

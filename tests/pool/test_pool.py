@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -227,6 +228,15 @@ def test_all_workers_start_for_as_many_tasks() -> None:
         wait_until(lambda: int(started[0]) == 2)
         gate[0] = 1
         assert (first.result(), second.result()) == ("first", "second")
+
+
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_a_worker_may_take_the_tasks_for_which_others_are_starting(backend: str) -> None:
+    with torchwq.BackgroundTaskPool(8, backend=backend, initializer=time.sleep, initargs=(0.3,)) as pool:
+        assert pool.submit(jobs.square, 2).result(timeout=30) == 4
+        futures = [pool.submit(jobs.square, number) for number in range(5)]
+        assert [future.result(timeout=30) for future in futures] == [0, 1, 4, 9, 16]
+        assert len(worker.active_workers()) <= 6
 
 
 def test_a_forked_process_ends_while_the_pool_works() -> None:
