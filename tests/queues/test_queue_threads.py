@@ -239,3 +239,21 @@ def test_questions_keep_their_order_when_one_of_them_has_the_queue_in_it() -> No
         assert not got[1].creator
         got[1].close()
         worker.close()
+
+
+def test_room_is_counted_on_when_a_bounded_queue_comes_to_processes() -> None:
+    with torchwq.workqueue(capacity=2) as q:
+        here = torchwq.marshal(q).read()
+        for number in range(5):
+            q.write(number)
+            assert here.read(timeout=20) == number
+        q._role.open_to_processes()  # type: ignore[union-attr]
+        assert q.statistics() == torchwq.queues.QueueStatistics(5, 5, 0, 1)
+        worker = worker_handle(q)
+        q.write(5)
+        q.write(6)
+        for number in range(5, 20):
+            assert (here if number % 2 else worker).read(timeout=20) == number
+            q.write(number + 2)
+        here.close()
+        worker.close()

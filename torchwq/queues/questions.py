@@ -51,9 +51,11 @@ class QuestionSocket:
         #: Of the threads of this process, if there are any that may read.
         self._reader: Connection | None = None
         self._ended = False
+        #: Number of the question that has entered the socket last.
+        self.last_sent = 0
 
     def begin(self, before: int) -> None:
-        self._outbox.number = before
+        self._outbox.number = self.last_sent = before
 
     def cancel(self) -> None:
         """Threads read here no more."""
@@ -133,7 +135,6 @@ class Questions(MovingPipe[QuestionSocket]):
         self.taking = threading.RLock()
         self._counters = counters
         self._members = members
-        self._last_sent = 0
         self._history = History()
         #: Of the question that a thread of this process has taken last.
         self.number_taken = 0
@@ -180,7 +181,7 @@ class Questions(MovingPipe[QuestionSocket]):
 
     def note_sent(self, number: int, data: bytes) -> None:
         """A question is in the socket. Called by who has claimed the outbox."""
-        self._last_sent = number
+        self.socket.last_sent = number
         if self._history.add(number, data):
             self._history.keep(self._members.numbers_in_hand())
 
@@ -192,7 +193,7 @@ class Questions(MovingPipe[QuestionSocket]):
     @property
     def sent(self) -> int:
         """Number of the last question that workers find; those after it wait in the outbox."""
-        return self.written if self.carrier is None else self._last_sent
+        return self.written if self.carrier is None else self.carrier.last_sent
 
     def unread(self) -> int | None:
         """How many wait where workers find them; None where that cannot be known."""
@@ -202,7 +203,7 @@ class Questions(MovingPipe[QuestionSocket]):
         """How many no worker has taken."""
         if self.carrier is None:
             return len(self.box)
-        sent = self._last_sent
+        sent = self.carrier.last_sent
         in_socket = 0 if self.is_closed else sent - self._members.count_taken()
         if in_socket and self.carrier.unread() == 0:
             in_socket = 0  # a worker died with a question that it had not noted
