@@ -14,6 +14,7 @@ dies with a handle in a message; a receiver dies with a backlog message; and wha
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
+from ..pipe.room import Room
 from ..transport import cleanup, reactor
 from ..transport.alarm import Alarm
 from ..transport.capabilities import SAME_PROCESS
@@ -85,9 +87,15 @@ class Core:
 
         ``payload`` was encoded for ``backend``. If there is no room, this thread waits for it with ``handle``.
         """
-        assert self.local.room is not None
+        room = self.local.room
+        assert room is not None
+        send = functools.partial(backend.send, payload)
+        found = room.try_write(send)
+        return self._wait_for_room(room, send, handle) if found is None else found
+
+    def _wait_for_room(self, room: Room, send: Callable[[], bool], handle: Any) -> bool:
         watched: list[PeerMonitor] = []
-        with contextlib.ExitStack() as watching:
+        with self.failures.waiting(handle, WRITE), contextlib.ExitStack() as watching:
 
             def look() -> float:
                 monitor = self.monitor
@@ -99,7 +107,7 @@ class Core:
                 self.failures.raise_if_nobody_left(handle, WRITE)
                 return self.failures.seconds_until_sure(POLL_INTERVAL)
 
-            return self.local.room.write(lambda: backend.send(payload), look)
+            return room.write(send, look)
 
     def wake_all(self) -> None:
         """Let every thread that waits at this core look at the other handles."""

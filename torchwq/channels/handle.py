@@ -15,7 +15,7 @@ from ..transport.endpoint import Received
 from ..workers import shutdown, threads
 from . import core as cores
 from .core import Core
-from .failure_detector import WRITE, SeenChannelFailures
+from .failure_detector import SeenChannelFailures
 from .reading import Reader
 from .state import ChannelState
 
@@ -138,8 +138,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         if core.capacity is None:
             are_sent = all(map(backend.send, payloads))
         else:
-            with core.failures.waiting(self, WRITE):
-                are_sent = all(core.send_if_room(backend, payload, self) for payload in payloads)
+            are_sent = all(core.send_if_room(backend, payload, self) for payload in payloads)
         if not are_sent:
             return core.backend.state()
         return _OPEN if objs else core.backend.state()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -37,10 +36,10 @@ class LocalChannel:
             this = weakref.proxy(self)
             self.room = Room(capacity, lambda: this.num_items(), lambda: this.is_closed, lambda: this.counting())
 
-    def counting(self) -> AbstractContextManager[object]:
+    def counting(self) -> AbstractContextManager[object] | None:
         """Within this, no other process writes."""
         socket = self.pipe.carrier
-        return contextlib.nullcontext() if socket is None else socket.table.locked()
+        return None if socket is None else socket.table.locked()
 
     def try_write(self, obj: Any) -> ChannelState | None:
         payload = try_copy(obj)

@@ -62,8 +62,8 @@ class Room:
     Args:
         capacity: how many messages may wait to be taken.
         count: how many do, as far as they have been written.
-        is_closed: whether it does not matter any more: writing tells then.
-        lock: held while one counts and writes, where that must be one step for all that write.
+        is_closed: whether room does not matter any more, because writing only tells that all is closed.
+        lock: gives what is held while one counts and writes, if that must be one step for all that write.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Room:
         capacity: int,
         count: Callable[[], int],
         is_closed: Callable[[], object],
-        lock: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        lock: Callable[[], AbstractContextManager[object] | None] | None = None,
     ) -> None:
         self.capacity = capacity
         self._count = count
@@ -89,13 +89,21 @@ class Room:
         self._shared = shared
         self.wake_all()
 
+    def try_write(self, write: Callable[[], R]) -> R | None:
+        """Call ``write``, and return what it does (not None); None, and it is not called, if there is no room."""
+        lock = None if self._lock is None else self._lock()
+        if lock is None:
+            return self._claim_and_write(write)
+        with lock:
+            return self._claim_and_write(write)
+
     def write(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
-        """Call ``write``, and return what it does (not None), as soon as there is room, or all is closed.
+        """The same as soon as there is room, or all is closed.
 
         ``look`` is called by one who waits, now and then and after each ``wake_all``. It raises if there is no use in
         waiting, or returns in how many seconds it wants to be called again at the latest.
         """
-        found = self._attempt(write)
+        found = self.try_write(write)
         return self._wait(write, look) if found is None else found
 
     def made(self) -> None:
@@ -136,26 +144,21 @@ class Room:
                     self._claimed += 1
                     return True
 
-    def _attempt(self, write: Callable[[], R]) -> R | None:
-        """What ``write`` returns; None, and it is not called, if there is no room."""
-        with self._lock():
-            if self._is_closed():
-                return write()
-            if not self._claim():
-                return None
-            is_written = False
-            try:
-                found = write()
-                is_written = True
-            finally:
-                with self._guard:
-                    self._claimed -= 1
-                if not is_written:
-                    self.made()
-            return found
+    def _claim_and_write(self, write: Callable[[], R]) -> R | None:
+        if not self._claim():
+            return write() if self._is_closed() else None
+        found = None
+        try:
+            found = write()
+        finally:
+            with self._guard:
+                self._claimed -= 1
+            if found is None:
+                self.made()
+        return found
 
     def _wait(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
-        attempt = functools.partial(self._attempt, write)
+        attempt = functools.partial(self.try_write, write)
         seconds: float | None = _FIRST_LOOK
         try:
             while True:

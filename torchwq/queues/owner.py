@@ -94,8 +94,11 @@ class Owner(SocketRole):
         return True
 
     def _send_if_room(self, payload: Any) -> None:
-        assert self.questions.room is not None
-        self.questions.room.write(functools.partial(self._send, payload), self._look_for_room)
+        room = self.questions.room
+        assert room is not None
+        send = functools.partial(self._send, payload)
+        if room.try_write(send) is None:
+            room.write(send, self._look_for_room)
 
     def _look_for_room(self) -> None:
         """A write waits for room: raise what is to be told, if anything."""

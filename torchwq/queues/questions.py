@@ -229,11 +229,6 @@ class Questions(MovingPipe[QuestionSocket]):
             self.number_taken = number_of(found[0])
         return found
 
-    def note_taken(self) -> None:
-        """A thread of this process has taken one, and noted it."""
-        if self.room is not None:
-            self.room.made()
-
     def is_over(self) -> bool:
         """Whether no question is left for threads of this process, and none will come."""
         if self.carrier is None:

@@ -67,7 +67,8 @@ class ThreadSide(Role):
         if ident not in self._known:
             self._known.add(ident)
             self._threads.exit_hook = ThreadExitHook(self, ident)
-        questions.note_taken()
+        if questions.room is not None:
+            questions.room.made()
         return received
 
     def send(self, payload: Any) -> None:
