@@ -8,6 +8,7 @@ imports from a package imports what it finds there: a submodule, or else the pac
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import torchwq
@@ -111,3 +112,32 @@ def test_the_page_on_the_house_has_every_module_and_no_other() -> None:
             told |= {f"{room}/{name.strip(' `')}" for name in cells[1].split(",")}
     there = {f"{path.parent.name}/{path.stem}" for path in package.glob("*/*.py") if path.stem != "__init__"}
     assert told == there
+
+
+def test_what_the_page_on_the_house_names_is_there() -> None:
+    """``room/module.name``, and ``Class.method``."""
+    package = Path(torchwq.__file__).parent
+    page = (package.parent / "docs" / "internals" / "house.md").read_text()
+    members = {
+        node.name: {each.name for each in node.body if isinstance(each, ast.FunctionDef)} | _attributes(node)
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.ClassDef)
+    }
+    missing = []
+    for module, name in re.findall(r"`((?!tests/)[a-z_]+/[a-z_]+)\.([A-Za-z_]+)[`.(]", page):
+        if not re.search(rf"^(class |def |)_?{name}\b", (package / f"{module}.py").read_text(), re.MULTILINE):
+            missing.append(f"{module}.{name}")
+    for cls, name in re.findall(r"[`./]([A-Z][A-Za-z]+)\.(\w+)`", page):
+        if name not in members.get(cls, set()):
+            missing.append(f"{cls}.{name}")
+    assert missing == []
+
+
+def _attributes(node: ast.ClassDef) -> set[str]:
+    """What its methods assign to ``self``."""
+    return {
+        each.attr
+        for each in ast.walk(node)
+        if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self"
+    }

@@ -7,7 +7,7 @@ stands in one place.
 
 A kind has four functions. ``encode`` writes a payload; its parameters differ from kind to kind. ``decode`` makes the
 object, ``discard`` frees what a message holds that nobody decodes, and ``describe`` says in a few words what it
-contains. To add a kind, write its class and add it to ``KINDS``, and to ``WITH_BLOCKS`` if it is more than a pickle.
+contains. To add a kind, write its class and add it to ``KINDS``.
 
 A *reference* is the number and the size of a block of shared memory. A *row* is a slice of such a block: see
 :class:`~torchwq.memory.packing.Row`. An *fd bundle* is a socket with descriptors in it: see
@@ -75,6 +75,8 @@ class Kind(ABC):
 
     #: The last byte of such a message.
     kind: ClassVar[int]
+    #: Whether ``pickle.loads`` decodes one that has no descriptors: it stops before the trailer.
+    is_pickle: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -99,6 +101,7 @@ class Pickle(Kind):
     """A pickle, and the descriptors that were attached to it."""
 
     kind = PICKLE
+    is_pickle = True
 
     @staticmethod
     def encode(pickled: bytes, fds: list[int], keep: list[Any]) -> Message:
@@ -374,9 +377,8 @@ KINDS: Final[dict[int, type[Kind]]] = {
     each.kind: each for each in (Bare, Pickle, References, InBlock, BacklogMessage, Forget, Left)
 }
 
-#: Kinds whose messages are more than a pickle although they may come without descriptors. A queue unpickles any other
-#: message that has none by itself.
-WITH_BLOCKS: Final = frozenset({References.kind, InBlock.kind})
+#: The kinds that a queue itself unpickles where they have no descriptors.
+PICKLES: Final = frozenset(kind for kind, each in KINDS.items() if each.is_pickle)
 
 #: The function that decodes a message, by its last byte.
 DECODERS: Final = {kind: each.decode for kind, each in KINDS.items()}

@@ -13,7 +13,7 @@ from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec
 from ..marshalling.codec import encode, encode_large_pickle
 from ..marshalling.copies import COLLECTIONS, SCALARS, only_scalars, try_copy
-from ..marshalling.wire import WITH_BLOCKS
+from ..marshalling.wire import PICKLES
 from ..memory.anonymous import Descriptor
 from ..transport import cleanup
 from ..transport.endpoint import Received
@@ -181,7 +181,7 @@ class WorkQueue(ReadableHandle[Any]):
         data, fds = received
         if fds:
             return data if type(data) in COLLECTIONS else codec.decode(data, fds)
-        return loads(data) if data[KIND] not in WITH_BLOCKS else codec.decode(data, fds)
+        return loads(data) if data[KIND] in PICKLES else codec.decode(data, fds)
 
     def _tell_no_failures(self) -> None:
         """Do not tell the owner of workers that fail: who has made it for his own use hears of that otherwise."""
