@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import fractions
@@ -14,6 +15,7 @@ import re
 import threading
 import tracemalloc
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -601,6 +603,11 @@ class Raises:
         raise self.error
 
 
+class TooLarge:
+    def __reduce__(self) -> Any:
+        raise MemoryError
+
+
 @pytest.mark.parametrize("error", [MemoryError("none left"), ResourceError(24, "descriptors"), KeyboardInterrupt()])
 def test_an_error_that_is_not_about_the_object_comes_out_as_it_is(error: BaseException) -> None:
     for attempt in (
@@ -610,6 +617,27 @@ def test_an_error_that_is_not_about_the_object_comes_out_as_it_is(error: BaseExc
         with pytest.raises(type(error)) as caught:
             attempt()
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        codec.encode_all,
+        functools.partial(codec.encode_one, root="obj"),
+        functools.partial(codec.encode_result, root="obj"),
+    ],
+)
+def test_what_does_not_fit_into_memory_is_freed_with_the_error(encode: Any) -> None:
+    obj = [TooLarge()]
+    freed = weakref.ref(obj[0])
+    gc.disable()
+    try:
+        with contextlib.suppress(MemoryError):
+            encode([obj], LIMIT)
+        obj.clear()
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_the_cause_of_a_marshal_error_is_the_original_error() -> None:

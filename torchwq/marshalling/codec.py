@@ -234,7 +234,10 @@ def encode_call(
 def _raise_located(error: Exception, obj: Any, root: str, limit: int, **options: Any) -> NoReturn:
     """Raise a MarshalError with the place in ``obj`` of what cannot travel; ``error`` itself if resources ran out."""
     if isinstance(error, (ResourceError, MemoryError)):
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this frame, which would keep it alive, and ``obj`` with its memory
 
     def failure(candidate: Any) -> Exception | None:
         try:
