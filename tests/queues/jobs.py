@@ -151,3 +151,12 @@ def be_slow_to_leave(queue: torchwq.WorkQueue) -> None:
     WorkerSide._leave = leave_later  # type: ignore[method-assign]
     for _ in range(1000):
         queue.write("x" * 2000)
+
+
+def fail_in_a_forked_process(name: str) -> None:
+    pid = os.fork()
+    if not pid:
+        queue = torchwq.workqueue(name)
+        queue.write("opened")
+        raise Unfit("forked")
+    os.waitpid(pid, 0)

@@ -96,6 +96,14 @@ def test_an_exit_status_is_told(hard: bool) -> None:
         assert other.read(True) is None
 
 
+def test_an_error_of_a_process_that_a_worker_has_forked_is_told() -> None:
+    with torchwq.workqueue("of forked processes") as owner:
+        workers = torchwq.map(1, jobs.fail_in_a_forked_process, owner.name)
+        assert owner.read(timeout=40) == "opened"
+        assert type(told(lambda: owner.read(timeout=40)).__cause__) is jobs.Unfit
+        assert workers.join(40) == [None]
+
+
 def test_no_reader_finds_nobody_left_before_a_handle_that_an_error_has_closed_is_in_doubt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -49,7 +49,10 @@ class Context:
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._connection = Connection(end, waitable=False)
         self.max_payload = end.max_payload
-        self._failures = failures.process_state
+
+    @property
+    def _failures(self) -> failures.FailureState:
+        return failures.process_state  # looked up at each use: a process forked by the function has its own
 
     def receive(self) -> endpoint.Received:
         """Wait for the next message. Raises EOFError if the owner has closed the connection."""

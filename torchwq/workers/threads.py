@@ -173,9 +173,12 @@ class _ThreadContext(Context):
 
     def __init__(self, worker: ThreadWorker) -> None:
         self._worker = worker
-        self._failures = worker.failures
         self._get = worker._inbox.get
         self.send = worker.send_to_owner  # type: ignore[method-assign]
+
+    @property
+    def _failures(self) -> failures.FailureState:
+        return self._worker.failures
 
     def receive(self) -> Any:
         return self._get(), _NO_DESCRIPTORS
