@@ -31,7 +31,7 @@ from tests.marshalling.support import (
     started_peer,
 )
 from torchwq.marshalling import codec
-from torchwq.memory import limits, maintenance, pool, received_blocks, recycling, storages, tree_table
+from torchwq.memory import limits, maintenance, pool, received_blocks, recycling, sharing, storages, tree_table
 from torchwq.transport import sockets
 
 
@@ -361,6 +361,25 @@ def many_queues_and_a_tensor() -> Any:
     return queues, torch.full((4,), 2.0)
 
 
+def test_a_tensor_may_be_moved_while_the_block_for_its_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(100_000)
+    acquire = pool._acquire
+
+    def move_and_acquire(nbytes: int) -> Any:
+        monkeypatch.setattr(pool, "_acquire", acquire)
+        mover = threading.Thread(target=sharing.share, args=(tensor,))
+        mover.start()
+        mover.join()
+        tensor.fill_(7)  # where it is now
+        return acquire(nbytes)
+
+    monkeypatch.setattr(pool, "_acquire", move_and_acquire)
+    copied = sharing.copy(tensor)
+    assert copied is not None
+    _, storage, geometry = copied
+    assert (storages.place(storage, *geometry) == 7).all()
+
+
 def test_a_finalizer_may_write_what_its_own_thread_is_moving(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.full((200_000,), 2.0)
     move = storages.move
@@ -575,21 +594,21 @@ def test_the_same_large_array_is_in_memory_once_for_eight_readers(run_script: An
 # --- limits ----------------------------------------------------------------------------------------
 
 
-def test_20000_received_tensors_can_be_held_with_256_descriptors(run_script: Any) -> None:
+def test_5000_received_tensors_can_be_held_with_64_descriptors(run_script: Any) -> None:
     done = run_script(
         """
         import resource
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         import torch, torchwq
 
         def send(queue):
             import torch
-            for number in range(20_000):
+            for number in range(5_000):
                 queue.write(torch.full((4,), float(number)))
 
         with torchwq.workqueue() as queue:
             workers = torchwq.map(1, send, queue)
-            held = [queue.read() for _ in range(20_000)]
+            held = [queue.read() for _ in range(5_000)]
             workers.join()
         print(all((tensor == number).all() for number, tensor in enumerate(held)))
         """,
@@ -658,6 +677,19 @@ def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     torchwq.empty(100)
     maintenance.run()
     wait_until(lambda: torchwq.memory_stats().blocks == 0)
+
+
+@pytest.mark.parametrize("callbacks", ["_on_period", "_after_period"])
+def test_maintenance_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch, callbacks: str) -> None:
+    def fail(*args: Any) -> bool:
+        raise OSError("of one period")
+
+    scheduled: list[int] = []
+    monkeypatch.setattr(maintenance, "schedule", lambda: scheduled.append(1))
+    monkeypatch.setattr(maintenance, callbacks, [fail])
+    with pytest.raises(OSError, match="of one period"):
+        maintenance.run()
+    assert scheduled
 
 
 # --- what users call -------------------------------------------------------------------------------

@@ -55,20 +55,21 @@ def _run_scheduled() -> None:
 
 
 def run() -> None:
-    """Run the maintenance now."""
-    with state_lock.lock:
-        if _is_ended:
-            return
-        now = time.monotonic()
-        try:
+    """Run the maintenance now. If it fails, it will be tried again."""
+    has_work = True
+    try:
+        with state_lock.lock:
+            if _is_ended:
+                has_work = False
+                return
+            now = time.monotonic()
             for callback in _on_period:
                 callback(now)
-        except BaseException:
+        answers = [callback() for callback in _after_period]
+        has_work = any(answers)
+    finally:
+        if has_work:
             schedule()
-            raise
-    has_work = [callback() for callback in _after_period]
-    if any(has_work):
-        schedule()
 
 
 def end() -> None:

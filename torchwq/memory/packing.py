@@ -186,7 +186,7 @@ class Packing:
             low, high = group.parts[0]
             assert group.storage is not None
             if high - low <= SMALL:
-                copied = pool.copy(group.storage.data_ptr() + low, high - low, is_short=True)
+                copied = pool.copy(group.storage, low, high - low, is_short=True)
                 if copied is not None:
                     return [Row(WHOLE, 0, low, high - low, refer(*copied), 0)]
         return _Placement(self._groups, refer, chunks).rows

@@ -119,14 +119,21 @@ def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
         block.users -= 1
 
 
-def copy(address: int, nbytes: int, is_short: bool) -> tuple[Block, torch.UntypedStorage] | None:
-    """A block with a copy of the ``nbytes`` at ``address``, and its storage, which keeps it in use; else as above."""
-    return fill_block(nbytes, functools.partial(_copy, address, nbytes), is_short)
+_Source = torch.Tensor | torch.UntypedStorage
 
 
-def _copy(address: int, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
+def copy(source: _Source, start: int, nbytes: int, is_short: bool) -> tuple[Block, torch.UntypedStorage] | None:
+    """A block with a copy of ``nbytes`` of ``source``, from the byte ``start`` of it on; else as above.
+
+    The second is the block's storage, which keeps it in use.
+    """
+    return fill_block(nbytes, functools.partial(_copy, source, start, nbytes), is_short)
+
+
+def _copy(source: _Source, start: int, nbytes: int, block: Block) -> tuple[Block, torch.UntypedStorage]:
     storage = block.storage
-    ctypes.memmove(block.address, address, nbytes)
+    # The address only now: while the block was made, another thread may have moved the source into shared memory.
+    ctypes.memmove(block.address, source.data_ptr() + start, nbytes)
     return block, storage
 
 

@@ -222,7 +222,7 @@ def copy(tensor: torch.Tensor) -> tuple[Block, torch.UntypedStorage, Geometry] |
     tensor, span = dense(tensor)
     code, _, size, stride = storages.geometry(tensor)
     nbytes = span * tensor.element_size()
-    copied = pool.copy(tensor.data_ptr(), nbytes, is_short=nbytes <= _SMALL)
+    copied = pool.copy(tensor, 0, nbytes, is_short=nbytes <= _SMALL)
     if copied is None:
         limits.warn_of_copies()
         return None
