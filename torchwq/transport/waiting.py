@@ -103,6 +103,8 @@ class Waiter:
 
     def wake_all(self) -> None:
         """End every wait that has begun: it returns None unless ``attempt`` gives something."""
+        if not self._waits:  # who begins to wait after this looks at ``stop`` after it has entered
+            return
         with self._guard:
             if self._waits and not self._closed:
                 self._to_wake |= self._waits
