@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.conftest import wait_until
 from torchwq.transport.mailbox import Mailbox
 
 
@@ -108,3 +109,27 @@ def test_an_alarm_made_while_a_message_is_taken_is_cleared_by_has_message() -> N
     assert not box.has_message()
     assert not alarm.is_set()
     box.close()
+
+
+@pytest.mark.parametrize("where", ["looking", "about to sleep"])
+def test_a_sleeper_that_is_woken_and_interrupted_wakes_the_next_one(where: str) -> None:
+    mailbox: Mailbox[str] = Mailbox()
+    found: list[object] = []
+
+    next_sleeper = threading.Thread(target=lambda: found.append(mailbox.wait(mailbox.take, None)))
+
+    def put_and_interrupt() -> None:
+        next_sleeper.start()
+        wait_until(lambda: len(mailbox._lot.asleep) == 2)
+        mailbox.put("message")  # chooses the first sleeper, which is this one
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        if where == "looking":
+            mailbox.wait(put_and_interrupt, None)
+        else:
+            mailbox.wait(lambda: None, None, put_and_interrupt)
+    next_sleeper.join()
+    assert found == ["message"]
+    assert time.monotonic() - began < 0.9  # not by the end of its sleep

@@ -47,18 +47,21 @@ class ParkingLot:
         latch = threading.Lock()
         latch.acquire()
         self.asleep.append(latch)
+        found = None
+        interrupted = True
         try:
             found = attempt()
             if found is None and not stop():
                 left = MAX_PARKED if deadline is None else deadline - time.monotonic()
                 latch.acquire(timeout=max(0.0, min(left, MAX_PARKED)))
+            interrupted = False
         finally:
             try:
                 self.asleep.remove(latch)
                 chosen = False
             except ValueError:
                 chosen = True
-            if chosen and found is not None and self._is_left():
+            if chosen and (interrupted or found is not None) and self._is_left():
                 self.wake_one()
         if found is None:
             try:
