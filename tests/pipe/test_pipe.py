@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import wait_until
 from torchwq.marshalling import codec
 from torchwq.pipe.pipe import MovingPipe, Pipe
+from torchwq.transport import parking
 from torchwq.transport.capabilities import SAME_PROCESS
 from torchwq.transport.endpoint import Received
 from torchwq.transport.mailbox import Mailbox
@@ -97,6 +98,43 @@ def test_one_that_cannot_go_leaves_all_where_they_were(monkeypatch: pytest.Monke
     assert pipe.carrier is None
     assert taken(pipe) == [0, 1, 2]
     assert put(pipe, 5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_thread_that_reads_while_messages_move_gets_them_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    pipe: MovingPipe[FakeCarrier] = MovingPipe()
+    for number in range(3):
+        put(pipe, number)
+    real = codec.for_other_processes
+    found: list[Any] = []
+    left: list[Any] = []
+    reader = threading.Thread(target=lambda: left.append(pipe.wait(pipe.take, None)))
+
+    def read(payload: Any, limit: int) -> Any:
+        if not left and not reader.is_alive():
+            thread = threading.Thread(target=lambda: found.extend(taken(pipe)))
+            thread.start()
+            thread.join()
+            reader.start()
+            wait_until(lambda: bool(pipe.box._lot.asleep))
+        if fails:
+            raise ValueError("it stays here")
+        return real(payload, limit)
+
+    monkeypatch.setattr(codec, "for_other_processes", read)
+    monkeypatch.setattr(parking, "MAX_PARKED", 1000.0)
+    if fails:
+        with pytest.raises(ValueError, match="it stays here"):
+            pipe.move(FakeCarrier)
+    else:
+        pipe.move(FakeCarrier)
+    reader.join(60)
+    assert not found
+    assert len(left) == 1
+    found = [] if left == [None] else [codec.decode(*left[0])]
+    assert found + taken(pipe) == [0, 1, 2]
 
 
 def test_one_that_asks_for_the_move_while_it_is_moved_finds_it_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,11 +93,11 @@ class LocalChannel:
             return socket.state()
         if not self.pipe.is_closed:
             return ChannelState.OPEN
-        return ChannelState.CLOSED if self.pipe.box.messages else ChannelState.DRAINED
+        return ChannelState.CLOSED if self.pipe.box.messages or self.pipe.is_moving else ChannelState.DRAINED
 
     def num_items(self) -> int:
         socket = self.pipe.carrier
-        return len(self.pipe.box.messages) if socket is None else socket.num_items()
+        return self.pipe.count_local() if socket is None else socket.num_items()
 
     def counts(self) -> tuple[int, int, int]:
         written = self.pipe.written

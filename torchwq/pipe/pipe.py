@@ -10,6 +10,8 @@ Invariants:
   nothing is left behind when the messages move.
 * Messages are taken from the mailbox first. So messages that were written before the pipe has moved come before those
   written after, and the messages of one writer keep their order.
+* While messages move, nobody takes any, and a reader waits until they have moved. So they are read in their order, also
+  if the move fails.
 * A pipe moves once and never back. While it moves, a message that is being encoded may ask for the pipe to move: a
   message may have a handle in it. That is done already then, as far as the handle needs it.
 * A reader that waits sees a message, the closing, or the carrier, whatever comes first: who brings one of these wakes
@@ -85,6 +87,8 @@ class Pipe(Generic[S]):
         #: What connects the pipe with other processes; None as long as nobody else has it.
         self.carrier: S | None = None
         self.is_closed = False
+        #: Whether messages are just moving to the carrier. Nobody takes those that come later then.
+        self.is_moving = False
 
     def put(self, payload: Any) -> bool:
         """Put a message where threads of this process find it. False, and it is not put, if the pipe is closed."""
@@ -106,7 +110,7 @@ class Pipe(Generic[S]):
     def take(self) -> Received | None:
         """The next message; None if there is none."""
         box = self.box
-        if box.messages:
+        if box.messages and not self.is_moving:
             try:
                 return box.pop()
             except IndexError:  # another thread was faster
@@ -165,7 +169,7 @@ class MovingPipe(Pipe[C]):
         self.lock = threading.RLock()
         #: How many messages were put into the mailbox.
         self.written = 0
-        self._is_moving = False
+        self._on_the_move: list[Received] = []
 
     def put_if_local(self, payload: Any) -> bool | None:
         """As ``put``; None, and the message is not put, if messages go over the carrier now."""
@@ -186,18 +190,24 @@ class MovingPipe(Pipe[C]):
         nothing has changed then. See Note [Moving a pipe].
         """
         with self.lock:
-            if self.carrier is not None or self._is_moving:
-                return not self._is_moving
-            self._is_moving = True
+            if self.carrier is not None or self.is_moving:
+                return not self.is_moving
+            self.is_moving = True
             try:
                 self._move(open_carrier())
             finally:
-                self._is_moving = False
-        self.box.wake_all()
+                self._on_the_move = []
+                self.is_moving = False
+                self.box.wake_all()  # also if it has failed: nobody has taken what was put back
         return True
 
+    def count_local(self) -> int:
+        """How many messages wait here; those that just move, too."""
+        return len(self.box.messages) + len(self._on_the_move)
+
     def _move(self, carrier: C) -> None:
-        waiting, payloads = [], []
+        waiting: list[Received] = []
+        self._on_the_move, payloads = waiting, []
         try:
             while (received := self.box.take()) is not None:  # also what pickling, which runs any code, has written
                 waiting.append(received)
