@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import wait_until
+from tests.injection import in_the_middle
 from torchwq.pipe import room as rooms
 from torchwq.pipe.room import Room, SharedRoom
 from torchwq.transport import parking, waiting
@@ -170,6 +172,41 @@ def test_a_claim_that_ends_without_a_message_is_room_for_another_writer(sides: l
         sides[0].room.write(fail, no_news)
     threads[0].join(60)
     assert left == [True]
+
+
+def test_one_that_a_claim_has_turned_away_gets_in_when_the_message_counts_alone(sides: list[Bounded]) -> None:
+    one = sides[0]
+    one.room._lock = None  # as in a queue, whose writers are all of one process
+    left: list[object] = []
+    threads: list[threading.Thread] = []
+
+    def put_slowly() -> bool:
+        one._put(0)  # counts twice now
+        threads.append(waiting_writer(one, 1, left))
+        wait_until(lambda: waits(one, 1))
+        return True
+
+    assert one.room.write(put_slowly, no_news)
+    threads[0].join(60)
+    assert left == [True]
+
+
+def test_a_claim_ends_wherever_a_write_is_interrupted(sides: list[Bounded]) -> None:
+    one = sides[0]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for at in itertools.count():
+        try:
+            has_acted = in_the_middle(lambda: one.write(0), interrupt, at)
+        except KeyboardInterrupt:
+            has_acted = True
+        one.messages.clear()
+        assert not one.room._claims, f"at place {at}"
+        if not has_acted:
+            break
+    assert at > 5
 
 
 def test_a_write_in_the_middle_of_a_write_is_counted() -> None:

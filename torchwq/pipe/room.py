@@ -23,9 +23,11 @@ Therefore no sleep is longer than ``waiting.MAX_SLEEP``, after which everybody c
 
 Invariants:
 
-* ``_claimed`` counts writers that were let in and have not written yet. It changes together with ``_claims``, which
-  counts all that were ever let in, by statements that nothing interrupts. So a finalizer or a signal handler that
-  writes in the middle of another write is counted there.
+* ``_claims`` holds the claims of writers that were let in. ``_claim_count`` counts all that were ever let in. So a
+  finalizer or a signal handler that writes in the middle of another write is counted there.
+* While a message is being written, both it and its claim may be counted. So whoever gives a claim back looks whether
+  anybody waits: that one may have been turned away because of the claim alone.
+* A claim is taken out again whatever interrupts a write, and wherever.
 * No lock of this object is held while a message is written: only that of ``lock``, which its maker chose.
 """
 
@@ -78,8 +80,10 @@ class Room:
         self._is_closed = is_closed
         self._lock = lock
         self._guard = threading.RLock()
-        self._claims = 0
-        self._claimed = 0
+        self._claims: set[object] = set()
+        self._claim_count = 0
+        #: One for each write that waits.
+        self._waits: set[object] = set()
         self._changes = 0
         self._lot = ParkingLot(self._has_room)
         self._shared: SharedRoom | None = None
@@ -122,45 +126,42 @@ class Room:
         if shared is not None:
             shared.wake_all()
 
-    @property
-    def claimed(self) -> int:
-        """How many messages were let in and are not written yet."""
-        return self._claimed
-
     def _changed_since(self, changes: int) -> Callable[[], bool]:
         return lambda: self._changes != changes
 
     def _has_room(self) -> bool:
-        return bool(self._is_closed()) or self._count() + self._claimed < self.capacity
+        return bool(self._is_closed()) or self._count() + len(self._claims) < self.capacity
 
-    def _claim(self) -> bool:
+    def _take_claim(self, claim: object) -> bool:
+        """False if there is no room."""
         with self._guard:
             while True:
-                before, count = self._claims, self._count()
-                if count + self._claimed >= self.capacity:
+                before, count = self._claim_count, self._count()
+                if count + len(self._claims) >= self.capacity:
                     return False
-                if before == self._claims:  # no finalizer or signal handler has written while this counted
-                    self._claims += 1
-                    self._claimed += 1
+                if before == self._claim_count:  # no finalizer or signal handler has written while this counted
+                    self._claim_count += 1
+                    self._claims.add(claim)
                     return True
 
     def _claim_and_write(self, write: Callable[[], R]) -> R | None:
-        if not self._claim():
-            return write() if self._is_closed() else None
-        found = None
+        claim, claims = object(), self._claims
         try:
-            found = write()
+            if self._take_claim(claim):
+                return write()
         finally:
-            with self._guard:
-                self._claimed -= 1
-            if found is None:
-                self.made()
-        return found
+            if claim in claims:
+                claims.discard(claim)
+                if self._waits and self._has_room():
+                    self.made()
+        return write() if self._is_closed() else None
 
     def _wait(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
         attempt = functools.partial(self.try_write, write)
         seconds: float | None = _FIRST_LOOK
+        wait = object()
         try:
+            self._waits.add(wait)
             while True:
                 changes, shared = self._changes, self._shared
                 if reactor.get().is_in_current_thread:
@@ -172,6 +173,7 @@ class Room:
                     return found
                 seconds = look()
         finally:
+            self._waits.discard(wait)
             if self._has_room():
                 self.made()
 
