@@ -9,6 +9,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -188,6 +190,22 @@ def test_a_stopped_worker_does_not_stop_the_others() -> None:
         owner.write(1)
         assert owner.read(timeout=20) == 1
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("make", [torchwq.workqueue, torchwq.channel])
+def test_a_forked_child_waits_for_no_room(make: Callable[..., Any]) -> None:
+    full = make(capacity=1)
+    full.write(0)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        try:
+            full.write(1)
+        except torchwq.QueueClosed as error:
+            os._exit(0 if "fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    full.close()
 
 
 def test_a_forked_child_cannot_use_its_parents_handles() -> None:

@@ -323,6 +323,10 @@ class Owner(SocketRole):
         self._close_for_threads()
         self.connection.close_when_sent()
 
+    def abandon(self) -> None:
+        super().abandon()
+        self.send = self._send  # which raises; a child must not wait for room
+
     def has_leftovers(self) -> bool:
         """Whether questions are still in the socket, or on their way to it, that nobody has taken."""
         return bool(len(self.outbox) or self.end.unread_by_peer())

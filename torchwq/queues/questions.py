@@ -202,7 +202,7 @@ class Questions(MovingPipe[QuestionSocket]):
     def count_untaken(self) -> int:
         """How many no worker has taken."""
         if self.carrier is None:
-            return len(self.box)
+            return len(self.box.messages)
         sent = self.carrier.last_sent
         in_socket = 0 if self.is_closed else sent - self._members.count_taken()
         if in_socket and self.carrier.unread() == 0:

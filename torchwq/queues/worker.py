@@ -161,8 +161,8 @@ class WorkerSide(SocketRole):
             pass  # the owner is gone: whoever gets this handle will see that
         finally:
             ours.close()
-        room = [] if self._room is None else self._room.handover()
         with self._taking:
+            room = [] if self._room is None else self._room.handover()
             fds = duplicates([*self.end.handover(), self._counters.fd, *room])
         return [*fds, theirs]
 
