@@ -32,7 +32,7 @@ from tests.marshalling.support import (
 )
 from torchwq.marshalling import codec
 from torchwq.memory import limits, maintenance, pool, received_blocks, recycling, sharing, storages, tree_table
-from torchwq.transport import sockets
+from torchwq.transport import reactor, sockets
 
 
 @pytest.fixture
@@ -677,6 +677,21 @@ def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     torchwq.empty(100)
     maintenance.run()
     wait_until(lambda: torchwq.memory_stats().blocks == 0)
+
+
+def test_maintenance_is_scheduled_although_the_reactor_could_not_be_made_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> Any:
+        raise torchwq.ResourceError(24, "descriptors")
+
+    monkeypatch.setattr(maintenance, "_is_scheduled", False)
+    with monkeypatch.context() as patched, pytest.raises(torchwq.ResourceError):
+        patched.setattr(reactor, "get", fail)
+        maintenance.schedule()
+    assert not maintenance._is_scheduled
+    maintenance.schedule()
+    assert maintenance._is_scheduled
 
 
 @pytest.mark.parametrize("callbacks", ["_on_period", "_after_period"])

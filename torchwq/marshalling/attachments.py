@@ -123,12 +123,12 @@ class Attachments:
         blocks = self.blocks
         only_blocks = not self.fds
         fds = self.fds + [block.fd for block in blocks]
-        in_bag = len(fds) > MAX_FDS - 4
+        in_bundle = len(fds) > MAX_FDS - 4
         size = sum(map(len, chunks))
-        if not blocks and not rows and not in_bag and size <= limit:
+        if not blocks and not rows and not in_bundle and size <= limit:
             pickled = b"".join(chunks)
             return Pickle.encode(pickled, fds, self.keep_alive) if fds else pickled
         chunks += References.tail(rows, blocks)
-        if in_bag or sum(map(len, chunks)) > limit:
-            return InBlock.encode(chunks, fds, self.keep_alive, blocks, in_bag)
+        if in_bundle or sum(map(len, chunks)) > limit:
+            return InBlock.encode(chunks, fds, self.keep_alive, blocks, in_bundle)
         return References.encode(b"".join(chunks), fds, self.keep_alive, blocks, only_blocks)

@@ -45,7 +45,11 @@ def schedule() -> None:
     global _is_scheduled
     if not _is_scheduled:
         _is_scheduled = True
-        reactor.get().call_later(PERIOD, _run_scheduled)
+        try:
+            reactor.get().call_later(PERIOD, _run_scheduled)
+        except BaseException:
+            _is_scheduled = False  # no descriptor or thread is free now: the next call tries again
+            raise
 
 
 def _run_scheduled() -> None:

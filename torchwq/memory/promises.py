@@ -216,7 +216,11 @@ class KeptBlocks:
         """Let the reactor call ``poll_control`` after a period."""
         if not self._is_poll_scheduled and self._poll_control is not None:
             self._is_poll_scheduled = True
-            reactor.get().call_later(maintenance.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
+            try:
+                reactor.get().call_later(maintenance.PERIOD, functools.partial(_poll_again, weakref.ref(self)))
+            except BaseException:
+                self._is_poll_scheduled = False  # as in ``maintenance.schedule``
+                raise
 
     def abandon(self) -> None:
         self._kept.clear()
