@@ -22,6 +22,7 @@ from tests.channels.parts import another, descriptors_of, socket_of, write_and_d
 from tests.conftest import wait_until
 from torchwq import ChannelState
 from torchwq.channels import core as cores
+from torchwq.channels.socket import SocketChannel
 from torchwq.peers import table
 from torchwq.transport import cleanup, polling, reactor
 
@@ -349,6 +350,71 @@ def test_a_writer_that_is_late_hears_of_the_closing() -> None:
     assert (local.state(), local.is_closed, local.num_items()) == (ChannelState.CLOSED, True, 1)
     assert local.try_read() == (ChannelState.CLOSED, "before")
     assert local.try_write(1) is ChannelState.DRAINED
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_bounded_channel_moves_while_a_thread_closes_it_and_another_writes(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = torchwq.channel(capacity=2)
+    channel.write(1)
+    send, states = SocketChannel.send, []
+    others = [threading.Thread(target=lambda: states.append(channel.write(2)), daemon=True)]
+    if when == "before":
+        channel.close()
+    else:
+        others.insert(0, threading.Thread(target=channel.close, daemon=True))
+
+    def send_late(self: SocketChannel, payload: Any) -> bool:
+        if threading.current_thread() is mover:
+            for each in others:
+                each.start()
+                each.join(0.2)
+        return send(self, payload)
+
+    monkeypatch.setattr(SocketChannel, "send", send_late)
+    mover = threading.Thread(target=socket_of, args=(channel,), daemon=True)
+    mover.start()
+    for each in (mover, *others):
+        each.join(10)
+        assert not each.is_alive()
+    assert channel.closed()
+    assert list(channel) == ([1] if states == [ChannelState.CLOSED] else [1, 2])
+
+
+def test_a_writer_that_waits_while_its_channel_moves_keeps_to_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = torchwq.channel(capacity=2)
+    channel.write(1, 2)
+    send = SocketChannel.send
+    moving = threading.Event()
+    writer = threading.Thread(target=channel.write, args=(3,), daemon=True)
+
+    def send_late(self: SocketChannel, payload: Any) -> bool:
+        if threading.current_thread() is mover and not moving.is_set():
+            moving.set()
+            writer.start()
+            writer.join(0.2)
+        return send(self, payload)
+
+    monkeypatch.setattr(SocketChannel, "send", send_late)
+    mover = threading.Thread(target=socket_of, args=(channel,), daemon=True)
+    mover.start()
+    mover.join(10)
+    writer.join(0.5)
+    assert (writer.is_alive(), channel.num_items()) == (True, 2)
+    assert channel.read(timeout=5)[1] == 1
+    writer.join(10)
+    assert not writer.is_alive()
+    assert [channel.read(timeout=5)[1] for _ in range(2)] == [2, 3]
+
+
+def test_a_bounded_channel_never_waits_for_the_socket_while_it_holds_the_tables_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    channel = torchwq.channel(capacity=10)
+    monkeypatch.setattr(socket_of(channel)._sender, "_send_with_timeout", lambda payload: pytest.fail("it waits"))
+    channel.write(1)
+    assert channel.read(timeout=5)[1] == 1
 
 
 def test_what_a_watched_channel_holds_goes_with_it() -> None:

@@ -37,9 +37,12 @@ class FastSender:
         outbox: sends what this object does not.
         outgoing: where both send to.
         write_any: writes any object, in any state of the channel.
+        may_wait: whether ``try_send`` may wait for room: not where its caller holds the table's lock.
     """
 
-    def __init__(self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, write_any: Write) -> None:
+    def __init__(
+        self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, write_any: Write, *, may_wait: bool
+    ) -> None:
         self._table = table
         self._words = table.words
         self._outbox = outbox
@@ -52,7 +55,7 @@ class FastSender:
         self._send_bare: Callable[[bytes, int], object] = outgoing.send_bare or _refuse
         self._send_with_timeout: Callable[[bytes], bool] = outgoing.send_with_timeout
         #: Whether ``send`` waits for room. Not while there is a backlog.
-        self._waits = self._may_wait = has_send_bare
+        self._waits = self._may_wait = has_send_bare and may_wait
         #: How many items had been taken when a writer that waits for room looked last.
         self._last_taken = 0
 

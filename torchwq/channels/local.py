@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ..marshalling import codec
@@ -36,10 +36,16 @@ class LocalChannel:
             this = weakref.proxy(self)
             self.room = Room(capacity, lambda: this.num_items(), lambda: this.is_closed, lambda: this.counting())
 
-    def counting(self) -> AbstractContextManager[object] | None:
-        """Within this, no other process writes."""
-        socket = self.pipe.carrier
-        return None if socket is None else socket.table.locked()
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Within this, no other thread writes, and no other process.
+
+        The pipe's lock comes before the table's, as in ``close`` and ``move_to``.
+        """
+        with self.pipe.lock:
+            socket = self.pipe.carrier
+            with contextlib.nullcontext() if socket is None else socket.table.locked():
+                yield
 
     def try_write(self, obj: Any) -> ChannelState | None:
         payload = try_copy(obj)

@@ -100,8 +100,8 @@ class SocketChannel:
         self._outbox = self._connection.outbox
         self._try_receive = self._connection.take
         self._closing = Closing(self.table, incoming, outgoing)
-        self._sender = FastSender(self.table, self._outbox, outgoing, self._try_write_any)
-        # With a capacity each item makes room, so none takes the fast way.
+        # With a capacity each item is written under the table's lock, and makes room, so none takes the fast way.
+        self._sender = FastSender(self.table, self._outbox, outgoing, self._try_write_any, may_wait=capacity is None)
         receive_bare = incoming.receive_bare if capacity is None else None
         self._receiver = FastReceiver(self.table, receive_bare, self._try_read_any)
         # Bound once: most of an item's time is spent there.
