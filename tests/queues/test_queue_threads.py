@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import select
 import threading
 import time
 
@@ -37,6 +38,31 @@ def test_processes_and_threads_share_a_queue() -> None:
         assert sorted(q.read(True) for _ in range(1_000)) == list(range(1_000))
         q.write(*[None] * 4)
         assert sum(threads.join(20)) + sum(processes.join(20)) == 1_000
+
+
+def test_a_descriptor_taken_just_as_questions_move_tells_of_them() -> None:
+    with torchwq.workqueue("moves while watched") as q:
+        handles: list[torchwq.WorkQueue] = []
+        opening = threading.Thread(target=lambda: handles.append(torchwq.workqueue("moves while watched")))
+        opening.start()
+        opening.join()
+        handle = handles.pop()
+        watch = handle._role._readiness.set
+        moving = threading.Thread(target=q._role.open_to_processes)
+
+        def move_and_watch(*fds: int) -> None:
+            if moving.ident is None:
+                moving.start()
+                moving.join(0.5)  # which it does unless it has to wait for this thread
+            watch(*fds)
+
+        handle._role._readiness.set = move_and_watch  # type: ignore[method-assign]
+        fd = handle.fileno()
+        moving.join(20)
+        q.write(1)
+        assert select.select([fd], [], [], 20)[0]
+        assert handle.read(True) == 1
+        handle.close()
 
 
 def test_questions_that_wait_move_in_order_when_a_process_comes() -> None:

@@ -100,6 +100,10 @@ class ThreadSide(Role):
     def has_message(self) -> bool:
         return self.owner.questions.can_take()
 
+    def fileno(self) -> int:
+        with self.owner.questions.taking:  # else the questions move in between, and the move does not see who watches
+            return super().fileno()
+
     def watch(self) -> None:
         self._readiness.set(*self.owner.questions.filenos())
 
