@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import pytest
 
 from tests.conftest import wait_until
+from tests.injection import in_the_middle
 from torchwq.transport.mailbox import Mailbox
 
 
@@ -97,6 +99,23 @@ def test_wait_ends_for_a_reason_and_at_the_deadline() -> None:
     box.wake_all()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_nobody_who_was_interrupted_is_taken_for_a_sleeper() -> None:
+    box: Mailbox[int] = Mailbox()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    for at in itertools.count():
+        try:
+            has_acted = in_the_middle(lambda: box.wait(box.take, 0), interrupt, at)
+        except KeyboardInterrupt:
+            has_acted = True
+        assert not box._lot.asleep, f"at place {at}"
+        if not has_acted:
+            break
+    assert at > 5
 
 
 def test_an_alarm_made_while_a_message_is_taken_is_cleared_by_has_message() -> None:

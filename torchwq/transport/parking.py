@@ -46,10 +46,10 @@ class ParkingLot:
         """
         latch = threading.Lock()
         latch.acquire()
-        self.asleep.append(latch)
         found = None
         interrupted = True
         try:
+            self.asleep.append(latch)
             found = attempt()
             if found is None and not stop():
                 left = MAX_PARKED if deadline is None else deadline - time.monotonic()
