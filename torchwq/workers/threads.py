@@ -174,7 +174,6 @@ class _ThreadContext(Context):
     def __init__(self, worker: ThreadWorker) -> None:
         self._worker = worker
         self._get = worker._inbox.get
-        self.send = worker.send_to_owner  # type: ignore[method-assign]
 
     @property
     def _failures(self) -> failures.FailureState:
@@ -182,6 +181,9 @@ class _ThreadContext(Context):
 
     def receive(self) -> Any:
         return self._get(), _NO_DESCRIPTORS
+
+    def send(self, payload: Any) -> None:
+        self._worker.send_to_owner(payload)
 
     def report_failure(self, error: Any) -> None:
         self._worker.has_failed = True
