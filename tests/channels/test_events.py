@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -16,6 +16,7 @@ import torchwq
 from tests.channels import jobs
 from tests.conftest import wait_until
 from torchwq.channels import core, reading
+from torchwq.transport import polling
 
 #: Longer than any test may take.
 NEVER = 1000.0
@@ -116,3 +117,24 @@ def test_a_watched_channel_is_ready_when_there_is_a_death_to_tell_and_not_longer
         writer.join(20)
     gate.write("go")
     holder.join(20)
+
+
+def test_a_descriptor_asked_for_just_as_items_move_tells_of_those_that_come_later() -> None:
+    channel = torchwq.channel()
+    part = channel._core
+    filenos = part.local.pipe.filenos
+    threads: list[threading.Thread] = []
+
+    def move_meanwhile() -> Sequence[int]:
+        found = filenos()
+        if not threads:
+            threads.append(threading.Thread(target=part.open_to_processes))
+            threads[0].start()
+            threads[0].join(0.3)  # as long as it might have taken
+        return found
+
+    part.local.pipe.filenos = move_meanwhile  # type: ignore[method-assign]
+    fd = channel.fileno()
+    threads[0].join(20)
+    channel.write(1)
+    assert polling.readable(20, fd)

@@ -186,10 +186,8 @@ class Core:
         return self._readiness.fileno()
 
     def _watch(self) -> None:
-        if self.socket is None:
+        with self.local.pipe.lock:  # items may be moving: who looks first must not set last
             self._readiness.set(*self.local.pipe.filenos(), self._alarm.fileno())
-        else:
-            self._readiness.set(*self.socket.filenos(), self._alarm.fileno())
 
     def update_readiness_soon(self) -> None:
         if self._readiness.is_watched:

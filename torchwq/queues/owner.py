@@ -155,20 +155,9 @@ class Owner(SocketRole):
                 link.close()
                 return True
         if self.questions.is_local:
-            cleanup.call_soon(self._open_or_close)  # not in the reactor's thread, which pickles nothing
+            # Not in the reactor's thread, which pickles nothing.
+            cleanup.call_soon(functools.partial(_open_or_close, self))
         return True
-
-    def _open_or_close(self) -> None:
-        """A process has opened the queue by its name. What cannot travel to it cannot be had any more, either."""
-        try:
-            self.open_to_processes()
-        except Exception as error:
-            warnings.warn(
-                f"a queue is closed: a process has opened it, and what was written to it cannot travel there: {error}",
-                RuntimeWarning,
-                stacklevel=1,
-            )
-            self.close()
 
     # Threads of this process
 
@@ -352,3 +341,16 @@ class Owner(SocketRole):
     def counts(self) -> tuple[int, int, int]:
         """Questions written, of these not yet taken, and workers' handles."""
         return self.questions.count, 0 if self.closed else self.questions.count_untaken(), len(self.members)
+
+
+def _open_or_close(owner: Owner) -> None:
+    """A process has opened the queue by its name. What cannot travel to it cannot be had any more, either."""
+    try:
+        owner.open_to_processes()
+    except Exception as error:
+        warnings.warn(
+            f"a queue is closed: a process has opened it, and what was written to it cannot travel there: {error}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        owner.close()
