@@ -667,3 +667,18 @@ def test_nothing_is_sent_if_one_of_several_cannot_be(peer: Peer) -> None:
     assert isinstance(caught.value, TypeError)
     assert peer.queue.statistics().written == before
     assert peer.echo("still in step") == "still in step"
+
+
+def test_an_object_whose_class_travels_by_value_is_reduced_once() -> None:
+    class Counted:
+        reduced = 0
+
+        def __reduce__(self) -> Any:
+            type(self).reduced += 1
+            return type(self), ()
+
+    Counted.__module__ = "__main__"
+    for obj in (Counted(), [1, {"a": Counted()}]):
+        Counted.reduced = 0
+        codec.encode(obj, 1 << 20)
+        assert Counted.reduced == 1

@@ -158,48 +158,48 @@ def test_one_that_asks_for_the_move_while_it_is_moved_finds_it_done(monkeypatch:
     assert taken(pipe) == [0, 1, 2, "written meanwhile"]
 
 
-def test_who_waits_finds_what_comes_over_the_carrier() -> None:
-    for begin in ("move", "carry"):
-        pipe: MovingPipe[FakeCarrier] = MovingPipe()
-        carrier = FakeCarrier()
-        found: deque[Received] = deque()
+class Reader:
+    """A thread that waits for one message."""
 
-        def read(pipe: MovingPipe[FakeCarrier] = pipe, found: deque[Received] = found) -> None:
-            while not found:
-                received = pipe.wait(pipe.take, None)
-                if received is not None:
-                    found.append(received)
+    def __init__(self, pipe: Pipe[FakeCarrier]) -> None:
+        self._pipe = pipe
+        self._found: deque[Received] = deque()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        wait_until(lambda pipe=pipe: len(pipe.box._lot.asleep) == 1)
-        if begin == "move":
-            pipe.move(lambda carrier=carrier: carrier)
-        else:
-            pipe.carry(carrier)
-        carrier.send(codec.encode(7, 100))
-        thread.join(20)
-        assert codec.decode(*found[0]) == 7
+    def _read(self) -> None:
+        while not self._found:
+            received = self._pipe.wait(self._pipe.take, None)
+            if received is not None:
+                self._found.append(received)
+
+    def result(self) -> Any:
+        self._thread.join(20)
+        return codec.decode(*self._found[0])
+
+
+@pytest.mark.parametrize("way", ["move", "carry"])
+def test_who_waits_finds_what_comes_over_the_carrier(way: str) -> None:
+    pipe: MovingPipe[FakeCarrier] = MovingPipe()
+    carrier = FakeCarrier()
+    reader = Reader(pipe)
+    wait_until(lambda: len(pipe.box._lot.asleep) == 1)
+    if way == "move":
+        pipe.move(lambda: carrier)
+    else:
+        pipe.carry(carrier)
+    carrier.send(codec.encode(7, 100))
+    assert reader.result() == 7
 
 
 def test_a_thread_that_waits_at_the_carrier_finds_what_a_thread_of_its_process_puts() -> None:
     pipe: Pipe[FakeCarrier] = Pipe()
     carrier = FakeCarrier()
     pipe.carry(carrier)
-    found: deque[Received] = deque()
-
-    def read() -> None:
-        while not found:
-            received = pipe.wait(pipe.take, None)
-            if received is not None:
-                found.append(received)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
+    reader = Reader(pipe)
     wait_until(lambda: len(carrier.box._lot.asleep) == 1)
     assert pipe.put(codec.encode(3, codec.UNLIMITED, peer=SAME_PROCESS))
-    thread.join(20)
-    assert codec.decode(*found[0]) == 3
+    assert reader.result() == 3
 
 
 def test_a_closed_pipe_takes_nothing_and_gives_what_it_has() -> None:

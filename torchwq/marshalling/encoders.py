@@ -55,7 +55,15 @@ class FastEncoder(pickle.Pickler):
             if obj in reducers.rebuilders:
                 return NotImplemented
         elif not isinstance(obj, type):
-            return NotImplemented if cls in named.never_by_name else named.reduce_instance(obj, cls)
+            if cls in named.never_by_name:
+                return NotImplemented
+            if getattr(cls, "__module__", None) == "__main__":
+                self._reduce_definition(cls)  # may raise, before a user's code has reduced the object in vain
+            return named.reduce_instance(obj, cls)
+        return self._reduce_definition(obj)
+
+    def _reduce_definition(self, obj: Any) -> Any:
+        """Reduce a function or class. Raises NeedsCloudpickle if it travels by value."""
         if functions.goes_by_name(obj):
             return NotImplemented
         sealed = None if self.out.peer.same_process or self.out.full_definitions else definitions.reduce_sealed(obj)

@@ -19,7 +19,7 @@ Two messages may have been taken since, and the second has found the word cleare
 its wait ends, looks whether there is room for others, and passes the event on.
 
 Who is killed in between leaves at worst an event that nobody passes on, or a message that nobody has counted as taken.
-Therefore no sleep is longer than ``waiting.MAX_SLEEP``, after which everybody counts again.
+Therefore no sleep is longer than ``timing.MAX_SLEEP``, after which everybody counts again.
 
 Invariants:
 
