@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from ..errors import QueueClosed, ResourceError
+from ..memory.anonymous import Descriptor
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..pipe.room import Room
 from ..transport import cleanup, reactor
@@ -31,7 +32,8 @@ from ..transport.endpoint import Received
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.mailbox import Mailbox
 from ..transport.readiness import Readiness
-from .failure_detector import READ, WRITE, FailureDetector
+from ..workers import threads
+from .failure_detector import READ, WRITE, FailureDetector, Handle
 from .local import LocalChannel
 from .socket import SocketChannel, open_socket_channels
 from .state import ChannelBackend, ChannelState
@@ -82,7 +84,7 @@ class Core:
 
     # Writing and waiting
 
-    def send_if_room(self, backend: ChannelBackend, payload: Any, handle: Any) -> bool:
+    def send_if_room(self, backend: ChannelBackend, payload: Any, handle: Handle) -> bool:
         """See ``ChannelBackend.send``, in a channel with a capacity.
 
         ``payload`` was encoded for ``backend``. If there is no room, this thread waits for it with ``handle``.
@@ -93,7 +95,7 @@ class Core:
         found = room.try_write(send)
         return self._wait_for_room(room, send, handle) if found is None else found
 
-    def _wait_for_room(self, room: Room, send: Callable[[], bool], handle: Any) -> bool:
+    def _wait_for_room(self, room: Room, send: Callable[[], bool], handle: Handle) -> bool:
         watched: list[PeerMonitor] = []
         with self.failures.waiting(handle, WRITE), contextlib.ExitStack() as watching:
 
@@ -125,7 +127,7 @@ class Core:
 
     # Handles
 
-    def handle_descriptors(self) -> list[Any]:
+    def handle_descriptors(self) -> list[Descriptor]:
         """Descriptors for another process. Raises ResourceError; or MarshalError for an item that cannot go there."""
         self.open_to_processes()
         assert self.socket is not None
@@ -153,7 +155,7 @@ class Core:
         self.socket = SocketChannel(self.name, capacity=self.capacity)
         return self.socket
 
-    def leave(self, handle: Any, worker: Any, failed: bool) -> None:
+    def leave(self, handle: Handle, worker: threads.ThreadWorker, failed: bool) -> None:
         """The thread worker that had ``handle`` has ended."""
         if self.failures.remove_handle(handle, worker, failed):
             self.update_readiness_soon()
@@ -172,7 +174,7 @@ class Core:
 
     # Readiness
 
-    def fileno(self, handle: Any) -> int:
+    def fileno(self, handle: Handle) -> int:
         """Readable when ``read`` with ``handle`` would not have to wait."""
         self.check_fork()
         if not self._readiness.is_watched:
@@ -213,7 +215,7 @@ class Core:
         self._is_update_scheduled = False
         self._update_readiness()
 
-    def _has_unseen_failure(self, handle: Any) -> bool:
+    def _has_unseen_failure(self, handle: Handle) -> bool:
         """Whether no thread that reads with ``handle``, if it is watched, was told of some failure.
 
         A handle that is not watched may never be read, and its failures would keep those awake who watch another one.

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from ..errors import WorkerDied
 from ..peers.failures import SeenFailures, dead_peer_ids
@@ -63,6 +63,20 @@ class SeenChannelFailures(SeenFailures):
         return SeenChannelFailures(set(self.deaths), self.thread_failures, self.failed_closing)
 
 
+class Handle(Protocol):
+    """What a detector needs of ``handle.Channel``."""
+
+    #: Whether it was written to, and whether anybody has asked for its descriptor.
+    has_written: bool
+    is_watched: bool
+
+    def seen_failures(self) -> SeenChannelFailures:
+        """What this thread was told of with this handle."""
+
+    def all_seen_failures(self) -> list[SeenChannelFailures]:
+        """The same of each thread that has read with it."""
+
+
 class Watched(Protocol):
     """What a detector needs of ``core.Core``."""
 
@@ -84,15 +98,15 @@ class FailureDetector:
     def __init__(self, core: Watched) -> None:
         self._core: Watched = weakref.proxy(core)
         self._lock = threading.RLock()
-        self.handles: LocalHandles[Any] = LocalHandles()
+        self.handles: LocalHandles[Handle] = LocalHandles()
         #: What each thread waits to do with which handle.
-        self._waiting: dict[tuple[Any, int], int] = {}
+        self._waiting: dict[tuple[Handle, int], int] = {}
         #: The failures of workers that are threads, each with whether its handle had written.
         self._thread_failures: list[tuple[WorkerDied, bool]] = []
         #: What this process's word WAITING says.
         self._published = 0
         #: Since when nobody seems to be left, and the counts of items then.
-        self._nobody_left_since: tuple[float, Any] | None = None
+        self._nobody_left_since: tuple[float, tuple[int, int] | None] | None = None
 
     def _table(self) -> ChannelTable | None:
         """The table of the processes that have the channel; None if no other process can have it."""
@@ -101,7 +115,7 @@ class FailureDetector:
 
     # Handles
 
-    def remove_handle(self, handle: Any, worker: threads.ThreadWorker, failed: bool) -> bool:
+    def remove_handle(self, handle: Handle, worker: threads.ThreadWorker, failed: bool) -> bool:
         """The thread worker that had this handle has ended. Returns whether others are to be told of a failure."""
         with self._lock:
             self.handles.discard(handle)
@@ -127,7 +141,7 @@ class FailureDetector:
     # Waiting
 
     @contextmanager
-    def waiting(self, handle: Any, operation: int) -> Iterator[None]:
+    def waiting(self, handle: Handle, operation: int) -> Iterator[None]:
         """Within this context, ``handle`` waits in this thread."""
         key = handle, threading.get_ident()
         with self._lock:
@@ -146,7 +160,7 @@ class FailureDetector:
                     self._waiting[key] = outer
             self._publish(0)
 
-    def publish_waiting(self, handle: Any, operation: int) -> None:
+    def publish_waiting(self, handle: Handle, operation: int) -> None:
         """Let other processes see whether all handles of this one wait. Called by a thread that does."""
         self._publish(operation if self._all_wait(handle, operation) else 0)
 
@@ -158,7 +172,7 @@ class FailureDetector:
             if operation:
                 socket.table.notify_all()  # perhaps all wait now
 
-    def _all_wait(self, handle: Any, operation: int) -> bool:
+    def _all_wait(self, handle: Handle, operation: int) -> bool:
         """Whether all handles of this process wait for the same, and no other thread could use this one."""
         with self._lock:
             waiting = {each for (each, _), other in self._waiting.items() if other == operation}
@@ -220,11 +234,11 @@ class FailureDetector:
 
     # Nobody is left
 
-    def raise_if_nobody_left(self, handle: Any, operation: int) -> None:
+    def raise_if_nobody_left(self, handle: Handle, operation: int) -> None:
         if self.is_nobody_left(handle, operation):
             raise WorkerDied(_NOBODY_LEFT[operation])
 
-    def is_nobody_left(self, handle: Any, operation: int) -> bool:
+    def is_nobody_left(self, handle: Handle, operation: int) -> bool:
         """Whether nobody is left, and has not been for long enough to be sure."""
         if not self._seems_nobody_left(handle, operation):
             self._nobody_left_since = None
@@ -241,7 +255,7 @@ class FailureDetector:
         since = self._nobody_left_since
         return otherwise if since is None else max(0.0, since[0] + _CONFIRMATION_TIME - time.monotonic())
 
-    def _seems_nobody_left(self, handle: Any, operation: int) -> bool:
+    def _seems_nobody_left(self, handle: Handle, operation: int) -> bool:
         table = self._table()
 
         def waits(slot: int) -> bool:

@@ -56,7 +56,7 @@ class LocalChannel:
                 return None
         return ChannelState.OPEN if self.send(payload) else self.state()
 
-    def send(self, payload: Any) -> bool:
+    def send(self, payload: codec.Encoded) -> bool:
         was_put = self.pipe.put_if_local(payload)
         if was_put is not None:
             return was_put

@@ -10,23 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from typing import Final, Protocol
+from typing import Final
 
 from ..handles.readable import EndOfMessages, MessageSource
 from ..peers.monitor import POLL_INTERVAL, PeerMonitor
 from ..transport.endpoint import Received
 from .core import Core
-from .failure_detector import READ, SeenChannelFailures
+from .failure_detector import READ, Handle
 from .state import ChannelState
 
 #: In seconds.
 _FIRST_WAIT: Final = 0.25
-
-
-class _Handle(Protocol):
-    is_watched: bool
-
-    def seen_failures(self) -> SeenChannelFailures: ...
 
 
 class Reader(MessageSource):
@@ -40,7 +34,7 @@ class Reader(MessageSource):
     _monitor: PeerMonitor | None
     _deadline: float
 
-    def __init__(self, core: Core, handle: _Handle) -> None:
+    def __init__(self, core: Core, handle: Handle) -> None:
         self._core = core
         self._handle = handle
         #: Keeps the other processes watched while this blocks; None for a task, which the readiness wakes.

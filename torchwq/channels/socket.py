@@ -129,7 +129,7 @@ class SocketChannel:
             return None
         return _OPEN if self.send(payload) else self.state()
 
-    def send(self, payload: Any) -> bool:
+    def send(self, payload: codec.Encoded) -> bool:
         if type(payload) is bytes and not self.is_closed:
             try:
                 if self._sender.try_send(payload):
@@ -138,7 +138,7 @@ class SocketChannel:
                 return False
         return self._send_or_keep(payload)
 
-    def _send_or_keep(self, payload: Any) -> bool:
+    def _send_or_keep(self, payload: codec.Encoded) -> bool:
         """Send one item now, or as soon as there is room."""
         if self.is_closed:
             return False

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..marshalling import codec
 from ..transport.endpoint import Received
@@ -71,7 +71,7 @@ class Carrier(Incoming, Protocol):
     def cancel(self) -> None:
         """The pipe cannot move here. What was opened for it is closed."""
 
-    def send(self, payload: Any, /) -> object:
+    def send(self, payload: codec.Encoded, /) -> object:
         """Send one message, now or as soon as there is room in the socket."""
 
 
@@ -90,7 +90,7 @@ class Pipe(Generic[S]):
         #: Whether messages are just moving to the carrier. Nobody takes those that come later then.
         self.is_moving = False
 
-    def put(self, payload: Any) -> bool:
+    def put(self, payload: codec.Encoded) -> bool:
         """Put a message where threads of this process find it. False, and it is not put, if the pipe is closed."""
         if self.is_closed:
             return False
@@ -171,7 +171,7 @@ class MovingPipe(Pipe[C]):
         self.written = 0
         self._on_the_move: list[Received] = []
 
-    def put_if_local(self, payload: Any) -> bool | None:
+    def put_if_local(self, payload: codec.Encoded) -> bool | None:
         """As ``put``; None, and the message is not put, if messages go over the carrier now."""
         with self.lock:
             if self.carrier is not None:

@@ -19,7 +19,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 from ..errors import QueueClosed, ResourceError, WorkerDied
 from ..marshalling import codec
@@ -82,7 +82,7 @@ class Owner(SocketRole):
 
     # Writing
 
-    def _send(self, payload: Any) -> bool:
+    def _send(self, payload: codec.Encoded) -> bool:
         """Always True."""
         if self.closed:
             raise QueueClosed(self.closed)
@@ -93,7 +93,7 @@ class Owner(SocketRole):
             raise QueueClosed(self.closed)
         return True
 
-    def _send_if_room(self, payload: Any) -> None:
+    def _send_if_room(self, payload: codec.Encoded) -> None:
         room = self.questions.room
         assert room is not None
         send = functools.partial(self._send, payload)

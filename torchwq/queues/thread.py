@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from _thread import get_ident
-from typing import Any
 
 from ..errors import QueueClosed
 from ..marshalling import codec
@@ -71,7 +70,7 @@ class ThreadSide(Role):
             questions.room.made()
         return received
 
-    def send(self, payload: Any) -> None:
+    def send(self, payload: codec.Encoded) -> None:
         owner = self.owner
         if self.closed or owner.closed:
             raise self.closed_error()
