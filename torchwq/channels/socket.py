@@ -92,7 +92,7 @@ class SocketChannel:
             self.table = ChannelTable(fds_of_table)
             opened.callback(self.table.leave)
             #: How writers of all processes wait for room, in a channel with a capacity.
-            self.room = None if capacity is None else SharedRoom(self.table.words, ROOM_WANTED, rest)
+            self.room = None if capacity is None else SharedRoom(self.table.words, ROOM_WANTED, rest if fds else None)
             opened.pop_all()
         self.max_payload = outgoing.max_payload
         self._outgoing, self._incoming = outgoing, incoming

@@ -52,10 +52,9 @@ R = TypeVar("R")
 
 #: After so many seconds a writer looks for the first time whether it waits in vain.
 _FIRST_LOOK: Final = 0.25
-#: How often a finalizer that writes in the reactor's thread looks, in seconds: what would make room may be its work.
-_REACTOR_PERIOD: Final = 0.02
-#: More than the descriptor ever holds, in bytes.
-_ALL: Final = 4096
+#: How often one looks whom no event wakes, in seconds: where there is no eventfd; and a finalizer that writes in the
+#: reactor's thread, because what would make room may be the reactor's work.
+_POLL_INTERVAL: Final = 0.02
 
 
 class Room:
@@ -165,7 +164,7 @@ class Room:
             while True:
                 changes, shared = self._changes, self._shared
                 if reactor.get().is_in_current_thread:
-                    seconds = _REACTOR_PERIOD
+                    seconds = _POLL_INTERVAL
                 until = None if seconds is None else time.monotonic() + seconds
                 place = self._lot if shared is None else shared
                 found = place.wait(attempt, until, self._changed_since(changes))
@@ -184,18 +183,19 @@ class SharedRoom:
     Args:
         words: memory that they share.
         index: of the word.
-        fds: the descriptors that ``handover`` of another one gave, which this object takes over; none to make new ones.
+        fds: what ``handover`` of another one gave, which this object takes over; None to make a new event.
 
     Raises ResourceError: descriptors have run out.
     """
 
-    def __init__(self, words: memoryview, index: int, fds: Sequence[int] = ()) -> None:
+    def __init__(self, words: memoryview, index: int, fds: Sequence[int] | None = None) -> None:
         self._words, self._index = words, index
-        if not fds:
+        if fds is None:
             fd = descriptors.eventfd()
-            fds = descriptors.pipe() if fd is None else [fd]
-        self._read_fd, self._write_fd = fds[0], fds[-1]
-        self._closing = descriptors.close_with(self, *set(fds))
+            fds = [] if fd is None else [fd]
+        #: The event; -1 where the system has none, or refuses it.
+        self._fd = fds[0] if fds else -1
+        self._closing = descriptors.close_with(self, *fds)
         #: Held while the words and the descriptors are used. Taking and releasing it is the fence of the note.
         self._fence = threading.RLock()
         self._waiter: Waiter | None = None
@@ -203,19 +203,19 @@ class SharedRoom:
 
     def handover(self) -> list[int]:
         """The descriptors, which stay this object's, from which another process makes the same."""
-        return list(dict.fromkeys((self._read_fd, self._write_fd)))
+        return [] if self._fd < 0 else [self._fd]
 
     def fileno(self) -> int:
         """Readable when there may be room."""
-        return self._read_fd if self._closing.alive else -1
+        return self._fd if self._closing.alive else -1
 
     def made(self) -> None:
         """See ``Room.made``."""
         with self._fence:
             if self._closing.alive and self._words[self._index]:
                 self._words[self._index] = 0
-                with contextlib.suppress(BlockingIOError):  # a pipe that is full is readable
-                    os.write(self._write_fd, (1).to_bytes(8, "little"))
+                if self._fd >= 0:
+                    os.write(self._fd, (1).to_bytes(8, "little"))
 
     def wait(self, attempt: Callable[[], R | None], deadline: float | None, stop: Callable[[], object]) -> R | None:
         """What ``attempt`` gives as soon as it gives something; None after ``deadline`` (time.monotonic), if there is a
@@ -225,9 +225,11 @@ class SharedRoom:
             return found
         with self._fence:
             waiter = self._waiter
-            if waiter is None and self._closing.alive:
+            if waiter is None and self.fileno() >= 0:
                 waiter = self._waiter = Waiter(self)
         if waiter is None:
+            if self._closing.alive:
+                time.sleep(_POLL_INTERVAL)
             return attempt()
         latest = time.monotonic() + MAX_SLEEP
         return waiter.wait(
@@ -237,8 +239,9 @@ class SharedRoom:
     def _asked(self, attempt: Callable[[], R | None]) -> R | None:
         with self._fence:
             if self._closing.alive:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._read_fd, _ALL)
+                if self._fd >= 0:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._fd, 8)
                 self._words[self._index] = 1
         return attempt()
 
