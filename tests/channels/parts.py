@@ -25,7 +25,7 @@ def descriptors_of(socket: SocketChannel) -> list[int]:
 
 def another(socket: SocketChannel) -> SocketChannel:
     """A second part, which would normally be another process's."""
-    return SocketChannel(socket.name, descriptors_of(socket), socket.capacity)
+    return SocketChannel(socket.name, descriptors_of(socket), None if socket.room is None else 1)
 
 
 def write_and_die(socket: SocketChannel) -> None:

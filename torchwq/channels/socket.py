@@ -70,7 +70,6 @@ class SocketChannel:
 
     def __init__(self, name: bytes, fds: Sequence[int] = (), capacity: int | None = None) -> None:
         self.name = name
-        self.capacity = capacity
         size = kinds.handover_size()
         with contextlib.ExitStack() as opened:  # to be closed again if the rest fails
             rest = list(fds[2 * size :])

@@ -99,10 +99,6 @@ class Membership(worker.EndListener):
         """Whether threads of this process have handles, or will have."""
         return self.pending_handles > 0 or any(number < 0 for number in self._members)
 
-    @property
-    def any_thread_ever(self) -> bool:
-        return self._last_thread < 0
-
     def count_taken(self) -> int:
         """How many questions were taken, as far as they were noted."""
         with self._lock:

@@ -39,13 +39,6 @@ class Link:
         """Send one message, now or later, without blocking. Raises BrokenPipeError if the peer is gone."""
         self._connection.send(_WithDescriptors(data, descriptors.dup_all(fds)) if fds else data)
 
-    def ping(self, data: bytes) -> None:
-        """Send if there is room: a peer that has pings unread needs no more of them."""
-        try:
-            self._connection.endpoint.try_send(data)
-        except BrokenPipeError:
-            pass
-
     def receive(self) -> Received | None:
         """Take one message; None if there is none now. Raises EOFError when the peer is gone."""
         return _without_trailer(self._connection.take())
