@@ -108,7 +108,7 @@ class Program:
         self.descendants()
         self.process.send_signal(number)
 
-    def end(self, timeout: float = 30) -> tuple[int, str, str]:
+    def end(self, timeout: float = 45) -> tuple[int, str, str]:
         """Wait until the program has ended: its status, stdout and stderr."""
         out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err

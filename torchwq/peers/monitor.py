@@ -62,7 +62,8 @@ class PeerMonitor:
     @property
     def covers_all_peers(self) -> bool:
         """Whether the end of each known peer causes an event."""
-        return self._epoll is not None and -1 not in self._pidfds.values()
+        with self._lock:
+            return self._epoll is not None and -1 not in self._pidfds.values()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -117,12 +118,15 @@ class PeerMonitor:
     def _on_event(self) -> None:
         """A peer has notified, or its process has ended."""
         with self._lock:
-            if self._closed or not self._num_watchers:
-                return
-            if self._epoll is not None:
-                self._epoll.poll(0)
-            self._update_pidfds()
+            self._update()
         self._on_change()
+
+    def _update(self) -> None:
+        if self._closed or not self._num_watchers:
+            return
+        if self._epoll is not None:
+            self._epoll.poll(0)
+        self._update_pidfds()
 
     def _update_pidfds(self) -> None:
         """Watch each living peer, and no other."""
@@ -156,11 +160,13 @@ class PeerMonitor:
     def _on_process_end(self, peer_id: int) -> None:
         with self._lock:
             # The kernel should have released its lock, too. If it has not yet, no event will say when.
+            # An end that is known and not yet taken in is not to be seen: the same hold of the lock does both.
             fd = self._pidfds.get(peer_id, -1)
             if fd >= 0:
                 self._pidfds[peer_id] = -1
                 self._unwatch(fd)
-        self._on_event()
+            self._update()
+        self._on_change()
 
     @staticmethod
     def _unwatch(fd: int) -> None:
