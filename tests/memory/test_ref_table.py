@@ -13,7 +13,8 @@ import pytest
 import torchwq
 from tests.marshalling.support import roundtrip
 from torchwq.memory import limits, ref_table, rows, tree_table
-from torchwq.memory.ref_table import ROWS, RefTable
+from torchwq.memory.counts import FREE, IN_FLIGHT, IN_USE, ROWS
+from torchwq.memory.ref_table import RefTable
 
 
 @pytest.fixture
@@ -163,13 +164,13 @@ def test_the_table_of_many_processes_takes_little_memory(table: str) -> None:
         for mine, other in zip(many, many[1:] + many[:1], strict=True):
             number = mine.take_row()
             assert number is not None
-            assert mine.state(number) == ref_table.FREE
+            assert mine.state(number) == FREE
             mine.count_sent(number)
-            assert mine.state(number) == ref_table.IN_FLIGHT
-            other.count_received(number, ref_table.IN_USE)
-            assert mine.state(number) == ref_table.IN_USE
-            other.clear_flag(number, ref_table.IN_USE)
-            assert mine.state(number) == ref_table.FREE
+            assert mine.state(number) == IN_FLIGHT
+            other.count_received(number, IN_USE)
+            assert mine.state(number) == IN_USE
+            other.clear_flag(number, IN_USE)
+            assert mine.state(number) == FREE
         taken = os.stat(table).st_blocks * 512
         assert taken < 16 << 20
     finally:
@@ -189,13 +190,13 @@ def test_who_takes_a_slot_over_holds_nothing_that_its_last_process_held(table: s
     for number in numbers:
         assert number is not None
         maker.count_sent(number)
-        dead.count_received(number, ref_table.IN_USE)
-    assert {maker.state(number) for number in numbers if number is not None} == {ref_table.IN_USE}
+        dead.count_received(number, IN_USE)
+    assert {maker.state(number) for number in numbers if number is not None} == {IN_USE}
     its_slot = dead.slot
     dead.abandon()
     heir = opened()
     assert heir.slot == its_slot
-    assert {maker.state(number) for number in numbers if number is not None} == {ref_table.FREE}
+    assert {maker.state(number) for number in numbers if number is not None} == {FREE}
     for each in (*before, maker, heir):
         each.abandon()
 

@@ -12,7 +12,7 @@ from ..memory.block import Block
 from ..memory.content import Buffer
 from ..memory.message import Message
 from ..memory.packing import Packing, max_own_blocks
-from ..memory.ref_table import UNTRACKED
+from ..memory.counts import UNTRACKED
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
 from .local_message import LocalMessage

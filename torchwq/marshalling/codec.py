@@ -36,6 +36,7 @@ UNLIMITED: Final = 1 << 62
 #: A longer str or bytes object is not pickled for a peer in this process: pickling would copy it twice.
 _MAX_PICKLED_LOCALLY: Final = 4096
 
+_encode_plain: Final = fast_path.encode_plain
 _prepare_tensor: Final = fast_path.prepare_tensor
 _encode_tensor: Final = References.encode_tensor
 
@@ -94,6 +95,10 @@ def encode(
         return bare if len(bare) <= limit else encode_large_pickle(bare, limit)
     elif cls is Tensor or fast_path.is_candidate(obj):
         found: Payload | None = None
+        if _encode_plain is not None and owned_blocks is None and not local:
+            found = _encode_plain(obj, limit)
+        if found is not None:
+            return found
         if local:
             found = fast_path.encode_local(obj) if owned_blocks is None else None
         elif not peer.shares_memory:

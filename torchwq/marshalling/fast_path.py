@@ -9,17 +9,19 @@ know takes the general path, which makes and reads the same bytes.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Final
 
 import torch
 
+from .. import _native
 from ..memory import recycling, sharing
 from ..memory.block import MAPPED, Block, Geometry
+from ..memory.message import Message
 from ..memory.packing import SLICE, SMALL, Row, rows_to_bytes
 from ..memory.received_blocks import take_tensor, take_tensors
 from ..memory.recycling import block_of
-from ..memory.ref_table import UNTRACKED
+from ..memory.counts import UNTRACKED
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
 from .local_message import LocalMessage
@@ -68,6 +70,8 @@ def _prefix_of(shape: _Shape) -> bytes:
     if len(_prefixes) >= _MAX_SHAPES:
         _prefixes.clear()
         shapes.clear()
+        if _native.core is not None:
+            _native.core.clear_shapes()
     geometries, shifts = shape[2:]
     rows: list[Row] = []
     if shifts:
@@ -85,6 +89,8 @@ def _prefix_of(shape: _Shape) -> bytes:
     pickled = pickle.dumps(_build(shape, tensors), 5)
     _prefixes[shape] = prefix = b"".join((pickled, *rows_to_bytes(rows))) if rows else pickled
     shapes[prefix] = shape
+    if _native.core is not None and not shifts:
+        _native.core.add_shape(shape[0], shape[1], geometries, prefix)
     return prefix
 
 
@@ -280,6 +286,16 @@ def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _
     if block.number == UNTRACKED:
         recycling.prepare_to_send(block)
     return block, storage, where
+
+
+#: In C, of what this module knows: ``encode_plain(obj, limit)`` gives a Message, ``decode_plain(data, fds)`` the object,
+#: and closes ``fds``. Both give None, and have changed nothing, if it is the rest of this module that has to do it.
+encode_plain: Final[Callable[[Any, int], Message | None] | None] = (
+    None if _native.core is None else _native.core.encode_plain
+)
+decode_plain: Final[Callable[[bytes, list[int]], Any] | None] = (
+    None if _native.core is None else _native.core.decode_plain
+)
 
 
 def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:

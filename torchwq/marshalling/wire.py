@@ -42,13 +42,14 @@ from ..memory.content import Buffer
 from ..memory.message import Message
 from ..memory.packing import Row, rows_ending_at, rows_to_bytes
 from ..memory.received_blocks import ReceivedBlocks
-from ..memory.ref_table import UNTRACKED
+from ..memory.counts import UNTRACKED
 from ..transport import fd_bundle
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
 from ..transport.trailer import BARE, KIND, PICKLE, SIZE, size_of_payload, trailer
 from . import fast_path
 from .describe import describe_pickle
+from .fast_path import decode_plain
 from .reducers import InboundMessage
 
 #: A reference (number and bytes of a block), and the number of references.
@@ -184,6 +185,8 @@ class References(Kind):
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
         try:
+            if decode_plain is not None and (obj := decode_plain(data, fds)) is not None:
+                return obj
             at = len(data) - SIZE - _COUNT_SIZE
             (count,) = _unpack_count(data, at)
             start = at - (count & ~_PACKED) * _REFERENCE_SIZE

@@ -7,24 +7,54 @@ into its :mod:`trailer <torchwq.transport.trailer>`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .. import _native
 from ..transport import descriptors
 from ..transport.trailer import PICKLE, trailer
 from . import recycling
 from .anonymous import Descriptor
 
 
-class Message:
+class PythonMessageFields:
+    """See ``Message``."""
+
+    __slots__ = ("counts_sent", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
+
+    data: bytes
+    fds: Sequence[int]
+    keep: Sequence[Any]
+    kind: int
+    numbers: Sequence[int]
+    only_blocks: bool
+    nbytes: int
+    #: Called with 1 when it is sent, and with -1 if it was not sent after all.
+    counts_sent: Sequence[Callable[[int], None]]
+
+    def on_send(self) -> None:
+        """It is about to be sent: count its references. Called before a reader can receive it."""
+        if self.numbers:
+            recycling.count_sent(self.numbers)
+        for count_sent in self.counts_sent:
+            count_sent(1)
+
+
+if TYPE_CHECKING or _native.core is None:
+    MessageFields = PythonMessageFields
+else:
+    MessageFields = _native.core.MessageFields
+
+
+class Message(MessageFields):
     """A payload that is more than bytes. It may be sent any number of times."""
 
-    __slots__ = ("_counts_sent", "data", "fds", "keep", "kind", "nbytes", "numbers", "only_blocks")
+    __slots__ = ()
 
     def __init__(
         self,
         data: bytes,
-        fds: list[int],
-        keep: list[Any],
+        fds: Sequence[int],
+        keep: Sequence[Any],
         kind: int = PICKLE,
         numbers: Sequence[int] = (),
         only_blocks: bool = False,
@@ -39,23 +69,16 @@ class Message:
         self.numbers = numbers
         #: Whether ``fds`` are those of its blocks, and no others.
         self.only_blocks = only_blocks
-        self._counts_sent: Sequence[Callable[[int], None]] = ()
+        self.counts_sent = ()
         if fds and not only_blocks:
-            self._counts_sent = [each.count_sent for each in keep if isinstance(each, Descriptor) and each.count_sent]
+            self.counts_sent = [each.count_sent for each in keep if isinstance(each, Descriptor) and each.count_sent]
         #: Bytes of the message, and ``nbytes`` of all that it refers to.
         self.nbytes = len(data) + nbytes
-
-    def on_send(self) -> None:
-        """It is about to be sent: count its references. Called before a reader can receive it."""
-        if self.numbers:
-            recycling.count_sent(self.numbers)
-        for count_sent in self._counts_sent:
-            count_sent(1)
 
     def on_send_failed(self) -> None:
         """It was not sent, although ``on_send`` was called."""
         recycling.note_discarded(self.numbers)
-        for count_sent in self._counts_sent:
+        for count_sent in self.counts_sent:
             count_sent(-1)
 
     def copy(self) -> tuple[bytes, list[int]]:
@@ -66,3 +89,7 @@ class Message:
             raise descriptors.resource_error(error) from error
         self.on_send()
         return self.data + trailer(0, self.kind), fds
+
+
+if _native.core is not None:
+    _native.core.set_message(Message)

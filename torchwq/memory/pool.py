@@ -48,7 +48,7 @@ _PAGE: Final = 4096
 _COARSE_FROM: Final = 64 * 1024
 
 #: Blocks by their capacity, then by the bytes of their storage.
-_rings: dict[int, dict[int, deque[Block]]] = {}
+all_rings: dict[int, dict[int, deque[Block]]] = {}
 #: Blocks between ``_acquire`` and ``_publish``, and whether this process was forked meanwhile.
 _acquired: dict[Block, bool] = {}
 #: Those that are still to be checked, in this round, to make room.
@@ -59,14 +59,14 @@ _candidates: deque[Block] = deque()
 def _reset() -> None:
     for block in [*blocks(), *_acquired]:
         recycling.unmark(block)
-    _rings.clear()
+    all_rings.clear()
     _acquired.clear()
     _candidates.clear()
 
 
 def blocks() -> list[Block]:
     """All blocks of the rings. Under the lock."""
-    rings = [ring for rings in list(_rings.values()) for ring in list(rings.values())]
+    rings = [ring for rings in list(all_rings.values()) for ring in list(rings.values())]
     return [block for ring in rings for block in list(ring) if block.kind == MADE]
 
 
@@ -105,7 +105,7 @@ def fill_free_block(nbytes: int, fill: Callable[[Block], T]) -> T | None:
     The block stays in its ring: its ``users`` keep finalizers that run meanwhile from taking it.
     """
     recycling.drain_finalizers()
-    rings = _rings.get(capacity_for(nbytes))
+    rings = all_rings.get(capacity_for(nbytes))
     ring = rings.get(nbytes) if rings else None
     block = _free_one(ring)
     if ring is None or block is None:
@@ -141,7 +141,7 @@ def _acquire(nbytes: int) -> Block | None:
     capacity = capacity_for(nbytes)
     with state_lock.lock:
         recycling.drain_finalizers()
-        rings = _rings.setdefault(capacity, {})
+        rings = all_rings.setdefault(capacity, {})
         block = _free_one(rings.get(nbytes))
         if block is not None:
             _acquired[block] = False
@@ -239,13 +239,13 @@ def _publish(block: Block) -> None:
             recycling.retire(block)
             return
         block.used_at = time.monotonic()
-        _rings.setdefault(block.capacity, {}).setdefault(block.nbytes, deque()).append(block)
+        all_rings.setdefault(block.capacity, {}).setdefault(block.nbytes, deque()).append(block)
 
 
 def _retire_free(idle_since: float | None) -> None:
     """Retire the free blocks: all of them, or those that nobody has used since then."""
     # A finalizer may run at any allocation in here, and may fill blocks.
-    for rings in list(_rings.values()):
+    for rings in list(all_rings.values()):
         for ring in list(rings.values()):
             for _ in range(min(len(ring), recycling.MAX_PER_POLL)):
                 if not ring:

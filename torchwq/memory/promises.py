@@ -43,7 +43,7 @@ from ..transport.trailer import BARE, KIND, number_of, payload_of
 from . import limits, maintenance, recycling, tree_table
 from .anonymous import Descriptor
 from .message import Message
-from .ref_table import UNTRACKED
+from .counts import UNTRACKED
 
 #: All promises may take one of so many of the descriptors that the process may use for blocks. One sender gets one of
 #: so many of those that are left, and no more than the maximum.

@@ -24,7 +24,7 @@ from . import limits, maintenance, recycling, slices, state_lock, storages, tree
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry, SlicePrototypes
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .promises import Epoch
-from .ref_table import IN_USE, UNTRACKED
+from .counts import IN_USE, UNTRACKED
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
 _FLAGS: Final = (0, IN_USE, 0, 0)

@@ -28,15 +28,16 @@ import functools
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
 
+from .. import _native
 from ..transport.fork import reset_in_child
 from . import limits, maintenance, state_lock, storages, tree_table
 from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
-from .ref_table import ESCAPED, FREE, IN_FLIGHT, IN_USE, UNTRACKED
+from .counts import ESCAPED, FREE, IN_FLIGHT, IN_USE, UNTRACKED
 from .use_poller import UsePoller
 
 #: Where a storage's Python object has the block that it is the storage of.
@@ -54,6 +55,8 @@ _EXIT_TIMEOUT: Final = 3 * maintenance.PERIOD
 MAX_PER_POLL: Final = 2000
 
 by_number: dict[int, Block] = {}
+#: Made and mapped blocks, by the addresses of their storages.
+_by_address: dict[int, Block] = {}
 #: How many made and mapped blocks there are, each of which holds a descriptor, and the bytes of the made ones.
 open_blocks = made_bytes = 0
 #: Watches whose objects are gone, and the block numbers of messages that nobody has decoded.
@@ -70,6 +73,9 @@ def _reset() -> None:
     for block in by_number.values():
         unmark(block)
     by_number.clear()
+    _by_address.clear()
+    if _native.core is not None:
+        _native.core.unregister_all()
     _finalized.clear()
     _in_use.clear()
     _idle.clear()
@@ -90,7 +96,7 @@ class Watch(weakref.ref[Any]):
 def prototype(block: Block, geometry: Geometry) -> torch.Tensor:
     """A tensor of this geometry on a made or mapped block, to make others of by ``detach()``. Under the lock, or of a
     block that was taken from the pool: ``in_use`` must not see a half."""
-    found = block.prototypes.get(geometry)
+    found = block.find_prototype(geometry)
     return block.new_prototype(geometry) if found is None else found
 
 
@@ -144,18 +150,8 @@ def drain_finalizers() -> None:
 # Mapped blocks
 
 
-def release(block: Block) -> None:
-    """A mapped block may not be in use any more."""
-    if not _try_release(block):
-        _in_use.add(block)
-
-
-def _try_release(block: Block) -> bool:
-    """Take back the IN_USE of a mapped block, if nothing uses it; returns whether it need not be polled."""
-    if block.kind != MAPPED:
-        return True
-    if block.in_use():
-        return False
+def _on_idle(block: Block) -> None:
+    """Take back the IN_USE of a mapped block."""
     table = tree_table.current()
     if table is not None:
         table.clear_flag(block.number, IN_USE)
@@ -164,14 +160,15 @@ def _try_release(block: Block) -> bool:
     elif not block.is_listed_idle:
         block.is_listed_idle = True
         _idle.append(block)
-    return True
 
 
-_in_use = UsePoller(_try_release)
+_in_use = UsePoller(_on_idle)
+#: A mapped block may not be in use any more.
+release: Final[Callable[[Block], None]] = _in_use.release
 #: Poll a mapped block that a message's tensor is on from now on.
-start_polling = _in_use.add
+start_polling: Final[Callable[[Block], None]] = _in_use.add
 #: Release those mapped blocks that are not in use any more, as far as it is time to poll them.
-poll = _in_use.poll
+poll: Final[Callable[[int], None]] = _in_use.poll
 
 
 def poll_all() -> None:
@@ -231,9 +228,21 @@ def register(block: Block) -> bool:
     if number is None:
         return False
     block.number = number
-    by_number[number] = block
+    _set_number(block)
     maintenance.schedule()
     return True
+
+
+def _set_number(block: Block) -> None:
+    by_number[block.number] = block
+    if _native.core is not None:
+        _native.core.register_block(block)
+
+
+def _drop_number(block: Block) -> None:
+    del by_number[block.number]
+    if _native.core is not None:
+        _native.core.unregister_block(block)
 
 
 def prepare_to_send(block: Block) -> None:
@@ -261,7 +270,7 @@ def add(block: Block) -> None:
     """Keep a block that this process has made, or that a message has brought."""
     global open_blocks, made_bytes
     if block.kind == MAPPED:
-        by_number[block.number] = block
+        _set_number(block)
     else:
         made_bytes += block.capacity
     open_blocks += 1
@@ -289,11 +298,15 @@ def block_of(storage: torch.UntypedStorage) -> Block | None:
 def _mark(block: Block) -> None:
     storage = block.storage
     setattr(storage, ATTRIBUTE, block)
+    if block.kind in (MADE, MAPPED):
+        _by_address[block.address] = block
     storages.hook_torch_sharing(storage, functools.partial(_before_torch_shares, block))
 
 
 def unmark(block: Block) -> None:
     """The storage does not belong to the block any more, which is about to be dropped."""
+    if _by_address.get(block.address) is block:
+        del _by_address[block.address]
     storage = block.storage
     if storage is not None and block_of(storage) is block:
         delattr(storage, ATTRIBUTE)
@@ -314,7 +327,7 @@ def retire(block: Block) -> None:
     """Use the memory of a block no more; what uses it now keeps it."""
     global open_blocks, made_bytes
     if by_number.get(block.number) is block:
-        del by_number[block.number]
+        _drop_number(block)
         table = tree_table.current()
         if table is not None and block.kind != MAPPED:
             table.release_row(block.number)
@@ -369,6 +382,10 @@ def note_worker_exit() -> None:
     """A worker has ended: its blocks, which this process may have mapped, are of no use any more. Without the lock."""
     global _exit_at
     _exit_at = time.monotonic()
+
+
+if _native.core is not None:
+    _native.core.set_memory(state_lock.lock, _in_use, _finalized, drain_finalizers, _by_address)
 
 
 @maintenance.on_period

@@ -22,7 +22,7 @@ Note [reference counts]
 * Both only grow within a generation. The sender of a message that was not sent after all counts its references as
   received.
 * A block may be used again if no process has it in use, it has not escaped, and as many references were received as
-  sent (:meth:`RefTable.state`). ``received`` is read before ``sent``: if the sums are equal, no reference was in flight
+  sent (``Counts.state``). ``received`` is read before ``sent``: if the sums are equal, no reference was in flight
   in between, so no process can have begun to use the block after its word was read. If a process has joined meanwhile,
   the answer is no.
 * A process that is killed leaves its counters, which stay true, and its ``IN_USE`` flags, which nobody believes any
@@ -43,7 +43,7 @@ page for each. So the words for a row lie side by side for ``TILE`` slots at a t
 
 Note [order of loads]
 ~~~~~~~~~~~~~~~~~~~~~
-``state`` needs loads to be done in their order, and a store to be seen before a later one of the same process. x86-64
+``Counts.state`` needs loads to be done in their order, and a store to be seen before a later one of the same process. x86-64
 keeps both (Intel SDM, volume 3, "Memory Ordering"). Other machines may not. Without a GIL, threads of one process could
 change its words at once. In both cases there is no table, and memory is not used again.
 """
@@ -55,43 +55,31 @@ import fcntl
 import os
 import secrets
 import struct
+from collections.abc import Callable
 from typing import Final
-
-import numpy as np
 
 from ..errors import NamespaceError
 from ..peers.record_locks import RecordLocks
 from ..transport import descriptors
 from ..transport.fork import closed_in_child
+from .counts import (
+    FIRST_GENERATION,
+    GENERATIONS,
+    IN_USE,
+    LENGTH,
+    LOW,
+    ROWS,
+    SLOTS,
+    STRIDE,
+    TILE,
+    USED_SLOTS,
+    WORDS_OF_TILE,
+    Counts,
+    first_index,
+)
 from .rows import CHUNK, Rows
 
-SLOTS: Final = 512
-ROWS: Final = 32768
-
-#: What a message says of a block that has no row.
-UNTRACKED: Final = 2**64 - 1
-
-#: What other processes do with a block. The second and the third are also the flags that say so.
-FREE, IN_USE, ESCAPED, IN_FLIGHT = range(4)
-
-# A word, from its low bits: two flags; the count, in units of _REFERENCE; from bit 32 on, the generation.
-_FLAGS: Final = IN_USE | ESCAPED
-_REFERENCE: Final = 4
-_COUNT: Final = 0xFFFFFFFF - _FLAGS
-_LOW: Final = 0xFFFFFFFF
-
-# In words of 8 bytes: the header (how many slots were ever used; the random number with which generations begin); the
-# generation of each row; the tiles, with two words of each of the tile's slots for each row.
-_USED_SLOTS: Final = 0
-_FIRST_GENERATION: Final = 1
-_GENERATIONS: Final = 512
-_TILES: Final = _GENERATIONS + ROWS
-TILE: Final = 64
-_STRIDE: Final = 2 * TILE
-_WORDS_OF_TILE: Final = ROWS * _STRIDE
-_NBYTES: Final = 8 * (_TILES + SLOTS // TILE * _WORDS_OF_TILE)
-#: With more processes than this, numpy adds faster than a loop.
-_NUMPY_FROM: Final = 24
+_NBYTES: Final = 8 * LENGTH
 
 # Which byte's lock means what.
 _CHUNK_LOCKS: Final = SLOTS
@@ -110,16 +98,20 @@ class RefTable:
         self._locks = RecordLocks(fd)
         self._mapping = descriptors.map_file(fd, _NBYTES)
         self._words = memoryview(self._mapping).cast("Q")
-        tiles = np.frombuffer(self._mapping, np.uint64, offset=8 * _TILES)
-        self._array = tiles.reshape(-1, ROWS, TILE, 2)
         closed_in_child(self)
         try:
             self.slot = self._claim_slot()
         except BaseException:
             self._fd = -1
             raise
-        #: Index of this process's words for row 0.
-        self._first = _TILES + self.slot // TILE * _WORDS_OF_TILE + self.slot % TILE * 2
+        self.counts = counts = Counts(self._mapping, self.slot, self.is_alive)
+        # The methods of ``counts``, so that a call is one call.
+        self.is_current: Callable[[int], bool] = counts.is_current
+        self.count_sent: Callable[[int], None] = counts.count_sent
+        self.count_received: Callable[[int, int], None] = counts.count_received
+        self.set_flag: Callable[[int, int], None] = counts.set_flag
+        self.clear_flag: Callable[[int, int], None] = counts.clear_flag
+        self.state: Callable[[int], int] = counts.state
         self._rows = Rows(
             ROWS // CHUNK,
             self.slot * 7,
@@ -141,27 +133,27 @@ class RefTable:
                     break
             else:
                 raise OSError(f"more than {SLOTS} processes share memory in one tree")
-            if slot < self._words[_USED_SLOTS]:
+            if slot < self._words[USED_SLOTS]:
                 self._clear_flags(slot)
             else:
-                self._words[_USED_SLOTS] = slot + 1
+                self._words[USED_SLOTS] = slot + 1
             return slot
         finally:
             self._locks.release(_CLAIM_LOCK)
 
     def _clear_flags(self, slot: int) -> None:
         words = self._words
-        start = 8 * (_TILES + slot // TILE * _WORDS_OF_TILE)
-        position, end = start, start + 8 * _WORDS_OF_TILE
+        start = 8 * (first_index(slot) - slot % TILE * 2)
+        position, end = start, start + 8 * WORDS_OF_TILE
         while position < end:
             try:  # reading a page that was never written would allocate it
                 position = os.lseek(self._fd, position, os.SEEK_DATA)
             except OSError:
                 return
             hole = min(os.lseek(self._fd, position, os.SEEK_HOLE), end)
-            rows = range((position - start) // (8 * _STRIDE), -(-(hole - start) // (8 * _STRIDE)))
+            rows = range((position - start) // (8 * STRIDE), -(-(hole - start) // (8 * STRIDE)))
             first = start // 8 + slot % TILE * 2 + 1
-            for index in range(first + rows.start * _STRIDE, first + rows.stop * _STRIDE, _STRIDE):
+            for index in range(first + rows.start * STRIDE, first + rows.stop * STRIDE, STRIDE):
                 if words[index] & IN_USE:
                     words[index] &= ~IN_USE
             position = hole
@@ -175,22 +167,18 @@ class RefTable:
 
     def release_row(self, number: int) -> None:
         """End the block's number. Processes that still map the block keep its memory."""
-        self._raise_generation(number & _LOW)
-        self._rows.release(number & _LOW)
+        self._raise_generation(number & LOW)
+        self._rows.release(number & LOW)
 
     def _raise_generation(self, row: int) -> int:
-        index = _GENERATIONS + row
-        generation = (self._words[index] or self._words[_FIRST_GENERATION]) + 1 & _LOW or 1
+        index = GENERATIONS + row
+        generation = (self._words[index] or self._words[FIRST_GENERATION]) + 1 & LOW or 1
         self._words[index] = generation
         return int(generation)
 
     def _reclaim_row(self, row: int) -> None:
-        if self._words[_GENERATIONS + row]:
+        if self._words[GENERATIONS + row]:
             self._raise_generation(row)  # a dead owner has not done so
-
-    def is_current(self, number: int) -> bool:
-        """Whether the number still stands for its block."""
-        return number != UNTRACKED and bool(self._words[_GENERATIONS + (number & _LOW)] == number >> 32)
 
     def has_maker(self, number: int, alive: dict[int, bool]) -> bool:
         """Whether the maker of the block, another process, lives and has not retired it.
@@ -198,99 +186,15 @@ class RefTable:
         Args:
             alive: a cache for a series of calls: whether the owner of a chunk of rows lives.
         """
-        chunk = (number & _LOW) // CHUNK
+        chunk = (number & LOW) // CHUNK
         if chunk not in alive:
             alive[chunk] = self._locks.is_held(_CHUNK_LOCKS + chunk)
         return alive[chunk] and self.is_current(number)
 
-    # Counting
-
-    def count_sent(self, number: int) -> None:
-        """A message with a reference is about to be sent. A reference by an old number is not counted."""
-        words = self._words
-        index = self._first + _STRIDE * (number & _LOW)
-        word = words[index]
-        generation = number >> 32
-        if word >> 32 == generation and word & _COUNT != _COUNT:
-            words[index] = word + _REFERENCE  # if the number is old, nobody believes the word
-            return
-        if self.is_current(number):
-            count = word & _LOW if word >> 32 == generation else 0
-            words[index] = generation << 32 | (count + _REFERENCE & _LOW)
-
-    def count_received(self, number: int, flags: int) -> None:
-        """A reference was taken out of a message. ``flags``: IN_USE if this process uses the block from now on."""
-        words = self._words
-        generation, row = number >> 32, number & _LOW
-        index = self._first + _STRIDE * row + 1
-        word = words[index]
-        if word >> 32 == generation and word & _COUNT != _COUNT:
-            words[index] = word + _REFERENCE | flags
-            return
-        if self.is_current(number):
-            count = word & _LOW if word >> 32 == generation else 0
-            words[index] = generation << 32 | (count + _REFERENCE & _LOW) | flags
-
-    def set_flag(self, number: int, flag: int) -> None:
-        generation = number >> 32
-        index = self._first + _STRIDE * (number & _LOW) + 1
-        word = self._words[index]
-        if word >> 32 == generation:
-            self._words[index] = word | flag
-        elif self.is_current(number):
-            self._words[index] = generation << 32 | flag
-
-    def clear_flag(self, number: int, flag: int) -> None:
-        index = self._first + _STRIDE * (number & _LOW) + 1
-        word = self._words[index]
-        if word >> 32 == number >> 32:
-            self._words[index] = word & ~flag
-
-    def state(self, number: int) -> int:
-        """FREE, IN_FLIGHT, IN_USE (by a living process) or ESCAPED."""
-        words = self._words
-        used = words[_USED_SLOTS]
-        if used > _NUMPY_FROM:
-            return self._state_of_many(number, used)
-        generation = number >> 32
-        first = _TILES + _STRIDE * (number & _LOW)
-        end = first + 2 * used
-        received = sent = 0
-        for slot, word in enumerate(words[first + 1 : end : 2]):
-            if word >> 32 == generation:
-                if word & _FLAGS:
-                    if word & ESCAPED:
-                        return ESCAPED
-                    if self.is_alive(slot):
-                        return IN_USE
-                received += word & ~_FLAGS
-        for word in words[first:end:2]:  # see Note [order of loads]
-            if word >> 32 == generation:
-                sent += word
-        if sent - received & _LOW or words[_USED_SLOTS] != used:
-            return IN_FLIGHT
-        return FREE
-
-    def _state_of_many(self, number: int, used: int) -> int:
-        generation, row = number >> 32, number & _LOW
-        tiles = -(-used // TILE)
-        received = self._array[:tiles, row, :, 1].reshape(-1)  # a copy
-        received = np.where(received >> np.uint64(32) == generation, received & np.uint64(_LOW), 0)
-        for slot in np.flatnonzero(received & np.uint64(_FLAGS)):
-            if int(received[slot]) & ESCAPED:
-                return ESCAPED
-            if self.is_alive(int(slot)):
-                return IN_USE
-        sent = self._array[:tiles, row, :, 0].reshape(-1)  # see Note [order of loads]
-        sent = np.where(sent >> np.uint64(32) == generation, sent & np.uint64(_LOW), 0)
-        if int(sent.sum()) - int((received & ~np.uint64(_FLAGS)).sum()) & _LOW or self._words[_USED_SLOTS] != used:
-            return IN_FLIGHT
-        return FREE
-
     def abandon(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            del self._array
+            self.counts.close()
             self._words.release()
             self._mapping.close()
             os.close(fd)
@@ -301,7 +205,7 @@ def create() -> int:
     fd = descriptors.above_stdio(os.memfd_create(_MEMFD, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd, _NBYTES)
-        os.pwrite(fd, struct.pack("=Q", secrets.randbits(32)), 8 * _FIRST_GENERATION)
+        os.pwrite(fd, struct.pack("=Q", secrets.randbits(32)), 8 * FIRST_GENERATION)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _seals())
     except BaseException:
         os.close(fd)

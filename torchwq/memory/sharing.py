@@ -23,6 +23,7 @@ import torch
 import torch.multiprocessing
 from torch.multiprocessing import reductions
 
+from .. import _native
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
 from . import limits, pool, recycling, state_lock, storages
@@ -145,7 +146,7 @@ def _moved_by_this_thread(key: int, tensor: torch.Tensor | None = None) -> Itera
 
 
 def _move(tensor: torch.Tensor, storage: torch.UntypedStorage, geometry: Geometry, block: Block) -> Block:
-    block.keep_alive(storages.move(tensor, recycling.prototype(block, geometry), storage, block.address))
+    block.left_memory = storages.move(tensor, recycling.prototype(block, geometry), storage, block.address)
     return block
 
 
@@ -278,5 +279,8 @@ def rebuild_slice(base: torch.UntypedStorage, shift: int, nbytes: int) -> torch.
     """A slice of a storage that torch has passed on."""
     return cut_shared(storages.lasting_memory(base), base, shift, nbytes)
 
+
+if _native.core is not None and storages.CAN_RECYCLE:
+    storages.set_up_native_move(_native.core, _moving, pool.all_rings, recycling.is_free)
 
 storages.keep_reducer_registered(torch.UntypedStorage, _reduce_for_torch)

@@ -12,10 +12,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .. import _native
 from ..transport.fork import reset_in_child
 
+#: ``threading.RLock``, or a lock that the native part takes without a call.
+_new_lock: Callable[[], Any] = threading.RLock if _native.core is None else _native.core.StateLock
 #: Reentrant: a user's finalizer may run at any allocation, and may write to a queue.
-lock = threading.RLock()
+lock = _new_lock()
 _before_fork: list[Callable[[], None]] = []
 _forking = threading.local()
 
@@ -35,7 +38,9 @@ def before_fork(callback: Callable[[], None]) -> Callable[[], None]:
 @reset_in_child
 def _reset() -> None:
     global lock
-    lock = threading.RLock()
+    lock = _new_lock()
+    if _native.core is not None:
+        _native.core.set_lock(lock)
 
 
 def _prepare_fork() -> None:

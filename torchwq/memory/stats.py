@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import _native
 from . import limits, pool, received_blocks, recycling, state_lock, tree_table
 from .block import ADOPTED, MAPPED
-from .ref_table import IN_FLIGHT, IN_USE, UNTRACKED
+from .counts import IN_FLIGHT, IN_USE, UNTRACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def memory_stats() -> MemoryStats:
             mapped=len(mapped),
             mapped_bytes=sum(block.nbytes for block in mapped),
             mapped_in_use=sum(block.in_use() for block in mapped),
-            hits=received_blocks.hits,
+            hits=received_blocks.hits + (0 if _native.core is None else _native.core.hits()),
             misses=received_blocks.misses,
             copies=limits.copies,
         )

@@ -11,6 +11,8 @@ Checked on torch 2.13.0 (CPU). The interfaces, and what happens where one is mis
   passes on. It looks them up at the object, so attributes of the object can replace them.
 * ``torch._C._storage_Use_Count(cdata)``: how many owners a storage has. Without it no tensor counts as the only owner,
   torch moves each one into /dev/shm, and no memory is used again.
+* ``torch.Tensor.__dlpack_c_exchange_api__`` (since 2.13), ``torch._C.TensorBase.detach``, ``is_neg`` and
+  ``requires_grad``: with these the native part looks at tensors and makes them. Without the first one the twins do.
 * ``torch._lazy_clone`` and ``Tensor._use_count``: keep the memory that a moved tensor leaves for arrays that point
   into it. Without them such an array must not be used after the move, as after ``share_memory_()``.
 * ``torch._neg_view``, ``torch._nested_view_from_buffer``, ``Tensor._nested_tensor_*``, ``Tensor._indices`` and
@@ -22,6 +24,7 @@ on it; the kernel frees the memory when no process maps it and no message has it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -37,6 +40,7 @@ import torch
 import torch.multiprocessing
 from torch.multiprocessing import reductions
 
+from .. import _native
 from ..errors import ResourceError
 from ..transport import descriptors
 from . import anonymous
@@ -243,7 +247,39 @@ IDLE_OWNERS, IDLE_REFERENCES, IDLE_REFERENCES_WITH_TENSOR = _count_idle() if CAN
 
 #: The dtypes of this torch, in the same order in every process.
 DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+_INTEGERS: Final = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def key(storage: torch.UntypedStorage) -> int:
+    """Stands for the storage where owners are counted."""
+    return int(storage._cdata)
+
+
+def _set_up_native(core: Any) -> None:
+    """Let the native part know this torch."""
+    base: Any = torch._C.TensorBase
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if core.set_torch(torch.Tensor, base.detach, base.is_neg, base.requires_grad, _use_count, table):
+        for code, dtype in enumerate(DTYPES):
+            if dtype.is_floating_point or dtype in _INTEGERS:
+                with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
+                    core.learn_dtype(torch.empty(1, dtype=dtype, device="cpu"), code)
+
+
+def set_up_native_move(core: Any, *parts: Any) -> None:
+    """Let the native part move tensors. ``parts``: what ``sharing`` and ``pool`` know of them."""
+    base: Any = torch._C.TensorBase
+    use_count = getattr(base, "_use_count", None)
+    if use_count is None:
+        return
+    functions = (base.untyped_storage, _private.is_shared, _private.nbytes, base.is_inference)
+    if core.set_move((*functions, use_count, _private._cdata, base.data), *parts):
+        core.calibrate_move(torch.empty(1, dtype=torch.uint8, device="cpu"))
+
+
+if _native.core is not None and CAN_RECYCLE:
+    _set_up_native(_native.core)
 
 
 def geometry(tensor: torch.Tensor) -> Geometry:

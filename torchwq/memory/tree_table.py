@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Final
 
+from .. import _native
 from ..errors import NamespaceError
 from ..transport import descriptors, namespace
 from ..transport.atomic import HAS_GIL
@@ -43,6 +44,8 @@ _made_fd = -1
 def _reset() -> None:
     global _lock, _table, _retry_at, _is_opening, failure_reason, _made_fd
     _lock, _table, _retry_at, _is_opening, failure_reason = threading.RLock(), None, 0.0, False, ""
+    if _native.core is not None:
+        _native.core.set_counts(None)
     if _made_fd >= 0:
         os.close(_made_fd)
         _made_fd = -1
@@ -72,6 +75,8 @@ def current() -> RefTable | None:
                 _is_opening = True
                 try:
                     _table = _open()
+                    if _native.core is not None:
+                        _native.core.set_counts(None if _table is None else _table.counts)
                     _retry_at = time.monotonic() + _RETRY_INTERVAL
                 finally:
                     _is_opening = False

@@ -17,23 +17,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from .block import Block
+from .. import _native
+from .block import MAPPED, Block
 
 #: After so many polls, a block is one of the oldest.
 _LEVELS: Final = 10
 
 
-class UsePoller:
+class PythonUsePoller:
     """Blocks that may be in use. Used under ``state_lock.lock``.
 
     Args:
-        try_release: polls a block; returns whether it need not be polled any more.
+        on_idle: called with a mapped block that nothing in this process uses any more. May be called several times.
     """
 
-    def __init__(self, try_release: Callable[[Block], bool]) -> None:
-        self._try_release = try_release
+    def __init__(self, on_idle: Callable[[Block], None]) -> None:
+        self._on_idle = on_idle
         #: By how often they were polled, and were in use.
         self._levels: list[deque[Block]] = [deque() for _ in range(_LEVELS + 1)]
         self._messages = 0
@@ -43,6 +44,19 @@ class UsePoller:
         if not block.is_polled:
             block.is_polled = True
             self._levels[0].append(block)
+
+    def release(self, block: Block) -> None:
+        """A mapped block may not be in use any more: look now, and poll it if it is."""
+        if not self._try_release(block):
+            self.add(block)
+
+    def _try_release(self, block: Block) -> bool:
+        """Returns whether the block need not be polled any more."""
+        if block.kind == MAPPED:
+            if block.in_use():
+                return False
+            self._on_idle(block)
+        return True
 
     def poll(self, new_tensors: int) -> None:
         """Poll those whose time has come. ``new_tensors``: how many the message has that is being taken."""
@@ -78,3 +92,9 @@ class UsePoller:
     def clear(self) -> None:
         for blocks in self._levels:
             blocks.clear()
+
+
+#: See ``PythonUsePoller``.
+UsePoller: Final[Callable[[Callable[[Block], None]], Any]] = (
+    PythonUsePoller if _native.core is None else _native.core.UsePoller
+)

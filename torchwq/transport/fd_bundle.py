@@ -28,7 +28,7 @@ def pack(fds: Sequence[int]) -> socket.socket:
                 filled.sendmsg([b"f"], scm_rights(part), NO_WAIT)
             except OSError as error:
                 carrier.close()
-                check_sendable(error, filled)
+                check_sendable(error, filled.fileno() < 0)
                 raise ResourceError(
                     error.errno or 0,
                     f"{len(fds)} shared tensors are too many for one message ({error.strerror}): write them in several",

@@ -43,23 +43,26 @@ class NotSent(ResourceError):
     """A message could not be sent, though the peer is there. The sender keeps it; later ones may be sent."""
 
 
-def is_broken(error: OSError, sock: socket.socket) -> bool:
+def is_broken(error: OSError, is_closed: bool) -> bool:
     """Whether nothing can be sent or received any more: the peer is gone, or another thread has closed this end.
 
     EBADF alone does not tell: it may mean a descriptor in the message.
     """
-    return error.errno in BROKEN or (error.errno == errno.EBADF and sock.fileno() < 0)
+    return error.errno in BROKEN or (error.errno == errno.EBADF and is_closed)
 
 
-def check_sendable(error: OSError, sock: socket.socket) -> None:
+def check_sendable(error: OSError, is_closed: bool) -> None:
     """Return if a message was not sent because the socket is full; else raise.
+
+    Args:
+        is_closed: whether this end is closed.
 
     Raises:
         BrokenPipeError: nobody can receive it.
         NotSent: the message or the system does not allow it.
         OSError: ``error`` itself, if a signal handler has raised it, perhaps after the message had left.
     """
-    if is_broken(error, sock):
+    if is_broken(error, is_closed):
         raise BrokenPipeError(error.errno, "the other side of the queue is closed") from None
     if error.errno in BUSY:
         return
@@ -109,7 +112,15 @@ def received_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> list[in
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    if flags & TRUNCATED:
+    return checked_fds(fds, bool(flags & TRUNCATED))
+
+
+def checked_fds(fds: Sequence[int], truncated: bool) -> list[int]:
+    """The descriptors that came with a message, each above those of stdio.
+
+    Raises ResourceError if it was ``truncated``: the kernel had to drop some. The others are closed then.
+    """
+    if truncated:
         close_fds(fds)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise ResourceError(

@@ -160,7 +160,7 @@ class StreamEndpoint(SocketEndpoint):
             with self._held(self._locks.writing, 0):
                 return send_frame(self._socket, data, fds)
         except OSError as error:
-            check_sendable(error, self._socket)
+            check_sendable(error, self._socket.fileno() < 0)
             return False
         except EOFError:
             raise BrokenPipeError("this end is closed") from None

@@ -104,7 +104,7 @@ class ServerConnection:
                 self._socket.sendmsg([server.FRAME.pack(b"F", 0, token)], scm_rights(fds))
             except OSError as error:
                 del self._requested[token]
-                if is_broken(error, self._socket):
+                if is_broken(error, self._socket.fileno() < 0):
                     raise BrokenPipeError(error.errno, "the fork server is gone") from error
                 raise
 

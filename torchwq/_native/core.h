@@ -1,0 +1,170 @@
+/* What the files of the native part share: the limited API, and the types that other files look into.
+ *
+ * The page on the native part (docs/internals/native.md) says what this room is for, and its protocols.
+ */
+#ifndef TORCHWQ_CORE_H
+#define TORCHWQ_CORE_H
+
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What every function returns that finds that its twin, which knows more, has to do the work. Not an error. */
+#define NOT_MINE 1
+
+/* --- lock.c --- */
+
+typedef struct {
+    PyObject_HEAD
+    PyThread_type_lock inner; /* held while `owner` is not 0 */
+    unsigned long owner;
+    unsigned long count;
+} StateLock;
+
+extern PyTypeObject *StateLock_Type;
+int lock_acquire(StateLock *self); /* -1 with an exception if the wait was interrupted */
+void lock_release(StateLock *self);
+
+/* --- counts.c --- */
+
+enum { STATE_FREE, STATE_IN_USE, STATE_ESCAPED, STATE_IN_FLIGHT };
+
+typedef struct {
+    PyObject_HEAD
+    uint64_t *words;
+    Py_ssize_t length; /* of `words`, in words */
+    uint64_t first;    /* index of this process's words for row 0 */
+    PyObject *is_alive;
+} Counts;
+
+extern PyTypeObject *Counts_Type;
+bool counts_is_current(const Counts *self, uint64_t number);
+void counts_sent(Counts *self, uint64_t number);
+void counts_received(Counts *self, uint64_t number, uint64_t flags);
+void counts_clear_flag(Counts *self, uint64_t number, uint64_t flag);
+int counts_state(Counts *self, uint64_t number); /* -1 with an exception */
+
+#define UNTRACKED UINT64_MAX
+
+/* --- block.c --- */
+
+enum { MADE, MAPPED, ADOPTED, PLAIN };
+
+#define MAX_PROTOTYPES 4
+
+typedef struct {
+    PyObject *geometry; /* the tuple of the twin */
+    PyObject *tensor;
+} Prototype;
+
+/* The fields of memory.block.Block that the hot path needs. */
+typedef struct {
+    PyObject_HEAD
+    int kind;
+    int fd;
+    int users;
+    char is_polled;
+    char is_listed_idle;
+    char is_orphaned;
+    char has_content;
+    uint64_t number;
+    uint64_t nbytes;
+    uint64_t address;
+    double used_at;
+    double expires_at;
+    PyObject *storage;          /* NULL or None while the block does not keep one */
+    PyObject *cdata;            /* the storage's _cdata, an int */
+    PyObject *slice_prototypes; /* NULL or None, or what the twin keeps there */
+    PyObject *left_memory;      /* what a tensor that moved here has left, until the block is used again */
+    Prototype prototypes[MAX_PROTOTYPES];
+    int num_prototypes;
+} Block;
+
+extern PyTypeObject *Block_Type; /* the base class: see `BlockFields` */
+int block_in_use(Block *self);   /* -1 with an exception */
+PyObject *block_prototype(Block *self, PyObject *geometry); /* borrowed; NULL without an exception if there is none */
+
+double monotonic(void);
+long reference_count(PyObject *object);
+
+/* --- torch.c --- */
+
+#define MAX_DIMS 16
+
+/* A plain dense tensor on the CPU, as torch has shown it. */
+typedef struct {
+    uint64_t address;
+    int code;     /* of its dtype: an index into memory.storages.DTYPES */
+    int itemsize; /* bytes */
+    int ndim;
+    int64_t sizes[MAX_DIMS];
+    int64_t strides[MAX_DIMS];
+} View;
+
+extern bool torch_ready;
+bool torch_is_tensor(PyObject *obj);            /* exactly torch.Tensor */
+bool torch_is_class(PyObject *cls);             /* torch.Tensor itself */
+int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plain */
+uint64_t view_span(const View *view);           /* bytes from the first element to the last; 0 if there is none */
+PyObject *torch_detach(PyObject *tensor);       /* new reference */
+long torch_use_count(PyObject *cdata);          /* -1 with an exception */
+
+/* --- poller.c --- */
+
+typedef struct UsePoller UsePoller;
+
+extern PyTypeObject *UsePoller_Type;
+int poller_add(UsePoller *self, Block *block);             /* -1 with an exception */
+int poller_poll(UsePoller *self, Py_ssize_t new_tensors);  /* -1 with an exception */
+
+/* --- memory.c --- */
+
+/* The state of the memory room that C code needs, as `set_memory` and its like have set it. */
+typedef struct {
+    StateLock *lock;
+    Counts *counts;      /* NULL while this process has no reference table */
+    UsePoller *poller;
+    PyObject *finalized; /* the deque of what was finalized since `drain` was called last */
+    PyObject *drain;
+    PyObject *addresses; /* made and mapped blocks by the addresses of their storages */
+    uint64_t hits;
+} Memory;
+
+extern Memory memory;
+bool memory_ready(void);                               /* whether all of it is there */
+int memory_lock(Py_ssize_t new_tensors); /* takes the lock and drains; polls if they are positive. -1 with an exception */
+void memory_unlock(void);
+Block *memory_block(uint64_t number, uint64_t nbytes); /* borrowed: a made or mapped one; NULL if there is none */
+Block *memory_block_at(uint64_t address);              /* the same by address */
+
+/* --- move.c --- */
+
+int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **block); /* 0, NOT_MINE, or -1 */
+
+/* --- message.c --- */
+
+PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *numbers, uint64_t nbytes);
+
+/* --- module --- */
+
+int add_lock(PyObject *module);
+int add_sockets(PyObject *module);
+int add_counts(PyObject *module);
+int add_block(PyObject *module);
+int add_torch(PyObject *module);
+int add_poller(PyObject *module);
+int add_memory(PyObject *module);
+int add_message(PyObject *module);
+int add_move(PyObject *module);
+int add_plain(PyObject *module);
+int add_functions(PyObject *module, PyMethodDef *methods);
+PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);
+
+/* Deallocates an object of a heap type whose fields are gone. */
+void free_object(PyObject *self);
+
+#endif

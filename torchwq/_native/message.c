@@ -1,0 +1,175 @@
+/* A message before it is sent, and the counting of its references. Its twin: memory/message.py.
+ *
+ * memory.message.Message derives from this type.
+ */
+
+#include "core.h"
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *data;        /* bytes */
+    PyObject *fds;         /* sequence of int */
+    PyObject *keep;        /* the owners of `fds` */
+    PyObject *numbers;     /* sequence of int: those of its blocks */
+    PyObject *counts_sent; /* sequence of functions */
+    uint64_t nbytes;
+    int kind;
+    char only_blocks;
+} Message;
+
+#define REFERENCES 1
+
+static PyTypeObject *MessageFields_Type;
+static PyTypeObject *message_type; /* the class in Python */
+static PyObject *empty;
+
+PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *numbers, uint64_t nbytes)
+{
+    Message *self = (Message *)PyType_GenericAlloc(message_type, 0);
+    if (self == NULL)
+        return NULL;
+    Py_INCREF(data), Py_INCREF(fds), Py_INCREF(keep), Py_INCREF(numbers), Py_INCREF(empty);
+    self->data = data, self->fds = fds, self->keep = keep, self->numbers = numbers, self->counts_sent = empty;
+    self->nbytes = (uint64_t)PyBytes_Size(data) + nbytes;
+    self->kind = REFERENCES;
+    self->only_blocks = 1;
+    return (PyObject *)self;
+}
+
+/* Counts the message's references as sent, or, if it was not sent after all, as received. */
+static int count_references(Message *self, bool sent)
+{
+    Py_ssize_t count = self->numbers == NULL ? 0 : PySequence_Size(self->numbers);
+    if (count < 0)
+        return -1;
+    if (count == 0 || memory.counts == NULL || memory.lock == NULL)
+        return 0;
+    if (lock_acquire(memory.lock) < 0)
+        return -1;
+    int result = 0;
+    for (Py_ssize_t index = 0; index < count && !result; index++) {
+        PyObject *item = PySequence_GetItem(self->numbers, index);
+        uint64_t number = item == NULL ? 0 : PyLong_AsUnsignedLongLong(item);
+        Py_XDECREF(item);
+        if (PyErr_Occurred())
+            result = -1;
+        else if (number != UNTRACKED && memory.counts != NULL) {
+            if (sent)
+                counts_sent(memory.counts, number);
+            else
+                counts_received(memory.counts, number, 0);
+        }
+    }
+    memory_unlock();
+    return result;
+}
+
+static int call_each(Message *self, long argument)
+{
+    Py_ssize_t count = self->counts_sent == NULL ? 0 : PySequence_Size(self->counts_sent);
+    for (Py_ssize_t index = 0; index < count; index++) {
+        PyObject *function = PySequence_GetItem(self->counts_sent, index);
+        PyObject *result = function == NULL ? NULL : PyObject_CallFunction(function, "l", argument);
+        Py_XDECREF(function);
+        if (result == NULL)
+            return -1;
+        Py_DECREF(result);
+    }
+    return count < 0 ? -1 : 0;
+}
+
+static PyObject *on_send(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    if (count_references((Message *)op, true) < 0 || call_each((Message *)op, 1) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static int traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Message *self = (Message *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->data);
+    Py_VISIT(self->fds);
+    Py_VISIT(self->keep);
+    Py_VISIT(self->numbers);
+    Py_VISIT(self->counts_sent);
+    return 0;
+}
+
+static int clear(PyObject *op)
+{
+    Message *self = (Message *)op;
+    Py_CLEAR(self->data);
+    Py_CLEAR(self->fds);
+    Py_CLEAR(self->keep);
+    Py_CLEAR(self->numbers);
+    Py_CLEAR(self->counts_sent);
+    return 0;
+}
+
+static void dealloc(PyObject *op)
+{
+    PyObject_GC_UnTrack(op);
+    clear(op);
+    free_object(op);
+}
+
+static PyMethodDef methods[] = {
+    {"on_send", on_send, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef members[] = {
+    {"data", T_OBJECT_EX, offsetof(Message, data), 0, NULL},
+    {"fds", T_OBJECT_EX, offsetof(Message, fds), 0, NULL},
+    {"keep", T_OBJECT_EX, offsetof(Message, keep), 0, NULL},
+    {"numbers", T_OBJECT_EX, offsetof(Message, numbers), 0, NULL},
+    {"counts_sent", T_OBJECT_EX, offsetof(Message, counts_sent), 0, NULL},
+    {"nbytes", T_ULONGLONG, offsetof(Message, nbytes), 0, NULL},
+    {"kind", T_INT, offsetof(Message, kind), 0, NULL},
+    {"only_blocks", T_BOOL, offsetof(Message, only_blocks), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "torchwq._native._core.MessageFields",
+    .basicsize = sizeof(Message),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = slots,
+};
+
+/* set_message(cls): make messages of this class. */
+static PyObject *set_message(PyObject *module, PyObject *cls)
+{
+    (void)module;
+    if (!PyType_Check(cls) || !PyType_IsSubtype((PyTypeObject *)cls, MessageFields_Type)) {
+        PyErr_SetString(PyExc_TypeError, "a class that derives from MessageFields was expected");
+        return NULL;
+    }
+    Py_INCREF(cls);
+    message_type = (PyTypeObject *)cls;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"set_message", set_message, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+int add_message(PyObject *module)
+{
+    empty = PyTuple_New(0);
+    MessageFields_Type = empty == NULL ? NULL : add_type(module, &spec);
+    return MessageFields_Type == NULL ? -1 : add_functions(module, functions);
+}

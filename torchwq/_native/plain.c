@@ -1,0 +1,629 @@
+/* Encodes and decodes the most frequent messages: a plain dense tensor, or a flat dict, list or tuple of them.
+ * Its twin: marshalling/fast_path.py, which also says what a shape is.
+ *
+ * A message is the shape's prefix (the pickle), a reference for each tensor, and the number of references; then comes
+ * the trailer. Whatever this file does not know, or finds otherwise than it expects, it leaves to the twin before it has
+ * changed anything: its functions return None then.
+ *
+ * Invariants:
+ *
+ * * While C code holds borrowed pointers to tensors or blocks, it calls nothing that could run other Python code, or it
+ *   owns references to them. Looking at a tensor may run a user's torch function mode.
+ * * A received reference is counted after its tensor exists, under the lock, as the twin does it.
+ * * Everything in a message is checked before it is believed: lengths, the number of references, rows, sizes. The prefix
+ *   is compared byte for byte with one that this process has made. The offsets and sizes in it were checked by torch
+ *   when the prototype was made.
+ */
+
+#include "core.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MAX_TENSORS 64
+#define MAX_SHAPES 1024
+#define TABLE (4 * MAX_SHAPES)
+
+#define KIND 1         /* wire.References */
+#define TRAILER 9      /* the number, and the kind */
+#define REFERENCE 16   /* the number and the bytes of a block */
+#define COUNT 4        /* the number of references */
+#define MAX_PREFIX 32768
+
+typedef struct {
+    int code;
+    int ndim;
+    int64_t offset;
+    const int64_t *sizes;
+    const int64_t *strides;
+} Part;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *cls;        /* dict, list, tuple, or torch.Tensor */
+    PyObject *keys;       /* tuple of str */
+    PyObject *geometries; /* tuple, as the twin has it */
+    PyObject *prefix;     /* bytes */
+    uint64_t key_hash;    /* see `hash_of_views` */
+    uint64_t prefix_hash;
+    Py_ssize_t count;
+    Part *parts;
+    int64_t *numbers; /* the memory of the parts' sizes and strides */
+} Shape;
+
+static PyTypeObject *Shape_Type;
+
+/* Both tables have the same shapes: one to encode, one to decode. They own one reference to each, in `by_prefix`. */
+static Shape *by_views[TABLE], *by_prefix[TABLE];
+static size_t num_shapes;
+
+/* --- hashes --- */
+
+static uint64_t mix(uint64_t hash, uint64_t value)
+{
+    hash = (hash ^ value) * 0x9E3779B97F4A7C15u;
+    return hash ^ hash >> 29;
+}
+
+static uint64_t hash_of_bytes(const char *bytes, size_t size)
+{
+    uint64_t hash = size, word;
+    for (; size >= 8; bytes += 8, size -= 8) {
+        memcpy(&word, bytes, 8);
+        hash = mix(hash, word);
+    }
+    word = 0;
+    memcpy(&word, bytes, size);
+    return mix(hash, word);
+}
+
+static uint64_t hash_of_view(uint64_t hash, int code, int ndim, const int64_t *sizes, const int64_t *strides)
+{
+    hash = mix(hash, (uint64_t)code << 8 | (uint64_t)ndim);
+    for (int dim = 0; dim < ndim; dim++)
+        hash = mix(mix(hash, (uint64_t)sizes[dim]), (uint64_t)strides[dim]);
+    return hash;
+}
+
+static bool hash_of_keys(PyObject *cls, PyObject *const *keys, Py_ssize_t count, uint64_t *hash)
+{
+    *hash = mix((uint64_t)(uintptr_t)cls, (uint64_t)count);
+    for (Py_ssize_t index = 0; keys != NULL && index < count; index++) {
+        Py_hash_t value = PyObject_Hash(keys[index]);
+        if (value == -1)
+            return false;
+        *hash = mix(*hash, (uint64_t)value);
+    }
+    return true;
+}
+
+/* --- shapes --- */
+
+static void shape_dealloc(PyObject *op)
+{
+    Shape *self = (Shape *)op;
+    Py_XDECREF(self->cls);
+    Py_XDECREF(self->keys);
+    Py_XDECREF(self->geometries);
+    Py_XDECREF(self->prefix);
+    free(self->parts);
+    free(self->numbers);
+    free_object(op);
+}
+
+static PyType_Slot shape_slots[] = {
+    {Py_tp_dealloc, shape_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec shape_spec = {
+    .name = "torchwq._native._core.Shape",
+    .basicsize = sizeof(Shape),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = shape_slots,
+};
+
+/* Reads (code, offset, size, stride) into `part`, whose numbers go to `place`. */
+static bool read_geometry(PyObject *geometry, Part *part, int64_t *place)
+{
+    int code;
+    long long offset;
+    PyObject *size, *stride;
+    if (!PyArg_ParseTuple(geometry, "iLOO", &code, &offset, &size, &stride))
+        return false;
+    Py_ssize_t ndim = PySequence_Size(size);
+    if (ndim < 0 || ndim != PySequence_Size(stride) || ndim > MAX_DIMS) {
+        PyErr_SetString(PyExc_ValueError, "this is no geometry");
+        return false;
+    }
+    part->code = code, part->offset = offset, part->ndim = (int)ndim;
+    part->sizes = place, part->strides = place + ndim;
+    for (Py_ssize_t at = 0; at < 2 * ndim; at++) {
+        PyObject *item = PySequence_GetItem(at < ndim ? size : stride, at % (ndim ? ndim : 1));
+        if (item == NULL)
+            return false;
+        place[at] = PyLong_AsLongLong(item);
+        Py_DECREF(item);
+        if (PyErr_Occurred())
+            return false;
+    }
+    return true;
+}
+
+static Shape *shape_new(PyObject *cls, PyObject *keys, PyObject *geometries, PyObject *prefix)
+{
+    Shape *self = (Shape *)PyType_GenericAlloc(Shape_Type, 0);
+    if (self == NULL)
+        return NULL;
+    Py_INCREF(cls), Py_INCREF(keys), Py_INCREF(geometries), Py_INCREF(prefix);
+    self->cls = cls, self->keys = keys, self->geometries = geometries, self->prefix = prefix;
+    self->count = PyTuple_Size(geometries);
+    self->parts = calloc((size_t)self->count, sizeof *self->parts);
+    self->numbers = calloc((size_t)self->count * 2 * MAX_DIMS, sizeof *self->numbers);
+    if (self->parts == NULL || self->numbers == NULL) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    PyObject *hashed[MAX_TENSORS];
+    for (Py_ssize_t index = 0; index < PyTuple_Size(keys); index++)
+        hashed[index] = PyTuple_GetItem(keys, index);
+    if (!hash_of_keys(cls, PyTuple_Size(keys) ? hashed : NULL, self->count, &self->key_hash))
+        goto failed;
+    for (Py_ssize_t index = 0; index < self->count; index++) {
+        Part *part = &self->parts[index];
+        if (!read_geometry(PyTuple_GetItem(geometries, index), part, self->numbers + index * 2 * MAX_DIMS))
+            goto failed;
+        self->key_hash = hash_of_view(self->key_hash, part->code, part->ndim, part->sizes, part->strides);
+    }
+    self->prefix_hash = hash_of_bytes(PyBytes_AsString(prefix), (size_t)PyBytes_Size(prefix));
+    return self;
+failed:
+    Py_DECREF(self);
+    return NULL;
+}
+
+static void clear_shapes(void)
+{
+    for (size_t index = 0; index < TABLE; index++) {
+        by_views[index] = NULL;
+        Shape *shape = by_prefix[index];
+        by_prefix[index] = NULL;
+        Py_XDECREF(shape);
+    }
+    num_shapes = 0;
+}
+
+/* add_shape(cls, keys, geometries, prefix): know this shape from now on, without slices in it. */
+static PyObject *add_shape(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 4 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) || !PyBytes_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "add_shape() takes a class, keys, geometries and a prefix");
+        return NULL;
+    }
+    Py_ssize_t tensors = PyTuple_Size(args[2]), keys = PyTuple_Size(args[1]);
+    if (tensors < 1 || tensors > MAX_TENSORS || keys != (args[0] == (PyObject *)&PyDict_Type ? tensors : 0))
+        Py_RETURN_NONE; /* the twin keeps it */
+    Shape *shape = shape_new(args[0], args[1], args[2], args[3]);
+    if (shape == NULL)
+        return NULL;
+    if (num_shapes >= MAX_SHAPES)
+        clear_shapes();
+    size_t at;
+    for (at = shape->prefix_hash % TABLE; by_prefix[at] != NULL; at = (at + 1) % TABLE)
+        ;
+    by_prefix[at] = shape; /* owns it */
+    for (at = shape->key_hash % TABLE; by_views[at] != NULL; at = (at + 1) % TABLE)
+        ;
+    by_views[at] = shape;
+    num_shapes++;
+    Py_RETURN_NONE;
+}
+
+static Shape *shape_of_prefix(const char *prefix, size_t size)
+{
+    uint64_t hash = hash_of_bytes(prefix, size);
+    for (size_t at = hash % TABLE; by_prefix[at] != NULL; at = (at + 1) % TABLE) {
+        Shape *shape = by_prefix[at];
+        if (shape->prefix_hash == hash && (size_t)PyBytes_Size(shape->prefix) == size &&
+            !memcmp(PyBytes_AsString(shape->prefix), prefix, size))
+            return shape;
+    }
+    return NULL;
+}
+
+static bool has_keys(const Shape *shape, PyObject *const *keys)
+{
+    for (Py_ssize_t index = 0; index < PyTuple_Size(shape->keys); index++) {
+        PyObject *key = PyTuple_GetItem(shape->keys, index);
+        if (key != keys[index] && PyUnicode_Compare(key, keys[index]))
+            return false;
+    }
+    return true;
+}
+
+static bool has_view(const Part *part, const View *view)
+{
+    size_t size = (size_t)view->ndim * sizeof(int64_t);
+    return part->code == view->code && part->ndim == view->ndim && part->offset == 0 &&
+           (!size || (!memcmp(part->sizes, view->sizes, size) && !memcmp(part->strides, view->strides, size)));
+}
+
+static Shape *shape_of_views(PyObject *cls, PyObject *const *keys, const View *views, Py_ssize_t count)
+{
+    uint64_t hash;
+    if (!hash_of_keys(cls, keys, count, &hash)) {
+        PyErr_Clear();
+        return NULL;
+    }
+    for (Py_ssize_t index = 0; index < count; index++)
+        hash = hash_of_view(hash, views[index].code, views[index].ndim, views[index].sizes, views[index].strides);
+    for (size_t at = hash % TABLE; by_views[at] != NULL; at = (at + 1) % TABLE) {
+        Shape *shape = by_views[at];
+        if (shape->key_hash != hash || shape->cls != cls || shape->count != count || (keys && !has_keys(shape, keys)))
+            continue;
+        Py_ssize_t index = 0;
+        while (index < count && has_view(&shape->parts[index], &views[index]))
+            index++;
+        if (index == count)
+            return shape;
+    }
+    return NULL;
+}
+
+/* --- encoding --- */
+
+/* The tensors of an object, to which it has references, and the keys of a dict, borrowed from it. */
+typedef struct {
+    PyObject *cls;
+    Py_ssize_t count;
+    bool has_keys;
+    PyObject *tensors[MAX_TENSORS];
+    PyObject *keys[MAX_TENSORS];
+} Content;
+
+static void drop_content(Content *content)
+{
+    for (Py_ssize_t index = 0; index < content->count; index++) {
+        Py_DECREF(content->tensors[index]);
+        if (content->has_keys)
+            Py_DECREF(content->keys[index]);
+    }
+}
+
+static int find_content(PyObject *obj, Content *content)
+{
+    PyTypeObject *cls = Py_TYPE(obj);
+    content->cls = (PyObject *)cls, content->count = 0, content->has_keys = false;
+    if (torch_is_tensor(obj)) {
+        Py_INCREF(obj);
+        content->tensors[content->count++] = obj;
+        return 0;
+    }
+    Py_ssize_t size = PyObject_Size(obj), at = 0;
+    if (size < 1 || size > MAX_TENSORS) {
+        PyErr_Clear();
+        return NOT_MINE;
+    }
+    PyObject *key, *value;
+    if (cls == &PyDict_Type) {
+        content->has_keys = true;
+        while (PyDict_Next(obj, &at, &key, &value)) {
+            if (!torch_is_tensor(value) || Py_TYPE(key) != &PyUnicode_Type)
+                goto not_mine;
+            Py_INCREF(key), Py_INCREF(value);
+            content->keys[content->count] = key, content->tensors[content->count++] = value;
+        }
+        return 0;
+    }
+    for (; at < size; at++) {
+        value = cls == &PyList_Type ? PyList_GetItem(obj, at) : PyTuple_GetItem(obj, at);
+        if (value == NULL || !torch_is_tensor(value))
+            goto not_mine;
+        Py_INCREF(value);
+        content->tensors[content->count++] = value;
+    }
+    return 0;
+not_mine:
+    PyErr_Clear();
+    drop_content(content);
+    return NOT_MINE;
+}
+
+static PyObject *tuple_of(PyObject **items, Py_ssize_t count)
+{
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t index = 0; tuple != NULL && index < count; index++) {
+        Py_INCREF(items[index]);
+        PyTuple_SetItem(tuple, index, items[index]);
+    }
+    return tuple;
+}
+
+static PyObject *tuple_of_numbers(const uint64_t *numbers, Py_ssize_t count)
+{
+    PyObject *tuple = PyTuple_New(count);
+    for (Py_ssize_t index = 0; tuple != NULL && index < count; index++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(numbers[index]);
+        if (number == NULL || PyTuple_SetItem(tuple, index, number) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+/* The message of these blocks. `storages` keep their memory meanwhile. */
+static PyObject *make_message(const Shape *shape, Block *const *blocks, PyObject **storages, Py_ssize_t limit)
+{
+    Py_ssize_t count = shape->count, size = PyBytes_Size(shape->prefix), length = size + count * REFERENCE + COUNT;
+    if (length > limit)
+        Py_RETURN_NONE;
+    uint64_t numbers[MAX_TENSORS], fds[MAX_TENSORS], nbytes = 0;
+    PyObject *data = PyBytes_FromStringAndSize(NULL, length), *result = NULL;
+    if (data == NULL)
+        return NULL;
+    char *at = PyBytes_AsString(data);
+    memcpy(at, PyBytes_AsString(shape->prefix), (size_t)size);
+    at += size;
+    for (Py_ssize_t index = 0; index < count; index++, at += REFERENCE) {
+        numbers[index] = blocks[index]->number, fds[index] = (uint64_t)blocks[index]->fd;
+        memcpy(at, &blocks[index]->number, 8);
+        memcpy(at + 8, &blocks[index]->nbytes, 8);
+        nbytes += blocks[index]->nbytes;
+    }
+    uint32_t references = (uint32_t)count;
+    memcpy(at, &references, COUNT);
+    PyObject *of_numbers = tuple_of_numbers(numbers, count), *of_fds = tuple_of_numbers(fds, count);
+    PyObject *keep = tuple_of(storages, count);
+    if (of_numbers != NULL && of_fds != NULL && keep != NULL)
+        result = message_new(data, of_fds, keep, of_numbers, nbytes);
+    Py_DECREF(data);
+    Py_XDECREF(of_numbers);
+    Py_XDECREF(of_fds);
+    Py_XDECREF(keep);
+    return result;
+}
+
+/* Whether the view is on a block that can be sent under its number. */
+static bool is_on(const View *view, const Block *block)
+{
+    uint64_t span = view_span(view);
+    return span && span <= block->nbytes && block->kind <= MAPPED && block->storage != NULL && block->fd >= 0 &&
+           block->number != UNTRACKED && memory.counts != NULL && counts_is_current(memory.counts, block->number);
+}
+
+/* Finds the blocks of the tensors: fills `blocks`, as far as it comes, with new references. With the lock held. */
+static int find_blocks(const Content *content, const Shape *shape, const View *views, Block **blocks, Py_ssize_t *owned)
+{
+    for (Py_ssize_t index = 0; index < content->count; index++) {
+        Block *block = memory_block_at(views[index].address);
+        if (block != NULL)
+            Py_INCREF(block);
+        else if (PyErr_Occurred())
+            return -1;
+        else {
+            PyObject *geometry = PyTuple_GetItem(shape->geometries, index);
+            int found = move_tensor(content->tensors[index], &views[index], geometry, &block);
+            if (found)
+                return found;
+        }
+        blocks[(*owned)++] = block;
+        if (!is_on(&views[index], block))
+            return NOT_MINE;
+        for (Py_ssize_t other = 0; other < index; other++)
+            if (blocks[other] == block)
+                return NOT_MINE; /* tensors that share a block, or one tensor twice */
+    }
+    return 0;
+}
+
+static int encode_content(const Content *content, Py_ssize_t limit, PyObject **result)
+{
+    View views[MAX_TENSORS];
+    Block *blocks[MAX_TENSORS];
+    PyObject *storages[MAX_TENSORS];
+    Py_ssize_t owned = 0;
+    for (Py_ssize_t index = 0; index < content->count; index++) {
+        int found = torch_look(content->tensors[index], &views[index]);
+        if (found)
+            return found;
+    }
+    Shape *shape = shape_of_views(content->cls, content->has_keys ? content->keys : NULL, views, content->count);
+    if (shape == NULL)
+        return NOT_MINE;
+    Py_INCREF(shape);
+    int found = memory_lock(0);
+    if (!found) {
+        found = find_blocks(content, shape, views, blocks, &owned);
+        for (Py_ssize_t index = 0; !found && index < owned; index++)
+            storages[index] = blocks[index]->storage;
+        if (!found)
+            *result = make_message(shape, blocks, storages, limit);
+        memory_unlock();
+    }
+    Py_DECREF(shape);
+    while (owned)
+        Py_DECREF(blocks[--owned]);
+    return found ? found : *result == NULL ? -1 : 0;
+}
+
+/* encode_plain(obj, limit): the message of a tensor, dict, list or tuple; None if it is the twin's. */
+static PyObject *encode_plain(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "encode_plain() takes an object and the limit");
+        return NULL;
+    }
+    Py_ssize_t limit = PyLong_AsSsize_t(args[1]);
+    if (limit == -1 && PyErr_Occurred())
+        return NULL;
+    if (!memory_ready())
+        Py_RETURN_NONE;
+    Content content;
+    if (find_content(args[0], &content))
+        Py_RETURN_NONE;
+    PyObject *result = NULL;
+    int found = encode_content(&content, limit, &result);
+    drop_content(&content);
+    if (found == NOT_MINE)
+        Py_RETURN_NONE;
+    return result;
+}
+
+/* --- decoding --- */
+
+static PyObject *build(const Shape *shape, PyObject **tensors)
+{
+    if (torch_is_class(shape->cls)) {
+        Py_INCREF(tensors[0]);
+        return tensors[0];
+    }
+    if (shape->cls == (PyObject *)&PyDict_Type) {
+        PyObject *dict = PyDict_New();
+        for (Py_ssize_t index = 0; dict != NULL && index < shape->count; index++)
+            if (PyDict_SetItem(dict, PyTuple_GetItem(shape->keys, index), tensors[index]) < 0)
+                Py_CLEAR(dict);
+        return dict;
+    }
+    if (shape->cls == (PyObject *)&PyTuple_Type)
+        return tuple_of(tensors, shape->count);
+    PyObject *list = PyList_New(shape->count);
+    for (Py_ssize_t index = 0; list != NULL && index < shape->count; index++) {
+        Py_INCREF(tensors[index]);
+        PyList_SetItem(list, index, tensors[index]);
+    }
+    return list;
+}
+
+/* A new tensor on the block: a new reference. */
+static PyObject *new_tensor(Block *block, PyObject *geometry)
+{
+    PyObject *prototype = block_prototype(block, geometry);
+    Py_XINCREF(prototype);
+    if (prototype == NULL)
+        prototype = PyObject_CallMethod((PyObject *)block, "new_prototype", "O", geometry);
+    if (prototype == NULL)
+        return NULL;
+    PyObject *tensor = torch_detach(prototype);
+    Py_DECREF(prototype);
+    return tensor;
+}
+
+/* Takes the references, with the lock held. Fills `tensors`, as far as it comes, with new references. */
+static int take(const Shape *shape, const char *references, PyObject **tensors)
+{
+    Block *blocks[MAX_TENSORS];
+    Py_ssize_t count = shape->count, owned = 0;
+    int result = NOT_MINE;
+    if (memory.counts == NULL)
+        return NOT_MINE;
+    for (; owned < count; owned++, references += REFERENCE) {
+        uint64_t number, nbytes;
+        memcpy(&number, references, 8);
+        memcpy(&nbytes, references + 8, 8);
+        blocks[owned] = memory_block(number, nbytes);
+        if (blocks[owned] == NULL)
+            goto done;
+        Py_INCREF(blocks[owned]);
+    }
+    result = -1;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        tensors[index] = new_tensor(blocks[index], PyTuple_GetItem(shape->geometries, index));
+        if (tensors[index] == NULL)
+            goto done;
+    }
+    double now = monotonic();
+    for (Py_ssize_t index = 0; index < count; index++) {
+        Block *block = blocks[index];
+        if (memory.counts != NULL)
+            counts_received(memory.counts, block->number, block->kind == MAPPED ? STATE_IN_USE : 0);
+        if (block->kind == MAPPED) {
+            block->used_at = now;
+            if (poller_add(memory.poller, block) < 0)
+                goto done;
+        }
+    }
+    memory.hits += (uint64_t)count;
+    result = 0;
+done:
+    while (owned)
+        Py_DECREF(blocks[--owned]);
+    return result;
+}
+
+/* Closes the descriptors, and empties the list. */
+static int close_fds(PyObject *fds)
+{
+    Py_ssize_t count = PyList_Check(fds) ? PyList_Size(fds) : 0;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        long fd = PyLong_AsLong(PyList_GetItem(fds, index));
+        if (fd == -1 && PyErr_Occurred())
+            return -1;
+        if (fd >= 0)
+            close((int)fd);
+    }
+    return count ? PyList_SetSlice(fds, 0, count, NULL) : 0;
+}
+
+/* decode_plain(data, fds): the object in the message; closes `fds` and empties the list. None if it is the twin's. */
+static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+{
+    (void)module;
+    char *data;
+    Py_ssize_t size;
+    if (num_args != 2) {
+        PyErr_SetString(PyExc_TypeError, "decode_plain() takes the data and the descriptors");
+        return NULL;
+    }
+    if (PyBytes_AsStringAndSize(args[0], &data, &size) < 0)
+        return NULL;
+    if (size < TRAILER + COUNT + REFERENCE || data[size - 1] != KIND || !memory_ready())
+        Py_RETURN_NONE;
+    uint32_t count;
+    memcpy(&count, data + size - TRAILER - COUNT, COUNT);
+    Py_ssize_t start = size - TRAILER - COUNT - (Py_ssize_t)count * REFERENCE;
+    if (count < 1 || count > MAX_TENSORS || start < 1)
+        Py_RETURN_NONE;
+    Shape *shape = shape_of_prefix(data, (size_t)start);
+    if (shape == NULL || shape->count != (Py_ssize_t)count)
+        Py_RETURN_NONE;
+    Py_INCREF(shape);
+    PyObject *tensors[MAX_TENSORS] = {NULL}, *result = NULL;
+    int found = memory_lock((Py_ssize_t)count);
+    if (!found) {
+        found = take(shape, data + start, tensors);
+        memory_unlock();
+    }
+    if (!found)
+        result = build(shape, tensors);
+    for (Py_ssize_t index = 0; index < (Py_ssize_t)count; index++)
+        Py_XDECREF(tensors[index]);
+    Py_DECREF(shape);
+    if (found == NOT_MINE)
+        Py_RETURN_NONE;
+    if (result != NULL && close_fds(args[1]) < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+static PyObject *clear_shapes_function(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    clear_shapes();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"add_shape", (PyCFunction)(void (*)(void))add_shape, METH_FASTCALL, NULL},
+    {"encode_plain", (PyCFunction)(void (*)(void))encode_plain, METH_FASTCALL, NULL},
+    {"decode_plain", (PyCFunction)(void (*)(void))decode_plain, METH_FASTCALL, NULL},
+    {"clear_shapes", clear_shapes_function, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+int add_plain(PyObject *module)
+{
+    Shape_Type = add_type(module, &shape_spec);
+    return Shape_Type == NULL ? -1 : add_functions(module, functions);
+}

@@ -1,0 +1,301 @@
+/* Sends and receives whole messages on a seqpacket socket, and spins for one. Its twin: transport/seqpacket.py.
+ *
+ * Sending and receiving never wait, so they keep the GIL: between the look at `fd` and the system call no other thread
+ * can close it, and a signal handler runs before or after, never in the middle. `spin` releases the GIL. It only looks.
+ *
+ * Sources: unix(7), recv(2), cmsg(3).
+ */
+
+#include "core.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_MESSAGE (32 * 1024)
+#define MAX_FDS 253
+
+/* transport.seqpacket.SeqpacketEndpoint derives from this. */
+typedef struct {
+    PyObject_HEAD
+    int fd; /* -1 once it is closed */
+} SeqpacketCalls;
+
+/* What `set_sockets` has set. */
+static PyObject *no_fds;   /* the descriptors of a message without any: an empty list, which nobody changes */
+static PyObject *on_error; /* on_error(errno, closed): returns if the socket is full; else raises */
+static PyObject *on_fds;   /* on_fds(fds, truncated): the list for descriptors that are not as most are; or raises */
+
+double monotonic(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+static int64_t monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* try_send(data: bytes, fds: sequence of int): whether the socket had room. */
+static PyObject *try_send(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    SeqpacketCalls *self = (SeqpacketCalls *)op;
+    struct iovec part;
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+    char *bytes;
+    Py_ssize_t size;
+    if (count < 1 || count > 2 || on_error == NULL) {
+        PyErr_SetString(PyExc_TypeError, "try_send() takes the data and the descriptors");
+        return NULL;
+    }
+    if (PyBytes_AsStringAndSize(args[0], &bytes, &size) < 0)
+        return NULL;
+    part.iov_base = bytes, part.iov_len = (size_t)size;
+    Py_ssize_t num_fds = count == 2 ? PySequence_Size(args[1]) : 0;
+    if (num_fds < 0)
+        return NULL;
+    if (num_fds > MAX_FDS) {
+        PyErr_Format(PyExc_ValueError, "%zd descriptors are too many for one message", num_fds);
+        return NULL;
+    }
+    if (num_fds) {
+        memset(control, 0, CMSG_SPACE((size_t)num_fds * sizeof(int)));
+        message.msg_control = control;
+        message.msg_controllen = CMSG_SPACE((size_t)num_fds * sizeof(int));
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN((size_t)num_fds * sizeof(int));
+        for (Py_ssize_t index = 0; index < num_fds; index++) {
+            PyObject *item = PySequence_GetItem(args[1], index);
+            if (item == NULL)
+                return NULL;
+            long fd = PyLong_AsLong(item);
+            Py_DECREF(item);
+            if (fd == -1 && PyErr_Occurred())
+                return NULL;
+            int value = (int)fd;
+            memcpy(CMSG_DATA(header) + (size_t)index * sizeof(int), &value, sizeof(int));
+        }
+    }
+    ssize_t sent;
+    do
+        sent = sendmsg(self->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (sent < 0 && errno == EINTR);
+    if (sent >= 0)
+        Py_RETURN_TRUE;
+    if (errno == EAGAIN || errno == EWOULDBLOCK)
+        Py_RETURN_FALSE;
+    PyObject *result = PyObject_CallFunction(on_error, "iO", errno, self->fd < 0 ? Py_True : Py_False);
+    if (result == NULL)
+        return NULL;
+    Py_DECREF(result);
+    Py_RETURN_FALSE;
+}
+
+static void close_all(const int *fds, size_t count)
+{
+    for (size_t index = 0; index < count; index++)
+        close(fds[index]);
+}
+
+static PyObject *list_of(const int *fds, size_t count)
+{
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t index = 0; list != NULL && index < count; index++) {
+        PyObject *fd = PyLong_FromLong(fds[index]);
+        if (fd == NULL || PyList_SetItem(list, (Py_ssize_t)index, fd) < 0)
+            Py_CLEAR(list);
+    }
+    if (list == NULL)
+        close_all(fds, count);
+    return list;
+}
+
+/* The descriptors of a message, as a list. */
+static PyObject *received_fds(struct msghdr *message)
+{
+    int fds[MAX_FDS];
+    size_t count = 0;
+    bool odd = message->msg_flags & MSG_CTRUNC;
+    for (struct cmsghdr *each = CMSG_FIRSTHDR(message); each != NULL; each = CMSG_NXTHDR(message, each)) {
+        if (each->cmsg_level != SOL_SOCKET || each->cmsg_type != SCM_RIGHTS)
+            continue;
+        size_t bytes = each->cmsg_len - CMSG_LEN(0);
+        for (size_t at = 0; at + sizeof(int) <= bytes; at += sizeof(int)) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(each) + at, sizeof fd);
+            if (count == MAX_FDS) { /* the kernel sends no more */
+                close(fd);
+                continue;
+            }
+            odd |= fd <= 2;
+            fds[count++] = fd;
+        }
+    }
+    PyObject *list = list_of(fds, count);
+    if (list == NULL || !odd)
+        return list;
+    PyObject *truncated = message->msg_flags & MSG_CTRUNC ? Py_True : Py_False;
+    PyObject *result = PyObject_CallFunctionObjArgs(on_fds, list, truncated, NULL);
+    Py_DECREF(list);
+    return result;
+}
+
+/* try_receive(): the bytes and the descriptors of the next message; None if there is none now. Raises EOFError. */
+static PyObject *try_receive(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    SeqpacketCalls *self = (SeqpacketCalls *)op;
+    if (no_fds == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "set_sockets() has not been called");
+        return NULL;
+    }
+    char data[MAX_MESSAGE];
+    char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+    struct iovec part = {.iov_base = data, .iov_len = sizeof data};
+    struct msghdr message = {
+        .msg_iov = &part,
+        .msg_iovlen = 1,
+        .msg_control = control,
+        .msg_controllen = sizeof control,
+    };
+    ssize_t size;
+    /* ECONNRESET: the peer closed with messages of ours unread. The kernel says so once, on the read that comes next;
+     * the messages that the peer had sent before are still there. */
+    do
+        size = recvmsg(self->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    while (size < 0 && (errno == EINTR || errno == ECONNRESET));
+    if (size < 0) {
+        if (errno == EAGAIN || errno == EWOULDBLOCK)
+            Py_RETURN_NONE;
+        if (errno == EBADF) /* closed by another thread of this process */
+            PyErr_SetNone(PyExc_EOFError);
+        else
+            PyErr_SetFromErrno(PyExc_OSError);
+        return NULL;
+    }
+    bool plain = message.msg_controllen == 0 && !(message.msg_flags & MSG_CTRUNC);
+    if (plain && size == 0) {
+        PyErr_SetNone(PyExc_EOFError);
+        return NULL;
+    }
+    PyObject *fds = no_fds;
+    if (plain)
+        Py_INCREF(fds);
+    else if ((fds = received_fds(&message)) == NULL)
+        return NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(data, size);
+    PyObject *result = bytes == NULL ? NULL : PyTuple_New(2);
+    if (result == NULL) {
+        Py_XDECREF(bytes);
+        for (Py_ssize_t index = 0; index < PyList_Size(fds); index++)
+            close((int)PyLong_AsLong(PyList_GetItem(fds, index)));
+        Py_DECREF(fds);
+        return NULL;
+    }
+    PyTuple_SetItem(result, 0, bytes);
+    PyTuple_SetItem(result, 1, fds);
+    return result;
+}
+
+static PyMethodDef socket_methods[] = {
+    {"try_send", (PyCFunction)(void (*)(void))try_send, METH_FASTCALL, NULL},
+    {"try_receive", try_receive, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef socket_members[] = {
+    {"fd", T_INT, offsetof(SeqpacketCalls, fd), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot socket_slots[] = {
+    {Py_tp_dealloc, free_object},
+    {Py_tp_methods, socket_methods},
+    {Py_tp_members, socket_members},
+    {0, NULL},
+};
+
+static PyType_Spec socket_spec = {
+    .name = "torchwq._native._core.SeqpacketCalls",
+    .basicsize = sizeof(SeqpacketCalls),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = socket_slots,
+};
+
+static long preemptions(void)
+{
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
+}
+
+/* spin(fd, alarm, ns, polls_per_yield): look for at most `ns` nanoseconds whether one of the two descriptors is
+ * readable. Returns 1 if so, 0 if not, and -1 if not and another thread has taken this one's core meanwhile. */
+static PyObject *spin(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "spin() takes two descriptors, the nanoseconds, and the polls per yield");
+        return NULL;
+    }
+    struct pollfd watched[2] = {
+        {.fd = (int)PyLong_AsLong(args[0]), .events = POLLIN},
+        {.fd = (int)PyLong_AsLong(args[1]), .events = POLLIN},
+    };
+    long long ns = PyLong_AsLongLong(args[2]);
+    long polls = PyLong_AsLong(args[3]);
+    if (PyErr_Occurred())
+        return NULL;
+    int found = 0;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t until = monotonic_ns() + ns;
+    long before = preemptions();
+    for (;;) {
+        for (long turn = 0; turn < polls && found <= 0; turn++)
+            found = poll(watched, 2, 0);
+        if (found > 0 || monotonic_ns() > until)
+            break;
+        sched_yield();
+    }
+    if (found <= 0)
+        found = preemptions() != before ? -1 : 0;
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(found > 0 ? 1 : found);
+}
+
+/* set_sockets(no_fds, on_error, on_fds) */
+static PyObject *set_sockets(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 3 || !PyList_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "set_sockets() takes a list and two functions");
+        return NULL;
+    }
+    Py_INCREF(args[0]), Py_INCREF(args[1]), Py_INCREF(args[2]); /* for as long as the process lives */
+    no_fds = args[0], on_error = args[1], on_fds = args[2];
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"set_sockets", (PyCFunction)(void (*)(void))set_sockets, METH_FASTCALL, NULL},
+    {"spin", (PyCFunction)(void (*)(void))spin, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+int add_sockets(PyObject *module)
+{
+    if (add_type(module, &socket_spec) == NULL)
+        return -1;
+    return add_functions(module, functions);
+}
