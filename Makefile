@@ -7,6 +7,10 @@
 #   make test PYTHON=python3.12 VENV=/tmp/venv312      another Python, in an environment of its own
 #   make test PYTEST_ARGS="-x -k drain"                further arguments for pytest
 #
+# The native part is a file in the checkout, which demo, test, bench and soak build if there is a C compiler, and again
+# when its sources have changed. Where it cannot be built, one line says so, each time, and everything works without it.
+# With TORCHWQ_NATIVE=0 in the environment it is neither built nor used.
+#
 # pip's own settings (pip.conf, the PIP_* environment variables) hold as always.
 
 PYTHON      ?= python3
@@ -25,9 +29,21 @@ PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --m
 # How long `make soak` goes on, in seconds.
 TORCHWQ_SOAK_SECONDS ?= 600
 
+# The tests of the rooms that have twins of the native part, and what `make sanitize` runs.
+TWINS          := tests/native tests/memory tests/marshalling tests/transport tests/queues tests/channels
+COMMA          := ,
+SANITIZE_TESTS ?= tests/native tests/memory tests/marshalling
+
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -qq --constraint constraints.txt
+
+NATIVE      := torchwq/_native/_core.abi3.so
+BUILD_EXT   := $(BIN)/python setup.py --quiet build_ext --force
+is_native   := $(BIN)/python -c 'import sys, torchwq; sys.exit(not torchwq.native)'
+
+# $(call compile,FOLDER,FLAGS) builds the native part into a folder, and fails if it cannot.
+compile = TORCHWQ_NATIVE=1 CFLAGS="$(2)" $(BUILD_EXT) --build-temp $(1) --build-lib $(1)
 
 # $(call extra,NAME) is the stamp that says that the extra NAME of pyproject.toml is installed.
 extra = $(VENV)/.stamp-extra-$(1)
@@ -36,19 +52,22 @@ extra = $(VENV)/.stamp-extra-$(1)
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment get into each other's way
 
-.PHONY: help demo test lint style types imports bench docs soak install clean
+.PHONY: help demo test lint style types imports warnings sanitize bench docs soak wheels install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
 
 # --- what there is to do ---
 
-demo: $(call extra,examples) ## train a small CNN on images that background workers prepare
+demo: $(call extra,examples) $(NATIVE) ## train a small CNN on images that background workers prepare
 	$(BIN)/python examples/train_digits.py
 
-test: $(call extra,test) $(call extra,examples) ## run the tests, those of the queues on both transports
+test: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the tests, some on each transport, and with and without the native part
 	env -u TORCHWQ_TRANSPORT $(BIN)/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 	TORCHWQ_TRANSPORT=stream $(BIN)/python -m pytest $(PYTEST_SPREAD) tests/transport tests/queues tests/channels $(PYTEST_ARGS)
+	@if $(is_native); then set -x; \
+		TORCHWQ_NATIVE=0 $(BIN)/python -m pytest $(PYTEST_SPREAD) $(TWINS) $(PYTEST_ARGS); \
+	else echo "These were the tests without the native part."; fi
 
 lint: style types imports ## check style, types and layers
 
@@ -62,8 +81,25 @@ types: $(call extra,lint) ## check the types only (mypy)
 imports: $(call extra,lint) ## check only that each layer imports none above it (import-linter)
 	$(BIN)/lint-imports
 
+# Not a part of lint, which needs no compiler.
+warnings: $(VENV)/.stamp-setuptools ## compile the native part, with every warning an error
+	@reason=$$($(BIN)/python -c 'import setup; print(setup.excluded() or setup.missing())') || exit 1; \
+	if [ -n "$$reason" ]; then echo "skipped: $$reason"; exit 0; fi; set -x; \
+	$(call compile,build/warnings,-O2 -Wall -Wextra -Werror)
+
+# In a copy of the checkout. libstdc++ is loaded before torch is, or torch's exceptions would end the process.
+sanitize: $(call extra,test) $(call extra,examples) ## run SANITIZE_TESTS with gcc's sanitizers of addresses and of undefined behaviour
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -R torchwq tests pyproject.toml build/sanitize
+	$(call compile,build/sanitize,-g -O1 -fno-omit-frame-pointer -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
+	cd build/sanitize && \
+		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CC) -print-file-name=lib$(name).so))" \
+		$(abspath $(BIN))/python -m pytest $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
-bench: $(call extra,bench) ## measure queues, tensors, loaders, channels and threads against their peers
+bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels and threads against their peers
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tensors $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.dataloader $(BENCH_ARGS)
@@ -73,13 +109,17 @@ bench: $(call extra,bench) ## measure queues, tensors, loaders, channels and thr
 docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 
-soak: $(call extra,test) $(call extra,examples) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
+soak: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
 	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout=0 -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
-install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) ## install all that demo, test, lint and docs need
+wheels: $(VENV)/.stamp-setuptools ## build the wheels into dist/: that of this platform, and the one for all
+	TORCHWQ_NATIVE=1 $(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
+	TORCHWQ_NATIVE=0 $(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
+
+install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) $(NATIVE) ## install all that demo, test, lint and docs need
 
 clean: ## remove what was built and cached (the virtual environment stays)
-	rm -rf build dist $(SITE) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist $(NATIVE) *.egg-info $(SITE) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -path './.*' -prune -o -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- what it needs ---
@@ -97,7 +137,15 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
 	@$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.stamp-extra-%: $(VENV)/.stamp-torch pyproject.toml constraints.txt
-	@echo "Installing torchwq and what \"$*\" needs"
-	@$(PIP_INSTALL) --editable ".[$*]"
+$(VENV)/.stamp-setuptools: $(VENV)/.stamp-venv pyproject.toml
+	@$(PIP_INSTALL) "$$(sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml)"
 	@touch $@
+
+$(VENV)/.stamp-extra-%: $(VENV)/.stamp-torch $(VENV)/.stamp-setuptools pyproject.toml constraints.txt
+	@echo "Installing torchwq and what \"$*\" needs"
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+# pip builds it too, and does not show what is missing. Where it cannot be built, there is no file, and this tries anew.
+$(NATIVE): setup.py $(wildcard torchwq/_native/*.[ch]) | $(VENV)/.stamp-setuptools
+	@$(BUILD_EXT) --inplace

@@ -3,6 +3,8 @@
 The public face: what is not named here is internal.
 """
 
+from ._native import NativeStatus
+from ._native import status as native
 from .background import BackgroundTask
 from .channels import Channel, ChannelState, ChannelStatistics, channel
 from .dataloader import DataLoader
@@ -50,6 +52,7 @@ __all__ = [
     "Mutex",
     "MutexError",
     "NamespaceError",
+    "NativeStatus",
     "QueueClosed",
     "QueueStatistics",
     "RemoteError",
@@ -67,6 +70,7 @@ __all__ = [
     "marshal",
     "memory_stats",
     "mutex",
+    "native",
     "register_reducer",
     "select",
     "set_executable",

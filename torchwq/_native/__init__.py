@@ -10,6 +10,7 @@ place if there is one. So this package knows nothing of the others.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -22,15 +23,15 @@ VARIABLE: Final = "TORCHWQ_NATIVE"
 
 @dataclass(frozen=True, slots=True)
 class NativeStatus:
-    """Whether this process uses the native part.
+    """Whether this process uses the native part, which is true of the status as well, and why not if it does not.
 
     Attributes:
         active: whether it does.
-        reason: why it does not; empty if it does.
+        reason: why it does not, and what to do about that; empty if it does.
     """
 
     active: bool
-    reason: str
+    reason: str = ""
 
     def __bool__(self) -> bool:
         return self.active
@@ -38,21 +39,28 @@ class NativeStatus:
 
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get(VARIABLE) == "0":
-        return None, f"{VARIABLE}=0 is set"
+        return None, f"{VARIABLE}=0 is set; unset it to have the native part"
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
-        return None, "this Python has no GIL, for which the native part is not made"
+        return None, "the native part is not made for a Python without a GIL; run torchwq in one with a GIL to have it"
     try:
-        from . import _core
+        return importlib.import_module(f"{__name__}._core"), ""
+    except ModuleNotFoundError:
+        return None, (
+            "the extension module was not built when torchwq was installed; install a C compiler and Python's header "
+            "files (gcc and python3-dev, in Debian's terms), then torchwq again; pip's -v shows what is missing"
+        )
     except ImportError as error:
-        return None, f"the extension module is not there, or does not fit this Python: {error}"
-    return _core, ""
+        return None, f"the extension module cannot be loaded; install torchwq again to have it built anew ({error})"
 
 
-def _find() -> tuple[Any, NativeStatus]:
-    module, reason = _load()
-    return module, NativeStatus(module is not None, reason)
-
-
-#: The extension module; None if this process uses the twins.
+#: The extension module, typed in ``_core.pyi``; None if this process uses the twins. It is ``Any`` because much of what
+#: uses it can only have come with the extension, and need not ask again whether it is there.
 core: Any
-core, status = _find()
+core, _reason = _load()
+
+status: Final = NativeStatus(core is not None, _reason)
+"""Whether this process uses the native part, the hot path of torchwq in C, and why not if it does not.
+
+Without it, torchwq does the same in Python, and sends the same messages. ``TORCHWQ_NATIVE=0`` in the environment turns
+it off, for this process and the workers that it starts.
+"""
