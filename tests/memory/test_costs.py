@@ -13,7 +13,8 @@ from tests.conftest import wait_until
 from tests.loading import datasets
 from tests.marshalling.support import Peer, started_peer
 from torchwq.memory import limits, maintenance, recycling, state_lock
-from torchwq.memory.block import MAPPED, Block
+from torchwq.memory.block import Block
+from torchwq.memory.block_fields import MAPPED
 
 
 @pytest.fixture

@@ -50,6 +50,13 @@ int counts_state(Counts *self, uint64_t number); /* -1 with an exception */
 
 #define UNTRACKED UINT64_MAX
 
+/* --- sockets.c --- */
+
+bool is_seqpacket(PyObject *endpoint);                                  /* whether this file can use it */
+int seqpacket_send(PyObject *endpoint, PyObject *data, PyObject *fds);  /* 1; 0 if it was not sent; -1: no such arguments */
+PyObject *seqpacket_receive(PyObject *endpoint);                        /* as `try_receive` */
+PyObject *seqpacket_of(PyObject *receive);                              /* borrowed: the endpoint whose `try_receive` this is; or NULL */
+
 /* --- block.c --- */
 
 enum { MADE, MAPPED, ADOPTED, PLAIN };
@@ -147,6 +154,20 @@ int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **
 
 /* --- message.c --- */
 
+/* memory.message.Message derives from this. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *data;        /* bytes */
+    PyObject *fds;         /* sequence of int */
+    PyObject *keep;        /* the owners of `fds` */
+    PyObject *numbers;     /* sequence of int: those of its blocks */
+    PyObject *counts_sent; /* sequence of functions */
+    uint64_t nbytes;
+    int kind;
+    char only_blocks;
+} Message;
+
+Message *as_message(PyObject *payload); /* NULL if it is something else, or not complete */
 PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *numbers, uint64_t nbytes);
 
 /* --- module --- */
@@ -160,6 +181,8 @@ int add_poller(PyObject *module);
 int add_memory(PyObject *module);
 int add_message(PyObject *module);
 int add_move(PyObject *module);
+int add_outbox(PyObject *module);
+int add_receive(PyObject *module);
 int add_plain(PyObject *module);
 int add_functions(PyObject *module, PyMethodDef *methods);
 PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);

@@ -5,23 +5,19 @@
 
 #include "core.h"
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *data;        /* bytes */
-    PyObject *fds;         /* sequence of int */
-    PyObject *keep;        /* the owners of `fds` */
-    PyObject *numbers;     /* sequence of int: those of its blocks */
-    PyObject *counts_sent; /* sequence of functions */
-    uint64_t nbytes;
-    int kind;
-    char only_blocks;
-} Message;
-
 #define REFERENCES 1
 
 static PyTypeObject *MessageFields_Type;
 static PyTypeObject *message_type; /* the class in Python */
 static PyObject *empty;
+
+Message *as_message(PyObject *payload)
+{
+    if (!PyObject_TypeCheck(payload, MessageFields_Type))
+        return NULL;
+    Message *self = (Message *)payload;
+    return self->data != NULL && PyBytes_CheckExact(self->data) && self->fds != NULL && self->numbers != NULL ? self : NULL;
+}
 
 PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *numbers, uint64_t nbytes)
 {

@@ -12,7 +12,7 @@
 #define SOLE_OWNERS 2         /* the tensor, and the Python object of the storage */
 
 /* Functions of torch. */
-static PyObject *untyped_storage, *is_shared, *num_bytes, *is_inference, *tensor_use_count;
+static PyObject *untyped_storage, *is_shared, *num_bytes, *data_pointer, *is_inference, *tensor_use_count;
 static PyObject *cdata_property, *data_property;
 static descrgetfunc get_cdata;
 static descrsetfunc set_data;
@@ -32,9 +32,23 @@ static long number_of(PyObject *function, PyObject *argument)
     return number;
 }
 
-/* Whether the storage belongs to this tensor alone, is private, and has no attributes: 1, 0, or -1 with an exception. */
-static int is_simple(PyObject *tensor, PyObject *storage, uint64_t nbytes)
+static int pointer_of(PyObject *storage, uint64_t *address)
 {
+    PyObject *result = PyObject_CallFunctionObjArgs(data_pointer, storage, NULL);
+    if (result == NULL)
+        return -1;
+    *address = PyLong_AsUnsignedLongLong(result);
+    Py_DECREF(result);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Whether the storage belongs to this tensor alone, is private, and has no attributes: 1, 0, or -1 with an exception.
+ *
+ * Another thread may have moved the tensor since it was looked at. So the memory at `view` is believed only if it is
+ * that of the storage, to which the caller has a reference. */
+static int is_simple(PyObject *tensor, PyObject *storage, const View *view, uint64_t nbytes)
+{
+    uint64_t address;
     PyObject *attributes = PyObject_GenericGetDict(storage, NULL);
     if (attributes == NULL) {
         PyErr_Clear();
@@ -47,6 +61,10 @@ static int is_simple(PyObject *tensor, PyObject *storage, uint64_t nbytes)
     long size = number_of(num_bytes, storage);
     if (size < 0 || (uint64_t)size != nbytes)
         return PyErr_Occurred() ? -1 : 0;
+    if (pointer_of(storage, &address) < 0)
+        return -1;
+    if (address != view->address)
+        return 0;
     PyObject *cdata = get_cdata(cdata_property, storage, (PyObject *)Py_TYPE(storage));
     if (cdata == NULL)
         return -1;
@@ -143,7 +161,7 @@ static int move_to(Block *block, PyObject *tensor, PyObject *storage, const View
     PyObject *prototype = block_prototype(block, geometry);
     Py_XINCREF(prototype);
     if (prototype == NULL)
-        prototype = PyObject_CallMethod((PyObject *)block, "new_prototype", "O", geometry);
+        prototype = PyObject_CallMethod((PyObject *)block, "new_prototype", "(O)", geometry);
     if (prototype == NULL)
         return -1;
     memcpy((void *)(uintptr_t)block->address, (const void *)(uintptr_t)view->address, block->nbytes);
@@ -172,7 +190,7 @@ int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **
     if (storage == NULL)
         return -1;
     Py_INCREF(ring);
-    int found = is_simple(tensor, storage, nbytes);
+    int found = is_simple(tensor, storage, view, nbytes);
     Block *block = found == 1 ? free_block(ring) : NULL;
     if (block == NULL) {
         Py_DECREF(ring);
@@ -196,12 +214,12 @@ int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **
     return found;
 }
 
-/* set_move(functions, moving, rings, is_free): `functions` are seven of torch, in the order of `places`. */
+/* set_move(functions, moving, rings, is_free): `functions` are eight of torch, in the order of `places`. */
 static PyObject *set_move(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    PyObject **places[] = {&untyped_storage, &is_shared, &num_bytes, &is_inference, &tensor_use_count, &cdata_property,
-                           &data_property};
+    PyObject **places[] = {&untyped_storage, &is_shared,        &num_bytes,      &data_pointer,
+                           &is_inference,    &tensor_use_count, &cdata_property, &data_property};
     const Py_ssize_t wanted = sizeof places / sizeof *places;
     if (count != 4 || !PyTuple_Check(args[0]) || PyTuple_Size(args[0]) != wanted || !PyDict_Check(args[1]) ||
         !PyDict_Check(args[2])) {

@@ -26,6 +26,8 @@
 #define TABLE (4 * MAX_SHAPES)
 
 #define KIND 1         /* wire.References */
+#define PICKLE 0       /* wire.Pickle */
+#define BARE '.'       /* wire.Bare */
 #define TRAILER 9      /* the number, and the kind */
 #define REFERENCE 16   /* the number and the bytes of a block */
 #define COUNT 4        /* the number of references */
@@ -53,6 +55,8 @@ typedef struct {
 } Shape;
 
 static PyTypeObject *Shape_Type;
+
+static PyObject *dumps, *loads, *protocol; /* of pickle */
 
 /* Both tables have the same shapes: one to encode, one to decode. They own one reference to each, in `by_prefix`. */
 static Shape *by_views[TABLE], *by_prefix[TABLE];
@@ -296,6 +300,8 @@ static int find_content(PyObject *obj, Content *content)
 {
     PyTypeObject *cls = Py_TYPE(obj);
     content->cls = (PyObject *)cls, content->count = 0, content->has_keys = false;
+    if (!torch_is_tensor(obj) && cls != &PyDict_Type && cls != &PyList_Type && cls != &PyTuple_Type)
+        return NOT_MINE;
     if (torch_is_tensor(obj)) {
         Py_INCREF(obj);
         content->tensors[content->count++] = obj;
@@ -447,7 +453,72 @@ static int encode_content(const Content *content, Py_ssize_t limit, PyObject **r
     return found ? found : *result == NULL ? -1 : 0;
 }
 
-/* encode_plain(obj, limit): the message of a tensor, dict, list or tuple; None if it is the twin's. */
+/* --- objects without tensors --- */
+
+#define MAX_DEPTH 8
+#define MAX_OBJECTS 1024
+
+static bool is_scalar(PyObject *obj)
+{
+    PyTypeObject *cls = Py_TYPE(obj);
+    return obj == Py_None || cls == &PyLong_Type || cls == &PyFloat_Type || cls == &PyUnicode_Type ||
+           cls == &PyBool_Type || cls == &PyBytes_Type;
+}
+
+/* How many more objects, and about how many more bytes, a message may have. */
+typedef struct {
+    int objects;
+    Py_ssize_t bytes;
+} Room;
+
+/* Whether pickle needs no other code for the object, which is not too large. */
+static bool is_builtin(PyObject *obj, int depth, Room *room)
+{
+    PyTypeObject *cls = Py_TYPE(obj);
+    if (cls == &PyUnicode_Type)
+        room->bytes -= PyUnicode_GetLength(obj);
+    else if (cls == &PyBytes_Type)
+        room->bytes -= PyBytes_Size(obj);
+    if (--room->objects < 0 || room->bytes < 0)
+        return false;
+    if (is_scalar(obj))
+        return true;
+    if (depth >= MAX_DEPTH)
+        return false;
+    if (cls == &PyDict_Type) {
+        PyObject *key, *value;
+        Py_ssize_t at = 0;
+        while (PyDict_Next(obj, &at, &key, &value))
+            if (!is_scalar(key) || !is_builtin(key, MAX_DEPTH, room) || !is_builtin(value, depth + 1, room))
+                return false;
+        return true;
+    }
+    if (cls != &PyTuple_Type && cls != &PyList_Type)
+        return false;
+    Py_ssize_t size = PyObject_Size(obj);
+    for (Py_ssize_t index = 0; index < size; index++) {
+        PyObject *item = cls == &PyTuple_Type ? PyTuple_GetItem(obj, index) : PyList_GetItem(obj, index);
+        if (!is_builtin(item, depth + 1, room))
+            return false;
+    }
+    return true;
+}
+
+/* The pickle of an object of built-in types; None if it has others, or is too large. */
+static PyObject *encode_builtin(PyObject *obj, Py_ssize_t limit)
+{
+    Room room = {MAX_OBJECTS, limit};
+    if (dumps == NULL || !is_builtin(obj, 0, &room))
+        Py_RETURN_NONE;
+    PyObject *bytes = PyObject_CallFunctionObjArgs(dumps, obj, protocol, NULL);
+    if (bytes == NULL || PyBytes_Size(bytes) <= limit)
+        return bytes;
+    Py_DECREF(bytes);
+    Py_RETURN_NONE;
+}
+
+/* encode_plain(obj, limit): the message of a tensor, or of a dict, list or tuple of tensors; the pickle of an object of
+ * built-in types. None if it is the twin's. */
 static PyObject *encode_plain(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
@@ -458,11 +529,11 @@ static PyObject *encode_plain(PyObject *module, PyObject *const *args, Py_ssize_
     Py_ssize_t limit = PyLong_AsSsize_t(args[1]);
     if (limit == -1 && PyErr_Occurred())
         return NULL;
-    if (!memory_ready())
-        Py_RETURN_NONE;
+    if (is_scalar(args[0]))
+        return encode_builtin(args[0], limit);
     Content content;
-    if (find_content(args[0], &content))
-        Py_RETURN_NONE;
+    if (!memory_ready() || find_content(args[0], &content))
+        return encode_builtin(args[0], limit);
     PyObject *result = NULL;
     int found = encode_content(&content, limit, &result);
     drop_content(&content);
@@ -502,7 +573,7 @@ static PyObject *new_tensor(Block *block, PyObject *geometry)
     PyObject *prototype = block_prototype(block, geometry);
     Py_XINCREF(prototype);
     if (prototype == NULL)
-        prototype = PyObject_CallMethod((PyObject *)block, "new_prototype", "O", geometry);
+        prototype = PyObject_CallMethod((PyObject *)block, "new_prototype", "(O)", geometry);
     if (prototype == NULL)
         return NULL;
     PyObject *tensor = torch_detach(prototype);
@@ -566,28 +637,19 @@ static int close_fds(PyObject *fds)
     return count ? PyList_SetSlice(fds, 0, count, NULL) : 0;
 }
 
-/* decode_plain(data, fds): the object in the message; closes `fds` and empties the list. None if it is the twin's. */
-static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_t num_args)
+/* The object in a message with references; closes `fds` and empties the list. NotImplemented if it is the twin's. */
+static PyObject *decode_references(const char *data, Py_ssize_t size, PyObject *fds)
 {
-    (void)module;
-    char *data;
-    Py_ssize_t size;
-    if (num_args != 2) {
-        PyErr_SetString(PyExc_TypeError, "decode_plain() takes the data and the descriptors");
-        return NULL;
-    }
-    if (PyBytes_AsStringAndSize(args[0], &data, &size) < 0)
-        return NULL;
-    if (size < TRAILER + COUNT + REFERENCE || data[size - 1] != KIND || !memory_ready())
-        Py_RETURN_NONE;
+    if (size < TRAILER + COUNT + REFERENCE || !memory_ready())
+        Py_RETURN_NOTIMPLEMENTED;
     uint32_t count;
     memcpy(&count, data + size - TRAILER - COUNT, COUNT);
     Py_ssize_t start = size - TRAILER - COUNT - (Py_ssize_t)count * REFERENCE;
     if (count < 1 || count > MAX_TENSORS || start < 1)
-        Py_RETURN_NONE;
+        Py_RETURN_NOTIMPLEMENTED;
     Shape *shape = shape_of_prefix(data, (size_t)start);
     if (shape == NULL || shape->count != (Py_ssize_t)count)
-        Py_RETURN_NONE;
+        Py_RETURN_NOTIMPLEMENTED;
     Py_INCREF(shape);
     PyObject *tensors[MAX_TENSORS] = {NULL}, *result = NULL;
     int found = memory_lock((Py_ssize_t)count);
@@ -601,10 +663,46 @@ static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_
         Py_XDECREF(tensors[index]);
     Py_DECREF(shape);
     if (found == NOT_MINE)
-        Py_RETURN_NONE;
-    if (result != NULL && close_fds(args[1]) < 0)
+        Py_RETURN_NOTIMPLEMENTED;
+    if (result != NULL && close_fds(fds) < 0)
         Py_CLEAR(result);
     return result;
+}
+
+/* decode_plain(data, fds): the object in the message, whose descriptors are closed, and the list emptied; NotImplemented
+ * if it is the twin's. */
+static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    char *data;
+    Py_ssize_t size;
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "decode_plain() takes the data and the descriptors");
+        return NULL;
+    }
+    if (!PyBytes_CheckExact(args[0]) || !PyList_Check(args[1]))
+        Py_RETURN_NOTIMPLEMENTED;
+    if (PyBytes_AsStringAndSize(args[0], &data, &size) < 0)
+        return NULL;
+    int kind = size ? (unsigned char)data[size - 1] : -1;
+    if (kind == KIND)
+        return decode_references(data, size, args[1]);
+    if ((kind == BARE || kind == PICKLE) && loads != NULL && PyList_Size(args[1]) == 0)
+        return PyObject_CallFunctionObjArgs(loads, args[0], NULL);
+    Py_RETURN_NOTIMPLEMENTED;
+}
+
+/* set_pickle(dumps, loads) */
+static PyObject *set_pickle(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 2 || (protocol == NULL && (protocol = PyLong_FromLong(5)) == NULL)) {
+        PyErr_SetString(PyExc_TypeError, "set_pickle() takes two functions");
+        return NULL;
+    }
+    Py_INCREF(args[0]), Py_INCREF(args[1]); /* for as long as the process lives */
+    dumps = args[0], loads = args[1];
+    Py_RETURN_NONE;
 }
 
 static PyObject *clear_shapes_function(PyObject *module, PyObject *unused)
@@ -618,6 +716,7 @@ static PyMethodDef functions[] = {
     {"add_shape", (PyCFunction)(void (*)(void))add_shape, METH_FASTCALL, NULL},
     {"encode_plain", (PyCFunction)(void (*)(void))encode_plain, METH_FASTCALL, NULL},
     {"decode_plain", (PyCFunction)(void (*)(void))decode_plain, METH_FASTCALL, NULL},
+    {"set_pickle", (PyCFunction)(void (*)(void))set_pickle, METH_FASTCALL, NULL},
     {"clear_shapes", clear_shapes_function, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -45,28 +45,30 @@ static int64_t monotonic_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* try_send(data: bytes, fds: sequence of int): whether the socket had room. */
-static PyObject *try_send(PyObject *op, PyObject *const *args, Py_ssize_t count)
+static PyTypeObject *SeqpacketCalls_Type;
+
+bool is_seqpacket(PyObject *endpoint)
 {
-    SeqpacketCalls *self = (SeqpacketCalls *)op;
+    return endpoint != NULL && PyObject_TypeCheck(endpoint, SeqpacketCalls_Type);
+}
+
+/* Sends the data and the descriptors. Returns 0; the error's number; or -1 with an exception. */
+static int send_message(int socket, PyObject *data, PyObject *fds)
+{
     struct iovec part;
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
     char *bytes;
     Py_ssize_t size;
-    if (count < 1 || count > 2 || on_error == NULL) {
-        PyErr_SetString(PyExc_TypeError, "try_send() takes the data and the descriptors");
-        return NULL;
-    }
-    if (PyBytes_AsStringAndSize(args[0], &bytes, &size) < 0)
-        return NULL;
+    if (PyBytes_AsStringAndSize(data, &bytes, &size) < 0)
+        return -1;
     part.iov_base = bytes, part.iov_len = (size_t)size;
-    Py_ssize_t num_fds = count == 2 ? PySequence_Size(args[1]) : 0;
+    Py_ssize_t num_fds = fds == NULL ? 0 : PySequence_Size(fds);
     if (num_fds < 0)
-        return NULL;
+        return -1;
     if (num_fds > MAX_FDS) {
         PyErr_Format(PyExc_ValueError, "%zd descriptors are too many for one message", num_fds);
-        return NULL;
+        return -1;
     }
     if (num_fds) {
         memset(control, 0, CMSG_SPACE((size_t)num_fds * sizeof(int)));
@@ -77,26 +79,46 @@ static PyObject *try_send(PyObject *op, PyObject *const *args, Py_ssize_t count)
         header->cmsg_type = SCM_RIGHTS;
         header->cmsg_len = CMSG_LEN((size_t)num_fds * sizeof(int));
         for (Py_ssize_t index = 0; index < num_fds; index++) {
-            PyObject *item = PySequence_GetItem(args[1], index);
+            PyObject *item = PySequence_GetItem(fds, index);
             if (item == NULL)
-                return NULL;
+                return -1;
             long fd = PyLong_AsLong(item);
             Py_DECREF(item);
             if (fd == -1 && PyErr_Occurred())
-                return NULL;
+                return -1;
             int value = (int)fd;
             memcpy(CMSG_DATA(header) + (size_t)index * sizeof(int), &value, sizeof(int));
         }
     }
     ssize_t sent;
     do
-        sent = sendmsg(self->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        sent = sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (sent < 0 && errno == EINTR);
-    if (sent >= 0)
+    return sent < 0 ? errno : 0;
+}
+
+int seqpacket_send(PyObject *endpoint, PyObject *data, PyObject *fds)
+{
+    int error = send_message(((SeqpacketCalls *)endpoint)->fd, data, fds);
+    return error < 0 ? -1 : !error;
+}
+
+/* try_send(data: bytes, fds: sequence of int = ()): whether the socket had room. */
+static PyObject *try_send(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    SeqpacketCalls *self = (SeqpacketCalls *)op;
+    if (count < 1 || count > 2 || on_error == NULL) {
+        PyErr_SetString(PyExc_TypeError, "try_send() takes the data and the descriptors");
+        return NULL;
+    }
+    int error = send_message(self->fd, args[0], count == 2 ? args[1] : NULL);
+    if (error < 0)
+        return NULL;
+    if (!error)
         Py_RETURN_TRUE;
-    if (errno == EAGAIN || errno == EWOULDBLOCK)
+    if (error == EAGAIN || error == EWOULDBLOCK)
         Py_RETURN_FALSE;
-    PyObject *result = PyObject_CallFunction(on_error, "iO", errno, self->fd < 0 ? Py_True : Py_False);
+    PyObject *result = PyObject_CallFunction(on_error, "iO", error, self->fd < 0 ? Py_True : Py_False);
     if (result == NULL)
         return NULL;
     Py_DECREF(result);
@@ -153,9 +175,8 @@ static PyObject *received_fds(struct msghdr *message)
 }
 
 /* try_receive(): the bytes and the descriptors of the next message; None if there is none now. Raises EOFError. */
-static PyObject *try_receive(PyObject *op, PyObject *unused)
+PyObject *seqpacket_receive(PyObject *op)
 {
-    (void)unused;
     SeqpacketCalls *self = (SeqpacketCalls *)op;
     if (no_fds == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "set_sockets() has not been called");
@@ -207,6 +228,20 @@ static PyObject *try_receive(PyObject *op, PyObject *unused)
     PyTuple_SetItem(result, 0, bytes);
     PyTuple_SetItem(result, 1, fds);
     return result;
+}
+
+static PyObject *try_receive(PyObject *self, PyObject *unused)
+{
+    (void)unused;
+    return seqpacket_receive(self);
+}
+
+PyObject *seqpacket_of(PyObject *receive)
+{
+    if (!PyCFunction_Check(receive) || PyCFunction_GetFunction(receive) != try_receive)
+        return NULL;
+    PyObject *endpoint = PyCFunction_GetSelf(receive);
+    return is_seqpacket(endpoint) ? endpoint : NULL;
 }
 
 static PyMethodDef socket_methods[] = {
@@ -295,7 +330,6 @@ static PyMethodDef functions[] = {
 
 int add_sockets(PyObject *module)
 {
-    if (add_type(module, &socket_spec) == NULL)
-        return -1;
-    return add_functions(module, functions);
+    SeqpacketCalls_Type = add_type(module, &socket_spec);
+    return SeqpacketCalls_Type == NULL ? -1 : add_functions(module, functions);
 }

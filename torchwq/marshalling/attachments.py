@@ -10,9 +10,9 @@ from ..errors import MarshalError
 from ..memory import content, recycling
 from ..memory.block import Block
 from ..memory.content import Buffer
+from ..memory.counts import UNTRACKED
 from ..memory.message import Message
 from ..memory.packing import Packing, max_own_blocks
-from ..memory.counts import UNTRACKED
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
 from .local_message import LocalMessage

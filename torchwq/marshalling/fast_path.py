@@ -16,12 +16,13 @@ import torch
 
 from .. import _native
 from ..memory import recycling, sharing
-from ..memory.block import MAPPED, Block, Geometry
+from ..memory.block import Block, Geometry
+from ..memory.block_fields import MAPPED
+from ..memory.counts import UNTRACKED
 from ..memory.message import Message
 from ..memory.packing import SLICE, SMALL, Row, rows_to_bytes
 from ..memory.received_blocks import take_tensor, take_tensors
 from ..memory.recycling import block_of
-from ..memory.counts import UNTRACKED
 from ..memory.slices import aligned, slice_of
 from ..memory.storages import bytes_of, geometry
 from .local_message import LocalMessage
@@ -288,14 +289,19 @@ def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _
     return block, storage, where
 
 
-#: In C, of what this module knows: ``encode_plain(obj, limit)`` gives a Message, ``decode_plain(data, fds)`` the object,
-#: and closes ``fds``. Both give None, and have changed nothing, if it is the rest of this module that has to do it.
-encode_plain: Final[Callable[[Any, int], Message | None] | None] = (
+# The native part of this module, and of pickle for what has no tensors.
+
+#: ``encode_plain(obj, limit)`` gives a payload, or None, and then has changed nothing.
+encode_plain: Final[Callable[[Any, int], Message | bytes | None] | None] = (
     None if _native.core is None else _native.core.encode_plain
 )
-decode_plain: Final[Callable[[bytes, list[int]], Any] | None] = (
-    None if _native.core is None else _native.core.decode_plain
+#: ``decode_plain(data, fds)`` gives the object, closes ``fds`` and empties the list; or it gives NotImplemented, and then
+#: has changed nothing.
+decode_plain: Final[Callable[[bytes, list[int]], Any]] = (
+    (lambda data, fds: NotImplemented) if _native.core is None else _native.core.decode_plain
 )
+if _native.core is not None:
+    _native.core.set_pickle(pickle.dumps, pickle.loads)
 
 
 def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:

@@ -39,10 +39,10 @@ import torch
 from ..memory import anonymous, content, pool, promises, recycling
 from ..memory.block import Block
 from ..memory.content import Buffer
+from ..memory.counts import UNTRACKED
 from ..memory.message import Message
 from ..memory.packing import Row, rows_ending_at, rows_to_bytes
 from ..memory.received_blocks import ReceivedBlocks
-from ..memory.counts import UNTRACKED
 from ..transport import fd_bundle
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Received
@@ -185,7 +185,8 @@ class References(Kind):
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
         try:
-            if decode_plain is not None and (obj := decode_plain(data, fds)) is not None:
+            obj = decode_plain(data, fds)
+            if obj is not NotImplemented:
                 return obj
             at = len(data) - SIZE - _COUNT_SIZE
             (count,) = _unpack_count(data, at)

@@ -15,9 +15,7 @@ import torch
 
 from .. import _native
 from . import storages
-from .block_fields import ADOPTED as ADOPTED
 from .block_fields import MADE, MAPPED, PLAIN, BlockFields, calibrate_native
-from .block_fields import SlicePrototypes as SlicePrototypes
 from .counts import UNTRACKED
 from .storages import Geometry as Geometry
 

@@ -144,9 +144,8 @@ class PythonBlockFields:
         return storages.owners(self.kept_storage)[0] > idle_owners
 
 
-if TYPE_CHECKING or _native.core is None:
-    BlockFields = PythonBlockFields
-else:
+BlockFields = PythonBlockFields
+if not TYPE_CHECKING and _native.core is not None:
     BlockFields = _native.core.BlockFields
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..transport.fork import reset_in_child
 from . import pool, recycling, state_lock
-from .block import MADE, Block
+from .block import Block
+from .block_fields import MADE
 
 #: How many blocks the data are compared with.
 _MAX_LAST: Final = 4

@@ -39,9 +39,8 @@ class PythonMessageFields:
             count_sent(1)
 
 
-if TYPE_CHECKING or _native.core is None:
-    MessageFields = PythonMessageFields
-else:
+MessageFields = PythonMessageFields
+if not TYPE_CHECKING and _native.core is not None:
     MessageFields = _native.core.MessageFields
 
 

@@ -34,7 +34,8 @@ import torch
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
 from . import anonymous, limits, maintenance, recycling, state_lock, storages
-from .block import MADE, Block
+from .block import Block
+from .block_fields import MADE
 
 T = TypeVar("T")
 

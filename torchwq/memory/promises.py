@@ -34,16 +34,17 @@ import functools
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from .. import _native
 from ..transport import reactor
 from ..transport.endpoint import Endpoint, Received
 from ..transport.fork import closed_in_child, reset_in_child
 from ..transport.trailer import BARE, KIND, number_of, payload_of
 from . import limits, maintenance, recycling, tree_table
 from .anonymous import Descriptor
-from .message import Message
 from .counts import UNTRACKED
+from .message import Message
 
 #: All promises may take one of so many of the descriptors that the process may use for blocks. One sender gets one of
 #: so many of those that are left, and no more than the maximum.
@@ -97,7 +98,48 @@ class Epoch(list[int]):
         return -1
 
 
-class KeptBlocks:
+class PythonKeptFields:
+    """The part of ``KeptBlocks`` that each message passes through."""
+
+    __slots__ = ("epoch", "is_closed", "kind")
+
+    #: The kind of message whose descriptors may be left out.
+    kind: int
+    epoch: Epoch
+    is_closed: bool
+
+    def take(self, receive: Callable[[], Received | None]) -> Received | None:
+        """Receive a message, ready to be decoded; processes the protocol's own. Raises as ``receive`` does.
+
+        If an error loses a message, the senders send its descriptors again.
+        """
+        try:
+            while True:
+                received = receive()
+                if received is None or received[0][KIND] == BARE:
+                    return received
+                answer = self.process(received)
+                if answer is not None:
+                    return answer
+        except EOFError:
+            raise
+        except BaseException:
+            self.count_loss()
+            raise
+
+    def process(self, received: Received) -> Received | None:
+        raise NotImplementedError
+
+    def count_loss(self) -> None:
+        raise NotImplementedError
+
+
+KeptFields = PythonKeptFields
+if not TYPE_CHECKING and _native.core is not None:
+    KeptFields = _native.core.KeptFields
+
+
+class KeptBlocks(KeptFields):
     """The descriptors that the reader of one connection keeps for its senders. See Note [in-band promises].
 
     Its methods are called under the lock under which the reader takes messages.
@@ -118,7 +160,7 @@ class KeptBlocks:
         poll_control: Callable[[], object] | None = None,
     ) -> None:
         self._words, self._loss_index = words, loss_index
-        self._kind = references.kind
+        self.kind = references.kind
         self._numbers_of = references.numbers
         self._poll_control = None if poll_control is None else weakref.WeakMethod(poll_control)
         self._is_poll_scheduled = False
@@ -126,44 +168,37 @@ class KeptBlocks:
         #: For each sender's id, descriptors by the numbers of their blocks.
         self._kept: dict[int, dict[int, Descriptor]] = {}
         self._rooms: dict[int, int] = {}
-        self._epoch = Epoch(self._kept)
-        self._is_closed = False
+        self.epoch = Epoch(self._kept)
+        self.is_closed = False
         closed_in_child(self)
 
     def add_sender(self) -> tuple[int, int]:
         """The id of a new sender, and for how many blocks it has room: for none after ``close``."""
         self._last_id += 1
-        if self._is_closed:
+        if self.is_closed:
             return self._last_id, 0
         self._rooms[self._last_id] = room = _reserve_room()
         self._kept[self._last_id] = {}
         return self._last_id, room
 
-    def take(self, receive: Callable[[], Received | None]) -> Received | None:
-        """Receive a message, ready to be decoded; processes the protocol's own. Raises as ``receive`` does.
+    def count_loss(self) -> None:
+        """An error has lost a message: the senders will send its descriptors again."""
+        if not self.is_closed:
+            self._words[self._loss_index] += 1
 
-        If an error loses a message, the senders send its descriptors again.
-        """
+    def process_or_count_loss(self, received: Received) -> Received | None:
+        """See ``process``. An error loses the message."""
         try:
-            while True:
-                received = receive()
-                if received is None or received[0][KIND] == BARE:
-                    return received
-                answer = self.process(received)
-                if answer is not None:
-                    return answer
-        except EOFError:
-            raise
+            return self.process(received)
         except BaseException:
-            if not self._is_closed:
-                self._words[self._loss_index] += 1
+            self.count_loss()
             raise
 
     def process(self, received: Received) -> Received | None:
         """A message that was just received, ready to be decoded; None if it was one of the protocol's own."""
         data, fds = received
         kind = data[KIND]
-        if kind == self._kind:
+        if kind == self.kind:
             if fds:
                 kept = self._kept.get(number_of(data))
                 if kept is None:
@@ -171,10 +206,10 @@ class KeptBlocks:
                 for number, fd in zip(self._numbers_of(data), fds, strict=True):
                     kept.setdefault(number, Descriptor(fd))
                 self.schedule_poll()
-            if self._is_closed:  # meanwhile: its descriptors are not kept any more
+            if self.is_closed:  # meanwhile: its descriptors are not kept any more
                 recycling.note_discarded(self._numbers_of(data))
                 return None
-            return data, self._epoch
+            return data, self.epoch
         if kind in (FORGET, LEFT):
             sender, *numbers = (number for (number,) in _NUMBER.iter_unpack(payload_of(data)))
             if kind == FORGET:
@@ -196,7 +231,7 @@ class KeptBlocks:
 
     def close(self) -> None:
         """Keep nothing any more. Messages that were taken already can still be decoded."""
-        self._is_closed = True
+        self.is_closed = True
         for sender in list(self._kept):
             self._revoke(sender, list(self._kept[sender]))
         self._kept.clear()
@@ -225,17 +260,17 @@ class KeptBlocks:
     def abandon(self) -> None:
         self._kept.clear()
         self._rooms.clear()
-        self._epoch = Epoch(self._kept)
+        self.epoch = Epoch(self._kept)
 
     def _revoke(self, sender: int, numbers: Iterable[int]) -> None:
-        kept, epoch = self._kept.get(sender, {}), self._epoch
+        kept, epoch = self._kept.get(sender, {}), self.epoch
         for number in numbers:
             if (found := kept.get(number)) is not None:
                 epoch.revoked[number] = found  # first: a thread that decodes reads ``_kept`` before ``revoked``
                 del kept[number]
         if epoch.revoked:
             epoch.next = Epoch(self._kept)
-            self._epoch = epoch.next
+            self.epoch = epoch.next
 
 
 def _poll_again(find: Callable[[], KeptBlocks | None]) -> None:
@@ -270,7 +305,27 @@ def _return_room(room: int) -> None:
 # The senders' side
 
 
-class SentBlocks:
+class PythonSentFields:
+    """See ``SentBlocks``. With these the native part sees whether a message needs no descriptor."""
+
+    __slots__ = ("loss_index", "recent", "seen_losses", "sent", "uncertain", "words")
+
+    sent: set[int]
+    #: Those that were sent in this period.
+    recent: set[int]
+    words: Sequence[int]
+    loss_index: int
+    #: The last known count of lost messages, and the blocks that may have been in them.
+    seen_losses: int
+    uncertain: set[int]
+
+
+SentFields = PythonSentFields
+if not TYPE_CHECKING and _native.core is not None:
+    SentFields = _native.core.SentFields
+
+
+class SentBlocks(SentFields):
     """What one sender has promised. Used by the thread that has claimed the outbox; ``revoke_stale`` by any.
 
     Args:
@@ -287,13 +342,11 @@ class SentBlocks:
         self.sender = sender
         self._room = room
         self._send_control = weakref.WeakMethod(send_control)
-        self._sent: set[int] = set()
-        #: Those that were sent in this period.
-        self._recent: set[int] = set()
-        self._words, self._loss_index = words, loss_index
-        #: The last known count of lost messages, and the blocks that may have been in them.
-        self._seen_losses = words[loss_index]
-        self._uncertain: set[int] = set()
+        self.sent = set()
+        self.recent = set()
+        self.words, self.loss_index = words, loss_index
+        self.seen_losses = words[loss_index]
+        self.uncertain = set()
         #: Those to be revoked, unless they are sent before the FORGET message is.
         self._stale: set[int] = set()
         _senders.add(weakref.ref(self, _senders.discard))
@@ -303,22 +356,22 @@ class SentBlocks:
         if not message.only_blocks:
             return message.fds, 0
         numbers = message.numbers
-        if self._words[self._loss_index] != self._seen_losses:
-            self._seen_losses = self._words[self._loss_index]
-            self._uncertain = set(self._sent)
-        if self._sent.issuperset(numbers) and (not self._uncertain or self._uncertain.isdisjoint(numbers)):
-            self._recent.update(numbers)
+        if self.words[self.loss_index] != self.seen_losses:
+            self.seen_losses = self.words[self.loss_index]
+            self.uncertain = set(self.sent)
+        if self.sent.issuperset(numbers) and (not self.uncertain or self.uncertain.isdisjoint(numbers)):
+            self.recent.update(numbers)
             return (), 0
-        new = set(numbers) - self._sent
-        if UNTRACKED in new or len(self._sent) + len(new) > self._room:
+        new = set(numbers) - self.sent
+        if UNTRACKED in new or len(self.sent) + len(new) > self._room:
             return message.fds, 0
         return message.fds, self.sender
 
     def note_promise(self, message: Message) -> None:
         """The message is in the socket, with a trailer that promises."""
-        self._sent.update(message.numbers)
-        self._uncertain.difference_update(message.numbers)
-        self._recent.update(message.numbers)
+        self.sent.update(message.numbers)
+        self.uncertain.difference_update(message.numbers)
+        self.recent.update(message.numbers)
         maintenance.schedule()
 
     def revoke_stale(self) -> bool:
@@ -327,8 +380,8 @@ class SentBlocks:
         Returns whether any promises are left to check.
         """
         table = tree_table.current()
-        sent = set(self._sent)
-        used, self._recent = self._recent, set()
+        sent = set(self.sent)
+        used, self.recent = self.recent, set()
         is_crowded = len(sent) > self._room // 2
         self._stale = {n for n in sent if (is_crowded and n not in used) or table is None or not table.is_current(n)}
         if self._stale and (send_control := self._send_control()) is not None:
@@ -337,9 +390,9 @@ class SentBlocks:
 
     def take_revoked(self) -> bytes:
         """The content of a FORGET message that is sent now."""
-        gone, self._stale = self._stale - self._recent, set()
-        self._sent -= gone
-        self._uncertain -= gone
+        gone, self._stale = self._stale - self.recent, set()
+        self.sent -= gone
+        self.uncertain -= gone
         return b"".join(map(_NUMBER.pack, (self.sender, *gone)))
 
 

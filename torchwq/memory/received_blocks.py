@@ -21,10 +21,11 @@ import torch
 
 from ..errors import ResourceError
 from . import limits, maintenance, recycling, slices, state_lock, storages, tree_table
-from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry, SlicePrototypes
+from .block import Block, Geometry
+from .block_fields import ADOPTED, MADE, MAPPED, PLAIN, SlicePrototypes
+from .counts import IN_USE, UNTRACKED
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .promises import Epoch
-from .counts import IN_USE, UNTRACKED
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
 _FLAGS: Final = (0, IN_USE, 0, 0)

@@ -36,7 +36,8 @@ import torch
 from .. import _native
 from ..transport.fork import reset_in_child
 from . import limits, maintenance, state_lock, storages, tree_table
-from .block import ADOPTED, MADE, MAPPED, PLAIN, Block, Geometry
+from .block import Block, Geometry
+from .block_fields import ADOPTED, MADE, MAPPED, PLAIN
 from .counts import ESCAPED, FREE, IN_FLIGHT, IN_USE, UNTRACKED
 from .use_poller import UsePoller
 

@@ -43,9 +43,9 @@ page for each. So the words for a row lie side by side for ``TILE`` slots at a t
 
 Note [order of loads]
 ~~~~~~~~~~~~~~~~~~~~~
-``Counts.state`` needs loads to be done in their order, and a store to be seen before a later one of the same process. x86-64
-keeps both (Intel SDM, volume 3, "Memory Ordering"). Other machines may not. Without a GIL, threads of one process could
-change its words at once. In both cases there is no table, and memory is not used again.
+``Counts.state`` needs loads to be done in their order, and a store to be seen before a later one of the same process.
+x86-64 keeps both (Intel SDM, volume 3, "Memory Ordering"). Other machines may not. Without a GIL, threads of one
+process could change its words at once. In both cases there is no table, and memory is not used again.
 """
 
 from __future__ import annotations

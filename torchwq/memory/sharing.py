@@ -27,7 +27,8 @@ from .. import _native
 from ..errors import ResourceError
 from ..transport.fork import reset_in_child
 from . import limits, pool, recycling, state_lock, storages
-from .block import MAPPED, Block, Geometry
+from .block import Block, Geometry
+from .block_fields import MAPPED
 from .slices import aligned, cut_shared, slice_of
 
 #: A view is copied without the gaps between its elements if it spans so many times its elements, and so many bytes.

@@ -14,11 +14,10 @@ from typing import Any
 
 from .. import _native
 from ..transport.fork import reset_in_child
+from ..transport.locks import new_lock
 
-#: ``threading.RLock``, or a lock that the native part takes without a call.
-_new_lock: Callable[[], Any] = threading.RLock if _native.core is None else _native.core.StateLock
 #: Reentrant: a user's finalizer may run at any allocation, and may write to a queue.
-lock = _new_lock()
+lock = new_lock()
 _before_fork: list[Callable[[], None]] = []
 _forking = threading.local()
 
@@ -38,7 +37,7 @@ def before_fork(callback: Callable[[], None]) -> Callable[[], None]:
 @reset_in_child
 def _reset() -> None:
     global lock
-    lock = _new_lock()
+    lock = new_lock()
     if _native.core is not None:
         _native.core.set_lock(lock)
 

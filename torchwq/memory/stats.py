@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .. import _native
 from . import limits, pool, received_blocks, recycling, state_lock, tree_table
-from .block import ADOPTED, MAPPED
+from .block_fields import ADOPTED, MAPPED
 from .counts import IN_FLIGHT, IN_USE, UNTRACKED
 
 

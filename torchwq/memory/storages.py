@@ -247,7 +247,7 @@ IDLE_OWNERS, IDLE_REFERENCES, IDLE_REFERENCES_WITH_TENSOR = _count_idle() if CAN
 
 #: The dtypes of this torch, in the same order in every process.
 DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
-_INTEGERS: Final = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+INTEGERS: Final = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
@@ -262,7 +262,7 @@ def _set_up_native(core: Any) -> None:
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if core.set_torch(torch.Tensor, base.detach, base.is_neg, base.requires_grad, _use_count, table):
         for code, dtype in enumerate(DTYPES):
-            if dtype.is_floating_point or dtype in _INTEGERS:
+            if dtype.is_floating_point or dtype in INTEGERS:
                 with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
                     core.learn_dtype(torch.empty(1, dtype=dtype, device="cpu"), code)
 
@@ -273,7 +273,13 @@ def set_up_native_move(core: Any, *parts: Any) -> None:
     use_count = getattr(base, "_use_count", None)
     if use_count is None:
         return
-    functions = (base.untyped_storage, _private.is_shared, _private.nbytes, base.is_inference)
+    functions = (
+        base.untyped_storage,
+        _private.is_shared,
+        _private.nbytes,
+        _private.data_ptr,
+        base.is_inference,
+    )
     if core.set_move((*functions, use_count, _private._cdata, base.data), *parts):
         core.calibrate_move(torch.empty(1, dtype=torch.uint8, device="cpu"))
 

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from .. import _native
-from .block import MAPPED, Block
+from .block import Block
+from .block_fields import MAPPED
 
 #: After so many polls, a block is one of the oldest.
 _LEVELS: Final = 10

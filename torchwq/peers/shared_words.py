@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+
 from ..transport import descriptors
 
 WORD: Final = 8
@@ -51,6 +53,10 @@ class SharedWords:
         """One word of each slot, or of the first ``slots`` of them."""
         end = self.header + (self.slots if slots is None else slots) * self.width
         return self.words[self.header + word : end : self.width]
+
+    def address(self, index: int) -> int:
+        """Where a word is in memory, as long as this is not closed."""
+        return int(np.frombuffer(self.words, np.uint64, count=1).ctypes.data) + WORD * index
 
     def close(self) -> None:
         """Give up the descriptor and the words. May be called again."""

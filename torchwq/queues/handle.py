@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pickle import dumps, loads
 from typing import Any, final
 
+from .. import _native
 from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
 from ..marshalling import codec
 from ..marshalling.codec import encode, encode_large_pickle
 from ..marshalling.copies import COLLECTIONS, SCALARS, only_scalars, try_copy
+from ..marshalling.fast_path import decode_plain, encode_plain
 from ..marshalling.wire import PICKLES
 from ..memory.anonymous import Descriptor
 from ..transport import cleanup
@@ -110,6 +112,11 @@ class WorkQueue(ReadableHandle[Any]):
         send = role.send
         if len(objs) == 1:
             obj = objs[0]
+            if encode_plain is not None and role.peer.shares_memory and not role.peer.same_process:
+                plain_payload = encode_plain(obj, role.max_payload)
+                if plain_payload is not None:
+                    send(plain_payload)
+                    return
             cls = type(obj)
             try:
                 # As encode does, without calling it.
@@ -179,6 +186,10 @@ class WorkQueue(ReadableHandle[Any]):
                 return None
         data: Any
         data, fds = received
+        if _native.core is not None:
+            found = decode_plain(data, fds)
+            if found is not NotImplemented:
+                return found
         if fds:
             return data if type(data) in COLLECTIONS else codec.decode(data, fds)
         return loads(data) if data[KIND] in PICKLES else codec.decode(data, fds)

@@ -4,7 +4,7 @@ Invariants:
 
 * Each question taken is noted in this handle's slot of the counters before it is handed to the caller. The slot's
   number is that of the latest question, in whatever order threads, or the calls of one thread's stack, note theirs.
-* ``_taking`` covers "receive and note". It is reentrant: a finalizer or a signal handler may read, write or close in
+* ``taking`` covers "receive and note". It is reentrant: a finalizer or a signal handler may read, write or close in
   the middle of it. So what the notes say is changed by statements that nothing interrupts, see
   Note [Statements that nothing interrupts], and looked at afresh after each call.
 * A thread of this handle is *busy* from taking a question until an answer of its has left for the socket, or it takes
@@ -18,37 +18,38 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from _thread import get_ident
 from collections import deque
 from collections.abc import Sequence
 
+from .. import _native
 from ..errors import QueueClosed
 from ..memory.anonymous import Descriptor, duplicates
 from ..memory.promises import SentBlocks
 from ..pipe.room import SharedRoom
 from ..transport import descriptors, kinds
 from ..transport import link as links
-from ..transport.endpoint import Received
 from ..transport.link import Link
+from ..transport.locks import new_lock
 from ..transport.timing import REPLY_TIMEOUT
-from ..transport.trailer import number_of
 from ..workers import threads
 from ..workers.failures import Failure
 from ..workers.thread_exit import ThreadExitHook
-from .counters import ASKED, BUSY, LOST, Counters
+from .counters import ASKED, LOST, Counters
 from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, FunctionFailed, Hello, Seat
 from .role import CLOSED_HERE, ENDED, SocketRole
+from .taking import TakerFields
 
 #: How long, in seconds, the end of the process waits for the thread that has sent the last answer to say goodbye.
 _LAST_PATIENCE = 2.0
 
 
-class WorkerSide(SocketRole):
+class WorkerSide(TakerFields, SocketRole):
     """A worker's role. Takes over ``fds``: the endpoint's, those of the counters, and of the room, if there is one."""
 
     def __init__(self, fds: Sequence[int], link: Link, slot: int, capacity: int | None) -> None:
-        self._taking = threading.RLock()
-        self._busy: set[int] = set()
+        self.taking = new_lock()
+        self.busy = set()
+        self.known = set()
         #: What is to be told as soon as the last answer has left.
         self._untold: deque[bytes] = deque()
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
@@ -59,23 +60,23 @@ class WorkerSide(SocketRole):
             made.callback(end.close)
             self._counters = Counters(fds[size])
             made.callback(self._counters.close)
-            self._room = None
+            self.room = None
             if capacity is not None:
                 room_fds, rest[:] = list(rest), []
-                self._room = SharedRoom(self._counters.words, ASKED, room_fds)
-                made.callback(self._room.close)
-            super().__init__(end, False, self._answered, self._tell_untold)
+                self.room = SharedRoom(self._counters.words, ASKED, room_fds)
+                made.callback(self.room.close)
+            super().__init__(end, False, self.answered, self._tell_untold)
             made.pop_all()
-        self._receive = self.connection.take
+        self.receive = self.connection.take
         self.capacity = capacity
         self._slot = self._counters.slot(slot)
-        self._words = self._counters.words
-        self._state = 0
-        self._state_at = self._slot.state_index
-        self._number_at = self._slot.number_index
+        self.state = 0
+        if _native.core is None:
+            self._number_at, self._state_at = self._slot.number_index, self._slot.state_index
+        else:
+            self.address = self._counters.address(self._slot.number_index)
         self._link = link
         self._threads = threading.local()
-        self._known: set[int] = set()
         self.written = 0
         self._failures = threads.current_failures()
         self._failures.add(self)
@@ -87,66 +88,22 @@ class WorkerSide(SocketRole):
 
     def promise(self, sender: int, room: int) -> None:
         """Make promises from now on, see Note [in-band promises]."""
-        self.outbox.promises = SentBlocks(sender, room, self.outbox.send_control, self._words, LOST)
+        self.outbox.promises = SentBlocks(sender, room, self.outbox.send_control, self._counters.words, LOST)
 
-    def take(self) -> Received | None:
-        ident = get_ident()
-        with self._taking:
-            try:
-                received = self._receive()
-            except EOFError:
-                self._owner_gone()
-                return None
-            if received is None:
-                return None
-            number = number_of(received[0])
-            if ident not in self._known:
-                self._meet(ident)
-            words = self._words
-            if self.closed:
-                return received
-            if words[self._number_at] < number:
-                words[self._number_at] = number
-            if ident in self._busy:
-                self._state += BUSY
-            else:
-                self._state += BUSY + 1
-                self._busy.add(ident)
-            if self._counters.fd < 0:
-                return received
-            words[self._state_at] = self._state
-            if self._room is not None:
-                self._room.made()
-            return received
-
-    def _meet(self, ident: int) -> None:
+    def meet(self, ident: int) -> None:
         """See to it that a thread which ends is not busy any more."""
-        self._known.add(ident)
+        self.known.add(ident)
         self._threads.exit_hook = ThreadExitHook(self, ident)
 
-    def _answered(self, ident: int, data: bytes) -> None:
-        """An answer of the thread ``ident`` has left."""
-        self.written += 1
-        self._idle(ident)
-
-    def _idle(self, ident: int) -> None:
-        with self._taking:
-            if ident not in self._busy:
-                return
-            self._state -= 1
-            self._busy.remove(ident)
-            if not self.closed:
-                self._words[self._state_at] = self._state
-
     def on_thread_exit(self, ident: int) -> None:
-        self._known.discard(ident)
-        self._idle(ident)
+        self.known.discard(ident)
+        self.idle(ident)
 
     def raise_failure(self) -> None:
         if self.closed:
             raise QueueClosed(self.closed)
 
-    def _owner_gone(self) -> None:
+    def owner_gone(self) -> None:
         if not self.closed:
             self.closed = ENDED
             self.alarm.set()
@@ -161,8 +118,8 @@ class WorkerSide(SocketRole):
             pass  # the owner is gone: whoever gets this handle will see that
         finally:
             ours.close()
-        with self._taking:
-            room = [] if self._room is None else self._room.handover()
+        with self.taking:
+            room = [] if self.room is None else self.room.handover()
             fds = duplicates([*self.end.handover(), self._counters.fd, *room])
         return [*fds, theirs]
 
@@ -204,14 +161,18 @@ class WorkerSide(SocketRole):
         """Called as soon as the last answer has left."""
         self._tell_untold()
         self._tell(IN_DOUBT if self._is_in_doubt else GOODBYE)
-        with self._taking:
+        with self.taking:
             self.connection.close()
-            if self._room is not None:
-                self._room.close()
-            self._counters.close()
+            if self.room is not None:
+                self.room.close()
+            self._close_counters()
         if not self._is_in_doubt:
             self._link.close_when_sent(self._retire)
         self._here.release()
+
+    def _close_counters(self) -> None:
+        self.address = 0  # first: the native part writes there
+        self._counters.close()
 
     def wait_sent(self) -> None:
         """Wait until all that the owner has to be told has left. Called when it is closed."""
@@ -221,6 +182,7 @@ class WorkerSide(SocketRole):
 
     def abandon(self) -> None:
         super().abandon()
+        self.address = 0
         self._counters.abandon()
 
     @property

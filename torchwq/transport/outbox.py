@@ -30,8 +30,9 @@ import time
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from .. import _native
 from . import reactor
 from .atomic import serialize
 from .endpoint import Endpoint
@@ -50,7 +51,62 @@ _FLUSH_BATCH: Final = 256
 _CONTROL: Final = -1
 
 
-class Outbox:
+class PythonOutboxFields:
+    """The part of an outbox that each message passes through."""
+
+    __slots__ = (
+        "endpoint",
+        "is_broken",
+        "is_closed",
+        "needs_flush",
+        "number",
+        "numbered",
+        "on_sent",
+        "pending",
+        "promises",
+        "sending_thread",
+        "submitted",
+    )
+
+    endpoint: Endpoint
+    #: The thread that sends; 0 if none does.
+    sending_thread: int
+    #: Each with the thread that wrote it; control messages with their tag.
+    submitted: deque[tuple[bytes | Payload, int]]
+    #: Messages that the socket did not take, each with its tag.
+    pending: deque[tuple[bytes | Payload, int]]
+    #: Whether messages carry their number, and that of the one that was sent or became pending last.
+    numbered: bool
+    number: int
+    on_sent: Sent | None
+    #: Set if one process reads at the other end and keeps descriptors for this sender: see ``memory.promises``.
+    promises: Promises | None
+    #: Whether the sending thread has to look at ``pending``, and to say if it is empty.
+    needs_flush: bool
+    #: Whether ``send`` refuses everything, and whether nobody can receive any more.
+    is_closed: bool
+    is_broken: bool
+
+    def send(self, payload: bytes | Payload) -> None:
+        """Send one payload, or keep it until the socket has room.
+
+        Raises ``closed_error()`` (BrokenPipeError by default) if nobody can receive it any more; NotSent if it cannot
+        be sent for another reason than a full socket, and then it is as if it had not been written.
+        """
+        if not isinstance(payload, bytes):
+            payload.on_send()
+        self.send_counted(payload)
+
+    def send_counted(self, payload: bytes | Payload) -> None:
+        raise NotImplementedError
+
+
+OutboxFields = PythonOutboxFields
+if not TYPE_CHECKING and _native.core is not None:
+    OutboxFields = _native.core.OutboxFields
+
+
+class Outbox(OutboxFields):
     """Sends over one endpoint without ever blocking. Safe to use from several threads, finalizers and signal handlers.
 
     Args:
@@ -74,32 +130,27 @@ class Outbox:
         on_backlog: Callable[[bool], bool] | None = None,
         on_emptied: Callable[[], None] | None = None,
     ) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._try_send = endpoint.try_send
-        self._numbered = numbered
-        self._on_sent = on_sent
+        self.numbered = numbered
+        self.on_sent = on_sent
         self._closed_error = closed_error
         self._on_backlog = on_backlog
         self._on_emptied = on_emptied
         self.sending_thread = 0
-        #: Each with the thread that wrote it; control messages with their tag.
-        self.submitted: deque[tuple[bytes | Payload, int]] = deque()
-        #: Messages that the socket did not take, each with its tag.
-        self.pending: deque[tuple[bytes | Payload, int]] = deque()
+        self.submitted = deque()
+        self.pending = deque()
         #: Whether the reactor watches the socket.
         self._is_watching = False
-        #: Whether the sending thread has to look at ``pending``, and to say if it is empty.
-        self._needs_flush = False
-        #: Whether ``send`` refuses everything, whether nobody can receive any more, and ``close_when_sent`` was called.
-        self._is_closed = self._is_broken = self._is_closing = False
+        #: Whether ``close_when_sent`` was called, and what it calls.
+        self._is_closing = False
         self._then: Callable[[], None] | None = None
+        self.needs_flush = self.is_closed = self.is_broken = False
         #: Of the threads in ``wait_empty``.
         self._latches: deque[threading.Lock] = deque()
-        #: Number of the message that was sent or became pending last.
         self.number = 0
-        #: Set if one process reads at the other end and keeps descriptors for this sender: see ``memory.promises``.
-        self.promises: Promises | None = None
-        serialize(self, "send", "_process")
+        self.promises = None
+        serialize(self, "send", "process")
 
     def __len__(self) -> int:
         return len(self.pending) + len(self.submitted)
@@ -109,21 +160,15 @@ class Outbox:
         """Whether a message that goes straight into the socket now comes after all that were sent here."""
         return not self.sending_thread and not self.submitted and not self.pending
 
-    def send(self, payload: bytes | Payload) -> None:
-        """Send one payload, or keep it until the socket has room.
-
-        Raises ``closed_error()`` (BrokenPipeError by default) if nobody can receive it any more; NotSent if it cannot
-        be sent for another reason than a full socket, and then it is as if it had not been written.
-        """
-        if not isinstance(payload, bytes):
-            payload.on_send()
+    def send_counted(self, payload: bytes | Payload) -> None:
+        """``send`` a payload whose ``on_send`` was called."""
         me = get_ident()
         if self.sending_thread or self.submitted:
             self._submit(payload, me)
             return
         self.sending_thread = me
         try:
-            if self._is_closed or not self._send(payload, me):
+            if self.is_closed or not self._send(payload, me):
                 _give_back(payload)
                 raise self._closed_error()
         except NotSent:
@@ -131,21 +176,21 @@ class Outbox:
             raise
         finally:
             self.sending_thread = 0
-            if self.submitted or self._needs_flush:
-                self._process()
+            if self.submitted or self.needs_flush:
+                self.process()
 
     def send_control(self, payload: Payload) -> None:
         """Send a control message: one between the two ends, which no user waits for or counts. Never raises."""
-        if not self._is_closed:
+        if not self.is_closed:
             self.submitted.append((payload, _CONTROL))
-            self._process()
+            self.process()
 
     def _send(self, payload: bytes | Payload, tag: int) -> bool:
         """Send one message, or make it pending; False if nobody can receive it. By the sending thread."""
-        if self._numbered:
+        if self.numbered:
             self.number = tag = self.number + 1
         if not self.pending:
-            if self._is_broken:
+            if self.is_broken:
                 return False
             try:
                 data = self._transmit(payload, tag)
@@ -153,12 +198,12 @@ class Outbox:
                 self._drop()
                 return False
             except NotSent:
-                if self._numbered:
+                if self.numbered:
                     self.number = tag - 1
                 raise
             if data is not None:
-                if self._on_sent is not None and tag != _CONTROL:
-                    self._on_sent(tag, data)
+                if self.on_sent is not None and tag != _CONTROL:
+                    self.on_sent(tag, data)
                 return True
             if self._on_backlog is not None and not self._on_backlog(True):
                 return False
@@ -169,7 +214,7 @@ class Outbox:
             self.pending.pop()
             if not self.pending:
                 self._stop_watching()
-            if self._numbered:
+            if self.numbered:
                 self.number = tag - 1
             _give_back(payload)
             raise
@@ -178,17 +223,17 @@ class Outbox:
     def _watch(self) -> None:
         """Have the reactor send on as soon as there is room. If this is interrupted, the next message does it again."""
         if not self._is_watching:
-            reactor.get().set_writer(self._endpoint.fileno(), self.flush)
+            reactor.get().set_writer(self.endpoint.fileno(), self.flush)
             self._is_watching = True
 
     def _transmit(self, payload: bytes | Payload, tag: int) -> bytes | None:
         """Put one message into the socket. Returns the message's bytes; None if the socket has no room."""
         if isinstance(payload, bytes):
-            data = payload + trailer(tag, PICKLE) if self._numbered else payload
+            data = payload + trailer(tag, PICKLE) if self.numbered else payload
             return data if self._try_send(data) else None
         promises = self.promises
         if promises is None:
-            data = payload.data + trailer(tag if self._numbered else 0, payload.kind)
+            data = payload.data + trailer(tag if self.numbered else 0, payload.kind)
             return data if self._try_send(data, payload.fds) else None
         fds, number = promises.choose(payload)
         data = payload.data + trailer(number, payload.kind)
@@ -200,18 +245,18 @@ class Outbox:
 
     def _submit(self, payload: bytes | Payload, ident: int) -> None:
         """Leave one payload to the sending thread."""
-        if self._is_closed:
+        if self.is_closed:
             _give_back(payload)
             raise self._closed_error()
         self.submitted.append((payload, ident))
-        self._process()
+        self.process()
         if len(self.submitted) > _MAX_SUBMITTED and self.sending_thread != ident:
             time.sleep(SUBMIT_PAUSE)
 
-    def _process(self) -> None:
+    def process(self) -> None:
         """Send what was submitted and is pending, unless another thread sends, which does it then."""
         me = get_ident()  # before the test: nothing may interrupt between it and the assignment
-        while (self.submitted or self._needs_flush) and not self.sending_thread:
+        while (self.submitted or self.needs_flush) and not self.sending_thread:
             self.sending_thread = me
             was_emptied = False
             try:
@@ -224,7 +269,7 @@ class Outbox:
                     except NotSent as error:
                         _give_back(payload, error)
                 else:
-                    self._needs_flush = False
+                    self.needs_flush = False
                     was_emptied = self._flush()
             finally:
                 self.sending_thread = 0
@@ -242,7 +287,7 @@ class Outbox:
 
     def _drop(self) -> None:
         """Nobody can receive any more."""
-        self._is_closed = self._is_broken = self._needs_flush = True
+        self.is_closed = self.is_broken = self.needs_flush = True
         for payload, _ in self.pending:
             _give_back(payload)
         self.pending.clear()
@@ -250,15 +295,15 @@ class Outbox:
 
     def _stop_watching(self) -> None:
         self._is_watching = False
-        if self._endpoint.fileno() >= 0:
-            reactor.get().set_writer(self._endpoint.fileno(), None)
+        if self.endpoint.fileno() >= 0:
+            reactor.get().set_writer(self.endpoint.fileno(), None)
         if self._on_backlog is not None:
             self._on_backlog(False)
 
     def flush(self) -> None:
         """Send those pending messages for which the socket has room. Never blocks, nor raises if nobody can receive."""
-        self._needs_flush = True
-        self._process()
+        self.needs_flush = True
+        self.process()
 
     def _flush(self) -> bool:
         """Returns whether messages were pending and none is any more."""
@@ -280,8 +325,8 @@ class Outbox:
                 if data is None:
                     break
                 self.pending.popleft()
-                if self._on_sent is not None and tag != _CONTROL:
-                    self._on_sent(tag, data)
+                if self.on_sent is not None and tag != _CONTROL:
+                    self.on_sent(tag, data)
         except BrokenPipeError:
             self._drop()
             return True
@@ -294,7 +339,7 @@ class Outbox:
     @contextlib.contextmanager
     def _closing(self) -> Iterator[None]:
         """Refuse every later ``send``, and be the sending thread: after CLAIM_TIMEOUT although another one is."""
-        self._is_closed = True
+        self.is_closed = True
         me = get_ident()
         until = time.monotonic() + CLAIM_TIMEOUT
         while self.sending_thread and self.sending_thread != me and time.monotonic() < until:
@@ -314,8 +359,8 @@ class Outbox:
             waiting = [_with_trailer(payload) for payload, _ in self.pending]
             self.pending.clear()
             self._is_watching = False
-            if waiting and self._endpoint.fileno() >= 0:
-                reactor.get().set_writer(self._endpoint.fileno(), None)
+            if waiting and self.endpoint.fileno() >= 0:
+                reactor.get().set_writer(self.endpoint.fileno(), None)
         return waiting
 
     def close(self) -> None:
@@ -325,7 +370,7 @@ class Outbox:
                 _give_back(self.submitted.popleft()[0])
             if self.pending:
                 self._drop()
-            self._is_broken = True
+            self.is_broken = True
 
     def wait_empty(self) -> None:
         """Return when no message waits here, because all were sent or because the peer is gone."""
@@ -340,7 +385,7 @@ class Outbox:
     def close_when_sent(self, then: Callable[[], None]) -> None:
         """Refuse every later ``send``, and call ``then`` as soon as no message waits. Returns at once."""
         if not self._is_closing:
-            self._is_closing = self._is_closed = True
+            self._is_closing = self.is_closed = True
             self._then = then
             self.flush()
 
@@ -348,7 +393,7 @@ class Outbox:
         """In the child of a fork: the messages that wait are the parent's."""
         self.pending.clear()
         self.submitted.clear()
-        self._is_closed = self._is_broken = True
+        self.is_closed = self.is_broken = True
         self.sending_thread = 0
 
 

@@ -77,9 +77,8 @@ class PythonSeqpacketCalls:
             raise EOFError
 
 
-if TYPE_CHECKING or _native.core is None:
-    SeqpacketCalls = PythonSeqpacketCalls
-else:
+SeqpacketCalls = PythonSeqpacketCalls
+if not TYPE_CHECKING and _native.core is not None:
     SeqpacketCalls = _native.core.SeqpacketCalls
 
 

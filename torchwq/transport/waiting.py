@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import threading
 import time
@@ -30,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar
 
+from .. import _native
 from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
@@ -40,6 +42,7 @@ T = TypeVar("T")
 _POLLS_PER_YIELD: Final = 4
 #: The alarm's reason during ``wake_all``.
 _WAKE: Final = "wake"
+_THREAD: Final = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
@@ -49,6 +52,11 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def _preemptions() -> int:
+    """How often another thread has taken this one's core."""
+    return resource.getrusage(_THREAD).ru_nivcsw
 
 
 def never() -> bool:
@@ -140,25 +148,45 @@ class Waiter:
 
     def _spin_for(self, attempt: Callable[[], T | None]) -> T | None:
         until = time.monotonic_ns() + self._spin
+        while True:
+            state = _spin(self, max(until - time.monotonic_ns(), 0))
+            if state <= 0:
+                break
+            found = attempt()
+            if found is not None:
+                return found
+            if self.alarm.is_set():
+                return None
+            if time.monotonic_ns() > until:
+                break
+        self._spin = self._spin // 2 if self._spin > MIN_SPIN_NS and state == 0 else 0
+        return None
+
+    def spin_in_python(self, ns: int) -> int:
+        """Look for at most ``ns`` nanoseconds whether there may be a message, or the alarm is set.
+
+        Returns 1 if so, 0 if not, and -1 if not and another thread has taken this one's core meanwhile.
+        """
+        until = time.monotonic_ns() + ns
         poll = self._take_poll()
         # A poll is cheaper than an attempt: a failed ``recv`` makes an exception.
         ask = poll.poll
+        preemptions = _preemptions()
         try:
             while True:
                 for _ in range(_POLLS_PER_YIELD):
                     if ask(0):
-                        found = attempt()
-                        if found is not None:
-                            return found
-                        if self.alarm.is_set():
-                            return None
+                        return 1
                 if time.monotonic_ns() > until:
-                    break
+                    return 0 if _preemptions() == preemptions else -1
                 os.sched_yield()
         finally:
             self._polls.append(poll)
-        self._spin = self._spin // 2 if self._spin > MIN_SPIN_NS else 0
-        return None
+
+    def spin_natively(self, ns: int) -> int:
+        """The same in C, without the GIL."""
+        found: int = _native.core.spin(self._source.fileno(), self.alarm.fileno(), ns, _POLLS_PER_YIELD)
+        return found
 
     def _take_poll(self) -> select.poll:
         """A ``poll`` object for the source and the alarm that no other thread uses."""
@@ -233,3 +261,6 @@ class Waiter:
     def abandon(self) -> None:
         if self._epoll is not None:
             self._epoll.close()
+
+
+_spin: Final[Callable[[Waiter, int], int]] = Waiter.spin_in_python if _native.core is None else Waiter.spin_natively

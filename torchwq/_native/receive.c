@@ -1,0 +1,451 @@
+/* Takes messages for a queue's owner, for a worker, and for whoever keeps descriptors for senders, as long as nothing is
+ * unusual about them. The twins say what all this is for: memory/promises.py, queues/answers.py, queues/taking.py.
+ */
+
+#include "core.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#define TRAILER 9
+#define BARE '.'
+#define PICKLE 0
+
+/* --- a connection's next message --- */
+
+/* Calls `receive`, an endpoint's method. */
+static PyObject *receive_by(PyObject *receive)
+{
+    PyObject *endpoint = seqpacket_of(receive);
+    return endpoint == NULL ? PyObject_CallFunctionObjArgs(receive, NULL) : seqpacket_receive(endpoint);
+}
+
+/* The last byte of a message; -1 if it is none. */
+static int kind_of(PyObject *received)
+{
+    char *bytes;
+    Py_ssize_t size;
+    if (!PyTuple_Check(received) || PyTuple_Size(received) != 2 ||
+        PyBytes_AsStringAndSize(PyTuple_GetItem(received, 0), &bytes, &size) < 0 || size < 1) {
+        PyErr_Clear();
+        return -1;
+    }
+    return (unsigned char)bytes[size - 1];
+}
+
+/* --- kept descriptors --- */
+
+/* memory.promises.KeptBlocks derives from this. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *epoch;
+    int kind; /* of a message that may lack descriptors */
+    char is_closed;
+} KeptBlocks;
+
+static PyTypeObject *KeptBlocks_Type;
+
+/* The next message, ready to be decoded: see `KeptBlocks.take`. */
+static PyObject *take_kept(PyObject *op, PyObject *receive)
+{
+    KeptBlocks *self = (KeptBlocks *)op;
+    for (;;) {
+        PyObject *received = receive_by(receive), *answer;
+        if (received == NULL) {
+            if (!PyErr_ExceptionMatches(PyExc_EOFError)) {
+                PyObject *type, *value, *traceback;
+                PyErr_Fetch(&type, &value, &traceback);
+                answer = PyObject_CallMethod(op, "count_loss", NULL);
+                Py_XDECREF(answer);
+                if (answer == NULL)
+                    PyErr_Clear();
+                PyErr_Restore(type, value, traceback);
+            }
+            return NULL;
+        }
+        int kind = received == Py_None ? BARE : kind_of(received);
+        if (kind == BARE || kind == PICKLE)
+            return received;
+        PyObject *fds = kind < 0 ? NULL : PyTuple_GetItem(received, 1);
+        if (kind == self->kind && !self->is_closed && self->epoch != NULL && PyList_Check(fds) && !PyList_Size(fds)) {
+            PyObject *data = PyTuple_GetItem(received, 0);
+            answer = PyTuple_New(2);
+            if (answer != NULL) {
+                Py_INCREF(data), Py_INCREF(self->epoch);
+                PyTuple_SetItem(answer, 0, data);
+                PyTuple_SetItem(answer, 1, self->epoch);
+            }
+            Py_DECREF(received);
+            return answer;
+        }
+        answer = PyObject_CallMethod(op, "process_or_count_loss", "(O)", received);
+        Py_DECREF(received);
+        if (answer == NULL || answer != Py_None)
+            return answer;
+        Py_DECREF(answer); /* it was one of the protocol's own messages */
+    }
+}
+
+static int kept_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((KeptBlocks *)op)->epoch);
+    return 0;
+}
+
+static int kept_clear(PyObject *op)
+{
+    Py_CLEAR(((KeptBlocks *)op)->epoch);
+    return 0;
+}
+
+static void kept_dealloc(PyObject *op)
+{
+    PyObject_GC_UnTrack(op);
+    kept_clear(op);
+    free_object(op);
+}
+
+static PyMethodDef kept_methods[] = {
+    {"take", take_kept, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef kept_members[] = {
+    {"epoch", T_OBJECT, offsetof(KeptBlocks, epoch), 0, NULL},
+    {"kind", T_INT, offsetof(KeptBlocks, kind), 0, NULL},
+    {"is_closed", T_BOOL, offsetof(KeptBlocks, is_closed), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot kept_slots[] = {
+    {Py_tp_dealloc, kept_dealloc},
+    {Py_tp_traverse, kept_traverse},
+    {Py_tp_clear, kept_clear},
+    {Py_tp_methods, kept_methods},
+    {Py_tp_members, kept_members},
+    {0, NULL},
+};
+
+static PyType_Spec kept_spec = {
+    .name = "torchwq._native._core.KeptFields",
+    .basicsize = sizeof(KeptBlocks),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = kept_slots,
+};
+
+/* --- answers --- */
+
+/* queues.answers.AnswerSocket derives from this. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *receiving; /* StateLock */
+    PyObject *inbox;     /* deque */
+    PyObject *kept;
+    PyObject *receive;
+    char is_looking;
+} Answers;
+
+static PyObject *take_from_socket(Answers *self)
+{
+    if (self->is_looking)
+        return PyObject_CallMethod((PyObject *)self, "take_past", NULL);
+    self->is_looking = 1;
+    PyObject *received = take_kept(self->kept, self->receive);
+    self->is_looking = 0;
+    if (received == NULL && PyErr_ExceptionMatches(PyExc_EOFError)) { /* closed by another thread */
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    return received;
+}
+
+static PyObject *take_locked(PyObject *op, bool inbox_first)
+{
+    Answers *self = (Answers *)op;
+    if (self->receiving == NULL || !PyObject_TypeCheck(self->receiving, StateLock_Type) || self->inbox == NULL ||
+        self->kept == NULL || !PyObject_TypeCheck(self->kept, KeptBlocks_Type) || self->receive == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "this object is not complete");
+        return NULL;
+    }
+    StateLock *lock = (StateLock *)self->receiving;
+    if (lock_acquire(lock) < 0)
+        return NULL;
+    Py_ssize_t waiting = inbox_first ? PyObject_Size(self->inbox) : 0;
+    PyObject *received = waiting < 0 ? NULL
+                         : waiting   ? PyObject_CallMethod(self->inbox, "popleft", NULL)
+                                     : take_from_socket(self);
+    lock_release(lock);
+    return received;
+}
+
+static PyObject *take_answer(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    return take_locked(op, true);
+}
+
+static PyObject *take_answer_from_socket(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    return take_locked(op, false);
+}
+
+static int answers_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Answers *self = (Answers *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->receiving);
+    Py_VISIT(self->inbox);
+    Py_VISIT(self->kept);
+    Py_VISIT(self->receive);
+    return 0;
+}
+
+static int answers_clear(PyObject *op)
+{
+    Answers *self = (Answers *)op;
+    Py_CLEAR(self->receiving);
+    Py_CLEAR(self->inbox);
+    Py_CLEAR(self->kept);
+    Py_CLEAR(self->receive);
+    return 0;
+}
+
+static void answers_dealloc(PyObject *op)
+{
+    PyObject_GC_UnTrack(op);
+    answers_clear(op);
+    free_object(op);
+}
+
+static PyMethodDef answers_methods[] = {
+    {"take", take_answer, METH_NOARGS, NULL},
+    {"take_from_socket", take_answer_from_socket, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef answers_members[] = {
+    {"receiving", T_OBJECT, offsetof(Answers, receiving), 0, NULL},
+    {"inbox", T_OBJECT, offsetof(Answers, inbox), 0, NULL},
+    {"kept", T_OBJECT, offsetof(Answers, kept), 0, NULL},
+    {"receive", T_OBJECT, offsetof(Answers, receive), 0, NULL},
+    {"is_looking", T_BOOL, offsetof(Answers, is_looking), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot answers_slots[] = {
+    {Py_tp_dealloc, answers_dealloc},
+    {Py_tp_traverse, answers_traverse},
+    {Py_tp_clear, answers_clear},
+    {Py_tp_methods, answers_methods},
+    {Py_tp_members, answers_members},
+    {0, NULL},
+};
+
+static PyType_Spec answers_spec = {
+    .name = "torchwq._native._core.AnswerFields",
+    .basicsize = sizeof(Answers),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = answers_slots,
+};
+
+/* --- a worker's questions --- */
+
+/* queues.worker.WorkerSide derives from this. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *taking;  /* StateLock */
+    PyObject *receive;
+    PyObject *known;   /* set of threads */
+    PyObject *busy;    /* set of threads */
+    PyObject *closed;  /* str */
+    PyObject *room;    /* None, or whom to tell of each question taken */
+    uint64_t address;  /* of the words of this handle's slot: the number, and the state; 0 once they are gone */
+    long long state;
+    long long written;
+} Taker;
+
+#define BUSY ((long long)1 << 24)
+
+static void note(Taker *self, size_t word, uint64_t value)
+{
+    atomic_store_explicit((_Atomic uint64_t *)(uintptr_t)self->address + word, value, memory_order_release);
+}
+
+static bool is_open(const Taker *self)
+{
+    return self->closed != NULL && PyUnicode_Check(self->closed) && PyUnicode_GetLength(self->closed) == 0;
+}
+
+/* Notes a question that was just received, with the lock held. */
+static int note_question(Taker *self, PyObject *received)
+{
+    char *bytes;
+    Py_ssize_t size;
+    if (!PyTuple_Check(received) || PyBytes_AsStringAndSize(PyTuple_GetItem(received, 0), &bytes, &size) < 0)
+        return -1;
+    if (size < TRAILER) {
+        PyErr_SetString(PyExc_ValueError, "this message has no number");
+        return -1;
+    }
+    uint64_t number;
+    memcpy(&number, bytes + size - TRAILER, sizeof number);
+    PyObject *thread = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    if (thread == NULL)
+        return -1;
+    int found = PySet_Contains(self->known, thread);
+    if (!found) {
+        PyObject *met = PyObject_CallMethod((PyObject *)self, "meet", "(O)", thread);
+        Py_XDECREF(met);
+        found = met == NULL ? -1 : 1;
+    }
+    if (found > 0 && is_open(self)) {
+        if (self->address && *(uint64_t *)(uintptr_t)self->address < number)
+            note(self, 0, number);
+        found = PySet_Contains(self->busy, thread);
+        if (!found)
+            found = PySet_Add(self->busy, thread) < 0 ? -1 : 0;
+        if (found >= 0)
+            self->state += BUSY + !found;
+        if (found >= 0 && self->address)
+            note(self, 1, (uint64_t)self->state);
+        if (found >= 0 && self->address && self->room != NULL && self->room != Py_None) {
+            PyObject *made = PyObject_CallMethod(self->room, "made", NULL);
+            Py_XDECREF(made);
+            found = made == NULL ? -1 : found;
+        }
+    }
+    Py_DECREF(thread);
+    return found < 0 ? -1 : 0;
+}
+
+static bool is_complete(Taker *self)
+{
+    if (self->taking != NULL && PyObject_TypeCheck(self->taking, StateLock_Type) && self->receive != NULL &&
+        self->known != NULL && PySet_Check(self->known) && self->busy != NULL && PySet_Check(self->busy))
+        return true;
+    PyErr_SetString(PyExc_RuntimeError, "this object is not complete");
+    return false;
+}
+
+static PyObject *take_question(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    Taker *self = (Taker *)op;
+    if (!is_complete(self) || lock_acquire((StateLock *)self->taking) < 0)
+        return NULL;
+    PyObject *received = receive_by(self->receive);
+    if (received == NULL && PyErr_ExceptionMatches(PyExc_EOFError)) {
+        PyErr_Clear();
+        received = PyObject_CallMethod(op, "owner_gone", NULL);
+    } else if (received != NULL && received != Py_None && note_question(self, received) < 0)
+        Py_CLEAR(received);
+    lock_release((StateLock *)self->taking);
+    return received;
+}
+
+/* The thread is not busy any more. */
+static PyObject *idle(PyObject *op, PyObject *thread)
+{
+    Taker *self = (Taker *)op;
+    if (!is_complete(self) || lock_acquire((StateLock *)self->taking) < 0)
+        return NULL;
+    int found = PySet_Discard(self->busy, thread);
+    if (found > 0) {
+        self->state--;
+        if (is_open(self) && self->address)
+            note(self, 1, (uint64_t)self->state);
+    }
+    lock_release((StateLock *)self->taking);
+    if (found < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* answered(thread, data): an answer of this thread has left. */
+static PyObject *answered(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "answered() takes the thread and the data");
+        return NULL;
+    }
+    ((Taker *)op)->written++;
+    return idle(op, args[0]);
+}
+
+static int taker_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Taker *self = (Taker *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->taking);
+    Py_VISIT(self->receive);
+    Py_VISIT(self->known);
+    Py_VISIT(self->busy);
+    Py_VISIT(self->closed);
+    Py_VISIT(self->room);
+    return 0;
+}
+
+static int taker_clear(PyObject *op)
+{
+    Taker *self = (Taker *)op;
+    Py_CLEAR(self->taking);
+    Py_CLEAR(self->receive);
+    Py_CLEAR(self->known);
+    Py_CLEAR(self->busy);
+    Py_CLEAR(self->closed);
+    Py_CLEAR(self->room);
+    return 0;
+}
+
+static void taker_dealloc(PyObject *op)
+{
+    PyObject_GC_UnTrack(op);
+    taker_clear(op);
+    free_object(op);
+}
+
+static PyMethodDef taker_methods[] = {
+    {"take", take_question, METH_NOARGS, NULL},
+    {"idle", idle, METH_O, NULL},
+    {"answered", (PyCFunction)(void (*)(void))answered, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef taker_members[] = {
+    {"taking", T_OBJECT, offsetof(Taker, taking), 0, NULL},
+    {"receive", T_OBJECT, offsetof(Taker, receive), 0, NULL},
+    {"known", T_OBJECT, offsetof(Taker, known), 0, NULL},
+    {"busy", T_OBJECT, offsetof(Taker, busy), 0, NULL},
+    {"closed", T_OBJECT, offsetof(Taker, closed), 0, NULL},
+    {"room", T_OBJECT, offsetof(Taker, room), 0, NULL},
+    {"address", T_ULONGLONG, offsetof(Taker, address), 0, NULL},
+    {"state", T_LONGLONG, offsetof(Taker, state), 0, NULL},
+    {"written", T_LONGLONG, offsetof(Taker, written), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot taker_slots[] = {
+    {Py_tp_dealloc, taker_dealloc},
+    {Py_tp_traverse, taker_traverse},
+    {Py_tp_clear, taker_clear},
+    {Py_tp_methods, taker_methods},
+    {Py_tp_members, taker_members},
+    {0, NULL},
+};
+
+static PyType_Spec taker_spec = {
+    .name = "torchwq._native._core.TakerFields",
+    .basicsize = sizeof(Taker),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = taker_slots,
+};
+
+int add_receive(PyObject *module)
+{
+    KeptBlocks_Type = add_type(module, &kept_spec);
+    if (KeptBlocks_Type == NULL || add_type(module, &answers_spec) == NULL || add_type(module, &taker_spec) == NULL)
+        return -1;
+    return 0;
+}
