@@ -96,7 +96,7 @@ sanitize: $(call extra,test) $(call extra,examples) ## run SANITIZE_TESTS with g
 	cd build/sanitize && \
 		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CC) -print-file-name=lib$(name).so))" \
-		$(abspath $(BIN))/python -m pytest $(SANITIZE_TESTS) $(PYTEST_ARGS)
+		$(abspath $(BIN))/python -m pytest --timeout 600 -o faulthandler_timeout=590 $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
 bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels and threads against their peers

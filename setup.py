@@ -85,7 +85,8 @@ class Wheel(bdist_wheel):
 
     def run(self) -> None:
         """Make the wheel."""
-        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        if not self.distribution.have_run.get("build"):
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build_ext")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()

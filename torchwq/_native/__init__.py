@@ -58,7 +58,7 @@ def _load() -> tuple[ModuleType | None, str]:
 core: Any
 core, _reason = _load()
 
-status: Final = NativeStatus(core is not None, _reason)
+status: Final[NativeStatus] = NativeStatus(core is not None, _reason)
 """Whether this process uses the native part, the hot path of torchwq in C, and why not if it does not.
 
 Without it, torchwq does the same in Python, and sends the same messages. ``TORCHWQ_NATIVE=0`` in the environment turns
