@@ -116,15 +116,19 @@ def test_the_page_on_the_house_has_every_module_and_no_other() -> None:
 
 
 def test_what_the_page_on_the_house_names_is_there() -> None:
-    """``room/module.name``, and ``Class.method``."""
+    """``room/module.name``, and ``Class.method``: a class has the methods of its bases, and of the twin of a native one."""
     package = Path(torchwq.__file__).parent
     page = (package.parent / "docs" / "internals" / "house.md").read_text()
     members: dict[str, set[str]] = {}
+    bases: list[tuple[str, str]] = []
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ClassDef):
                 methods = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
                 members.setdefault(node.name, set()).update(methods | _attributes(node))
+                bases += [(node.name, each.id) for each in node.bases if isinstance(each, ast.Name)]
+    for name, base in bases:
+        members[name] |= members.get(base, set()) | members.get(f"Python{base}", set())
     missing = []
     for module, name in re.findall(r"`((?!tests/)[a-z_]+/[a-z_]+)\.([A-Za-z_]+)[`.(]", page):
         if not re.search(rf"^(class |def |)_?{name}\b", (package / f"{module}.py").read_text(), re.MULTILINE):

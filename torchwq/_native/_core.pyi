@@ -2,10 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from typing_extensions import disjoint_base
+
+#: A message's bytes, and its descriptors, or what stands for them: ``transport.endpoint.Received``.
+_Received: TypeAlias = tuple[bytes, Any]
+#: ``memory.storages.Geometry``.
+_Geometry: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 # --- lock.c ---
 
@@ -76,8 +81,8 @@ class BlockFields:
 
     @property
     def num_prototypes(self) -> int: ...
-    def find_prototype(self, geometry: tuple[Any, ...], /) -> torch.Tensor | None: ...
-    def add_prototype(self, geometry: tuple[Any, ...], prototype: torch.Tensor, /) -> None: ...
+    def find_prototype(self, geometry: _Geometry, /) -> torch.Tensor | None: ...
+    def add_prototype(self, geometry: _Geometry, prototype: torch.Tensor, /) -> None: ...
     def clear_prototypes(self) -> None: ...
     def in_use(self) -> bool: ...
 
@@ -135,6 +140,80 @@ class MessageFields:
 
 def set_message(cls: type[MessageFields], /) -> None: ...
 
+# --- outbox.c ---
+
+@disjoint_base
+class OutboxFields:
+    """Twin: ``transport.outbox.PythonOutboxFields``."""
+
+    endpoint: Any
+    sending_thread: int
+    submitted: deque[tuple[Any, int]]
+    pending: deque[tuple[Any, int]]
+    numbered: bool
+    number: int
+    on_sent: Callable[[int, bytes], None] | None
+    promises: Any
+    needs_flush: bool
+    is_closed: bool
+    is_broken: bool
+
+    def send(self, payload: Any, /) -> None: ...
+
+@disjoint_base
+class SentFields:
+    """Twin: ``memory.promises.PythonSentFields``."""
+
+    sent: set[int]
+    recent: set[int]
+    words: Sequence[int]
+    loss_index: int
+    seen_losses: int
+    uncertain: set[int]
+
+# --- receive.c ---
+
+@disjoint_base
+class KeptFields:
+    """Twin: ``memory.promises.PythonKeptFields``."""
+
+    kind: int
+    epoch: Any
+    is_closed: bool
+
+    def take(self, receive: Callable[[], _Received | None], /) -> _Received | None: ...
+
+@disjoint_base
+class AnswerFields:
+    """Twin: ``queues.answers.PythonAnswerFields``."""
+
+    receiving: StateLock
+    inbox: deque[_Received]
+    kept: KeptFields
+    receive: Callable[[], _Received | None]
+    is_looking: bool
+
+    def take(self) -> _Received | None: ...
+    def take_from_socket(self) -> _Received | None: ...
+
+@disjoint_base
+class TakerFields:
+    """Twin: ``queues.taking.PythonTakerFields``."""
+
+    taking: StateLock
+    receive: Callable[[], _Received | None]
+    known: set[int]
+    busy: set[int]
+    closed: str
+    room: Any
+    address: int
+    state: int
+    written: int
+
+    def take(self) -> _Received | None: ...
+    def idle(self, ident: int, /) -> None: ...
+    def answered(self, ident: int, data: bytes, /) -> None: ...
+
 # --- move.c ---
 
 def set_move(
@@ -148,7 +227,8 @@ def calibrate_move(tensor: torch.Tensor, /) -> None: ...
 class Shape:
     """What ``add_shape`` keeps."""
 
-def add_shape(cls: type, keys: tuple[str, ...], geometries: tuple[tuple[Any, ...], ...], prefix: bytes, /) -> None: ...
-def encode_plain(obj: Any, limit: int, /) -> MessageFields | None: ...
+def add_shape(cls: type, keys: tuple[str, ...], geometries: tuple[_Geometry, ...], prefix: bytes, /) -> None: ...
+def encode_plain(obj: Any, limit: int, /) -> MessageFields | bytes | None: ...
+def set_pickle(dumps: Callable[..., bytes], loads: Callable[..., Any], /) -> None: ...
 def decode_plain(data: bytes, fds: list[int], /) -> Any: ...
 def clear_shapes() -> None: ...
