@@ -115,7 +115,10 @@ typedef struct {
 extern bool torch_ready;
 bool torch_is_tensor(PyObject *obj);            /* exactly torch.Tensor */
 bool torch_is_class(PyObject *cls);             /* torch.Tensor itself */
-int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plain */
+int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plain. The address is current */
+/* The same without a look at the neg bit, for a tensor of more than one element without gaps: the imaginary part of a
+ * conjugate has gaps. Nothing else runs meanwhile. */
+int torch_look_at_dense(PyObject *tensor, View *view);
 uint64_t view_span(const View *view);           /* bytes from the first element to the last; 0 if there is none */
 PyObject *torch_detach(PyObject *tensor);       /* new reference */
 long torch_use_count(PyObject *cdata);          /* -1 with an exception */
@@ -151,6 +154,7 @@ Block *memory_block_at(uint64_t address);              /* the same by address */
 /* --- move.c --- */
 
 int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **block); /* 0, NOT_MINE, or -1 */
+Block *pool_take_free(uint64_t nbytes, PyObject **storage);
 
 /* --- message.c --- */
 
@@ -184,6 +188,7 @@ int add_move(PyObject *module);
 int add_outbox(PyObject *module);
 int add_receive(PyObject *module);
 int add_plain(PyObject *module);
+int add_collate(PyObject *module);
 int add_functions(PyObject *module, PyMethodDef *methods);
 PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);
 

@@ -41,8 +41,8 @@ PyMODINIT_FUNC PyInit__core(void)
         return NULL;
     if (add_lock(module) < 0 || add_sockets(module) < 0 || add_counts(module) < 0 || add_block(module) < 0 ||
         add_torch(module) < 0 || add_poller(module) < 0 || add_memory(module) < 0 || add_message(module) < 0 ||
-        add_move(module) < 0 || add_outbox(module) < 0 || add_receive(module) < 0 ||
-        add_plain(module) < 0) {
+        add_move(module) < 0 || add_outbox(module) < 0 || add_receive(module) < 0 || add_plain(module) < 0 ||
+        add_collate(module) < 0) {
         Py_DECREF(module);
         return NULL;
     }

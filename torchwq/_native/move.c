@@ -7,7 +7,8 @@
 #include <string.h>
 
 #define PAGE 4096u
-#define MAX_BYTES (64 * 1024) /* sharing._SMALL; up to here, capacities are multiples of a page */
+#define MAX_BYTES (64 * 1024)   /* sharing._SMALL */
+#define COARSE_FROM (64 * 1024) /* pool._COARSE_FROM */
 #define MAX_CHECKS 4          /* pool._MAX_CHECKS */
 #define SOLE_OWNERS 2         /* the tensor, and the Python object of the storage */
 
@@ -109,10 +110,21 @@ static int append(PyObject *ring, PyObject *block)
     return result == NULL ? -1 : 0;
 }
 
+/* As pool.capacity_for; `nbytes` > 0. */
+static uint64_t capacity_for(uint64_t nbytes)
+{
+    uint64_t step = PAGE;
+    if (nbytes > COARSE_FROM) {
+        uint64_t coarse = (uint64_t)1 << (64 - __builtin_clzll(nbytes) - 4);
+        step = coarse > PAGE ? coarse : PAGE;
+    }
+    return (nbytes + step - 1) / step * step;
+}
+
 /* The ring of the blocks for so many bytes: borrowed; NULL if there is none, perhaps with an exception. */
 static PyObject *ring_for(uint64_t nbytes)
 {
-    PyObject *key = PyLong_FromUnsignedLongLong((nbytes + PAGE - 1) / PAGE * PAGE);
+    PyObject *key = PyLong_FromUnsignedLongLong(capacity_for(nbytes));
     PyObject *sizes = key == NULL ? NULL : PyDict_GetItemWithError(rings, key);
     Py_XDECREF(key);
     if (sizes == NULL || (key = PyLong_FromUnsignedLongLong(nbytes)) == NULL)
@@ -153,6 +165,29 @@ static Block *free_block(PyObject *ring)
             return NULL;
     }
     return NULL;
+}
+
+/* Takes a free block whose storage has just so many bytes. Returns a new reference to it, and fills `storage` with one to
+ * its storage, which keeps it in use; NULL if there is none, perhaps with an exception. With the lock held. */
+Block *pool_take_free(uint64_t nbytes, PyObject **storage)
+{
+    PyObject *ring = rings == NULL ? NULL : ring_for(nbytes);
+    if (ring == NULL)
+        return NULL;
+    Py_INCREF(ring);
+    Block *block = free_block(ring);
+    if (block != NULL) {
+        *storage = block->storage;
+        Py_INCREF(*storage);
+        block->used_at = monotonic();
+        if (append(ring, (PyObject *)block) < 0) {
+            Py_CLEAR(*storage);
+            Py_DECREF(block);
+            block = NULL;
+        }
+    }
+    Py_DECREF(ring);
+    return block;
 }
 
 /* Copies the tensor's values into the block, and moves the tensor there. */

@@ -74,36 +74,75 @@ static bool show(PyObject *tensor, Shown *shown)
     return false;
 }
 
-int torch_look(PyObject *tensor, View *view)
+/* DLPack does not tell whether a tensor requires grad or has the neg bit. Both exist for floating dtypes only: the bit is
+ * that of the imaginary part of a conjugate. */
+
+static int check_grad(PyObject *tensor)
 {
-    Shown shown;
     PyObject *grad = get_requires_grad(requires_grad, tensor, (PyObject *)tensor_type);
     if (grad == NULL)
         return -1;
     Py_DECREF(grad); /* a bool, which lives on */
-    if (grad != Py_False || !show(tensor, &shown))
-        return NOT_MINE;
-    if (shown.device.type != DL_CPU || shown.dtype.lanes != 1 || shown.dtype.code >= DL_CODES || shown.ndim < 0 ||
-        shown.ndim > MAX_DIMS || (shown.ndim && (shown.shape == NULL || shown.strides == NULL)))
-        return NOT_MINE;
-    int code = dtype_codes[shown.dtype.code][shown.dtype.bits];
-    if (code < 0 || shown.data == NULL)
-        return NOT_MINE;
-    view->address = (uint64_t)(uintptr_t)shown.data + shown.byte_offset;
-    view->code = code;
-    view->itemsize = shown.dtype.bits / 8;
-    view->ndim = shown.ndim;
-    if (shown.ndim) {
-        memcpy(view->sizes, shown.shape, (size_t)shown.ndim * sizeof(int64_t));
-        memcpy(view->strides, shown.strides, (size_t)shown.ndim * sizeof(int64_t));
-    }
-    PyObject *negative = PyObject_CallFunctionObjArgs(is_neg, tensor, NULL); /* DLPack does not show it */
+    return grad == Py_False ? 0 : NOT_MINE;
+}
+
+static int check_neg(PyObject *tensor) /* lets other threads run */
+{
+    PyObject *negative = PyObject_CallFunctionObjArgs(is_neg, tensor, NULL);
     if (negative == NULL)
         return -1;
     Py_DECREF(negative);
-    if (negative != Py_False)
+    return negative == Py_False ? 0 : NOT_MINE;
+}
+
+static bool has_integers(const Shown *shown)
+{
+    return shown->dtype.code == DL_INT || shown->dtype.code == DL_UINT || shown->dtype.code == DL_BOOL;
+}
+
+static int view_of(const Shown *shown, View *view)
+{
+    if (shown->device.type != DL_CPU || shown->dtype.lanes != 1 || shown->dtype.code >= DL_CODES || shown->ndim < 0 ||
+        shown->ndim > MAX_DIMS || (shown->ndim && (shown->shape == NULL || shown->strides == NULL)))
         return NOT_MINE;
+    int code = dtype_codes[shown->dtype.code][shown->dtype.bits];
+    if (code < 0 || shown->data == NULL)
+        return NOT_MINE;
+    view->address = (uint64_t)(uintptr_t)shown->data + shown->byte_offset;
+    view->code = code;
+    view->itemsize = shown->dtype.bits / 8;
+    view->ndim = shown->ndim;
+    if (shown->ndim) {
+        memcpy(view->sizes, shown->shape, (size_t)shown->ndim * sizeof(int64_t));
+        memcpy(view->strides, shown->strides, (size_t)shown->ndim * sizeof(int64_t));
+    }
     return 0;
+}
+
+int torch_look(PyObject *tensor, View *view)
+{
+    Shown shown;
+    if (!show(tensor, &shown))
+        return NOT_MINE;
+    if (!has_integers(&shown)) {
+        int found = check_grad(tensor);
+        if (!found)
+            found = check_neg(tensor);
+        if (found)
+            return found;
+        if (!show(tensor, &shown)) /* again: its address may be another one now */
+            return NOT_MINE;
+    }
+    return view_of(&shown, view);
+}
+
+int torch_look_at_dense(PyObject *tensor, View *view)
+{
+    Shown shown;
+    if (!show(tensor, &shown))
+        return NOT_MINE;
+    int found = has_integers(&shown) ? 0 : check_grad(tensor);
+    return found ? found : view_of(&shown, view);
 }
 
 uint64_t view_span(const View *view)

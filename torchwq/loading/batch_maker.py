@@ -29,12 +29,19 @@ from .snapshots import SnapshotRecorder
 
 
 class BatchMaker:
-    """Makes the batches of one worker: of this process, or, ``in_thread``, of this thread."""
+    """Makes the batches of one worker: of this process, or, ``in_thread``, of this thread.
 
-    def __init__(self, config: LoaderConfig, worker_config: WorkerConfig, in_thread: bool) -> None:
+    Args:
+        config, worker_config: the configuration of all workers, and of this one.
+        limit: how many bytes a message with a batch may have.
+    """
+
+    def __init__(self, config: LoaderConfig, worker_config: WorkerConfig, in_thread: bool, limit: int) -> None:
         self._config = config
         self._worker_config = worker_config
         self._in_thread = in_thread
+        self._limit = limit
+        self._collate_fn = collation.for_worker(config.collate_fn, in_thread=in_thread)
         self._dataset = config.dataset
         self._fetcher: Any = None
         self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, None, copies=False)
@@ -83,7 +90,8 @@ class BatchMaker:
             self._error = error
 
     def make(self, index: Any) -> Any:
-        """The answer to an index: a ``messages.Answer``, or only the batch if there is nothing else to say."""
+        """The answer to an index: a ``messages.Answer``; only the batch if there is nothing else to say, perhaps as a
+        message."""
         try:
             if self._error is not None:
                 error, self._error = self._error, None
@@ -124,7 +132,7 @@ class BatchMaker:
     def _make_fetcher(self) -> None:
         config = self._config
         self._fetcher = internals.make_fetcher(
-            config.kind, self._dataset, config.auto_collation, config.collate_fn, config.drop_last
+            config.kind, self._dataset, config.auto_collation, self._collate_fn, config.drop_last
         )
         self._ended = False
         self._batches = 0
@@ -132,6 +140,8 @@ class BatchMaker:
     def _capture_beginning(self) -> None:
         self._recorder.begin(self._dataset, self._fetcher)
         self._before = self._recorder.capture(self._batches) if self._recorder.has_state else None
+        if isinstance(self._collate_fn, collation.Collation):  # a batch goes beside its state, if there is one
+            self._collate_fn.limit = 0 if self._recorder.has_state else self._limit
 
     def _resume(self, resume: Snapshot, begins: bool) -> None:
         """Go on from a snapshot; with ``begins``, it is the end of an epoch, and the next one begins."""

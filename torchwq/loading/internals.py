@@ -41,6 +41,14 @@ try:
     _share_seed: Any = dataloader._share_dist_seed
     default_collate_fn_map: dict[Any, Any] = _collate.default_collate_fn_map
     collate_tensor_fn: Any = _collate.collate_tensor_fn
+    default_collate: Any = _collate.default_collate
+    #: torch's functions for the samples that the native part collates, but for tensors.
+    _collate_fns: Final[dict[Any, Any]] = {
+        float: _collate.collate_float_fn,
+        int: _collate.collate_int_fn,
+        str: _collate.collate_str_fn,
+        bytes: _collate.collate_str_fn,
+    }
     pin_memory: Any = _utils.pin_memory.pin_memory
     ITERABLE: Final = _kinds.Iterable
     _SAMPLERS_WITHOUT_LATER_DRAWS: Final = frozenset(
@@ -59,6 +67,19 @@ try:
 except (ImportError, AttributeError):
     BaseIterator = SingleProcessIterator = object
     AVAILABLE = False
+
+
+def has_own_collate_fns() -> bool:
+    """Whether all functions of default collation are torch's own, but for the one for tensors."""
+    others = {cls: function for cls, function in default_collate_fn_map.items() if cls is not torch.Tensor}
+    own = all(getattr(function, "__module__", None) == _collate.__name__ for function in others.values())
+    return own and all(others.get(cls) is function for cls, function in _collate_fns.items())
+
+
+def mode_counters() -> tuple[Any, Any]:
+    """Functions that count the active modes, which may change what torch's functions do; None where torch lacks one."""
+    core: Any = torch._C
+    return getattr(core, "_len_torch_function_stack", None), getattr(core, "_len_torch_dispatch_stack", None)
 
 
 def numpy_seed(base_seed: int, worker_id: int) -> Any:

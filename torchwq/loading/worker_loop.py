@@ -64,9 +64,9 @@ class WorkerLoop:
         self._fence = threading.RLock()
         self._in_thread = isinstance(connection, LocalEndpoint)
         self._spins = 0 if self._in_thread else _SPINS
-        self._maker = BatchMaker(config, worker_config, self._in_thread)
+        self._limit = connection.outgoing.max_payload if isinstance(connection, Connection) else codec.UNLIMITED
+        self._maker = BatchMaker(config, worker_config, self._in_thread, self._limit)
         if isinstance(connection, Connection):
-            self._limit = connection.outgoing.max_payload
             outbox = connection.outbox
             outbox.promises = SentBlocks(ONLY_SENDER, worker_config.room, outbox.send_control, self._flow, LOST)
 
@@ -147,6 +147,8 @@ class WorkerLoop:
             del answer  # the traceback of an error in it keeps this frame
 
     def _encode(self, answer: Any) -> Any:
+        if type(answer) is Message:
+            return answer  # the native part has collated a batch into it
         if self._in_thread:
             if self._config.auto_collation or type(answer) is Failure:
                 return LocalMessage(None, [answer])

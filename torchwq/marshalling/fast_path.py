@@ -250,6 +250,39 @@ def _by_value(
     return _parts((cls, keys, tuple(places), tuple(shifts) if len(small) > 1 else ()), found_all)
 
 
+def lay_out(
+    cls: type | None, keys: tuple[str, ...], tensors: Sequence[tuple[int, tuple[int, ...]]]
+) -> tuple[bytes, tuple[int, ...], int]:
+    """How a message has new contiguous tensors, so that all small ones are in one block, as ``_by_value`` does it.
+
+    Args:
+        cls: dict or list; None for one tensor alone.
+        keys: of a dict.
+        tensors: the code of each one's dtype, and its size.
+
+    Returns the first bytes of the message; where each tensor begins in the last block, -1 for one with a block of its
+    own; and the bytes of that last block, 0 if no tensors are packed.
+    """
+    geometries = tuple((code, 0, size, _contiguous(size)) for code, size in tensors)
+    nbytes = [bytes_of(each) for each in geometries]
+    shifts = [-1] * len(geometries)
+    end = 0
+    if sum(each <= SMALL for each in nbytes) > 1:
+        for index, each in enumerate(nbytes):
+            if each <= SMALL:
+                shifts[index] = aligned(end)
+                end = shifts[index] + each
+    shape = (cls or torch.Tensor, keys, geometries, tuple(shifts) if end else ())
+    return _prefixes.get(shape) or _prefix_of(shape), tuple(shifts), end
+
+
+def _contiguous(size: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for each in reversed(size[1:]):
+        strides.append(strides[-1] * each)
+    return tuple(reversed(strides))
+
+
 def _parts(shape: _Shape, found_all: Sequence[_Found]) -> Prepared | None:
     blocks = [block for block, _, _ in found_all]
     if len(set(blocks)) < len(blocks):
