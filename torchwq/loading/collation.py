@@ -7,8 +7,8 @@ profit from that too, and so do arrays, which torch collates as tensors.
 A worker that is a thread shares the map with its process. There the function does this in workers' threads only.
 
 In a worker that is a process, the native part collates in torch's place, where the collation is torch's default and it
-knows all samples of the batch: ``Collation``. A flat batch becomes a message at once, and its tensors are made where they
-arrive.
+knows all samples of the batch: ``Collation``. A flat batch becomes a message at once: its tensors are made where they
+arrive, and only there.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _set_up_native(core: Any) -> None:
 class Collation:
     """torch's default collation in a worker that is a process: in C, where that does the same.
 
-    Called with a list of samples, it returns the batch. If ``limit`` is not 0, it may return a message of at most so many
-    bytes that has the batch.
+    Called with a list of samples, it returns the batch; or, if ``limit`` is not 0, perhaps a message with the batch, of
+    at most so many bytes.
     """
 
     def __init__(self) -> None:
