@@ -116,7 +116,7 @@ def test_the_page_on_the_house_has_every_module_and_no_other() -> None:
 
 
 def test_what_the_page_on_the_house_names_is_there() -> None:
-    """``room/module.name``, and ``Class.method``: a class has the methods of its bases, and of the twin of a native one."""
+    """``room/module.name``, and ``Class.method``. A class has the methods of its bases, or of their twins."""
     package = Path(torchwq.__file__).parent
     page = (package.parent / "docs" / "internals" / "house.md").read_text()
     members: dict[str, set[str]] = {}

@@ -18,8 +18,8 @@ from torch.utils.data import default_collate
 import torchwq
 from torchwq import _native
 from torchwq.loading import collation, internals
-from torchwq.marshalling import codec
-from torchwq.memory import tree_table
+from torchwq.marshalling import codec, wire
+from torchwq.memory import recycling, storages, tree_table
 from torchwq.memory.message import Message
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason=f"no native part: {_native.status.reason}")
@@ -402,3 +402,58 @@ def _count_ints(worker_id: int) -> None:
 def test_a_worker_uses_the_functions_that_the_user_has_set() -> None:
     dataset: Any = list(range(8))
     assert list(torchwq.DataLoader(dataset, 4, num_workers=2, worker_init_fn=_count_ints)) == [4, 4]
+
+
+# Slices, which such messages have
+
+
+def _decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes, list[int]], Any]]:
+    yield codec.decode
+    with monkeypatch.context() as patched:
+        patched.setattr(wire, "decode_plain", lambda data, fds: NotImplemented)
+        yield codec.decode
+
+
+def test_slices_arrive_as_with_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [{"a": torch.ones(3) * n, "large": torch.ones(20000) * n, "b": n} for n in range(4)]
+    message = _native.core.collate(samples, LIMIT)
+    block = recycling.by_number[message.numbers[-1]]
+    prototypes = set()
+    for decode in _decoders(monkeypatch):
+        batch = decode(*message.copy())
+        assert_same(batch, default_collate(samples))
+        assert [each.is_shared() for each in batch.values()] == [False, True, False]
+        prototypes.add(id(block.slice_prototypes))
+        batch["a"][0] = 7  # both see the same memory
+        assert decode(*message.copy())["a"][0].tolist() == [7, 7, 7]
+        batch["a"][0] = 0
+    assert len(prototypes) == 1  # the twin uses those of the native part
+
+
+def test_a_block_is_in_use_as_long_as_any_of_its_slices_is() -> None:
+    message = _native.core.collate([(torch.ones(3) * n, n) for n in range(4)], LIMIT)
+    block = recycling.by_number[message.numbers[0]]
+    batch = codec.decode(*message.copy())
+    del message
+    assert block.in_use()
+    view = batch[1][2:]
+    del batch
+    assert block.in_use()
+    array = view.numpy()
+    del view
+    assert block.in_use()
+    del array
+    assert not block.in_use()
+    assert block.slice_prototypes is not None
+    assert not block.slice_prototypes.any_in_use()
+
+
+def test_slices_of_another_message_do_not_free_the_block() -> None:
+    first = _native.core.collate([(torch.ones(3), 1.5)] * 2, LIMIT)
+    block = recycling.by_number[first.numbers[0]]
+    kept = codec.decode(*first.copy())[0]
+    block.new_slice_prototypes("another", [(storages.CODES[torch.float32], 0, (2,), (1,))], [0])
+    del first
+    assert block.in_use()
+    del kept
+    assert not block.in_use()

@@ -159,7 +159,17 @@ class Sub(int):
 
 @pytest.mark.parametrize(
     "obj",
-    [Sub(3), {1, 2}, [Sub(3)], {"a": object}, {(1, 2): 3}, b"x" * 20_000, ["y" * 20_000], [[[[[[[[[[1]]]]]]]]]], [0] * 2000],
+    [
+        Sub(3),
+        {1, 2},
+        [Sub(3)],
+        {"a": object},
+        {(1, 2): 3},
+        b"x" * 20_000,
+        ["y" * 20_000],
+        [[[[[[[[[[1]]]]]]]]]],
+        [0] * 2000,
+    ],
     ids=lambda obj: repr(obj)[:20],
 )
 def test_what_is_not_of_builtin_types_or_large_or_deep_is_the_twins(obj: Any) -> None:
@@ -327,7 +337,9 @@ INTEROP = """
 
 
 @pytest.mark.parametrize(("owner", "workers"), [("1", "0"), ("0", "1"), ("0", "0")])
-def test_a_native_owner_talks_to_a_twin_worker_and_the_other_way_round(owner: str, workers: str, run_script: Any) -> None:
+def test_a_native_owner_talks_to_a_twin_worker_and_the_other_way_round(
+    owner: str, workers: str, run_script: Any
+) -> None:
     run_script(INTEROP, owner, workers, fresh=True, env={"TORCHWQ_NATIVE": owner})
 
 
@@ -341,6 +353,10 @@ def test_the_layout_of_both_is_the_same() -> None:
 def test_the_native_part_is_off_if_the_environment_says_so() -> None:
     script = "import torchwq; print(bool(torchwq.native), torchwq.native.reason)"
     out = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "TORCHWQ_NATIVE": "0"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env={**os.environ, "TORCHWQ_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert out.stdout.startswith("False TORCHWQ_NATIVE=0")

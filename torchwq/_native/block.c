@@ -13,6 +13,7 @@ PyTypeObject *Block_Type;
 /* How many owners and references the storage of an idle block has: see `calibrate`. */
 static long idle_owners = -1;
 static long idle_references, idle_references_with_tensor;
+static PyObject *storages_name, *keys_name;
 
 /* The low half: since 3.14 the upper one has flags. */
 long reference_count(PyObject *object)
@@ -20,6 +21,25 @@ long reference_count(PyObject *object)
     uint32_t low;
     memcpy(&low, &object->ob_refcnt, sizeof low);
     return (long)low;
+}
+
+/* Whether anything but its prototype is on one of the slices: 1, 0, or -1 with an exception. */
+static int slices_in_use(PyObject *sliced)
+{
+    PyObject *storages = PyObject_GetAttr(sliced, storages_name), *keys = PyObject_GetAttr(sliced, keys_name);
+    int used = storages == NULL || keys == NULL ? -1 : 0;
+    for (Py_ssize_t index = 0; !used && index < PyList_Size(storages); index++) {
+        PyObject *storage = PyList_GetItem(storages, index), *key = PyList_GetItem(keys, index);
+        long owners = storage == NULL || key == NULL ? -1 : torch_use_count(key);
+        used = owners < 0 ? -1 : owners > idle_owners + 1 || reference_count(storage) > idle_references_with_tensor;
+        if (!used) { /* see `block_in_use` */
+            owners = torch_use_count(key);
+            used = owners < 0 ? -1 : owners > idle_owners + 1;
+        }
+    }
+    Py_XDECREF(storages);
+    Py_XDECREF(keys);
+    return used;
 }
 
 int block_in_use(Block *self)
@@ -30,14 +50,13 @@ int block_in_use(Block *self)
         PyErr_SetString(PyExc_RuntimeError, "this block keeps no storage");
         return -1;
     }
-    if (self->slice_prototypes != NULL && self->slice_prototypes != Py_None) {
-        PyObject *used = PyObject_CallMethod((PyObject *)self, "slices_in_use", NULL);
-        if (used == NULL)
-            return -1;
-        int truth = PyObject_IsTrue(used);
-        Py_DECREF(used);
-        if (truth)
-            return truth;
+    PyObject *sliced = self->slice_prototypes;
+    if (sliced != NULL && sliced != Py_None) {
+        Py_INCREF(sliced);
+        int used = slices_in_use(sliced);
+        Py_DECREF(sliced);
+        if (used)
+            return used;
     }
     bool has_slices = self->slice_prototypes != NULL && self->slice_prototypes != Py_None;
     bool with_tensor = self->num_prototypes > 0 || has_slices;
@@ -229,5 +248,6 @@ static PyMethodDef functions[] = {
 int add_block(PyObject *module)
 {
     Block_Type = add_type(module, &spec);
-    return Block_Type == NULL ? -1 : add_functions(module, functions);
+    storages_name = PyUnicode_InternFromString("storages"), keys_name = PyUnicode_InternFromString("keys");
+    return Block_Type == NULL || storages_name == NULL || keys_name == NULL ? -1 : add_functions(module, functions);
 }

@@ -31,6 +31,7 @@
 #define TRAILER 9      /* the number, and the kind */
 #define REFERENCE 16   /* the number and the bytes of a block */
 #define COUNT 4        /* the number of references */
+#define PACKED (1u << 31) /* flag in that number: some tensors are slices of the last block */
 #define MAX_PREFIX 32768
 
 typedef struct {
@@ -50,6 +51,9 @@ typedef struct {
     uint64_t key_hash;    /* see `hash_of_views` */
     uint64_t prefix_hash;
     Py_ssize_t count;
+    PyObject *key;    /* what the twin has for the shape, if it has slices; else NULL */
+    PyObject *shifts; /* tuple: where each slice begins; -1 for a tensor with a block of its own */
+    Py_ssize_t blocks; /* how many a message has */
     Part *parts;
     int64_t *numbers; /* the memory of the parts' sizes and strides */
 } Shape;
@@ -57,6 +61,7 @@ typedef struct {
 static PyTypeObject *Shape_Type;
 
 static PyObject *dumps, *loads, *protocol; /* of pickle */
+static PyObject *key_name, *prototypes_name;
 
 /* Both tables have the same shapes: one to encode, one to decode. They own one reference to each, in `by_prefix`. */
 static Shape *by_views[TABLE], *by_prefix[TABLE];
@@ -111,6 +116,8 @@ static void shape_dealloc(PyObject *op)
     Py_XDECREF(self->keys);
     Py_XDECREF(self->geometries);
     Py_XDECREF(self->prefix);
+    Py_XDECREF(self->key);
+    Py_XDECREF(self->shifts);
     free(self->parts);
     free(self->numbers);
     free_object(op);
@@ -162,7 +169,7 @@ static Shape *shape_new(PyObject *cls, PyObject *keys, PyObject *geometries, PyO
         return NULL;
     Py_INCREF(cls), Py_INCREF(keys), Py_INCREF(geometries), Py_INCREF(prefix);
     self->cls = cls, self->keys = keys, self->geometries = geometries, self->prefix = prefix;
-    self->count = PyTuple_Size(geometries);
+    self->count = self->blocks = PyTuple_Size(geometries);
     self->parts = calloc((size_t)self->count, sizeof *self->parts);
     self->numbers = calloc((size_t)self->count * 2 * MAX_DIMS, sizeof *self->numbers);
     if (self->parts == NULL || self->numbers == NULL) {
@@ -198,30 +205,57 @@ static void clear_shapes(void)
     num_shapes = 0;
 }
 
-/* add_shape(cls, keys, geometries, prefix): know this shape from now on, without slices in it. */
+/* Lets the shape have slices, as its messages do. */
+static int set_slices(Shape *shape, PyObject *shifts, PyObject *key)
+{
+    if (PyTuple_Size(shifts) != shape->count) {
+        PyErr_SetString(PyExc_ValueError, "there must be one shift for each tensor");
+        return -1;
+    }
+    Py_ssize_t own = 0;
+    for (Py_ssize_t index = 0; index < shape->count; index++) {
+        long long shift = PyLong_AsLongLong(PyTuple_GetItem(shifts, index));
+        if (shift == -1 && PyErr_Occurred())
+            return -1;
+        own += shift < 0;
+    }
+    Py_INCREF(shifts), Py_INCREF(key);
+    shape->shifts = shifts, shape->key = key, shape->blocks = own + 1;
+    return 0;
+}
+
+/* add_shape(cls, keys, geometries, shifts, prefix, key): know this shape from now on, which is `key` in the twin. A shape
+ * with slices is known for decoding only. */
 static PyObject *add_shape(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    if (count != 4 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) || !PyBytes_Check(args[3])) {
-        PyErr_SetString(PyExc_TypeError, "add_shape() takes a class, keys, geometries and a prefix");
+    if (count != 6 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) || !PyTuple_Check(args[3]) ||
+        !PyBytes_Check(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "add_shape() takes a class, keys, geometries, shifts, a prefix and a key");
         return NULL;
     }
     Py_ssize_t tensors = PyTuple_Size(args[2]), keys = PyTuple_Size(args[1]);
     if (tensors < 1 || tensors > MAX_TENSORS || keys != (args[0] == (PyObject *)&PyDict_Type ? tensors : 0))
         Py_RETURN_NONE; /* the twin keeps it */
-    Shape *shape = shape_new(args[0], args[1], args[2], args[3]);
+    Shape *shape = shape_new(args[0], args[1], args[2], args[4]);
     if (shape == NULL)
         return NULL;
+    if (PyTuple_Size(args[3]) && set_slices(shape, args[3], args[5]) < 0) {
+        Py_DECREF(shape);
+        return NULL;
+    }
     if (num_shapes >= MAX_SHAPES)
         clear_shapes();
     size_t at;
     for (at = shape->prefix_hash % TABLE; by_prefix[at] != NULL; at = (at + 1) % TABLE)
         ;
     by_prefix[at] = shape; /* owns it */
+    num_shapes++;
+    if (shape->key != NULL)
+        Py_RETURN_NONE;
     for (at = shape->key_hash % TABLE; by_views[at] != NULL; at = (at + 1) % TABLE)
         ;
     by_views[at] = shape;
-    num_shapes++;
     Py_RETURN_NONE;
 }
 
@@ -581,11 +615,54 @@ static PyObject *new_tensor(Block *block, PyObject *geometry)
     return tensor;
 }
 
+/* The tensors that are slices of the block, to make others of, as a list: a new reference. */
+static PyObject *prototypes_of_slices(Block *pack, const Shape *shape)
+{
+    PyObject *cached = pack->slice_prototypes;
+    if (cached != NULL && cached != Py_None) {
+        Py_INCREF(cached);
+        PyObject *key = PyObject_GetAttr(cached, key_name), *found = NULL;
+        bool has_key = key == shape->key;
+        Py_XDECREF(key);
+        if (key != NULL && has_key)
+            found = PyObject_GetAttr(cached, prototypes_name);
+        Py_DECREF(cached);
+        if (key == NULL || has_key)
+            return found;
+    }
+    return PyObject_CallMethod((PyObject *)pack, "new_slice_prototypes", "OOO", shape->key, shape->geometries,
+                               shape->shifts);
+}
+
+static int take_slices(const Shape *shape, Block **blocks, PyObject **tensors)
+{
+    PyObject *prototypes = prototypes_of_slices(blocks[shape->blocks - 1], shape);
+    if (prototypes == NULL || !PyList_Check(prototypes)) {
+        Py_XDECREF(prototypes);
+        return PyErr_Occurred() ? -1 : NOT_MINE;
+    }
+    Py_ssize_t own = 0, sliced = 0;
+    int result = 0;
+    for (Py_ssize_t index = 0; !result && index < shape->count; index++) {
+        if (PyLong_AsLongLong(PyTuple_GetItem(shape->shifts, index)) < 0)
+            tensors[index] = new_tensor(blocks[own++], PyTuple_GetItem(shape->geometries, index));
+        else {
+            PyObject *prototype = PyList_GetItem(prototypes, sliced++);
+            Py_XINCREF(prototype);
+            tensors[index] = prototype == NULL ? NULL : torch_detach(prototype);
+            Py_XDECREF(prototype);
+        }
+        result = tensors[index] == NULL ? -1 : 0;
+    }
+    Py_DECREF(prototypes);
+    return result;
+}
+
 /* Takes the references, with the lock held. Fills `tensors`, as far as it comes, with new references. */
 static int take(const Shape *shape, const char *references, PyObject **tensors)
 {
     Block *blocks[MAX_TENSORS];
-    Py_ssize_t count = shape->count, owned = 0;
+    Py_ssize_t count = shape->blocks, owned = 0;
     int result = NOT_MINE;
     if (memory.counts == NULL)
         return NOT_MINE;
@@ -598,8 +675,13 @@ static int take(const Shape *shape, const char *references, PyObject **tensors)
             goto done;
         Py_INCREF(blocks[owned]);
     }
+    if (shape->key != NULL) {
+        result = take_slices(shape, blocks, tensors);
+        if (result)
+            goto done;
+    }
     result = -1;
-    for (Py_ssize_t index = 0; index < count; index++) {
+    for (Py_ssize_t index = 0; shape->key == NULL && index < count; index++) {
         tensors[index] = new_tensor(blocks[index], PyTuple_GetItem(shape->geometries, index));
         if (tensors[index] == NULL)
             goto done;
@@ -644,22 +726,24 @@ static PyObject *decode_references(const char *data, Py_ssize_t size, PyObject *
         Py_RETURN_NOTIMPLEMENTED;
     uint32_t count;
     memcpy(&count, data + size - TRAILER - COUNT, COUNT);
+    bool is_packed = count & PACKED;
+    count &= ~PACKED;
     Py_ssize_t start = size - TRAILER - COUNT - (Py_ssize_t)count * REFERENCE;
     if (count < 1 || count > MAX_TENSORS || start < 1)
         Py_RETURN_NOTIMPLEMENTED;
     Shape *shape = shape_of_prefix(data, (size_t)start);
-    if (shape == NULL || shape->count != (Py_ssize_t)count)
+    if (shape == NULL || shape->blocks != (Py_ssize_t)count || (shape->key != NULL) != is_packed)
         Py_RETURN_NOTIMPLEMENTED;
     Py_INCREF(shape);
     PyObject *tensors[MAX_TENSORS] = {NULL}, *result = NULL;
-    int found = memory_lock((Py_ssize_t)count);
+    int found = memory_lock(shape->count);
     if (!found) {
         found = take(shape, data + start, tensors);
         memory_unlock();
     }
     if (!found)
         result = build(shape, tensors);
-    for (Py_ssize_t index = 0; index < (Py_ssize_t)count; index++)
+    for (Py_ssize_t index = 0; index < shape->count; index++)
         Py_XDECREF(tensors[index]);
     Py_DECREF(shape);
     if (found == NOT_MINE)
@@ -724,5 +808,6 @@ static PyMethodDef functions[] = {
 int add_plain(PyObject *module)
 {
     Shape_Type = add_type(module, &shape_spec);
-    return Shape_Type == NULL ? -1 : add_functions(module, functions);
+    key_name = PyUnicode_InternFromString("key"), prototypes_name = PyUnicode_InternFromString("prototypes");
+    return Shape_Type == NULL || key_name == NULL || prototypes_name == NULL ? -1 : add_functions(module, functions);
 }

@@ -90,8 +90,8 @@ def _prefix_of(shape: _Shape) -> bytes:
     pickled = pickle.dumps(_build(shape, tensors), 5)
     _prefixes[shape] = prefix = b"".join((pickled, *rows_to_bytes(rows))) if rows else pickled
     shapes[prefix] = shape
-    if _native.core is not None and not shifts:
-        _native.core.add_shape(shape[0], shape[1], geometries, prefix)
+    if _native.core is not None:
+        _native.core.add_shape(*shape, prefix, shape)
     return prefix
 
 

@@ -9,13 +9,14 @@ that torch or Python know of (views, ``numpy()``, DLPack, graphs of autograd, a 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .. import _native
 from . import storages
-from .block_fields import MADE, MAPPED, PLAIN, BlockFields, calibrate_native
+from .block_fields import MADE, MAPPED, PLAIN, BlockFields, SlicePrototypes, calibrate_native
 from .counts import UNTRACKED
 from .storages import Geometry as Geometry
 
@@ -55,9 +56,18 @@ class Block(BlockFields):
         self.add_prototype(geometry, prototype)
         return prototype
 
-    def slices_in_use(self) -> bool:
-        """Whether anything uses one of the slices that have prototypes. For the native part."""
-        return self.slice_prototypes is not None and self.slice_prototypes.any_in_use()
+    def new_slice_prototypes(
+        self, key: Any, geometries: Sequence[Geometry], shifts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Tensors of these geometries that are slices of it, in the place of others; only of a MADE or MAPPED block.
+
+        Args:
+            key: an object that stands for the others.
+            geometries, shifts: where each tensor is, and where its slice begins; -1 for none.
+        """
+        places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
+        self.slice_prototypes = made = SlicePrototypes(self.kept_storage, key, places)
+        return made.prototypes
 
     def drop(self) -> None:
         """Do not keep the storage any more."""

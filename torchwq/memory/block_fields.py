@@ -32,25 +32,27 @@ class SlicePrototypes:
         places: where each slice begins, in bytes, and the geometry of the tensor on it.
     """
 
-    __slots__ = ("_storages", "key", "prototypes")
+    __slots__ = ("key", "keys", "prototypes", "storages")
 
     def __init__(self, storage: torch.UntypedStorage, key: Any, places: Iterable[tuple[int, Geometry]]) -> None:
         self.key = key
         whole = storages.place(storage, *storages.bytes_geometry(storage.nbytes()))
         memory = whole.numpy()  # owns the storage for as long as any of the slices lives
         self.prototypes = [slices.tensor(memory, shift, geometry) for shift, geometry in places]
-        self._storages = [prototype.untyped_storage() for prototype in self.prototypes]
+        #: The slices, and torch's keys of them.
+        self.storages = [prototype.untyped_storage() for prototype in self.prototypes]
+        self.keys = [storages.key(storage) for storage in self.storages]
 
     def any_in_use(self) -> bool:
         """Whether anything but its prototype is on one of the slices."""
         return any(map(self._is_in_use, range(len(self.prototypes))))
 
     def _is_in_use(self, index: int) -> bool:
-        owners, references = storages.owners(self._storages[index])
+        owners, references = storages.owners(self.storages[index])
         idle = storages.IDLE_OWNERS + 1
         if owners > idle or references > storages.IDLE_REFERENCES_WITH_TENSOR:
             return True
-        return storages.owners(self._storages[index])[0] > idle  # see ``PythonBlockFields.in_use``
+        return storages.owners(self.storages[index])[0] > idle  # see ``PythonBlockFields.in_use``
 
 
 class PythonBlockFields:

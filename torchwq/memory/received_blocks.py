@@ -22,7 +22,7 @@ import torch
 from ..errors import ResourceError
 from . import limits, maintenance, recycling, slices, state_lock, storages, tree_table
 from .block import Block, Geometry
-from .block_fields import ADOPTED, MADE, MAPPED, PLAIN, SlicePrototypes
+from .block_fields import ADOPTED, MADE, MAPPED, PLAIN
 from .counts import IN_USE, UNTRACKED
 from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
 from .promises import Epoch
@@ -301,9 +301,10 @@ def _tensors_and_slices(
     pack = blocks[-1]
     cached = pack.slice_prototypes
     if cached is None or cached.key is not key:
-        places = [place for place in zip(shifts, geometries, strict=True) if place[0] >= 0]
-        pack.slice_prototypes = cached = SlicePrototypes(pack.storage, key, places)
-    sliced, own = iter(cached.prototypes), iter(blocks)
+        sliced = iter(pack.new_slice_prototypes(key, geometries, shifts))
+    else:
+        sliced = iter(cached.prototypes)
+    own = iter(blocks)
     return [
         (recycling.prototype(next(own), geometry) if shift < 0 else next(sliced)).detach()
         for geometry, shift in zip(geometries, shifts, strict=True)
