@@ -14,6 +14,7 @@ earlier build has left there and that have been removed since.
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -95,10 +96,12 @@ class Wheel(bdist_wheel):
 def main() -> None:
     """What setuptools calls."""
     os.chdir(HERE)  # the paths of sources must be relative
+    digest = runpy.run_path(str(FOLDER / "sources.py"))["digest"]
     extension = Extension(
         "torchwq._native._core",
         sources=sorted(map(str, FOLDER.glob("*.c"))),
         depends=[str(FOLDER / "core.h")],
+        define_macros=[("SOURCES", f'"{digest()}"')],
         # CFLAGS come before these, so where there are any, none of these may contradict.
         extra_compile_args=["-std=c11", *([] if "CFLAGS" in os.environ else ["-O2", "-g0"])],
         py_limited_api=True,

@@ -1,6 +1,6 @@
 """The native part is optional: it is built if it can be, and both the build and ``torchwq.native`` tell the truth.
 
-The room is one file and the extension, and knows nothing of the rest, so a copy of the file shows what it says in other
+The room is two files and the extension, and knows nothing of the rest, so a copy of it shows what it says in other
 circumstances. setup.py runs as pip runs it, but writes into the test's folder.
 """
 
@@ -18,13 +18,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from sysconfig import get_platform
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 import torchwq
 from torchwq import _native
+from torchwq._native import sources
 
 ROOM = Path(_native.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes | N
     def load_copy(extension: bytes | None) -> ModuleType:
         name = f"room{next(_numbers)}"
         (tmp_path / name).mkdir()
-        shutil.copy(ROOM / "__init__.py", tmp_path / name)
+        for file in ("__init__.py", "sources.py"):
+            shutil.copy(ROOM / file, tmp_path / name)
         if extension is not None:
             (tmp_path / name / "_core.abi3.so").write_bytes(extension)
         monkeypatch.syspath_prepend(tmp_path)
@@ -87,6 +89,30 @@ def test_one_that_cannot_be_loaded_is_a_reason_and_no_error(load: Callable[[byte
     assert "_core.abi3.so" in room.status.reason
 
 
+def test_one_from_other_sources_is_not_used(
+    load: Callable[[bytes | None], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = load(None)
+    assert room.digest() == ""  # as in a wheel
+    built = SimpleNamespace(sources="01234567")
+    monkeypatch.setattr(importlib, "import_module", lambda name: built)
+    assert room._load() == (built, "")
+    (Path(room.__file__).parent / "a.c").touch()
+    core, reason = room._load()
+    assert core is None
+    assert "built from other sources" in reason
+    built.sources = room.digest()
+    assert room._load() == (built, "")
+    built.sources = ""  # by hand
+    assert room._load() == (built, "")
+
+
+def test_the_one_that_runs_is_from_the_sources_that_are_here() -> None:
+    if not torchwq.native or not _native.core.sources or not sources.digest():
+        pytest.skip("there is none, or no sources, or it was built by hand")
+    assert _native.core.sources == sources.digest()
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -126,6 +152,8 @@ def test_the_stub_has_what_the_extension_has() -> None:
             functions = {each.name for each in node.body if isinstance(each, ast.FunctionDef)} - {"__new__"}
             fields = {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}  # type: ignore[union-attr]
             stub[node.name] = functions | fields
+        elif isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):  # type: ignore[union-attr]
+            stub[node.target.id] = None  # type: ignore[union-attr]
     there: dict[str, set[str] | None] = {}
     for name, value in vars(_native.core).items():
         if isinstance(value, type):
@@ -217,8 +245,8 @@ def test_the_source_distribution_has_the_sources(choice: str, setup: Callable[..
     done = setup("egg_info", "--egg-base", str(tmp_path), TORCHWQ_NATIVE=choice)
     assert done.returncode == 0, done.stderr
     files = {os.path.normpath(each) for each in (tmp_path / "torchwq.egg-info/SOURCES.txt").read_text().splitlines()}
-    sources = {f"torchwq/_native/{path.name}" for path in (ROOT / "torchwq/_native").glob("*.[ch]")}
-    assert len(sources) > 5
+    in_c = {f"torchwq/_native/{path.name}" for path in (ROOT / "torchwq/_native").glob("*.[ch]")}
+    assert len(in_c) > 5
     wanted = {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "torchwq/py.typed", "tests/conftest.py"}
-    assert not (sources | wanted) - files
+    assert not (in_c | wanted) - files
     assert not [each for each in files if each.endswith((".so", ".pyc"))]

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
+from .sources import digest
+
 #: Set to "0", it turns the native part off.
 VARIABLE: Final = "TORCHWQ_NATIVE"
 
@@ -43,7 +45,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None, "the native part is not made for a Python without a GIL; run torchwq in one with a GIL to have it"
     try:
-        return importlib.import_module(f"{__name__}._core"), ""
+        module = importlib.import_module(f"{__name__}._core")
     except ModuleNotFoundError:
         return None, (
             "the extension module was not built when torchwq was installed; install a C compiler and Python's header "
@@ -51,6 +53,10 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     except ImportError as error:
         return None, f"the extension module cannot be loaded; install torchwq again to have it built anew ({error})"
+    built_from, here = getattr(module, "sources", None), digest()
+    if here and built_from not in ("", here):
+        return None, "the extension module was built from other sources than those that are here; install torchwq again"
+    return module, ""
 
 
 #: The extension module, typed in ``_core.pyi``; None if this process uses the twins. It is ``Any`` because much of what

@@ -12,6 +12,11 @@ _Received: TypeAlias = tuple[bytes, Any]
 #: ``memory.storages.Geometry``.
 _Geometry: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
+# --- module.c ---
+
+#: Stands for what it was built from: see ``sources.digest``. Empty if it was built by hand.
+sources: str
+
 # --- lock.c ---
 
 @final

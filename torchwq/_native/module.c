@@ -27,6 +27,11 @@ void free_object(PyObject *self)
     Py_DECREF(type);
 }
 
+/* What sources.py makes of the sources; setup.py defines it. */
+#ifndef SOURCES
+#define SOURCES ""
+#endif
+
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "torchwq._native._core",
@@ -39,7 +44,8 @@ PyMODINIT_FUNC PyInit__core(void)
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL)
         return NULL;
-    if (add_lock(module) < 0 || add_sockets(module) < 0 || add_counts(module) < 0 || add_block(module) < 0 ||
+    if (PyModule_AddStringConstant(module, "sources", SOURCES) < 0 || add_lock(module) < 0 ||
+        add_sockets(module) < 0 || add_counts(module) < 0 || add_block(module) < 0 ||
         add_torch(module) < 0 || add_poller(module) < 0 || add_memory(module) < 0 || add_message(module) < 0 ||
         add_move(module) < 0 || add_outbox(module) < 0 || add_receive(module) < 0 || add_plain(module) < 0 ||
         add_collate(module) < 0) {
