@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchwq import _native
+
+#: An operation has more places than so many. C code has none.
+FEWEST_PLACES = 5 if _native.core is None else 2
+
 #: How to make a value of each kind of a number, and to find the number in it.
 KINDS: dict[str, tuple[Callable[[int], Any], Callable[[Any], int]]] = {
     "int": (lambda number: number, int),

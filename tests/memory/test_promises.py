@@ -47,7 +47,7 @@ def message_with(numbers: list[int]) -> Message:
 
 def kept_by(queue: Any) -> int:
     """How many descriptors the queue's owner keeps for its workers."""
-    return sum(map(len, queue._role._answer_socket._kept._kept.values()))
+    return sum(map(len, queue._role._answer_socket.kept._kept.values()))
 
 
 class Wire(RuleBasedStateMachine):
@@ -319,6 +319,10 @@ def itself(kept: Any) -> Any:
 
 def stop_in_the_middle_of_sending() -> Any:
     choose = SentBlocks.choose
+    for find in list(promises._senders):
+        sender = find()
+        if sender is not None:
+            sender.uncertain.add(0)  # which is no block's number: the native part leaves the choice to ``choose``
 
     def stop(self: SentBlocks, message: Any) -> Any:
         SentBlocks.choose = choose  # type: ignore[method-assign]

@@ -241,7 +241,7 @@ def test_a_fork_in_the_middle_of_a_move_spoils_the_block(monkeypatch: pytest.Mon
 
 def descriptors_of_the_next_answer(queue: torchwq.WorkQueue) -> tuple[list[int], Any]:
     socket: Any = queue._role._answer_socket  # type: ignore[union-attr]
-    receive: Any = socket._receive
+    receive: Any = socket.receive
     counts: list[int] = []
 
     def counting() -> Any:
@@ -250,11 +250,11 @@ def descriptors_of_the_next_answer(queue: torchwq.WorkQueue) -> tuple[list[int],
             counts.append(len(received[1]))
         return received
 
-    socket._receive = counting
+    socket.receive = counting
     try:
         return counts, queue.read(timeout=30)[1]
     finally:
-        socket._receive = receive
+        socket.receive = receive
 
 
 @pytest.mark.parametrize("make", [torch.ones, np.ones], ids=["tensor", "array"])

@@ -26,6 +26,15 @@ def table() -> Iterator[str]:
 
 
 @pytest.fixture
+def without_table() -> Iterator[None]:
+    """This process has no reference table yet."""
+    before = tree_table.current()
+    tree_table.use(None)
+    yield
+    tree_table.use(before)
+
+
+@pytest.fixture
 def two(table: str) -> Iterator[tuple[RefTable, RefTable]]:
     """Two processes of one tree, as far as the table can tell: each has opened it by itself."""
     both = [RefTable(os.open(table, os.O_RDWR | os.O_CLOEXEC)) for _ in range(2)]
@@ -109,13 +118,12 @@ def a_pipe() -> int:
 
 @pytest.mark.parametrize("make", [of_the_right_size, of_another_name, too_short, a_pipe, lambda: -1])
 def test_what_is_no_reference_table_is_not_taken_for_one(
-    make: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, without_table: None
 ) -> None:
     """The maker of the tree's folder has ended, and its process id and descriptor's number stand for something else."""
     fd = make()
     (tmp_path / "ref-table").symlink_to(f"/proc/{os.getpid()}/fd/{fd if fd >= 0 else 1_000_000}")
     monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(tree_table, "_table", None)
     monkeypatch.setattr(tree_table, "_retry_at", 0.0)
     monkeypatch.setattr(tree_table, "failure_reason", "")
     monkeypatch.setattr(limits, "_warned_of_no_reuse", False)
@@ -134,10 +142,9 @@ def test_what_is_no_reference_table_is_not_taken_for_one(
 
 
 def test_a_table_that_could_not_be_had_is_looked_for_again(
-    table: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    table: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, without_table: None
 ) -> None:
     monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(tree_table, "_table", None)
     monkeypatch.setattr(tree_table, "_retry_at", 0.0)
     monkeypatch.setattr(tree_table, "failure_reason", "")
     monkeypatch.setattr(tree_table, "_RETRY_INTERVAL", 0.0)
@@ -147,7 +154,6 @@ def test_a_table_that_could_not_be_had_is_looked_for_again(
     assert "processes share memory" in tree_table.failure_reason
     monkeypatch.undo()
     monkeypatch.setattr(tree_table.namespace, "current", lambda: SimpleNamespace(path=str(tmp_path)))
-    monkeypatch.setattr(tree_table, "_table", None)
     monkeypatch.setattr(tree_table, "_retry_at", 0.0)
     found = tree_table.current()
     assert found is not None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import torchwq
-from tests.injection import KINDS, in_the_middle, loses_nothing
+from tests.injection import FEWEST_PLACES, KINDS, in_the_middle, loses_nothing
 from tests.queues.handles import worker_handle
 from torchwq import QueueClosed, WorkQueue
 
@@ -48,7 +48,7 @@ def test_writing_and_reading_in_the_middle_of_either_loses_nothing(
     def read(nonblocking: bool) -> Any:
         return direction.read(True) if nonblocking else direction.read(timeout=10)
 
-    assert loses_nothing(direction.write, read, kind, outer, nested) > 5
+    assert loses_nothing(direction.write, read, kind, outer, nested) > FEWEST_PLACES
 
 
 @pytest.mark.parametrize("outer", ["write", "read"])
@@ -70,7 +70,7 @@ def test_closing_in_the_middle_of_writing_or_reading_closes(which: str, outer: s
         queue.close()
         if not more:
             break
-    assert at > 5
+    assert at > FEWEST_PLACES
 
 
 @pytest.mark.parametrize("outer", ["write", "drain"])
@@ -127,4 +127,4 @@ def test_one_handle_may_be_used_both_ways_in_the_middle_of_either(side: str, kin
             got.clear()
             if not more:
                 break
-        assert at > 5
+        assert at > FEWEST_PLACES

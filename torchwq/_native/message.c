@@ -32,14 +32,17 @@ PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *n
     return (PyObject *)self;
 }
 
-/* Counts the message's references as sent, or, if it was not sent after all, as received. */
-static int count_references(Message *self, bool sent)
+/* Counts the message's references as sent. Without a table here the twin does it, which may find one. */
+static int count_references(Message *self)
 {
     Py_ssize_t count = self->numbers == NULL ? 0 : PySequence_Size(self->numbers);
-    if (count < 0)
-        return -1;
-    if (count == 0 || memory.counts == NULL || memory.lock == NULL)
-        return 0;
+    if (count <= 0)
+        return (int)count;
+    if (memory.counts == NULL || memory.lock == NULL) {
+        PyObject *done = PyObject_CallMethod((PyObject *)self, "count_references", NULL);
+        Py_XDECREF(done);
+        return done == NULL ? -1 : 0;
+    }
     if (lock_acquire(memory.lock) < 0)
         return -1;
     int result = 0;
@@ -49,23 +52,19 @@ static int count_references(Message *self, bool sent)
         Py_XDECREF(item);
         if (PyErr_Occurred())
             result = -1;
-        else if (number != UNTRACKED && memory.counts != NULL) {
-            if (sent)
-                counts_sent(memory.counts, number);
-            else
-                counts_received(memory.counts, number, 0);
-        }
+        else if (number != UNTRACKED && memory.counts != NULL)
+            counts_sent(memory.counts, number);
     }
     memory_unlock();
     return result;
 }
 
-static int call_each(Message *self, long argument)
+static int call_each(Message *self)
 {
     Py_ssize_t count = self->counts_sent == NULL ? 0 : PySequence_Size(self->counts_sent);
     for (Py_ssize_t index = 0; index < count; index++) {
         PyObject *function = PySequence_GetItem(self->counts_sent, index);
-        PyObject *result = function == NULL ? NULL : PyObject_CallFunction(function, "l", argument);
+        PyObject *result = function == NULL ? NULL : PyObject_CallFunction(function, "i", 1);
         Py_XDECREF(function);
         if (result == NULL)
             return -1;
@@ -77,7 +76,7 @@ static int call_each(Message *self, long argument)
 static PyObject *on_send(PyObject *op, PyObject *unused)
 {
     (void)unused;
-    if (count_references((Message *)op, true) < 0 || call_each((Message *)op, 1) < 0)
+    if (count_references((Message *)op) < 0 || call_each((Message *)op) < 0)
         return NULL;
     Py_RETURN_NONE;
 }

@@ -76,10 +76,10 @@ static int try_release(UsePoller *self, Block *block)
     int used = block_in_use(block);
     if (used)
         return used < 0 ? -1 : 0;
-    if (memory.counts != NULL)
+    if (memory.counts != NULL && block->is_listed_idle && !block->is_orphaned) {
         counts_clear_flag(memory.counts, block->number, STATE_IN_USE);
-    if (block->is_listed_idle && !block->is_orphaned)
         return 1;
+    }
     PyObject *result = PyObject_CallFunctionObjArgs(self->on_idle, (PyObject *)block, NULL);
     if (result == NULL)
         return -1;

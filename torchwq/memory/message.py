@@ -33,10 +33,12 @@ class PythonMessageFields:
 
     def on_send(self) -> None:
         """It is about to be sent: count its references. Called before a reader can receive it."""
-        if self.numbers:
-            recycling.count_sent(self.numbers)
+        self.count_references()
         for count_sent in self.counts_sent:
             count_sent(1)
+
+    def count_references(self) -> None:
+        raise NotImplementedError
 
 
 MessageFields = PythonMessageFields
@@ -73,6 +75,11 @@ class Message(MessageFields):
             self.counts_sent = [each.count_sent for each in keep if isinstance(each, Descriptor) and each.count_sent]
         #: Bytes of the message, and ``nbytes`` of all that it refers to.
         self.nbytes = len(data) + nbytes
+
+    def count_references(self) -> None:
+        """Count the references to its blocks as sent."""
+        if self.numbers:
+            recycling.count_sent(self.numbers)
 
     def on_send_failed(self) -> None:
         """It was not sent, although ``on_send`` was called."""

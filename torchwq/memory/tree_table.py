@@ -42,10 +42,9 @@ _made_fd = -1
 
 @reset_in_child
 def _reset() -> None:
-    global _lock, _table, _retry_at, _is_opening, failure_reason, _made_fd
-    _lock, _table, _retry_at, _is_opening, failure_reason = threading.RLock(), None, 0.0, False, ""
-    if _native.core is not None:
-        _native.core.set_counts(None)
+    global _lock, _retry_at, _is_opening, failure_reason, _made_fd
+    _lock, _retry_at, _is_opening, failure_reason = threading.RLock(), 0.0, False, ""
+    use(None)
     if _made_fd >= 0:
         os.close(_made_fd)
         _made_fd = -1
@@ -66,17 +65,23 @@ def _on_namespace_made(path: str) -> None:
 namespace.on_made(_on_namespace_made)
 
 
+def use(table: RefTable | None) -> None:
+    """Use this table from now on."""
+    global _table
+    _table = table
+    if _native.core is not None:
+        _native.core.set_counts(None if table is None else table.counts)
+
+
 def current() -> RefTable | None:
     """The reference table of this process's tree; None if this process can use none."""
-    global _table, _retry_at, _is_opening
+    global _retry_at, _is_opening
     if _table is None and time.monotonic() >= _retry_at:
         with _lock:
             if not _is_opening and time.monotonic() >= _retry_at:  # else another thread has tried meanwhile
                 _is_opening = True
                 try:
-                    _table = _open()
-                    if _native.core is not None:
-                        _native.core.set_counts(None if _table is None else _table.counts)
+                    use(_open())
                     _retry_at = time.monotonic() + _RETRY_INTERVAL
                 finally:
                     _is_opening = False
