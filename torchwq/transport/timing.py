@@ -17,6 +17,10 @@ MAX_PARKED: Final = 1.0
 #: more processor time than it saves; a spin below the minimum is none.
 MAX_SPIN_NS: Final = 100_000
 MIN_SPIN_NS: Final = 10_000
+#: For how long a reader does not spin after another thread has taken its core: at first, and at most. A spin that finds
+#: a message begins anew.
+MIN_SPIN_PAUSE_NS: Final = 1_000_000
+MAX_SPIN_PAUSE_NS: Final = 100_000_000
 #: A sleep shorter than this would have been better spent spinning.
 SHORT_SLEEP_NS: Final = 400_000
 

@@ -2,7 +2,8 @@
 
 Waking a process that sleeps costs many times what passing a message costs, so a wait first *spins*: it tries again
 for a short while. How long adapts: a short sleep lengthens the next spin, a spin in vain halves it, so that a queue
-which is fed rarely costs no processor time.
+which is fed rarely costs no processor time. A spin during which the kernel has given the core to another thread shows
+that there are more threads than cores. Then no thread spins here for a while, which doubles each time.
 
 Invariants:
 
@@ -35,7 +36,7 @@ from .. import _native
 from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
-from .timing import MAX_SLEEP, MAX_SPIN_NS, MIN_SPIN_NS, SHORT_SLEEP_NS
+from .timing import MAX_SLEEP, MAX_SPIN_NS, MAX_SPIN_PAUSE_NS, MIN_SPIN_NS, MIN_SPIN_PAUSE_NS, SHORT_SLEEP_NS
 
 T = TypeVar("T")
 
@@ -76,6 +77,8 @@ class Waiter:
         self.alarm = Alarm()
         self._can_spin = cores() > 1
         self._spin = MAX_SPIN_NS if self._can_spin else 0
+        #: After a spin in which another thread took the core: for how long there is none, and until when.
+        self._pause = self._spin_from = 0
         # Reentrant: a finalizer that runs while a thread falls asleep may close this.
         self._guard = threading.RLock()
         #: One for each wait that has begun, and those of them that ``wake_all`` ends.
@@ -140,7 +143,8 @@ class Waiter:
             alarmed = self._sleep(max(remaining, 0.0))
             found = attempt()
             if found is not None:
-                if self._can_spin and time.monotonic_ns() - asleep_since < SHORT_SLEEP_NS:
+                now = time.monotonic_ns()
+                if self._can_spin and now - asleep_since < SHORT_SLEEP_NS and now >= self._spin_from:
                     self._spin = min(MAX_SPIN_NS, max(MIN_SPIN_NS, self._spin * 4))
                 return found
             if alarmed or (deadline is not None and time.monotonic() >= deadline):
@@ -154,13 +158,24 @@ class Waiter:
                 break
             found = attempt()
             if found is not None:
+                self._pause = 0
                 return found
             if self.alarm.is_set():
                 return None
             if time.monotonic_ns() > until:
                 break
-        self._spin = self._spin // 2 if self._spin > MIN_SPIN_NS and state == 0 else 0
+        if state < 0:
+            self._stop_spinning()
+        else:
+            self._spin = self._spin // 2 if self._spin > MIN_SPIN_NS else 0
         return None
+
+    def _stop_spinning(self) -> None:
+        """There are more threads than cores: who spins takes the core of the one that it waits for. Pause, each time
+        for longer."""
+        self._spin = 0
+        self._pause = min(max(2 * self._pause, MIN_SPIN_PAUSE_NS), MAX_SPIN_PAUSE_NS)
+        self._spin_from = time.monotonic_ns() + self._pause
 
     def spin_in_python(self, ns: int) -> int:
         """Look for at most ``ns`` nanoseconds whether there may be a message, or the alarm is set.
