@@ -1,4 +1,4 @@
-"""The native part meets damaged messages, finalizers in its middle, and many threads: it does not crash, nor keep anything."""
+"""The native part, damaged messages, finalizers in its middle, many threads: it does not crash, and keeps nothing."""
 
 from __future__ import annotations
 

@@ -225,7 +225,8 @@ def _each(obj: Any) -> list[torch.Tensor]:
 def test_tensors_have_the_bytes_of_the_twin_and_arrive_as_from_it(obj: Any) -> None:
     by_twin = twin_encode(obj)  # this moves the tensors, and makes the shape
     natively = _native.core.encode_plain(obj, CALL_LIMIT)
-    assert isinstance(by_twin, Message) and isinstance(natively, Message)
+    assert isinstance(by_twin, Message)
+    assert isinstance(natively, Message)
     for name in ("data", "kind", "only_blocks", "nbytes"):
         assert getattr(by_twin, name) == getattr(natively, name), name
     assert list(by_twin.fds) == list(natively.fds)

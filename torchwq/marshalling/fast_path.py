@@ -328,8 +328,8 @@ def _block_for(tensor: torch.Tensor, owned_blocks: Container[Block] | None) -> _
 encode_plain: Final[Callable[[Any, int], Message | bytes | None] | None] = (
     None if _native.core is None else _native.core.encode_plain
 )
-#: ``decode_plain(data, fds)`` gives the object, closes ``fds`` and empties the list; or it gives NotImplemented, and then
-#: has changed nothing.
+#: ``decode_plain(data, fds)`` gives the object, closes ``fds`` and empties the list; or it gives NotImplemented, and
+#: then has changed nothing.
 decode_plain: Final[Callable[[bytes, list[int]], Any]] = (
     (lambda data, fds: NotImplemented) if _native.core is None else _native.core.decode_plain
 )
