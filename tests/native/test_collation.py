@@ -157,14 +157,29 @@ def test_a_flat_batch_is_a_message_with_its_small_tensors_in_one_block() -> None
     assert_same(codec.decode(*found.copy()), default_collate(samples))
 
 
-def test_the_message_is_the_one_that_the_twin_makes() -> None:
-    samples = [(torch.ones(3, dtype=torch.uint8) * n, n) for n in range(4)]
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [torch.ones(3)] * 2,
+        [torch.ones(30000)] * 2,
+        [1, 2],
+        [(torch.ones(3), 1)] * 2,
+        [(torch.ones(3), torch.ones(30000))] * 2,
+        [[torch.ones(30000), 1, torch.ones(20000), 1.5]] * 2,
+        [{"a": torch.ones(2, 3), "b": torch.ones(30000), "c": 7}] * 2,
+    ],
+    ids=lambda samples: str(type(samples[0]).__name__),
+)
+def test_the_message_is_the_one_that_the_twin_makes(samples: list[Any]) -> None:
     natively = _native.core.collate(samples, LIMIT)
     by_twin = codec.encode(default_collate(samples), LIMIT, owned_blocks=())
-    assert type(by_twin) is Message
-    references = 16 + 4
+    assert type(natively) is type(by_twin) is Message
+    references = 16 * len(by_twin.numbers) + 4
     assert natively.data[:-references] == by_twin.data[:-references]
-    assert (natively.kind, natively.nbytes, natively.only_blocks) == (by_twin.kind, by_twin.nbytes, by_twin.only_blocks)
+    for name in ("kind", "nbytes", "only_blocks"):
+        assert getattr(natively, name) == getattr(by_twin, name)
+    sizes = [[recycling.by_number[number].nbytes for number in each.numbers] for each in (natively, by_twin)]
+    assert sizes[0] == sizes[1]
 
 
 def test_a_message_that_would_be_too_long_is_none() -> None:
