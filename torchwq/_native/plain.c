@@ -392,7 +392,7 @@ static PyObject *tuple_of_numbers(const uint64_t *numbers, Py_ssize_t count)
     return tuple;
 }
 
-/* The message of these blocks. `storages` keep their memory meanwhile. */
+/* The message of these blocks, which keeps their `storages`. */
 static PyObject *make_message(const Shape *shape, Block *const *blocks, PyObject **storages, Py_ssize_t limit)
 {
     Py_ssize_t count = shape->count, size = PyBytes_Size(shape->prefix), length = size + count * REFERENCE + COUNT;
@@ -428,8 +428,8 @@ static PyObject *make_message(const Shape *shape, Block *const *blocks, PyObject
 static bool is_on(const View *view, const Block *block)
 {
     uint64_t span = view_span(view);
-    return span && span <= block->nbytes && block->kind <= MAPPED && block->storage != NULL && block->fd >= 0 &&
-           block->number != UNTRACKED && memory.counts != NULL && counts_is_current(memory.counts, block->number);
+    return span && span <= block->nbytes && block->kind <= MAPPED && block->storage != NULL &&
+           block->storage != Py_None && block->fd >= 0 && block->number != UNTRACKED && memory.counts != NULL && counts_is_current(memory.counts, block->number);
 }
 
 /* Finds the blocks of the tensors: fills `blocks`, as far as it comes, with new references. With the lock held. */
@@ -448,11 +448,23 @@ static int find_blocks(const Content *content, const Shape *shape, const View *v
                 return found;
         }
         blocks[(*owned)++] = block;
-        if (!is_on(&views[index], block))
-            return NOT_MINE;
         for (Py_ssize_t other = 0; other < index; other++)
             if (blocks[other] == block)
                 return NOT_MINE; /* tensors that share a block, or one tensor twice */
+    }
+    return 0;
+}
+
+/* Fills `storages` with new references to those of the blocks: 0, or NOT_MINE. Only now, because a finalizer that has run
+ * meanwhile may have retired one of the first blocks. */
+static int find_storages(const View *views, Block *const *blocks, Py_ssize_t count, PyObject **storages)
+{
+    for (Py_ssize_t index = 0; index < count; index++)
+        if (!is_on(&views[index], blocks[index]))
+            return NOT_MINE;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        storages[index] = blocks[index]->storage;
+        Py_INCREF(storages[index]);
     }
     return 0;
 }
@@ -475,10 +487,13 @@ static int encode_content(const Content *content, Py_ssize_t limit, PyObject **r
     int found = memory_lock(0);
     if (!found) {
         found = find_blocks(content, shape, views, blocks, &owned);
-        for (Py_ssize_t index = 0; !found && index < owned; index++)
-            storages[index] = blocks[index]->storage;
         if (!found)
+            found = find_storages(views, blocks, owned, storages);
+        if (!found) {
             *result = make_message(shape, blocks, storages, limit);
+            for (Py_ssize_t index = 0; index < owned; index++)
+                Py_DECREF(storages[index]);
+        }
         memory_unlock();
     }
     Py_DECREF(shape);
@@ -705,21 +720,27 @@ done:
     return result;
 }
 
-/* Closes the descriptors, and empties the list. */
-static int close_fds(PyObject *fds)
+/* Closes the descriptors, and empties the list. Leaves an exception that is set as it is. */
+static void close_fds(PyObject *fds)
 {
-    Py_ssize_t count = PyList_Check(fds) ? PyList_Size(fds) : 0;
+    Py_ssize_t count = PyList_Size(fds);
+    if (count <= 0)
+        return;
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     for (Py_ssize_t index = 0; index < count; index++) {
         long fd = PyLong_AsLong(PyList_GetItem(fds, index));
-        if (fd == -1 && PyErr_Occurred())
-            return -1;
         if (fd >= 0)
             close((int)fd);
     }
-    return count ? PyList_SetSlice(fds, 0, count, NULL) : 0;
+    PyErr_Clear(); /* what is no number is no descriptor */
+    if (PyList_SetSlice(fds, 0, count, NULL) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, value, traceback);
 }
 
-/* The object in a message with references; closes `fds` and empties the list. NotImplemented if it is the twin's. */
+/* The object in a message with references; closes `fds` and empties the list, also if it fails. NotImplemented if it is the
+ * twin's. */
 static PyObject *decode_references(const char *data, Py_ssize_t size, PyObject *fds)
 {
     if (size < TRAILER + COUNT + REFERENCE || !memory_ready())
@@ -748,13 +769,12 @@ static PyObject *decode_references(const char *data, Py_ssize_t size, PyObject *
     Py_DECREF(shape);
     if (found == NOT_MINE)
         Py_RETURN_NOTIMPLEMENTED;
-    if (result != NULL && close_fds(fds) < 0)
-        Py_CLEAR(result);
+    close_fds(fds);
     return result;
 }
 
-/* decode_plain(data, fds): the object in the message, whose descriptors are closed, and the list emptied; NotImplemented
- * if it is the twin's. */
+/* decode_plain(data, fds): the object in the message, whose descriptors are closed, and the list emptied, also if it fails;
+ * NotImplemented if it is the twin's. */
 static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
