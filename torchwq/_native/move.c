@@ -221,10 +221,12 @@ int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **
     PyObject *ring = ring_for(nbytes);
     if (ring == NULL)
         return PyErr_Occurred() ? -1 : NOT_MINE;
+    Py_INCREF(ring); /* the pool drops an empty one */
     PyObject *storage = PyObject_CallFunctionObjArgs(untyped_storage, tensor, NULL);
-    if (storage == NULL)
+    if (storage == NULL) {
+        Py_DECREF(ring);
         return -1;
-    Py_INCREF(ring);
+    }
     int found = is_simple(tensor, storage, view, nbytes);
     Block *block = found == 1 ? free_block(ring) : NULL;
     if (block == NULL) {
