@@ -128,6 +128,8 @@ int counts_state(Counts *self, uint64_t number)
             int alive = is_alive(self, slot);
             if (alive)
                 return alive < 0 ? -1 : STATE_IN_USE;
+            if (!has_row(self, number))
+                return STATE_IN_FLIGHT; /* a finalizer has forked meanwhile, and this is the child */
         }
         received += word & ~FLAGS;
     }
