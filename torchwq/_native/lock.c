@@ -1,10 +1,13 @@
 /* A reentrant lock that C code takes without a call: its twin is threading.RLock.
  *
- * Invariant: `inner` is held exactly while `owner` is not 0, and only the owner changes `owner` and `count`. All three
- * change with the GIL held, so that a test and the change that follows it are one step.
+ * Invariant: `inner` is held while `owner` is not 0, and only the owner changes `owner` and `count`. Both change with the
+ * GIL held, so that a test and the change that follows it are one step. A thread that has waited gets `inner` without the
+ * GIL: until it has the GIL again, `inner` is held and `owner` is 0.
  */
 
 #include "core.h"
+
+#define MAX_SECONDS 1e9 /* CPython ends the process if a lock is to wait for longer than 2**63 ns */
 
 PyTypeObject *StateLock_Type;
 
@@ -61,6 +64,8 @@ int lock_acquire(StateLock *self)
 
 void lock_release(StateLock *self)
 {
+    if (self->owner != PyThread_get_thread_ident())
+        return; /* the child of a fork, which has a new lock, comes back into a call that has taken the old one */
     if (--self->count == 0) {
         self->owner = 0;
         PyThread_release_lock(self->inner);
@@ -111,6 +116,10 @@ static PyObject *lock_acquire_method(PyObject *self, PyObject *args, PyObject *k
     double timeout = -1;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|pd:acquire", names, &blocking, &timeout))
         return NULL;
+    if (!(timeout < MAX_SECONDS)) {
+        PyErr_SetString(PyExc_OverflowError, "timeout value is too large");
+        return NULL;
+    }
     int found = acquire((StateLock *)self, !blocking ? 0 : timeout < 0 ? -1 : (long long)(timeout * 1e6));
     return found < 0 ? NULL : PyBool_FromLong(found);
 }

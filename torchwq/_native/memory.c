@@ -87,7 +87,8 @@ static PyObject *set_memory(PyObject *module, PyObject *const *args, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-/* set_lock(lock): this one from now on, in the child of a fork. */
+/* set_lock(lock): this one from now on, in the child of a fork. The old one stays: a signal handler or a finalizer may have
+ * forked in the middle of a call that is about to take it. */
 static PyObject *set_lock(PyObject *module, PyObject *lock)
 {
     (void)module;
@@ -95,8 +96,10 @@ static PyObject *set_lock(PyObject *module, PyObject *lock)
         PyErr_SetString(PyExc_TypeError, "a StateLock was expected");
         return NULL;
     }
-    if (memory.lock != NULL) /* else set_memory() has not been called */
-        replace((PyObject **)&memory.lock, lock);
+    if (memory.lock != NULL) { /* else set_memory() has not been called */
+        Py_INCREF(lock);
+        memory.lock = (StateLock *)lock;
+    }
     Py_RETURN_NONE;
 }
 
