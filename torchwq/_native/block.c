@@ -6,8 +6,6 @@
 
 #include "core.h"
 
-#include <string.h>
-
 PyTypeObject *Block_Type;
 
 /* How many owners and references the storage of an idle block has: see `calibrate`. */
@@ -18,9 +16,7 @@ static PyObject *storages_name, *keys_name;
 /* The low half: since 3.14 the upper one has flags. */
 long reference_count(PyObject *object)
 {
-    uint32_t low;
-    memcpy(&low, &object->ob_refcnt, sizeof low);
-    return (long)low;
+    return (long)(uint32_t)object->ob_refcnt;
 }
 
 /* Whether anything but its prototype is on one of the slices: 1, 0, or -1 with an exception. */

@@ -57,7 +57,7 @@ static int send_message(int socket, PyObject *data, PyObject *fds)
 {
     struct iovec part;
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
     char *bytes;
     Py_ssize_t size;
     if (PyBytes_AsStringAndSize(data, &bytes, &size) < 0)
@@ -183,7 +183,7 @@ PyObject *seqpacket_receive(PyObject *op)
         return NULL;
     }
     char data[MAX_MESSAGE];
-    char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(MAX_FDS * sizeof(int))];
     struct iovec part = {.iov_base = data, .iov_len = sizeof data};
     struct msghdr message = {
         .msg_iov = &part,
