@@ -68,13 +68,10 @@ static PyObject *take_kept(PyObject *op, PyObject *receive)
             return received;
         PyObject *fds = kind < 0 ? NULL : PyTuple_GetItem(received, 1);
         if (kind == self->kind && !self->is_closed && self->epoch != NULL && PyList_Check(fds) && !PyList_Size(fds)) {
-            PyObject *data = PyTuple_GetItem(received, 0);
-            answer = PyTuple_New(2);
-            if (answer != NULL) {
-                Py_INCREF(data), Py_INCREF(self->epoch);
-                PyTuple_SetItem(answer, 0, data);
-                PyTuple_SetItem(answer, 1, self->epoch);
-            }
+            PyObject *epoch = self->epoch; /* that in which the message was taken: allocating may run a finalizer */
+            Py_INCREF(epoch);
+            answer = PyTuple_Pack(2, PyTuple_GetItem(received, 0), epoch);
+            Py_DECREF(epoch);
             Py_DECREF(received);
             return answer;
         }
