@@ -330,8 +330,8 @@ encode_plain: Final[Callable[[Any, int], Message | bytes | None] | None] = (
 )
 #: ``decode_plain(data, fds)`` gives the object, closes ``fds`` and empties the list; or it gives NotImplemented, and
 #: then has changed nothing.
-decode_plain: Final[Callable[[bytes, list[int]], Any]] = (
-    (lambda data, fds: NotImplemented) if _native.core is None else _native.core.decode_plain
+decode_plain: Final[Callable[[bytes, list[int]], Any] | None] = (
+    None if _native.core is None else _native.core.decode_plain
 )
 if _native.core is not None:
     _native.core.set_pickle(pickle.dumps, pickle.loads)

@@ -185,8 +185,7 @@ class References(Kind):
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
         try:
-            obj = decode_plain(data, fds)
-            if obj is not NotImplemented:
+            if decode_plain is not None and (obj := decode_plain(data, fds)) is not NotImplemented:
                 return obj
             at = len(data) - SIZE - _COUNT_SIZE
             (count,) = _unpack_count(data, at)

@@ -69,19 +69,28 @@ class PythonCounts:
 
     def count_sent(self, number: int) -> None:
         """A message with a reference is about to be sent. A reference by an old number is not counted."""
-        self._add_reference(number, self._first + STRIDE * (number & LOW), 0)
+        row, generation = number & LOW, number >> 32
+        if row >= ROWS:
+            return
+        words = self._words
+        index = self._first + STRIDE * row
+        word = words[index]
+        if word >> 32 == generation and word & _COUNT != _COUNT:
+            words[index] = word + _REFERENCE  # if the number is old, nobody believes the word
+        elif self.is_current(number):
+            count = word & LOW if word >> 32 == generation else 0
+            words[index] = generation << 32 | (count + _REFERENCE & LOW)
 
     def count_received(self, number: int, flags: int) -> None:
         """A reference was taken out of a message. ``flags``: IN_USE if this process uses the block from now on."""
-        self._add_reference(number, self._first + STRIDE * (number & LOW) + 1, flags)
-
-    def _add_reference(self, number: int, index: int, flags: int) -> None:
-        if number & LOW >= ROWS:
+        row, generation = number & LOW, number >> 32
+        if row >= ROWS:
             return
-        words, generation = self._words, number >> 32
+        words = self._words
+        index = self._first + STRIDE * row + 1
         word = words[index]
         if word >> 32 == generation and word & _COUNT != _COUNT:
-            words[index] = word + _REFERENCE | flags  # if the number is old, nobody believes the word
+            words[index] = word + _REFERENCE | flags
         elif self.is_current(number):
             count = word & LOW if word >> 32 == generation else 0
             words[index] = generation << 32 | (count + _REFERENCE & LOW) | flags

@@ -33,7 +33,8 @@ class PythonMessageFields:
 
     def on_send(self) -> None:
         """It is about to be sent: count its references. Called before a reader can receive it."""
-        self.count_references()
+        if self.numbers:
+            self.count_references()
         for count_sent in self.counts_sent:
             count_sent(1)
 
@@ -78,8 +79,7 @@ class Message(MessageFields):
 
     def count_references(self) -> None:
         """Count the references to its blocks as sent."""
-        if self.numbers:
-            recycling.count_sent(self.numbers)
+        recycling.count_sent(self.numbers)
 
     def on_send_failed(self) -> None:
         """It was not sent, although ``on_send`` was called."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pickle import dumps, loads
 from typing import Any, final
 
-from .. import _native
 from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
@@ -186,10 +185,8 @@ class WorkQueue(ReadableHandle[Any]):
                 return None
         data: Any
         data, fds = received
-        if _native.core is not None:
-            found = decode_plain(data, fds)
-            if found is not NotImplemented:
-                return found
+        if decode_plain is not None and (found := decode_plain(data, fds)) is not NotImplemented:
+            return found
         if fds:
             return data if type(data) in COLLECTIONS else codec.decode(data, fds)
         return loads(data) if data[KIND] in PICKLES else codec.decode(data, fds)
