@@ -150,7 +150,7 @@ def test_a_flat_batch_arrives_as_torch_collates_it(make: Make, count: int) -> No
 
 
 def test_a_flat_batch_is_a_message_with_its_small_tensors_in_one_block() -> None:
-    samples = [{"small": torch.ones(3) * n, "large": torch.ones(20000) * n, "label": n} for n in range(4)]
+    samples = [{"small": torch.ones(3) * n, "large": torch.ones(40000) * n, "label": n} for n in range(4)]
     found = _native.core.collate(samples, LIMIT)
     assert type(found) is Message
     assert len(found.numbers) == 2

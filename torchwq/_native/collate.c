@@ -3,8 +3,8 @@
  *
  * A batch is made in three steps. `scan` learns the structure of the first sample. Then memory is taken for all values
  * of the batch. `fill` compares each sample with that structure, and copies its values to their places. A sample that
- * differs, and whatever this file does not know, leaves the whole batch to torch, which has its own rules and errors for
- * it: until then only memory was taken, and it goes back.
+ * differs, and whatever this file does not know, leaves the whole batch to torch, which has its own rules and errors
+ * for it: until then only memory was taken, and it goes back.
  *
  * Invariants:
  *
@@ -367,7 +367,8 @@ static int make_tensors(Batch *batch)
         PyObject *sizes = sizes_of(batch, &leaf->view);
         if (sizes == NULL)
             return -1;
-        leaf->tensor = PyObject_CallFunction(new_tensor, "iOK", leaf->view.code, sizes, (unsigned long long)leaf->nbytes);
+        unsigned long long nbytes = leaf->nbytes;
+        leaf->tensor = PyObject_CallFunction(new_tensor, "iOK", leaf->view.code, sizes, nbytes);
         Py_DECREF(sizes);
         if (leaf->tensor == NULL)
             return -1;
@@ -515,7 +516,7 @@ static void clear_layouts(void)
     num_layouts = 0;
 }
 
-/* Has the twin lay the batch out: lay_out(cls, keys, [(code, size), ...]) gives (prefix, shifts, bytes of the block). */
+/* Has the twin lay the batch out. */
 static Layout *new_layout(const Batch *batch, uint64_t hash)
 {
     PyObject *const cls = (PyObject *)(batch->nodes[0].kind == DICT ? &PyDict_Type : &PyList_Type);
@@ -533,7 +534,8 @@ static Layout *new_layout(const Batch *batch, uint64_t hash)
     for (Py_ssize_t index = 0; index < count; index++) {
         const View *view = &batch->leaves[index].view;
         layout->views[index] = *view;
-        PyObject *sizes = sizes_of(batch, view), *geometry = sizes == NULL ? NULL : Py_BuildValue("iN", view->code, sizes);
+        PyObject *sizes = sizes_of(batch, view);
+        PyObject *geometry = sizes == NULL ? NULL : Py_BuildValue("iN", view->code, sizes);
         if (geometry == NULL || PyTuple_SetItem(geometries, index, geometry) < 0)
             goto failed;
         if (layout->kind == DICT) {
@@ -754,8 +756,8 @@ static int is_empty(PyObject *count_modes)
     return modes == 0 ? 1 : PyErr_Occurred() ? -1 : 0;
 }
 
-/* collate(samples, limit): the batch; or, with `limit` > 0, a message of at most so many bytes with a flat batch, and the
- * batch if it is not flat. None if it is the twin's. */
+/* collate(samples, limit): the batch; or, with `limit` > 0, a message of at most so many bytes with a flat batch, and
+ * the batch if it is not flat. None if it is the twin's. */
 static PyObject *collate(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
@@ -778,6 +780,10 @@ static PyObject *collate(PyObject *module, PyObject *const *args, Py_ssize_t cou
     batch.samples = args[0], batch.count = PyList_Size(args[0]);
     batch.num_nodes = batch.num_leaves = 0, batch.has_strings = false;
     PyObject *first = PyList_GetItem(args[0], 0), *result = NULL;
+    if (first == NULL) { /* it has been emptied meanwhile */
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
     Py_INCREF(first);
     found = scan(&batch, first, NULL, 0);
     Py_DECREF(first);
@@ -791,16 +797,16 @@ static PyObject *collate(PyObject *module, PyObject *const *args, Py_ssize_t cou
     return result;
 }
 
-/* set_collate(map, known, modes, codes, functions): from now on `collate` works while `map`, torch's map of functions, is
- * as `known`.
+/* set_collate(map, known, modes, codes, functions): from now on `collate` works while `map`, torch's map of functions,
+ * is as `known`.
  *
  * `modes`: two functions that count the active modes. `codes`: those of int64 and float64. `functions`:
  *     new_tensor(code, size, nbytes): a new tensor of the batch.
  *     reserve(nbytes): a block of the pool, and its storage; None if there is no descriptor for it.
  *     prepare_to_send(block): gives the block a number.
- *     lay_out(cls, keys, [(code, size), ...]): how a message has these tensors; `cls` is None for a tensor alone. Returns
- *         the first bytes of the message; where each tensor begins in the last block, -1 for one with a block of its own;
- *         and the bytes of that last block, 0 if there is none. */
+ *     lay_out(cls, keys, [(code, size), ...]): how a message has these tensors; `cls` is None for a tensor alone.
+ *         Returns the first bytes of the message; where each tensor begins in the last block, -1 for one with a block
+ *         of its own; and the bytes of that last block, 0 if there is none. */
 static PyObject *set_collate(PyObject *module, PyObject *args)
 {
     (void)module;

@@ -9,8 +9,8 @@
 #define PAGE 4096u
 #define MAX_BYTES (64 * 1024)   /* sharing._SMALL */
 #define COARSE_FROM (64 * 1024) /* pool._COARSE_FROM */
-#define MAX_CHECKS 4          /* pool._MAX_CHECKS */
-#define SOLE_OWNERS 2         /* the tensor, and the Python object of the storage */
+#define MAX_CHECKS 4            /* pool._MAX_CHECKS */
+#define SOLE_OWNERS 2           /* the tensor, and the Python object of the storage */
 
 /* Functions of torch. */
 static PyObject *untyped_storage, *is_shared, *num_bytes, *data_pointer, *is_inference, *tensor_use_count;
@@ -167,8 +167,8 @@ static Block *free_block(PyObject *ring)
     return NULL;
 }
 
-/* Takes a free block whose storage has just so many bytes. Returns a new reference to it, and fills `storage` with one to
- * its storage, which keeps it in use; NULL if there is none, perhaps with an exception. With the lock held. */
+/* Takes a free block whose storage has just so many bytes. Returns a new reference to it, and fills `storage` with one
+ * to its storage, which keeps it in use; NULL if there is none, perhaps with an exception. With the lock held. */
 Block *pool_take_free(uint64_t nbytes, PyObject **storage)
 {
     PyObject *ring = rings == NULL ? NULL : ring_for(nbytes);

@@ -74,8 +74,8 @@ static bool show(PyObject *tensor, Shown *shown)
     return false;
 }
 
-/* DLPack does not tell whether a tensor requires grad or has the neg bit. Both exist for floating dtypes only: the bit is
- * that of the imaginary part of a conjugate. */
+/* DLPack does not tell whether a tensor requires grad or has the neg bit. Both exist for floating dtypes only: the bit
+ * is that of the imaginary part of a conjugate. */
 
 static int check_grad(PyObject *tensor)
 {
