@@ -81,6 +81,28 @@ def test_a_block_that_is_retired_meanwhile_is_not_sent_without_its_storage() -> 
     assert all(isinstance(each, torch.UntypedStorage) for each in payload.keep)
 
 
+class Refusing(TorchFunctionMode):
+    """Raises an error instead of calling torch's function ``name``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == self._name:
+            raise ValueError("not allowed here")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["is_neg", "untyped_storage"])
+def test_an_error_of_torch_names_the_object_that_cannot_be_sent(name: str) -> None:
+    with torchwq.workqueue() as queue, worker_handle(queue) as worker:
+        queue.write(torch.zeros(3))
+        assert worker.read(timeout=10).shape == (3,)
+        with Refusing(name), pytest.raises(torchwq.MarshalError, match=r"args\[0\].*not allowed here"):
+            queue.write(torch.ones(3))
+
+
 def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 

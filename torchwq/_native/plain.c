@@ -469,6 +469,15 @@ static int find_storages(const View *views, Block *const *blocks, Py_ssize_t cou
     return 0;
 }
 
+/* Leaves an error to the twin, which meets it again, and says of which object. Not what ends the program. */
+static int without_error(int found)
+{
+    if (found >= 0 || !PyErr_ExceptionMatches(PyExc_Exception))
+        return found;
+    PyErr_Clear();
+    return NOT_MINE;
+}
+
 static int encode_content(const Content *content, Py_ssize_t limit, PyObject **result)
 {
     View views[MAX_TENSORS];
@@ -476,7 +485,7 @@ static int encode_content(const Content *content, Py_ssize_t limit, PyObject **r
     PyObject *storages[MAX_TENSORS];
     Py_ssize_t owned = 0;
     for (Py_ssize_t index = 0; index < content->count; index++) {
-        int found = torch_look(content->tensors[index], &views[index]);
+        int found = without_error(torch_look(content->tensors[index], &views[index]));
         if (found)
             return found;
     }
@@ -486,7 +495,7 @@ static int encode_content(const Content *content, Py_ssize_t limit, PyObject **r
     Py_INCREF(shape);
     int found = memory_lock(0);
     if (!found) {
-        found = find_blocks(content, shape, views, blocks, &owned);
+        found = without_error(find_blocks(content, shape, views, blocks, &owned));
         if (!found)
             found = find_storages(views, blocks, owned, storages);
         if (!found) {
