@@ -128,7 +128,7 @@ static int note_sent(Outbox *self, PyObject *payload, PyObject *data, uint64_t p
     }
     if (self->on_sent == NULL || self->on_sent == Py_None)
         return 0;
-    PyObject *tag = self->numbered ? PyLong_FromLongLong(self->number) : PyLong_FromUnsignedLong(self->sending_thread);
+    PyObject *tag = self->numbered ? PyLong_FromLongLong(self->number) : PyLong_FromUnsignedLong(PyThread_get_thread_ident());
     result = tag == NULL ? NULL : PyObject_CallFunctionObjArgs(self->on_sent, tag, data, NULL);
     Py_XDECREF(tag);
     Py_XDECREF(result);
