@@ -258,6 +258,10 @@ OTHERS: dict[str, Callable[[], list[Any]]] = {
     "meta": lambda: [torch.ones(2, device="meta")] * 2,
     "negated": lambda: [torch.ones(2), torch.ones(2, dtype=torch.complex64).conj().imag],
     "one negated element": lambda: [torch.ones(()), torch.ones(2, dtype=torch.complex64).conj().imag[0]],
+    "negated without gaps": lambda: [
+        torch.ones(4),
+        torch.ones(4, dtype=torch.complex64).conj().imag.as_strided((4,), (1,)),
+    ],
     "strings": lambda: ["a", "b"],
     "empty tuple": lambda: [(), ()],
     "empty dict": lambda: [{}, {}],

@@ -235,8 +235,7 @@ static int scan(Batch *batch, PyObject *sample, PyObject *key, int depth)
 static int fill_tensor(const Leaf *leaf, PyObject *sample, Py_ssize_t row)
 {
     View view;
-    bool has_one = leaf->item == (uint64_t)leaf->view.itemsize; /* of several, those that are as new have no gaps */
-    int found = has_one ? torch_look(sample, &view) : torch_look_at_dense(sample, &view);
+    int found = torch_look(sample, &view);
     if (found)
         return found;
     size_t size = (size_t)view.ndim * sizeof(int64_t);

@@ -116,9 +116,6 @@ extern bool torch_ready;
 bool torch_is_tensor(PyObject *obj);            /* exactly torch.Tensor */
 bool torch_is_class(PyObject *cls);             /* torch.Tensor itself */
 int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plain. The address is current */
-/* The same without a look at the neg bit, for a tensor of more than one element without gaps: the imaginary part of a
- * conjugate has gaps. Nothing else runs meanwhile. */
-int torch_look_at_dense(PyObject *tensor, View *view);
 uint64_t view_span(const View *view);           /* bytes from the first element to the last; 0 if there is none */
 PyObject *torch_detach(PyObject *tensor);       /* new reference */
 long torch_use_count(PyObject *cdata);          /* -1 with an exception */

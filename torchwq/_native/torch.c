@@ -136,15 +136,6 @@ int torch_look(PyObject *tensor, View *view)
     return view_of(&shown, view);
 }
 
-int torch_look_at_dense(PyObject *tensor, View *view)
-{
-    Shown shown;
-    if (!show(tensor, &shown))
-        return NOT_MINE;
-    int found = has_integers(&shown) ? 0 : check_grad(tensor);
-    return found ? found : view_of(&shown, view);
-}
-
 uint64_t view_span(const View *view)
 {
     uint64_t elements = 1;
