@@ -8,7 +8,7 @@ import multiprocessing.resource_sharer
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -185,6 +185,17 @@ def test_memory_with_a_slice_in_use_anywhere_is_not_used_again(peer: Peer) -> No
     assert (one == 160).all()
     assert peer.ask(apply_to_kept, last_values) == 150
     peer.ask(drop_kept)
+
+
+@pytest.mark.parametrize("share", [marshal, torch.Tensor.share_memory_])
+def test_a_slice_that_torch_has_moved_leaves_later_messages_as_they_are(share: Callable[[torch.Tensor], Any]) -> None:
+    for number in range(6):
+        out = by_value({"a": torch.full((5,), float(number)), "b": torch.full((7,), float(number))})
+        assert (out["a"] == number).all()
+        assert (out["b"] == number).all()
+        if number % 2:
+            share(out["b"])
+        del out
 
 
 def last_values(kept: list[torch.Tensor]) -> float:

@@ -61,7 +61,7 @@ typedef struct {
 static PyTypeObject *Shape_Type;
 
 static PyObject *dumps, *loads, *protocol; /* of pickle */
-static PyObject *key_name, *prototypes_name;
+static PyObject *key_name, *prototypes_name, *addresses_name;
 
 /* Both tables have the same shapes: one to encode, one to decode. They own one reference to each, in `by_prefix`. */
 static Shape *by_views[TABLE], *by_prefix[TABLE];
@@ -639,19 +639,46 @@ static PyObject *new_tensor(Block *block, PyObject *geometry)
     return tensor;
 }
 
+/* Whether the prototypes are where they were made: see memory.block_fields.SlicePrototypes. */
+static bool are_in_place(PyObject *prototypes, PyObject *addresses)
+{
+    Py_ssize_t count = PyList_Check(prototypes) && PyList_Check(addresses) ? PyList_Size(addresses) : -1;
+    if (count < 0 || PyList_Size(prototypes) != count)
+        return false;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        PyObject *prototype = PyList_GetItem(prototypes, index);
+        uint64_t address = PyLong_AsUnsignedLongLong(PyList_GetItem(addresses, index));
+        if (!torch_is_tensor(prototype) || !torch_is_at(prototype, address))
+            return false;
+    }
+    return true;
+}
+
+/* The prototypes that the block has, if they are of this shape and in their places: a new reference. NULL if not, perhaps
+ * with an exception. */
+static PyObject *cached_prototypes(PyObject *cached, const Shape *shape)
+{
+    PyObject *key = PyObject_GetAttr(cached, key_name);
+    Py_XDECREF(key); /* only compared */
+    if (key == NULL || key != shape->key)
+        return NULL;
+    PyObject *prototypes = PyObject_GetAttr(cached, prototypes_name);
+    PyObject *addresses = prototypes == NULL ? NULL : PyObject_GetAttr(cached, addresses_name);
+    if (addresses == NULL || !are_in_place(prototypes, addresses))
+        Py_CLEAR(prototypes);
+    Py_XDECREF(addresses);
+    return prototypes;
+}
+
 /* The tensors that are slices of the block, to make others of, as a list: a new reference. */
 static PyObject *prototypes_of_slices(Block *pack, const Shape *shape)
 {
     PyObject *cached = pack->slice_prototypes;
     if (cached != NULL && cached != Py_None) {
         Py_INCREF(cached);
-        PyObject *key = PyObject_GetAttr(cached, key_name), *found = NULL;
-        bool has_key = key == shape->key;
-        Py_XDECREF(key);
-        if (key != NULL && has_key)
-            found = PyObject_GetAttr(cached, prototypes_name);
+        PyObject *found = cached_prototypes(cached, shape);
         Py_DECREF(cached);
-        if (key == NULL || has_key)
+        if (found != NULL || PyErr_Occurred())
             return found;
     }
     return PyObject_CallMethod((PyObject *)pack, "new_slice_prototypes", "OOO", shape->key, shape->geometries,
@@ -838,5 +865,8 @@ int add_plain(PyObject *module)
 {
     Shape_Type = add_type(module, &shape_spec);
     key_name = PyUnicode_InternFromString("key"), prototypes_name = PyUnicode_InternFromString("prototypes");
-    return Shape_Type == NULL || key_name == NULL || prototypes_name == NULL ? -1 : add_functions(module, functions);
+    addresses_name = PyUnicode_InternFromString("addresses");
+    if (Shape_Type == NULL || key_name == NULL || prototypes_name == NULL || addresses_name == NULL)
+        return -1;
+    return add_functions(module, functions);
 }

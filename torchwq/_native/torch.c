@@ -136,6 +136,12 @@ int torch_look(PyObject *tensor, View *view)
     return view_of(&shown, view);
 }
 
+bool torch_is_at(PyObject *tensor, uint64_t address)
+{
+    Shown shown;
+    return show(tensor, &shown) && (uint64_t)(uintptr_t)shown.data + shown.byte_offset == address;
+}
+
 uint64_t view_span(const View *view)
 {
     uint64_t elements = 1;

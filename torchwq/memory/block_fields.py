@@ -26,22 +26,31 @@ _MAX_PROTOTYPES: Final = 4
 class SlicePrototypes:
     """Tensors that are slices of a block, to make others of by ``detach()``.
 
+    A tensor that was made of one has its storage. torch moves that storage to other memory if the user shares the
+    tensor; then the prototypes are of no use any more.
+
     Args:
         storage: the block's.
         key: an object that stands for ``places``.
         places: where each slice begins, in bytes, and the geometry of the tensor on it.
     """
 
-    __slots__ = ("key", "keys", "prototypes", "storages")
+    __slots__ = ("addresses", "key", "keys", "prototypes", "storages")
 
     def __init__(self, storage: torch.UntypedStorage, key: Any, places: Iterable[tuple[int, Geometry]]) -> None:
         self.key = key
         whole = storages.place(storage, *storages.bytes_geometry(storage.nbytes()))
         memory = whole.numpy()  # owns the storage for as long as any of the slices lives
         self.prototypes = [slices.tensor(memory, shift, geometry) for shift, geometry in places]
+        #: Where they are.
+        self.addresses = [prototype.data_ptr() for prototype in self.prototypes]
         #: The slices, and torch's keys of them.
         self.storages = [prototype.untyped_storage() for prototype in self.prototypes]
         self.keys = [storages.key(storage) for storage in self.storages]
+
+    def are_in_place(self) -> bool:
+        """Whether torch has moved none of them."""
+        return [prototype.data_ptr() for prototype in self.prototypes] == self.addresses
 
     def any_in_use(self) -> bool:
         """Whether anything but its prototype is on one of the slices."""

@@ -300,7 +300,7 @@ def _tensors_and_slices(
 ) -> list[torch.Tensor]:
     pack = blocks[-1]
     cached = pack.slice_prototypes
-    if cached is None or cached.key is not key:
+    if cached is None or cached.key is not key or not cached.are_in_place():
         sliced = iter(pack.new_slice_prototypes(key, geometries, shifts))
     else:
         sliced = iter(cached.prototypes)
