@@ -253,6 +253,8 @@ static int fill_tensor(const Leaf *leaf, PyObject *sample, Py_ssize_t row)
         return -1;
     found = torch_look(alias, &view);
     from = (const void *)(uintptr_t)view.address;
+    if (!found && view_span(&view) != leaf->item) /* another thread has resized it meanwhile */
+        found = NOT_MINE;
     if (!found) {
         Py_BEGIN_ALLOW_THREADS
         memcpy(to, from, leaf->item);
