@@ -12,6 +12,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -309,6 +310,41 @@ static PyObject *spin(PyObject *module, PyObject *const *args, Py_ssize_t count)
     return PyLong_FromLong(found > 0 ? 1 : found);
 }
 
+#ifndef EPOLLEXCLUSIVE
+#define EPOLLEXCLUSIVE (1u << 28) /* since Linux 4.5; older headers lack it */
+#endif
+
+/* sleep(epoll, fd, seconds, asleep): sleep until `epoll` has an event, and let it watch `fd` meanwhile. The set `asleep`
+ * has the threads that sleep here, this one among them; the last one ends the watching. */
+static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 4 || !PyAnySet_Check(args[3])) {
+        PyErr_SetString(PyExc_TypeError, "sleep() takes two descriptors, the seconds, and a set");
+        return NULL;
+    }
+    int epoll = (int)PyLong_AsLong(args[0]), fd = (int)PyLong_AsLong(args[1]);
+    double seconds = PyFloat_AsDouble(args[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    int milliseconds = seconds <= 0 ? 0 : seconds > 3600 ? 3600 * 1000 : (int)(seconds * 1000 + 0.999);
+    struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.fd = fd};
+    /* Another thread watches it already; or it is closed, and the alarm set. Before Linux 4.5, all sleepers wake. */
+    if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 && errno == EINVAL) {
+        event.events = EPOLLIN;
+        epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    struct epoll_event found[2];
+    epoll_wait(epoll, found, 2, milliseconds);
+    Py_END_ALLOW_THREADS
+    if (PySet_Size(args[3]) <= 1)
+        epoll_ctl(epoll, EPOLL_CTL_DEL, fd, &event);
+    if (PyErr_CheckSignals() < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* set_sockets(no_fds, on_error, on_fds) */
 static PyObject *set_sockets(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -324,6 +360,7 @@ static PyObject *set_sockets(PyObject *module, PyObject *const *args, Py_ssize_t
 
 static PyMethodDef functions[] = {
     {"set_sockets", (PyCFunction)(void (*)(void))set_sockets, METH_FASTCALL, NULL},
+    {"sleep", (PyCFunction)(void (*)(void))sleep_until_event, METH_FASTCALL, NULL},
     {"spin", (PyCFunction)(void (*)(void))spin, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -158,7 +158,7 @@ class Waiter:
                 break
             found = attempt()
             if found is not None:
-                self._pause = 0
+                self._pause //= 2
                 return found
             if self.alarm.is_set():
                 return None
@@ -218,7 +218,14 @@ class Waiter:
     def _sleep(self, seconds: float) -> bool:
         """Sleep until there may be a message; True if the alarm is set."""
         epoll = self._epoll or self._open_epoll()
-        if epoll is not None:
+        if epoll is not None and _native.core is not None:
+            ident = threading.get_ident()
+            self._asleep.add(ident)
+            try:
+                _native.core.sleep(epoll.fileno(), self._source.fileno(), seconds, self._asleep)
+            finally:
+                self._asleep.discard(ident)
+        elif epoll is not None:
             with self._watching(epoll):
                 epoll.poll(seconds)
         else:
