@@ -30,7 +30,7 @@ PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --m
 TORCHWQ_SOAK_SECONDS ?= 600
 
 # The tests of the rooms that have twins of the native part, and what `make sanitize` runs.
-TWINS          := tests/native tests/memory tests/marshalling tests/transport tests/queues tests/channels
+TWINS          := tests/native tests/memory tests/marshalling tests/transport tests/queues tests/channels tests/loading/test_equality.py
 COMMA          := ,
 SANITIZE_TESTS ?= tests/native tests/memory tests/marshalling
 
@@ -94,8 +94,9 @@ sanitize: $(call extra,test) $(call extra,examples) ## run SANITIZE_TESTS with g
 	cp -R torchwq tests pyproject.toml build/sanitize
 	$(call compile,build/sanitize,-g -O1 -fno-omit-frame-pointer -fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
 	cd build/sanitize && \
-		PYTHONPATH=$(CURDIR)/build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CC) -print-file-name=lib$(name).so))" \
+		export TORCHWQ_NATIVE= PYTHONPATH=$(CURDIR)/build/sanitize PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+			LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CC) -print-file-name=lib$(name).so))" && \
+		$(abspath $(BIN))/python -c 'import torchwq; assert torchwq.native, torchwq.native' && \
 		$(abspath $(BIN))/python -m pytest --timeout 600 -o faulthandler_timeout=590 $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.

@@ -1,8 +1,8 @@
 """Builds the native part, the extension module ``torchwq._native._core``. All the rest is in pyproject.toml.
 
-The extension is optional, and setuptools has no way to say so in pyproject.toml. Where it cannot be built, for want of
-a compiler for one, torchwq is installed without it, and this file says so in one line. pip shows that line only with
-``-v``; ``torchwq.native`` says later whether the extension is there.
+The extension is optional, and the wheel is a pure one without it, which pyproject.toml cannot say. Where it cannot be
+built, for want of a compiler for one, torchwq is installed without it, and this file says so in one line. pip shows
+that line only with ``-v``; ``torchwq.native`` says later whether the extension is there.
 
 ``TORCHWQ_NATIVE`` decides when torchwq is built: "0" builds no extension, and "1" makes it an error if there is none.
 

@@ -33,6 +33,10 @@ class InTheMiddle(TorchFunctionMode):
         self._name = name
         self._action: Callable[[], object] | None = action
 
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        assert self._action is None, f"nobody has called {self._name}"
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         action = self._action
         if action is not None and getattr(func, "__name__", "") == self._name:

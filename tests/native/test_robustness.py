@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import random
+import struct
 import sys
 import threading
 import time
@@ -20,8 +21,10 @@ import torchwq
 from tests.queues.handles import worker_handle
 from torchwq import _native
 from torchwq.marshalling.codec import CALL_LIMIT, encode
+from torchwq.marshalling.wire import References
 from torchwq.memory import recycling, state_lock, tree_table
 from torchwq.memory.message import Message
+from torchwq.memory.promises import KeptBlocks
 from torchwq.transport import kinds
 from torchwq.transport.connection import Connection
 from torchwq.transport.descriptors import close_fds
@@ -69,20 +72,26 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
     return bytes(changed)
 
 
-def decode_natively(data: bytes) -> None:
-    """Decode a message that may be damaged. What is left to the twins is not looked at: they unpickle."""
-    if data and data[-1] == 1:  # unpickling damaged bytes may do anything
-        _native.core.decode_plain(data, [])
+def decode_natively(data: bytes, kept: KeptBlocks) -> bool:
+    """Take and decode a message that may be damaged. Returns whether the native part has decoded it, or refused to."""
+    messages = iter([(data, [])])
+    received = kept.take(lambda: next(messages, None))
+    if received is None or not data or data[-1] != 1:  # unpickling damaged bytes may do anything
+        return False
+    _native.core.decode_plain(*received)
+    return True
 
 
 def fuzz(count: int, seed: int) -> None:
     messages = [message_of(make()) for make in OBJECTS.values()]
     dice = random.Random(seed)
-    for _ in range(count):
+    kept = KeptBlocks(References, [0])
+    decoded = 0
+    while decoded < count:
         try:
-            decode_natively(damaged(dice.choice(messages)[0], dice))
-        except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError):
-            pass
+            decoded += decode_natively(damaged(dice.choice(messages)[0], dice), kept)
+        except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError, IndexError, struct.error):
+            decoded += 1
     with state_lock.lock:  # some were counted as received that nobody has sent
         for _, payload in messages:
             for number in [] if payload is None else payload.numbers:

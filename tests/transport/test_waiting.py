@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import wait_until
 from torchwq.transport import alarm as alarm_module
-from torchwq.transport import descriptors, kinds, polling
+from torchwq.transport import descriptors, kinds, polling, waiting
 from torchwq.transport.alarm import Alarm
-from torchwq.transport.timing import MAX_SLEEP
+from torchwq.transport.timing import MAX_SLEEP, MAX_SPIN_NS, MAX_SPIN_PAUSE_NS, MIN_SPIN_PAUSE_NS
 from torchwq.transport.waiting import Waiter
 
 
@@ -156,6 +156,66 @@ def test_a_wait_that_ctrl_c_ends_as_it_begins_or_ends_is_not_woken_for_ever(monk
     waiter.close()
     a.close()
     b.close()
+
+
+def test_where_a_spin_costs_another_thread_its_core_there_is_none_for_ever_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a, b = kinds.pair()
+    waiter = Waiter(b)
+    waiter._can_spin = True
+    results = iter([-1, -1, 1])
+    spins: list[int] = []
+
+    def spin(waiter: Waiter, ns: int) -> int:
+        spins.append(ns)
+        return next(results)
+
+    monkeypatch.setattr(waiting, "_spin", spin)
+    pauses = []
+    for _ in range(2):
+        waiter._spin = MAX_SPIN_NS
+        waiter.wait(b.try_receive, time.monotonic())
+        pauses.append(waiter._pause)
+        assert not waiter._spin
+        assert waiter._spin_from > time.monotonic_ns() - MAX_SPIN_PAUSE_NS
+    assert pauses == [MIN_SPIN_PAUSE_NS, 2 * MIN_SPIN_PAUSE_NS]
+    assert len(spins) == 2
+
+    waiter._spin_from = time.monotonic_ns() + 10**12  # a short sleep does not make it spin again before
+    a.try_send(b"x")
+    assert waiter.wait(b.try_receive, None) == (b"x", [])
+    assert not waiter._spin
+    waiter._spin_from = 0  # and afterwards it does
+    a.try_send(b"y")
+    assert waiter.wait(b.try_receive, None) == (b"y", [])
+    assert waiter._spin
+    a.try_send(b"z")
+    assert waiter.wait(b.try_receive, None) == (b"z", [])
+    assert len(spins) == 3
+    assert waiter._pause == MIN_SPIN_PAUSE_NS, "a spin that finds a message halves the pause"
+    for each in (waiter, a, b):
+        each.close()
+
+
+def test_threads_that_wake_together_end_the_watching() -> None:
+    """Whoever is the last one to wake ends it: the writer pays for an end that is watched."""
+    a, b = kinds.pair()
+    waiter = Waiter(b)
+    waiter._spin = 0
+    for _ in range(20):
+        threads = [threading.Thread(target=waiter.wait, args=(lambda: None, None)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(waiter._asleep) == 3)
+        waiter.wake_all()
+        for thread in threads:
+            thread.join()
+        assert waiter._epoll is not None
+        with pytest.raises(FileNotFoundError):
+            waiter._epoll.unregister(b.fileno())
+    for each in (waiter, a, b):
+        each.close()
 
 
 def test_a_deadline_in_the_past_still_takes_a_message_that_is_there() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
@@ -42,7 +43,9 @@ class NativeStatus:
 def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get(VARIABLE) == "0":
         return None, f"{VARIABLE}=0 is set; unset it to have the native part"
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if sys.platform != "linux" or sys.implementation.name != "cpython":
+        return None, "the native part is made for CPython on Linux"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None, "the native part is not made for a Python without a GIL; run torchwq in one with a GIL to have it"
     try:
         module = importlib.import_module(f"{__name__}._core")

@@ -13,7 +13,7 @@
 
 PyTypeObject *Counts_Type;
 
-/* The layout of ref_table.py, in words; `table_layout` below shows it to the test that compares both. */
+/* The layout of counts.py, in words. `counts_new` refuses a table of another length. */
 #define ROWS 32768u
 #define SLOTS 512u
 #define TILE 64u

@@ -263,7 +263,7 @@ typedef struct {
     long long written;
 } Taker;
 
-#define BUSY ((long long)1 << 24)
+#define BUSY ((long long)1 << 24) /* counters.BUSY */
 
 static void note(Taker *self, size_t word, uint64_t value)
 {

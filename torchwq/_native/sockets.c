@@ -1,7 +1,8 @@
 /* Sends and receives whole messages on a seqpacket socket, and spins for one. Its twin: transport/seqpacket.py.
  *
  * Sending and receiving never wait, so they keep the GIL: between the look at `fd` and the system call no other thread
- * can close it, and a signal handler runs before or after, never in the middle. `spin` releases the GIL. It only looks.
+ * can close it, and a signal handler runs before or after, never in the middle. `spin` and `sleep` release the GIL. They
+ * only look.
  *
  * Sources: unix(7), recv(2), cmsg(3).
  */
@@ -18,8 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MAX_MESSAGE (32 * 1024)
-#define MAX_FDS 253
+#define MAX_MESSAGE (32 * 1024) /* seqpacket.MAX_MESSAGE */
+#define MAX_FDS 253             /* endpoint.MAX_FDS */
 
 /* transport.seqpacket.SeqpacketEndpoint derives from this. */
 typedef struct {
@@ -338,9 +339,13 @@ static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_s
     struct epoll_event found[2];
     epoll_wait(epoll, found, 2, milliseconds);
     Py_END_ALLOW_THREADS
-    if (PySet_Size(args[3]) <= 1)
+    /* This thread leaves the set, and looks at it, in one step. */
+    PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    int left = me == NULL ? -1 : PySet_Discard(args[3], me);
+    Py_XDECREF(me);
+    if (PySet_Size(args[3]) == 0)
         epoll_ctl(epoll, EPOLL_CTL_DEL, fd, &event);
-    if (PyErr_CheckSignals() < 0)
+    if (left < 0 || PyErr_CheckSignals() < 0)
         return NULL;
     Py_RETURN_NONE;
 }

@@ -101,10 +101,10 @@ class RefTable:
         closed_in_child(self)
         try:
             self.slot = self._claim_slot()
+            self.counts = counts = Counts(self._mapping, self.slot, self.is_alive)
         except BaseException:
             self._fd = -1
             raise
-        self.counts = counts = Counts(self._mapping, self.slot, self.is_alive)
         # The methods of ``counts``, so that a call is one call.
         self.is_current: Callable[[int], bool] = counts.is_current
         self.count_sent: Callable[[int], None] = counts.count_sent

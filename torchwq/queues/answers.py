@@ -50,20 +50,23 @@ class PythonAnswerFields:
     def take(self) -> Received | None:
         """The next answer; None if there is none."""
         with self.receiving:
-            return self.inbox.popleft() if self.inbox else self.take_from_socket()
+            return self.inbox.popleft() if self.inbox else self._take_locked()
 
     def take_from_socket(self) -> Received | None:
         """The same past the inbox."""
         with self.receiving:
-            if self.is_looking:
-                return self.take_past()
-            self.is_looking = True
-            try:
-                return self.kept.take(self.receive)
-            except EOFError:
-                return None  # closed by another thread; the caller looks at that
-            finally:
-                self.is_looking = False
+            return self._take_locked()
+
+    def _take_locked(self) -> Received | None:
+        if self.is_looking:
+            return self.take_past()
+        self.is_looking = True
+        try:
+            return self.kept.take(self.receive)
+        except EOFError:
+            return None  # closed by another thread; the caller looks at that
+        finally:
+            self.is_looking = False
 
     def take_past(self) -> Received | None:
         raise NotImplementedError

@@ -31,6 +31,8 @@ class PythonTakerFields:
     state: int
     #: How many answers have left.
     written: int
+    #: Where the words of the slot are in memory: the native part writes there. Not used by the twin.
+    address: int
     _counters: Counters
     _number_at: int
     _state_at: int

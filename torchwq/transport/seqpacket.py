@@ -13,7 +13,7 @@ import errno
 import os
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import _native
 from . import descriptors, polling, trailer
@@ -44,13 +44,16 @@ class PythonSeqpacketCalls:
     #: The descriptor; -1 once the endpoint is closed.
     fd: int
     _socket: socket.socket
+    #: Bound once: attribute look-ups are a measurable part of a message's cost.
+    _send: SendBare
+    _recvmsg: Any
 
     def try_send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
         try:
             if fds:
                 self._socket.sendmsg([data], scm_rights(fds), NO_WAIT)
             else:
-                self._socket.send(data, NO_WAIT)
+                self._send(data, NO_WAIT)
         except OSError as error:
             check_sendable(error, self._socket.fileno() < 0)
             return False
@@ -59,7 +62,7 @@ class PythonSeqpacketCalls:
     def try_receive(self) -> Received | None:
         while True:
             try:
-                data, ancillary, flags, _ = self._socket.recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
+                data, ancillary, flags, _ = self._recvmsg(MAX_MESSAGE, ANCILLARY_SIZE, RECEIVE_FLAGS)
             except BlockingIOError:
                 return None
             except ConnectionResetError:
@@ -91,8 +94,8 @@ class SeqpacketEndpoint(SeqpacketCalls, SocketEndpoint):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.fd = fd
-        # Bound once: attribute look-ups are a measurable part of a message's cost.
-        self.send_bare: SendBare | None = self._socket.send
+        self._send, self._recvmsg = self._socket.send, self._socket.recvmsg
+        self.send_bare: SendBare | None = self._send
         self.receive_bare: ReceiveBare | None = self._socket.recv
 
     def send_with_timeout(self, data: bytes) -> bool:

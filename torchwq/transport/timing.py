@@ -18,7 +18,7 @@ MAX_PARKED: Final = 1.0
 MAX_SPIN_NS: Final = 100_000
 MIN_SPIN_NS: Final = 10_000
 #: For how long a reader does not spin after another thread has taken its core: at first, and at most. A spin that finds
-#: a message begins anew.
+#: a message halves it.
 MIN_SPIN_PAUSE_NS: Final = 1_000_000
 MAX_SPIN_PAUSE_NS: Final = 100_000_000
 #: A sleep shorter than this would have been better spent spinning.

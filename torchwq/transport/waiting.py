@@ -43,7 +43,7 @@ T = TypeVar("T")
 _POLLS_PER_YIELD: Final = 4
 #: The alarm's reason during ``wake_all``.
 _WAKE: Final = "wake"
-_THREAD: Final = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+_THREAD: Final[int | None] = getattr(resource, "RUSAGE_THREAD", None)
 _EXCLUSIVE: Final = getattr(select, "EPOLLEXCLUSIVE", 0)
 
 
@@ -56,8 +56,8 @@ def cores() -> int:
 
 
 def _preemptions() -> int:
-    """How often another thread has taken this one's core."""
-    return resource.getrusage(_THREAD).ru_nivcsw
+    """How often another thread has taken this one's core; 0 where the system does not count that for each thread."""
+    return 0 if _THREAD is None else resource.getrusage(_THREAD).ru_nivcsw
 
 
 def never() -> bool:
@@ -220,8 +220,8 @@ class Waiter:
         epoll = self._epoll or self._open_epoll()
         if epoll is not None and _native.core is not None:
             ident = threading.get_ident()
-            self._asleep.add(ident)
             try:
+                self._asleep.add(ident)
                 _native.core.sleep(epoll.fileno(), self._source.fileno(), seconds, self._asleep)
             finally:
                 self._asleep.discard(ident)
