@@ -45,7 +45,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"{VARIABLE}=0 is set; unset it to have the native part"
     if sys.platform != "linux" or sys.implementation.name != "cpython":
         return None, "the native part is made for CPython on Linux"
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    # Nor is there an extension for a build that could be without one, and has it on.
+    if sysconfig.get_config_var("Py_GIL_DISABLED") or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None, "the native part is not made for a Python without a GIL; run torchwq in one with a GIL to have it"
     try:
         module = importlib.import_module(f"{__name__}._core")
