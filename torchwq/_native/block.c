@@ -127,6 +127,14 @@ static void block_dealloc(PyObject *op)
     free_object(op);
 }
 
+bool is_block(PyObject *object)
+{
+    if (PyObject_TypeCheck(object, Block_Type))
+        return true;
+    PyErr_SetString(PyExc_TypeError, "a block was expected");
+    return false;
+}
+
 static PyObject *find_prototype(PyObject *self, PyObject *geometry)
 {
     PyObject *found = block_prototype((Block *)self, geometry);

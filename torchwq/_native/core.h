@@ -92,6 +92,7 @@ typedef struct {
 } Block;
 
 extern PyTypeObject *Block_Type; /* the base class: see `BlockFields` */
+bool is_block(PyObject *object);  /* else a TypeError is set */
 int block_in_use(Block *self);   /* -1 with an exception */
 PyObject *block_prototype(Block *self, PyObject *geometry); /* borrowed; NULL without an exception if there is none */
 
@@ -119,6 +120,7 @@ int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plai
 bool torch_is_at(PyObject *tensor, uint64_t address); /* runs nothing else; false of a tensor that torch cannot show */
 uint64_t view_span(const View *view);           /* bytes from the first element to the last; 0 if there is none */
 PyObject *torch_detach(PyObject *tensor);       /* new reference */
+long call_for_number(PyObject *function, PyObject *argument); /* -1 with an exception */
 long torch_use_count(PyObject *cdata);          /* -1 with an exception */
 
 /* --- poller.c --- */
@@ -192,5 +194,30 @@ PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);
 
 /* Deallocates an object of a heap type whose fields are gone. */
 void free_object(PyObject *self);
+
+/* DEFINE_GC(name, Type, FIELDS) defines name_traverse, name_clear and name_dealloc of a heap type whose only references
+ * are in its fields: FIELDS(_) is _(field) for each of them. */
+#define VISIT_FIELD(field) Py_VISIT(self->field);
+#define CLEAR_FIELD(field) Py_CLEAR(self->field);
+#define DEFINE_GC(name, Type, FIELDS) \
+    static int name##_traverse(PyObject *op, visitproc visit, void *arg) \
+    { \
+        Type *self = (Type *)op; \
+        Py_VISIT(Py_TYPE(op)); \
+        FIELDS(VISIT_FIELD) \
+        return 0; \
+    } \
+    static int name##_clear(PyObject *op) \
+    { \
+        Type *self = (Type *)op; \
+        FIELDS(CLEAR_FIELD) \
+        return 0; \
+    } \
+    static void name##_dealloc(PyObject *op) \
+    { \
+        PyObject_GC_UnTrack(op); \
+        name##_clear(op); \
+        free_object(op); \
+    }
 
 #endif

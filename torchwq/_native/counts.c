@@ -165,25 +165,8 @@ static PyObject *counts_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     return (PyObject *)self;
 }
 
-static int counts_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(((Counts *)op)->is_alive);
-    return 0;
-}
-
-static int counts_clear(PyObject *op)
-{
-    Py_CLEAR(((Counts *)op)->is_alive);
-    return 0;
-}
-
-static void counts_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    counts_clear(op);
-    free_object(op);
-}
+#define COUNTS_FIELDS(_) _(is_alive)
+DEFINE_GC(counts, Counts, COUNTS_FIELDS)
 
 static bool one_number(PyObject *const *args, Py_ssize_t count, Py_ssize_t wanted, uint64_t *number, uint64_t *other)
 {

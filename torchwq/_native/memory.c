@@ -118,10 +118,8 @@ static PyObject *set_counts(PyObject *module, PyObject *counts)
 static PyObject *register_block(PyObject *module, PyObject *op)
 {
     (void)module;
-    if (!PyObject_TypeCheck(op, Block_Type)) {
-        PyErr_SetString(PyExc_TypeError, "a block was expected");
+    if (!is_block(op))
         return NULL;
-    }
     Block *block = (Block *)op;
     uint64_t row = block->number & 0xFFFFFFFF;
     if (block->number != UNTRACKED && row < ROWS)
@@ -132,10 +130,8 @@ static PyObject *register_block(PyObject *module, PyObject *op)
 static PyObject *unregister_block(PyObject *module, PyObject *op)
 {
     (void)module;
-    if (!PyObject_TypeCheck(op, Block_Type)) {
-        PyErr_SetString(PyExc_TypeError, "a block was expected");
+    if (!is_block(op))
         return NULL;
-    }
     uint64_t row = ((Block *)op)->number & 0xFFFFFFFF;
     if (row < ROWS && rows[row] == (Block *)op)
         replace((PyObject **)&rows[row], NULL);

@@ -81,35 +81,8 @@ static PyObject *on_send(PyObject *op, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static int traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Message *self = (Message *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->data);
-    Py_VISIT(self->fds);
-    Py_VISIT(self->keep);
-    Py_VISIT(self->numbers);
-    Py_VISIT(self->counts_sent);
-    return 0;
-}
-
-static int clear(PyObject *op)
-{
-    Message *self = (Message *)op;
-    Py_CLEAR(self->data);
-    Py_CLEAR(self->fds);
-    Py_CLEAR(self->keep);
-    Py_CLEAR(self->numbers);
-    Py_CLEAR(self->counts_sent);
-    return 0;
-}
-
-static void dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    clear(op);
-    free_object(op);
-}
+#define MESSAGE_FIELDS(_) _(data) _(fds) _(keep) _(numbers) _(counts_sent)
+DEFINE_GC(message, Message, MESSAGE_FIELDS)
 
 static PyMethodDef methods[] = {
     {"on_send", on_send, METH_NOARGS, NULL},
@@ -129,9 +102,9 @@ static PyMemberDef members[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_dealloc, dealloc},
-    {Py_tp_traverse, traverse},
-    {Py_tp_clear, clear},
+    {Py_tp_dealloc, message_dealloc},
+    {Py_tp_traverse, message_traverse},
+    {Py_tp_clear, message_clear},
     {Py_tp_methods, methods},
     {Py_tp_members, members},
     {0, NULL},

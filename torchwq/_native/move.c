@@ -23,16 +23,6 @@ static PyObject *popleft_name, *append_name;
 /* How many references the Python object of a storage has that nobody else knows. */
 static long sole_references = -1;
 
-static long number_of(PyObject *function, PyObject *argument)
-{
-    PyObject *result = PyObject_CallFunctionObjArgs(function, argument, NULL);
-    if (result == NULL)
-        return -1;
-    long number = PyLong_AsLong(result);
-    Py_DECREF(result);
-    return number;
-}
-
 static int pointer_of(PyObject *storage, uint64_t *address)
 {
     PyObject *result = PyObject_CallFunctionObjArgs(data_pointer, storage, NULL);
@@ -59,7 +49,7 @@ static int is_simple(PyObject *tensor, PyObject *storage, const View *view, uint
     Py_DECREF(attributes);
     if (known || reference_count(storage) != sole_references)
         return 0;
-    long size = number_of(num_bytes, storage);
+    long size = call_for_number(num_bytes, storage);
     if (size < 0 || (uint64_t)size != nbytes)
         return PyErr_Occurred() ? -1 : 0;
     if (pointer_of(storage, &address) < 0)
@@ -73,10 +63,10 @@ static int is_simple(PyObject *tensor, PyObject *storage, const View *view, uint
     Py_DECREF(cdata);
     if (owners < 0 || owners > SOLE_OWNERS)
         return owners < 0 ? -1 : 0;
-    long shared = number_of(is_shared, storage);
+    long shared = call_for_number(is_shared, storage);
     if (shared)
         return shared < 0 ? -1 : 0;
-    long inference = number_of(is_inference, tensor);
+    long inference = call_for_number(is_inference, tensor);
     return inference < 0 ? -1 : !inference;
 }
 
@@ -200,7 +190,7 @@ static int move_to(Block *block, PyObject *tensor, PyObject *storage, const View
     if (prototype == NULL)
         return -1;
     memcpy((void *)(uintptr_t)block->address, (const void *)(uintptr_t)view->address, block->nbytes);
-    long owners = number_of(tensor_use_count, tensor); /* one in C++, such as DLPack, may point into the memory */
+    long owners = call_for_number(tensor_use_count, tensor); /* one in C++, such as DLPack, may point into the memory */
     int result = owners < 0 ? -1 : set_data(data_property, tensor, prototype);
     Py_DECREF(prototype);
     if (result < 0)

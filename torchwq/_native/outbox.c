@@ -212,35 +212,8 @@ static PyObject *send(PyObject *op, PyObject *payload)
     return result;
 }
 
-static int outbox_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Outbox *self = (Outbox *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->endpoint);
-    Py_VISIT(self->submitted);
-    Py_VISIT(self->pending);
-    Py_VISIT(self->promises);
-    Py_VISIT(self->on_sent);
-    return 0;
-}
-
-static int outbox_clear(PyObject *op)
-{
-    Outbox *self = (Outbox *)op;
-    Py_CLEAR(self->endpoint);
-    Py_CLEAR(self->submitted);
-    Py_CLEAR(self->pending);
-    Py_CLEAR(self->promises);
-    Py_CLEAR(self->on_sent);
-    return 0;
-}
-
-static void outbox_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    outbox_clear(op);
-    free_object(op);
-}
+#define OUTBOX_FIELDS(_) _(endpoint) _(submitted) _(pending) _(promises) _(on_sent)
+DEFINE_GC(outbox, Outbox, OUTBOX_FIELDS)
 
 static PyMethodDef outbox_methods[] = {
     {"send", send, METH_O, NULL},
@@ -278,35 +251,8 @@ static PyType_Spec outbox_spec = {
     .slots = outbox_slots,
 };
 
-static int sent_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    SentBlocks *self = (SentBlocks *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->sent);
-    Py_VISIT(self->recent);
-    Py_VISIT(self->uncertain);
-    Py_VISIT(self->words);
-    Py_VISIT(self->seen_losses);
-    return 0;
-}
-
-static int sent_clear(PyObject *op)
-{
-    SentBlocks *self = (SentBlocks *)op;
-    Py_CLEAR(self->sent);
-    Py_CLEAR(self->recent);
-    Py_CLEAR(self->uncertain);
-    Py_CLEAR(self->words);
-    Py_CLEAR(self->seen_losses);
-    return 0;
-}
-
-static void sent_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    sent_clear(op);
-    free_object(op);
-}
+#define SENT_FIELDS(_) _(sent) _(recent) _(uncertain) _(words) _(seen_losses)
+DEFINE_GC(sent, SentBlocks, SENT_FIELDS)
 
 static PyMemberDef sent_members[] = {
     {"sent", T_OBJECT, offsetof(SentBlocks, sent), 0, NULL},

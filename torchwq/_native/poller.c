@@ -176,14 +176,6 @@ static void poller_dealloc(PyObject *op)
     free_object(op);
 }
 
-static bool is_block(PyObject *object)
-{
-    if (PyObject_TypeCheck(object, Block_Type))
-        return true;
-    PyErr_SetString(PyExc_TypeError, "a block was expected");
-    return false;
-}
-
 static PyObject *add(PyObject *self, PyObject *block)
 {
     if (!is_block(block) || poller_add((UsePoller *)self, (Block *)block) < 0)

@@ -83,25 +83,8 @@ static PyObject *take_kept(PyObject *op, PyObject *receive)
     }
 }
 
-static int kept_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(((KeptBlocks *)op)->epoch);
-    return 0;
-}
-
-static int kept_clear(PyObject *op)
-{
-    Py_CLEAR(((KeptBlocks *)op)->epoch);
-    return 0;
-}
-
-static void kept_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    kept_clear(op);
-    free_object(op);
-}
+#define KEPT_FIELDS(_) _(epoch)
+DEFINE_GC(kept, KeptBlocks, KEPT_FIELDS)
 
 static PyMethodDef kept_methods[] = {
     {"take", take_kept, METH_O, NULL},
@@ -188,33 +171,8 @@ static PyObject *take_answer_from_socket(PyObject *op, PyObject *unused)
     return take_locked(op, false);
 }
 
-static int answers_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Answers *self = (Answers *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->receiving);
-    Py_VISIT(self->inbox);
-    Py_VISIT(self->kept);
-    Py_VISIT(self->receive);
-    return 0;
-}
-
-static int answers_clear(PyObject *op)
-{
-    Answers *self = (Answers *)op;
-    Py_CLEAR(self->receiving);
-    Py_CLEAR(self->inbox);
-    Py_CLEAR(self->kept);
-    Py_CLEAR(self->receive);
-    return 0;
-}
-
-static void answers_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    answers_clear(op);
-    free_object(op);
-}
+#define ANSWERS_FIELDS(_) _(receiving) _(inbox) _(kept) _(receive)
+DEFINE_GC(answers, Answers, ANSWERS_FIELDS)
 
 static PyMethodDef answers_methods[] = {
     {"take", take_answer, METH_NOARGS, NULL},
@@ -371,37 +329,8 @@ static PyObject *answered(PyObject *op, PyObject *const *args, Py_ssize_t count)
     return idle(op, args[0]);
 }
 
-static int taker_traverse(PyObject *op, visitproc visit, void *arg)
-{
-    Taker *self = (Taker *)op;
-    Py_VISIT(Py_TYPE(op));
-    Py_VISIT(self->taking);
-    Py_VISIT(self->receive);
-    Py_VISIT(self->known);
-    Py_VISIT(self->busy);
-    Py_VISIT(self->closed);
-    Py_VISIT(self->room);
-    return 0;
-}
-
-static int taker_clear(PyObject *op)
-{
-    Taker *self = (Taker *)op;
-    Py_CLEAR(self->taking);
-    Py_CLEAR(self->receive);
-    Py_CLEAR(self->known);
-    Py_CLEAR(self->busy);
-    Py_CLEAR(self->closed);
-    Py_CLEAR(self->room);
-    return 0;
-}
-
-static void taker_dealloc(PyObject *op)
-{
-    PyObject_GC_UnTrack(op);
-    taker_clear(op);
-    free_object(op);
-}
+#define TAKER_FIELDS(_) _(taking) _(receive) _(known) _(busy) _(closed) _(room)
+DEFINE_GC(taker, Taker, TAKER_FIELDS)
 
 static PyMethodDef taker_methods[] = {
     {"take", take_question, METH_NOARGS, NULL},

@@ -162,14 +162,19 @@ PyObject *torch_detach(PyObject *tensor)
     return PyObject_CallFunctionObjArgs(detach, tensor, NULL);
 }
 
+long call_for_number(PyObject *function, PyObject *argument)
+{
+    PyObject *result = PyObject_CallFunctionObjArgs(function, argument, NULL);
+    if (result == NULL)
+        return -1;
+    long number = PyLong_AsLong(result);
+    Py_DECREF(result);
+    return number;
+}
+
 long torch_use_count(PyObject *cdata)
 {
-    PyObject *count = PyObject_CallFunctionObjArgs(use_count, cdata, NULL);
-    if (count == NULL)
-        return -1;
-    long result = PyLong_AsLong(count);
-    Py_DECREF(count);
-    return result;
+    return call_for_number(use_count, cdata);
 }
 
 /* set_torch(Tensor, detach, is_neg, requires_grad, use_count, table): use these. False if there is no table, or another
