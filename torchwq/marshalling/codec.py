@@ -68,6 +68,7 @@ def encode(
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
     full_definitions: bool = False,
+    tried_plain: bool = False,
 ) -> Encoded:
     """Turn ``obj`` into the payload of one message. Afterwards its tensors are in shared memory.
 
@@ -83,6 +84,7 @@ def encode(
             that worker, and the message may contain ``multiprocessing_objects`` that processes inherit.
         full_definitions: whether functions and classes that came from another process travel as they are now, and under
             the closure rule; else they travel as they came, which costs little.
+        tried_plain: whether the caller has tried ``fast_path.encode_plain``, which would look at ``obj`` again.
     """
     cls = type(obj)
     local = peer.same_process
@@ -95,7 +97,7 @@ def encode(
         return bare if len(bare) <= limit else encode_large_pickle(bare, limit)
     elif cls is Tensor or fast_path.is_candidate(obj):
         found: Payload | None = None
-        if _encode_plain is not None and owned_blocks is None and not local:
+        if _encode_plain is not None and not tried_plain and owned_blocks is None and not local:
             found = _encode_plain(obj, limit)
         if found is not None:
             return found

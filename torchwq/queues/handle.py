@@ -110,12 +110,13 @@ class WorkQueue(ReadableHandle[Any]):
         role = self._role
         send = role.send
         if len(objs) == 1:
-            obj = objs[0]
+            obj, tried_plain = objs[0], False
             if encode_plain is not None and role.peer.shares_memory and not role.peer.same_process:
                 plain_payload = encode_plain(obj, role.max_payload)
                 if plain_payload is not None:
                     send(plain_payload)
                     return
+                tried_plain = True
             cls = type(obj)
             try:
                 # As encode does, without calling it.
@@ -134,7 +135,7 @@ class WorkQueue(ReadableHandle[Any]):
                 send(copy)
                 return
             try:
-                payload = encode(obj, role.max_payload, peer=role.peer)
+                payload = encode(obj, role.max_payload, peer=role.peer, tried_plain=tried_plain)
             except Exception:
                 pass
             else:
