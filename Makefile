@@ -7,7 +7,7 @@
 #   make test PYTHON=python3.12 VENV=/tmp/venv312      another Python, in an environment of its own
 #   make test PYTEST_ARGS="-x -k drain"                further arguments for pytest
 #
-# The native part is a file in the checkout, which demo, test, bench and soak build if there is a C compiler, and again
+# The native part is a file in the checkout, which demo, test, bench and others build if there is a C compiler, and again
 # when its sources have changed. Where it cannot be built, one line says so, each time, and everything works without it.
 # With TORCHWQ_NATIVE=0 in the environment it is neither built nor used.
 #
@@ -26,8 +26,15 @@ TEST_PROCESSES ?= 3
 # The order of the files is that of tests/conftest.py, not that of how many tests they have.
 PYTEST_SPREAD := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# How long `make soak` goes on, in seconds.
+# How long each of the tests goes on that `make soak` and `make chaos` run, in seconds.
 TORCHWQ_SOAK_SECONDS ?= 600
+
+# The long tests alone, with nothing that ends one early.
+LONG  := -m soak --timeout=0 -o faulthandler_timeout=0
+# Among them: those of damaged messages, of what messages leave behind, and of processes that are killed at random.
+FUZZ  := tests/native/test_robustness.py -k damaged_messages
+LEAKS := tests/native/test_robustness.py -k no_references_behind
+CHAOS := tests/channels/test_chaos.py tests/workers/test_chaos.py tests/memory/test_lifetimes.py
 
 # The tests of the rooms that have twins of the native part, and what `make sanitize` runs.
 TWINS          := tests/native tests/memory tests/marshalling tests/transport tests/queues tests/channels tests/loading/test_equality.py
@@ -52,7 +59,8 @@ extra = $(VENV)/.stamp-extra-$(1)
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment get into each other's way
 
-.PHONY: help demo test lint style types imports warnings sanitize bench docs soak wheels install clean
+.PHONY: help demo test devmode lint style types imports warnings sanitize bench docs soak fuzz leaks chaos wheels install \
+	clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s%s\n", $$1, $$2 }' Makefile
@@ -68,6 +76,10 @@ test: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the tests, some
 	@if $(is_native); then set -x; \
 		TORCHWQ_NATIVE=0 $(BIN)/python -m pytest $(PYTEST_SPREAD) $(TWINS) $(PYTEST_ARGS); \
 	else echo "These were the tests without the native part."; fi
+
+# By the variable: -X dev would not reach the processes that run tests side by side, nor the programs that tests start.
+devmode: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the tests once, in Python's development mode
+	PYTHONDEVMODE=1 $(BIN)/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 lint: style types imports ## check style, types and layers
 
@@ -111,7 +123,18 @@ docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 
 soak: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
-	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest -m soak --timeout=0 -o faulthandler_timeout=0 $(PYTEST_ARGS)
+	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest $(LONG) $(PYTEST_ARGS)
+
+# soak has these three, too, but nothing under the sanitizers.
+fuzz: $(call extra,test) $(call extra,examples) $(NATIVE) ## give the native part a million damaged messages, and again with the sanitizers
+	$(BIN)/python -m pytest $(LONG) $(FUZZ) $(PYTEST_ARGS)
+	$(MAKE) sanitize SANITIZE_TESTS="$(LONG) $(FUZZ)"
+
+leaks: $(call extra,test) $(call extra,examples) $(NATIVE) ## pass a million messages of each kind on, and look for what they leave behind
+	$(BIN)/python -m pytest $(LONG) $(LEAKS) $(PYTEST_ARGS)
+
+chaos: $(call extra,test) $(call extra,examples) $(NATIVE) ## kill workers at random, TORCHWQ_SOAK_SECONDS=600 long for each test
+	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest $(LONG) $(CHAOS) $(PYTEST_ARGS)
 
 wheels: $(VENV)/.stamp-setuptools ## build the wheels into dist/: that of this platform, and the one for all
 	TORCHWQ_NATIVE=1 $(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .

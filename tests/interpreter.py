@@ -166,6 +166,8 @@ def _serve(orders: socket.socket) -> dict[str, Any]:
                 os._exit(0)
             pid = os.fork()
             if pid == 0:
+                for each in (orders, *(status for _, status in running.values())):
+                    each.detach()  # what goes by its number, below, is not to be closed again, nor to be warned of
                 for number, fd in enumerate(fds[:3]):
                     os.dup2(fd, number)
                 os.closerange(3, 1 << 20)
