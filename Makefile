@@ -7,7 +7,7 @@
 #   make test PYTHON=python3.12 VENV=/tmp/venv312      another Python, in an environment of its own
 #   make test PYTEST_ARGS="-x -k drain"                further arguments for pytest
 #
-# The native part is a file in the checkout, which demo, test, bench and others build if there is a C compiler, and again
+# The native part is a file in the checkout, which demo, test, bench and more build if there is a C compiler, and again
 # when its sources have changed. Where it cannot be built, one line says so, each time, and everything works without it.
 # With TORCHWQ_NATIVE=0 in the environment it is neither built nor used.
 #

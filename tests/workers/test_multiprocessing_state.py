@@ -21,7 +21,8 @@ WORKERS = """
             value.value += 5
             raw[0] += 1
         pipe.send("pipe")
-        sock.sendall(b"socket")
+        with sock:
+            sock.sendall(b"socket")
         queue.put("queue")
         simple.put("simple")
         with condition:
@@ -101,6 +102,8 @@ WORKERS = """
         again.unlink()
         q.close()
         queue.close()
+        sock.close()
+        other.close()
         print(backend, "good")
     there = torchwq.map(2, tracker).join(50)
     assert there == [(os.fstat(resource_tracker.getfd()).st_ino, None)] * 2, there

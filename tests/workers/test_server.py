@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +81,26 @@ def test_workers_of_workers_come_from_the_same_server() -> None:
         wait_until(lambda: not psutil.pid_exists(inner_pid), 2, "the end of a dead owner's worker")
         with pytest.raises(torchwq.WorkerDied):
             workers.join(20)
+
+
+def test_workers_have_the_options_of_the_interpreter(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torchwq
+
+            def options():
+                return tuple(sys.flags), sys.warnoptions
+
+            print(sys.flags.dev_mode, sys.flags.optimize, torchwq.map(1, options).join() == [options()])
+            """
+        )
+    )
+    command = [sys.executable, "-X", "dev", "-O", "-W", "error::UserWarning", str(script)]
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.stderr) == ("True 1 True\n", "")
 
 
 def test_a_dead_server_takes_its_workers_along_and_is_replaced(run_script: Callable[..., object]) -> None:
