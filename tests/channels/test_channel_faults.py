@@ -323,8 +323,10 @@ def test_an_error_of_a_signal_handler_sends_nothing_twice() -> None:
     """An alarm that limits the time raises TimeoutError, which is an OSError, perhaps just after the item has left."""
     channel = torchwq.channel()
     socket = socket_of(channel)
-    if not socket._sender._is_active:
+    if not socket._sender.is_active:
         pytest.skip("a stream is sent to under a lock")
+    if torchwq.native:
+        pytest.skip("no signal handler runs in the middle of the native part")
     send = socket._sender._send_bare
 
     def interrupted(*args: object) -> None:

@@ -118,13 +118,24 @@ def test_a_full_count_begins_anew_on_both_sides(tables: tuple[Table, Table]) -> 
 
 # Objects without tensors
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40) | st.binary(max_size=40)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-3, 70_000)
+    | st.floats()
+    | st.text(max_size=40)
+    | st.binary(max_size=40)
+    | st.sampled_from(["x" * 255, "y" * 256, "é" * 128, b"z" * 256, 2**31, -(2**31) - 1, -(2**55), 2**55])
+)
 objects = st.recursive(
     scalars,
     lambda inner: (
         st.lists(inner, max_size=5)
         | st.lists(inner, max_size=5).map(tuple)
-        | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=5)
+        | st.dictionaries(
+            st.text(max_size=5) | st.integers(-(2**40), 2**40) | st.tuples(st.booleans()), inner, max_size=5
+        )
     ),
     max_leaves=30,
 )
@@ -137,6 +148,61 @@ def test_objects_of_builtin_types_have_the_bytes_of_the_twin(obj: Any) -> None:
     data = pickle.dumps(obj, 5)
     assert repr(_native.core.decode_plain(data, [])) == repr(obj)
     assert repr(_native.core.decode_plain(data + trailer(7, 0), [])) == repr(obj)
+
+
+@given(objects, objects)
+@settings(max_examples=100, deadline=None)
+def test_an_object_that_is_there_twice_stays_one(first: Any, second: Any) -> None:
+    pair = (first, second)
+    obj = [first, pair, {"pair": pair, "first": first}, [pair, first]]
+    data = _native.core.encode_plain(obj, CALL_LIMIT)
+    assert data == pickle.dumps(obj, 5)
+    arrived = _native.core.decode_plain(data, [])
+    assert repr(arrived) == repr(obj)
+    assert arrived[1] is arrived[2]["pair"] is arrived[3][0]
+    if first is not None and first.__class__ in (list, dict):
+        assert arrived[0] is arrived[1][0] is arrived[2]["first"] is arrived[3][1]
+
+
+def test_a_list_that_has_itself_in_it_arrives_so() -> None:
+    obj: list[Any] = [1]
+    obj.append(obj)
+    data = _native.core.encode_plain(obj, CALL_LIMIT)
+    assert data == pickle.dumps(obj, 5)
+    arrived = _native.core.decode_plain(data, [])
+    assert arrived[1] is arrived
+    in_tuple: tuple[Any, ...] = ([],)
+    in_tuple[0].append(in_tuple)
+    assert _native.core.encode_plain(in_tuple, CALL_LIMIT) is None
+    arrived = _native.core.decode_plain(twin_encode(in_tuple), [])
+    assert arrived[0][0] is arrived
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 999, 1000, 1001, 2500])
+def test_long_collections_have_the_bytes_of_the_twin(size: int) -> None:
+    for obj in ([7] * size, dict.fromkeys(range(size)), (None,) * size):
+        data = _native.core.encode_plain(obj, CALL_LIMIT)
+        assert data == pickle.dumps(obj, 5)
+        assert _native.core.decode_plain(data, []) == obj
+
+
+@given(objects, st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_pickle_gives_what_pickle_gives(obj: Any, data: st.DataObject) -> None:
+    pickled = bytearray(pickle.dumps(obj, 5))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(2, len(pickled) - 1))
+        pickled[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    if not pickled.endswith(b"."):
+        pickled += b"."
+    assert _outcome(_native.core.decode_plain, bytes(pickled), []) == _outcome(pickle.loads, bytes(pickled))
+
+
+def _outcome(function: Any, *args: Any) -> str:
+    try:
+        return repr(function(*args))
+    except Exception as error:
+        return type(error).__name__
 
 
 def twin_encode(obj: Any, **options: Any) -> Any:
@@ -164,11 +230,13 @@ class Sub(int):
         {1, 2},
         [Sub(3)],
         {"a": object},
-        {(1, 2): 3},
         b"x" * 20_000,
         ["y" * 20_000],
         [[[[[[[[[[1]]]]]]]]]],
-        [0] * 2000,
+        [300] * 6000,
+        2**63,
+        "half of a pair: \ud800",
+        [f"string {number}" for number in range(129)],
     ],
     ids=lambda obj: repr(obj)[:20],
 )

@@ -220,6 +220,48 @@ class TakerFields:
     def idle(self, ident: int, /) -> None: ...
     def answered(self, ident: int, data: bytes, /) -> None: ...
 
+# --- channel.c ---
+
+@final
+class SharedWord:
+    """See ``peers.shared_words.SharedWords.word``. Called, it adds one."""
+
+    def __init__(self, address: int, memory: memoryview, /) -> None: ...
+    def __call__(self) -> None: ...
+    def close(self) -> None: ...
+
+@disjoint_base
+class SenderFields:
+    """Twin: ``channels.fast_send.PythonSenderFields``."""
+
+    outbox: OutboxFields
+    endpoint: Any
+    sent: Callable[[], None]
+    closed: SharedWord | None
+    open: Any
+    write_any: Callable[[Any], Any]
+    write_encoded: Callable[[bytes], Any]
+    max_payload: int
+    is_active: bool
+
+    def try_write(self, obj: Any, /) -> Any: ...
+
+@disjoint_base
+class ReceiverFields:
+    """Twin: ``channels.fast_receive.PythonReceiverFields``."""
+
+    endpoint: Any
+    attempts: Callable[[], None]
+    taken: Callable[[], None]
+    closed: SharedWord | None
+    open_state: Any
+    closed_state: Any
+    read_any: Callable[[], Any]
+    read_received: Callable[[_Received], Any]
+    is_active: bool
+
+    def try_read(self) -> Any: ...
+
 # --- move.c ---
 
 def set_move(
@@ -243,7 +285,7 @@ def add_shape(
     /,
 ) -> None: ...
 def encode_plain(obj: Any, limit: int, /) -> MessageFields | bytes | None: ...
-def set_pickle(dumps: Callable[..., bytes], loads: Callable[..., Any], /) -> None: ...
+def set_loads(loads: Callable[[bytes], Any], /) -> None: ...
 def decode_plain(data: bytes, fds: list[int], /) -> Any: ...
 def clear_shapes() -> None: ...
 

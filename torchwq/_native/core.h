@@ -156,6 +156,10 @@ Block *memory_block_at(uint64_t address);              /* the same by address */
 int move_tensor(PyObject *tensor, const View *view, PyObject *geometry, Block **block); /* 0, NOT_MINE, or -1 */
 Block *pool_take_free(uint64_t nbytes, PyObject **storage);
 
+/* --- outbox.c --- */
+
+bool outbox_is_idle(PyObject *outbox); /* whether nothing waits there, and no thread sends */
+
 /* --- message.c --- */
 
 /* memory.message.Message derives from this. */
@@ -174,6 +178,11 @@ typedef struct {
 Message *as_message(PyObject *payload); /* NULL if it is something else, or not complete */
 PyObject *message_new(PyObject *data, PyObject *fds, PyObject *keep, PyObject *numbers, uint64_t nbytes);
 
+/* --- builtin.c --- */
+
+PyObject *builtin_dumps(PyObject *obj, Py_ssize_t limit);         /* None if it is not of built-in types, or too large */
+PyObject *builtin_loads(const char *data, Py_ssize_t size);       /* NULL without an exception if it is pickle's */
+
 /* --- module --- */
 
 int add_lock(PyObject *module);
@@ -188,6 +197,7 @@ int add_move(PyObject *module);
 int add_outbox(PyObject *module);
 int add_receive(PyObject *module);
 int add_plain(PyObject *module);
+int add_channel(PyObject *module);
 int add_collate(PyObject *module);
 int add_functions(PyObject *module, PyMethodDef *methods);
 PyTypeObject *add_type(PyObject *module, PyType_Spec *spec);

@@ -48,7 +48,7 @@ PyMODINIT_FUNC PyInit__core(void)
         add_sockets(module) < 0 || add_counts(module) < 0 || add_block(module) < 0 ||
         add_torch(module) < 0 || add_poller(module) < 0 || add_memory(module) < 0 || add_message(module) < 0 ||
         add_move(module) < 0 || add_outbox(module) < 0 || add_receive(module) < 0 || add_plain(module) < 0 ||
-        add_collate(module) < 0) {
+        add_collate(module) < 0 || add_channel(module) < 0) {
         Py_DECREF(module);
         return NULL;
     }

@@ -38,7 +38,7 @@ typedef struct {
 
 #define PICKLE 0
 
-static PyTypeObject *SentBlocks_Type;
+static PyTypeObject *Outbox_Type, *SentBlocks_Type;
 static PyObject *empty;
 
 /* Whether the reader has all blocks of the message, and no loss is to be looked at: 1, 0, or -1 with an exception. */
@@ -172,6 +172,13 @@ static int try_to_send(Outbox *self, PyObject *payload, Message *message)
     return result;
 }
 
+bool outbox_is_idle(PyObject *outbox)
+{
+    Outbox *self = (Outbox *)outbox;
+    return outbox != NULL && PyObject_TypeCheck(outbox, Outbox_Type) && !self->sending_thread && self->submitted != NULL &&
+           self->pending != NULL && PyObject_Size(self->submitted) == 0 && PyObject_Size(self->pending) == 0;
+}
+
 static PyObject *send(PyObject *op, PyObject *payload)
 {
     Outbox *self = (Outbox *)op;
@@ -185,9 +192,7 @@ static PyObject *send(PyObject *op, PyObject *payload)
         if (message == NULL)
             return send_slowly(op, payload);
     }
-    if (self->sending_thread || self->needs_flush || self->is_closed || self->is_broken || self->submitted == NULL ||
-        self->pending == NULL || PyObject_Size(self->submitted) || PyObject_Size(self->pending) ||
-        !is_seqpacket(self->endpoint))
+    if (self->needs_flush || self->is_closed || self->is_broken || !outbox_is_idle(op) || !is_seqpacket(self->endpoint))
         return send_slowly(op, payload);
     self->sending_thread = PyThread_get_thread_ident();
     int sent = try_to_send(self, payload, message);
@@ -282,8 +287,7 @@ static PyType_Spec sent_spec = {
 int add_outbox(PyObject *module)
 {
     empty = PyTuple_New(0);
-    if (empty == NULL || add_type(module, &outbox_spec) == NULL)
-        return -1;
+    Outbox_Type = add_type(module, &outbox_spec);
     SentBlocks_Type = add_type(module, &sent_spec);
-    return SentBlocks_Type == NULL ? -1 : 0;
+    return empty == NULL || Outbox_Type == NULL || SentBlocks_Type == NULL ? -1 : 0;
 }

@@ -60,7 +60,7 @@ typedef struct {
 
 static PyTypeObject *Shape_Type;
 
-static PyObject *dumps, *loads, *protocol; /* of pickle */
+static PyObject *loads; /* pickle's */
 static PyObject *key_name, *prototypes_name, *addresses_name;
 
 /* Both tables have the same shapes: one to encode, one to decode. They own one reference to each, in `by_prefix`. */
@@ -511,70 +511,6 @@ static int encode_content(const Content *content, Py_ssize_t limit, PyObject **r
     return found ? found : *result == NULL ? -1 : 0;
 }
 
-/* --- objects without tensors --- */
-
-#define MAX_DEPTH 8
-#define MAX_OBJECTS 1024
-
-static bool is_scalar(PyObject *obj)
-{
-    PyTypeObject *cls = Py_TYPE(obj);
-    return obj == Py_None || cls == &PyLong_Type || cls == &PyFloat_Type || cls == &PyUnicode_Type ||
-           cls == &PyBool_Type || cls == &PyBytes_Type;
-}
-
-/* How many more objects, and about how many more bytes, a message may have. */
-typedef struct {
-    int objects;
-    Py_ssize_t bytes;
-} Room;
-
-/* Whether pickle needs no other code for the object, which is not too large. */
-static bool is_builtin(PyObject *obj, int depth, Room *room)
-{
-    PyTypeObject *cls = Py_TYPE(obj);
-    if (cls == &PyUnicode_Type)
-        room->bytes -= PyUnicode_GetLength(obj);
-    else if (cls == &PyBytes_Type)
-        room->bytes -= PyBytes_Size(obj);
-    if (--room->objects < 0 || room->bytes < 0)
-        return false;
-    if (is_scalar(obj))
-        return true;
-    if (depth >= MAX_DEPTH)
-        return false;
-    if (cls == &PyDict_Type) {
-        PyObject *key, *value;
-        Py_ssize_t at = 0;
-        while (PyDict_Next(obj, &at, &key, &value))
-            if (!is_scalar(key) || !is_builtin(key, MAX_DEPTH, room) || !is_builtin(value, depth + 1, room))
-                return false;
-        return true;
-    }
-    if (cls != &PyTuple_Type && cls != &PyList_Type)
-        return false;
-    Py_ssize_t size = PyObject_Size(obj);
-    for (Py_ssize_t index = 0; index < size; index++) {
-        PyObject *item = cls == &PyTuple_Type ? PyTuple_GetItem(obj, index) : PyList_GetItem(obj, index);
-        if (!is_builtin(item, depth + 1, room))
-            return false;
-    }
-    return true;
-}
-
-/* The pickle of an object of built-in types; None if it has others, or is too large. */
-static PyObject *encode_builtin(PyObject *obj, Py_ssize_t limit)
-{
-    Room room = {MAX_OBJECTS, limit};
-    if (dumps == NULL || !is_builtin(obj, 0, &room))
-        Py_RETURN_NONE;
-    PyObject *bytes = PyObject_CallFunctionObjArgs(dumps, obj, protocol, NULL);
-    if (bytes == NULL || PyBytes_Size(bytes) <= limit)
-        return bytes;
-    Py_DECREF(bytes);
-    Py_RETURN_NONE;
-}
-
 /* encode_plain(obj, limit): the message of a tensor, or of a dict, list or tuple of tensors; the pickle of an object of
  * built-in types. None if it is the twin's. */
 static PyObject *encode_plain(PyObject *module, PyObject *const *args, Py_ssize_t count)
@@ -587,11 +523,9 @@ static PyObject *encode_plain(PyObject *module, PyObject *const *args, Py_ssize_
     Py_ssize_t limit = PyLong_AsSsize_t(args[1]);
     if (limit == -1 && PyErr_Occurred())
         return NULL;
-    if (is_scalar(args[0]))
-        return encode_builtin(args[0], limit);
     Content content;
     if (!memory_ready() || find_content(args[0], &content))
-        return encode_builtin(args[0], limit);
+        return builtin_dumps(args[0], limit);
     PyObject *result = NULL;
     int found = encode_content(&content, limit, &result);
     drop_content(&content);
@@ -827,21 +761,18 @@ static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_
     int kind = size ? (unsigned char)data[size - 1] : -1;
     if (kind == KIND)
         return decode_references(data, size, args[1]);
-    if ((kind == BARE || kind == PICKLE) && loads != NULL && PyList_Size(args[1]) == 0)
-        return PyObject_CallFunctionObjArgs(loads, args[0], NULL);
-    Py_RETURN_NOTIMPLEMENTED;
+    if ((kind != BARE && kind != PICKLE) || loads == NULL || PyList_Size(args[1]) != 0)
+        Py_RETURN_NOTIMPLEMENTED;
+    PyObject *result = builtin_loads(data, size);
+    return result != NULL ? result : PyObject_CallFunctionObjArgs(loads, args[0], NULL);
 }
 
-/* set_pickle(dumps, loads) */
-static PyObject *set_pickle(PyObject *module, PyObject *const *args, Py_ssize_t count)
+/* set_loads(loads) */
+static PyObject *set_loads(PyObject *module, PyObject *function)
 {
     (void)module;
-    if (count != 2 || (protocol == NULL && (protocol = PyLong_FromLong(5)) == NULL)) {
-        PyErr_SetString(PyExc_TypeError, "set_pickle() takes two functions");
-        return NULL;
-    }
-    Py_INCREF(args[0]), Py_INCREF(args[1]); /* for as long as the process lives */
-    dumps = args[0], loads = args[1];
+    Py_INCREF(function); /* for as long as the process lives */
+    loads = function;
     Py_RETURN_NONE;
 }
 
@@ -856,7 +787,7 @@ static PyMethodDef functions[] = {
     {"add_shape", (PyCFunction)(void (*)(void))add_shape, METH_FASTCALL, NULL},
     {"encode_plain", (PyCFunction)(void (*)(void))encode_plain, METH_FASTCALL, NULL},
     {"decode_plain", (PyCFunction)(void (*)(void))decode_plain, METH_FASTCALL, NULL},
-    {"set_pickle", (PyCFunction)(void (*)(void))set_pickle, METH_FASTCALL, NULL},
+    {"set_loads", set_loads, METH_O, NULL},
     {"clear_shapes", clear_shapes_function, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -1,5 +1,7 @@
 """Reads small items by ``recv``, as long as no item of the channel has brought descriptors.
 
+``try_read`` is part of the native part, which takes descriptors for no more time; this is how its twin reads.
+
 Note [Receiving without descriptors].
 
 ``recv`` costs two thirds of ``recvmsg``, but loses the descriptors that an item brings. So nobody may be in it when the
@@ -14,6 +16,7 @@ first item with descriptors leaves:
 * An interruption may leave an attempt without its end: that costs the writers a wait. An end without its attempt would
   hide another attempt; it never comes about.
 * Closing sets SLOW_PATH, too, so a reader that does not see it need not look at CLOSED.
+* The native part loses no descriptors. It counts both ends of an attempt when it has taken an item.
 """
 
 from __future__ import annotations
@@ -21,62 +24,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pickle import loads
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from .. import _native
 from ..memory import membarrier
-from ..transport.endpoint import ReceiveBare
+from ..transport.endpoint import Endpoint, ReceiveBare, Received
 from ..transport.seqpacket import MAX_MESSAGE
 from ..transport.sockets import NO_WAIT
 from .state import ChannelState
-from .table import ANNOUNCED, ATTEMPTS, DESCRIPTORS, FAILED_ATTEMPTS, SAFE, SLOW_PATH, TAKEN, ChannelTable
-
-_OPEN: Final = ChannelState.OPEN
+from .table import ANNOUNCED, ATTEMPTS, CLOSED, DESCRIPTORS, FAILED_ATTEMPTS, SAFE, SLOW_PATH, TAKEN, ChannelTable
 
 #: How long, in seconds, a writer waits for readers. An attempt takes microseconds; but its process may be stopped.
 _ATTEMPTS_TIMEOUT: Final = 5.0
 _POLL_INTERVAL: Final = 0.0005
 
-Read = Callable[[], "tuple[ChannelState, Any] | None"]
+Result = tuple[ChannelState, Any]
+Read = Callable[[], "Result | None"]
 
 
-class FastReceiver:
-    """Safe to use from several threads.
+class PythonReceiverFields:
+    """See ``FastReceiver``."""
 
-    Args:
-        table: the channel's.
-        receive: see ``Endpoint.receive_bare``; None if the channel's socket has none.
-        read_any: reads any item, in any state of the channel.
-    """
+    #: Reads any item, in any state of the channel.
+    read_any: Read
+    #: Whether this object reads at all.
+    is_active: bool
+    open_state: ChannelState
+    _table: ChannelTable
+    _words: memoryview
+    _receive: ReceiveBare | None
+    _has_left: bool
+    #: What the native part reads and counts by. Not used by the twin.
+    endpoint: Endpoint
+    attempts: Callable[[], None]
+    taken: Callable[[], None]
+    closed: Any
+    closed_state: ChannelState
+    read_received: Callable[[Received], Result | None]
 
-    def __init__(self, table: ChannelTable, receive: ReceiveBare | None, read_any: Read) -> None:
-        self._table = table
-        self._words = table.words
-        self._receive = receive
-        self._read_any = read_any
-        self._is_active = receive is not None
-        self._has_left = False
-        #: Whether a reader may still lose descriptors, as far as this process knows.
-        self._can_lose = receive is not None
-
-    def stop(self) -> None:
-        """Read by ``read_any`` from now on."""
-        self._is_active = False
-
-    def leave(self) -> None:
-        """The channel's descriptors are about to be closed."""
-        self._is_active = False
-        self._has_left = True
-
-    def try_read(self) -> tuple[ChannelState, Any] | None:
+    def try_read(self) -> Result | None:
         """See ``ChannelBackend.try_read``. Most items are small pickles, and most of a reader's time is spent here."""
-        if not self._is_active:
-            return self._read_any()
+        if not self.is_active:
+            return self.read_any()
         table = self._table
         table.count_attempt()
         if self._words[SLOW_PATH]:
             table.count_failed_attempt()
-            self._is_active = False
-            return self._read_any()
+            self.is_active = False
+            return self.read_any()
         try:
             data = self._receive(MAX_MESSAGE, NO_WAIT)  # type: ignore[misc]
         except BlockingIOError:
@@ -89,9 +84,57 @@ class FastReceiver:
             raise
         if not data:  # the end
             table.count_failed_attempt()
-            return self._read_any()
+            return self.read_any()
         table.count_taken()
-        return _OPEN, loads(data)
+        return self.open_state, loads(data)
+
+
+ReceiverFields = PythonReceiverFields
+if not TYPE_CHECKING and _native.core is not None:
+    ReceiverFields = _native.core.ReceiverFields
+
+
+class FastReceiver(ReceiverFields):
+    """Safe to use from several threads.
+
+    Args:
+        table: the channel's.
+        incoming: where items come from.
+        read_any: reads any item, in any state of the channel.
+        read_received: the same with what was just received.
+        is_bounded: whether the channel has a capacity: each item that is taken makes room, and this object reads none.
+    """
+
+    def __init__(
+        self,
+        table: ChannelTable,
+        incoming: Endpoint,
+        read_any: Read,
+        read_received: Callable[[Received], Result | None],
+        *,
+        is_bounded: bool,
+    ) -> None:
+        receive = None if is_bounded else incoming.receive_bare
+        self._table = table
+        self._words = table.words
+        self._receive = receive
+        self.endpoint = incoming
+        self.attempts, self.taken, self.closed = table.count_attempt, table.count_taken, table.native_word(CLOSED)
+        self.open_state, self.closed_state = ChannelState.OPEN, ChannelState.CLOSED
+        self.read_any, self.read_received = read_any, read_received
+        self.is_active = receive is not None
+        self._has_left = False
+        #: Whether a reader may still lose descriptors, as far as this process knows.
+        self._can_lose = receive is not None
+
+    def stop(self) -> None:
+        """Read by ``read_any`` from now on."""
+        self.is_active = False
+
+    def leave(self) -> None:
+        """The channel's descriptors are about to be closed."""
+        self.is_active = False
+        self._has_left = True
 
     def announce_descriptors(self) -> None:
         """Return when nobody can lose the descriptors of an item that is sent from now on."""

@@ -4,6 +4,8 @@ An item may go past the outbox if nothing waits there: it keeps its place behind
 socket does not make a backlog at once, either: a writer that is faster than its readers is better held up by the kernel
 than by a list that grows. So it waits for room, up to ``_ROOM_TIMEOUT``, as long as somebody reads. If nobody reads, it
 does not wait: a write must not block for long.
+
+``try_write`` is part of the native part, with a twin in Python.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import errno
 import time
 from collections.abc import Callable
 from pickle import dumps
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from .. import _native
 from ..marshalling.copies import SCALARS, only_scalars
 from ..transport.endpoint import Endpoint
 from ..transport.outbox import Outbox
@@ -29,7 +32,59 @@ _ROOM_TIMEOUT: Final = 0.25
 Write = Callable[[Any], "ChannelState | None"]
 
 
-class FastSender:
+class PythonSenderFields:
+    """See ``FastSender``."""
+
+    outbox: Outbox
+    #: Where the outbox sends to.
+    endpoint: Endpoint
+    #: Counts an item that has left.
+    sent: Callable[[], None]
+    open: ChannelState
+    #: Writes any object, in any state of the channel; and one that is encoded.
+    write_any: Write
+    write_encoded: Write
+    max_payload: int
+    #: Whether items may go past the outbox at all.
+    is_active: bool
+    #: The word that says whether the channel is closed, as the native part looks at it. Not used by the twin.
+    closed: Any
+    _words: memoryview
+    #: These refuse as soon as this process leaves.
+    _send_bare: Callable[[bytes, int], object]
+    _send_with_timeout: Callable[[bytes], bool]
+
+    def try_write(self, obj: Any) -> ChannelState | None:
+        """See ``ChannelBackend.try_write``. Most items are small, and most of a writer's time is spent here."""
+        cls = type(obj)
+        try:
+            # As encode does, without calling it.
+            plain = self.is_active and (only_scalars(map(type, obj)) if cls is tuple else cls in SCALARS)
+        except TypeError:  # the class of some class cannot be hashed
+            plain = False
+        if plain:
+            payload = dumps(obj, 5)
+            outbox = self.outbox  # is_idle, without calling it
+            idle = not outbox.pending and not outbox.submitted and not outbox.sending_thread
+            if idle and len(payload) <= self.max_payload and not self._words[CLOSED]:
+                try:
+                    self._send_bare(payload, NO_WAIT)
+                except OSError as error:
+                    # Any other may be a signal handler's, a TimeoutError perhaps, after the item has left.
+                    if error.errno not in BUSY and error.errno not in BROKEN and self.endpoint.fileno() >= 0:
+                        raise
+                else:
+                    self.sent()
+                    return self.open
+        return self.write_any(obj)
+
+
+SenderFields = PythonSenderFields
+if not TYPE_CHECKING and _native.core is not None:
+    SenderFields = _native.core.SenderFields
+
+
+class FastSender(SenderFields):
     """Safe to use from several threads.
 
     Args:
@@ -37,58 +92,42 @@ class FastSender:
         outbox: sends what this object does not.
         outgoing: where both send to.
         write_any: writes any object, in any state of the channel.
+        write_encoded: the same with an object that is encoded.
         may_wait: whether ``try_send`` may wait for room: not where its caller holds the table's lock.
     """
 
     def __init__(
-        self, table: ChannelTable, outbox: Outbox, outgoing: Endpoint, write_any: Write, *, may_wait: bool
+        self,
+        table: ChannelTable,
+        outbox: Outbox,
+        outgoing: Endpoint,
+        write_any: Write,
+        write_encoded: Write,
+        *,
+        may_wait: bool,
     ) -> None:
         self._table = table
         self._words = table.words
-        self._outbox = outbox
-        self._outgoing = outgoing
-        self._max_payload = outgoing.max_payload
-        self._write_any = write_any
+        self.outbox = outbox
+        self.endpoint = outgoing
+        self.sent, self.closed, self.open = table.count_sent, table.native_word(CLOSED), _OPEN
+        self.max_payload = outgoing.max_payload
+        self.write_any, self.write_encoded = write_any, write_encoded
         has_send_bare = outgoing.send_bare is not None
-        self._is_active = has_send_bare
-        #: These refuse as soon as this process leaves.
-        self._send_bare: Callable[[bytes, int], object] = outgoing.send_bare or _refuse
-        self._send_with_timeout: Callable[[bytes], bool] = outgoing.send_with_timeout
+        self.is_active = has_send_bare
+        self._send_bare = outgoing.send_bare or _refuse
+        self._send_with_timeout = outgoing.send_with_timeout
         #: Whether ``send`` waits for room. Not while there is a backlog.
         self._waits = self._may_wait = has_send_bare and may_wait
         #: How many items had been taken when a writer that waits for room looked last.
         self._last_taken = 0
-
-    def try_write(self, obj: Any) -> ChannelState | None:
-        """See ``ChannelBackend.try_write``. Most items are small, and most of a writer's time is spent here."""
-        cls = type(obj)
-        try:
-            # As encode does, without calling it.
-            plain = self._is_active and (only_scalars(map(type, obj)) if cls is tuple else cls in SCALARS)
-        except TypeError:  # the class of some class cannot be hashed
-            plain = False
-        if plain:
-            payload = dumps(obj, 5)
-            outbox = self._outbox  # is_idle, without calling it
-            idle = not outbox.pending and not outbox.submitted and not outbox.sending_thread
-            if idle and len(payload) <= self._max_payload and not self._words[CLOSED]:
-                try:
-                    self._send_bare(payload, NO_WAIT)
-                except OSError as error:
-                    # Any other may be a signal handler's, a TimeoutError perhaps, after the item has left.
-                    if error.errno not in BUSY and error.errno not in BROKEN and self._outgoing.fileno() >= 0:
-                        raise
-                else:
-                    self._table.count_sent()
-                    return _OPEN
-        return self._write_any(obj)
 
     def try_send(self, payload: bytes) -> bool:
         """Send one item, waiting for room if somebody makes some; False if the outbox is to send it.
 
         Raises BrokenPipeError if nobody can receive it.
         """
-        if not self._waits or not self._outbox.is_idle:
+        if not self._waits or not self.outbox.is_idle:
             return False
         until = time.monotonic() + _ROOM_TIMEOUT
         while not self._send_with_timeout(payload):
@@ -112,7 +151,7 @@ class FastSender:
 
     def leave(self) -> None:
         """Send nothing more, also for threads that are in the middle of writing."""
-        self._is_active = False
+        self.is_active = False
         self._send_bare = self._send_with_timeout = _refuse
 
 

@@ -100,9 +100,12 @@ class SocketChannel:
         self._try_receive = self._connection.take
         self._closing = Closing(self.table, incoming, outgoing)
         # With a capacity each item is written under the table's lock, and makes room, so none takes the fast way.
-        self._sender = FastSender(self.table, self._outbox, outgoing, self._try_write_any, may_wait=capacity is None)
-        receive_bare = incoming.receive_bare if capacity is None else None
-        self._receiver = FastReceiver(self.table, receive_bare, self._try_read_any)
+        self._sender = FastSender(
+            self.table, self._outbox, outgoing, self._try_write_any, self._write_encoded, may_wait=capacity is None
+        )
+        self._receiver = FastReceiver(
+            self.table, incoming, self._try_read_any, self._read_received, is_bounded=capacity is not None
+        )
         # Bound once: most of an item's time is spent there.
         self.try_write, self.try_read = self._sender.try_write, self._receiver.try_read
         self._backlog = BacklogTransfer(self.table, self._outbox, outgoing, self._receiver, self.finish_closing)
@@ -126,6 +129,9 @@ class SocketChannel:
             payload = codec.encode(obj, self.max_payload)
         except Exception:
             return None
+        return self._write_encoded(payload)
+
+    def _write_encoded(self, payload: codec.Encoded) -> ChannelState:
         return _OPEN if self.send(payload) else self.state()
 
     def send(self, payload: codec.Encoded) -> bool:
@@ -176,7 +182,15 @@ class SocketChannel:
     def _try_read_any(self) -> tuple[ChannelState, Any] | None:
         """Read any item, in any state."""
         received = self.take()
-        return None if received is None else (_CLOSED if self.is_closed else _OPEN, codec.decode(*received))
+        return None if received is None else self._result_of(received)
+
+    def _result_of(self, received: Received) -> tuple[ChannelState, Any]:
+        return _CLOSED if self.is_closed else _OPEN, codec.decode(*received)
+
+    def _read_received(self, received: Received) -> tuple[ChannelState, Any] | None:
+        """The same, with a message that was received meanwhile."""
+        item = self._item_of(received)
+        return self._try_read_any() if item is None else self._result_of(item)
 
     def take(self) -> Received | None:
         if self._backlog.unforwarded:
@@ -194,10 +208,14 @@ class SocketChannel:
             return None
         if received is None:
             return None
+        return self._item_of(received) or self.take()
+
+    def _item_of(self, received: Received) -> Received | None:
+        """Count the item in a message; None if it has none."""
         if received[1] and BacklogMessage.is_one(received[0]):
             item = self._backlog.receive(received)
             if item is None:
-                return self.take()
+                return None
             received = item
         else:
             self.table.count_attempt()

@@ -334,7 +334,7 @@ decode_plain: Final[Callable[[bytes, list[int]], Any] | None] = (
     None if _native.core is None else _native.core.decode_plain
 )
 if _native.core is not None:
-    _native.core.set_pickle(pickle.dumps, pickle.loads)
+    _native.core.set_loads(pickle.loads)
 
 
 def decode_one(shape: _Shape, number: int, nbytes: int) -> Any:

@@ -13,10 +13,11 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from .. import _native
 from ..transport import descriptors
 
 WORD: Final = 8
@@ -41,6 +42,7 @@ class SharedWords:
         self._closing = descriptors.close_with(self, self.fd)
         try:
             self.words = memoryview(descriptors.map_file(self.fd, nbytes)).cast("Q")
+            self._native_words: list[Any] = []
         except BaseException:
             self._closing()
             raise
@@ -58,9 +60,19 @@ class SharedWords:
         """Where a word is in memory, as long as this is not closed."""
         return int(np.frombuffer(self.words, np.uint64, count=1).ctypes.data) + WORD * index
 
+    def native_word(self, index: int) -> Any:
+        """A word as the native part reads it, and adds to it, until ``close``; None where there is no native part."""
+        if _native.core is None:
+            return None
+        word = _native.core.SharedWord(self.address(index), self.words[index : index + 1])
+        self._native_words.append(word)
+        return word
+
     def close(self) -> None:
         """Give up the descriptor and the words. May be called again."""
         if self.fd >= 0:
+            for word in self._native_words:
+                word.close()
             self.words.release()
             self.abandon()
 

@@ -99,6 +99,7 @@ class PeerTable:
         self._thread_lock = threading.RLock()
         self._depth = 0
         self.words, self.slot_offset = self._memory.words, self._memory.slot_offset
+        self.native_word = self._memory.native_word
         self.slot = -1
         try:
             try:
@@ -261,6 +262,9 @@ class PeerTable:
         interrupt between reading and writing. Without the GIL it takes a lock.
         """
         at = self.slot_offset(self.slot) + word
+        native: Callable[[], None] | None = self.native_word(at)
+        if native is not None:
+            return native
         count = map(self.words.__setitem__, itertools.repeat(at), itertools.count(int(self.words[at]) + 1)).__next__
         if HAS_GIL:
             return count
