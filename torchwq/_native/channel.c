@@ -202,18 +202,6 @@ typedef struct {
     char is_active;
 } Receiver;
 
-/* The item of a message of the most frequent kind; NULL without an exception if it is of another kind. */
-static PyObject *item_of(PyObject *received)
-{
-    char *data;
-    Py_ssize_t size;
-    if (PyBytes_AsStringAndSize(PyTuple_GetItem(received, 0), &data, &size) < 0)
-        return NULL;
-    if (size == 0 || data[size - 1] != BARE || PyList_Size(PyTuple_GetItem(received, 1)) != 0)
-        return NULL;
-    return builtin_loads(data, size);
-}
-
 static PyObject *try_read(PyObject *op, PyObject *unused)
 {
     (void)unused;
@@ -225,23 +213,30 @@ static PyObject *try_read(PyObject *op, PyObject *unused)
     }
     if (!self->is_active || attempts == NULL || taken == NULL || closed == NULL || !is_seqpacket(self->endpoint))
         return PyObject_CallFunctionObjArgs(self->read_any, NULL);
-    PyObject *received = seqpacket_receive(self->endpoint);
-    if (received == NULL && PyErr_ExceptionMatches(PyExc_EOFError)) { /* the end, or closed by another thread */
+    char data[MAX_MESSAGE];
+    Py_ssize_t size;
+    PyObject *fds, *result;
+    int found = seqpacket_receive_into(self->endpoint, data, &size, &fds);
+    if (found < 0 && PyErr_ExceptionMatches(PyExc_EOFError)) { /* the end, or closed by another thread */
         PyErr_Clear();
         return PyObject_CallFunctionObjArgs(self->read_any, NULL);
     }
-    if (received == NULL || received == Py_None)
-        return received;
-    PyObject *item = item_of(received), *result = NULL;
-    if (item == NULL && !PyErr_Occurred())
-        result = PyObject_CallFunctionObjArgs(self->read_received, received, NULL);
-    else if (item != NULL) {
+    if (found < 0)
+        return NULL;
+    if (!found)
+        Py_RETURN_NONE;
+    PyObject *item = size && data[size - 1] == BARE && !PyList_Size(fds) ? builtin_loads(data, size) : NULL;
+    if (item != NULL) {
+        Py_DECREF(fds);
         add_one(attempts);
         add_one(taken);
         result = PyTuple_Pack(2, value_of(closed) ? self->closed_state : self->open_state, item);
         Py_DECREF(item);
+        return result;
     }
-    Py_DECREF(received);
+    PyObject *received = pack_received(data, size, fds);
+    result = received == NULL ? NULL : PyObject_CallFunctionObjArgs(self->read_received, received, NULL);
+    Py_XDECREF(received);
     return result;
 }
 

@@ -52,9 +52,15 @@ int counts_state(Counts *self, uint64_t number); /* -1 with an exception */
 
 /* --- sockets.c --- */
 
+#define MAX_MESSAGE (32 * 1024) /* seqpacket.MAX_MESSAGE */
+
 bool is_seqpacket(PyObject *endpoint);                                  /* whether this file can use it */
 int seqpacket_send(PyObject *endpoint, PyObject *data, PyObject *fds);  /* 1; 0 if it was not sent; -1: no such arguments */
 PyObject *seqpacket_receive(PyObject *endpoint);                        /* as `try_receive` */
+/* The same, into the MAX_MESSAGE bytes at `data`, and a new reference to the descriptors: 1, 0 if there is no message, or
+ * -1 with an exception. And what `seqpacket_receive` makes of them, of which it takes over the descriptors. */
+int seqpacket_receive_into(PyObject *endpoint, char *data, Py_ssize_t *size, PyObject **fds);
+PyObject *pack_received(const char *data, Py_ssize_t size, PyObject *fds);
 PyObject *seqpacket_of(PyObject *receive);                              /* borrowed: the endpoint whose `try_receive` this is; or NULL */
 
 /* --- block.c --- */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -21,6 +21,7 @@ from .state import ChannelState
 
 _OPEN: Final = ChannelState.OPEN
 _CLOSED: Final = ChannelState.CLOSED
+_DRAINED: Final = ChannelState.DRAINED
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +222,23 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
     def _result_at_end(self) -> tuple[ChannelState, Any]:
         return ChannelState.DRAINED, None
 
+    def __iter__(self) -> Iterator[Any]:
+        """Read until the channel is drained.
+
+        Raises:
+            QueueClosed: the channel was inherited by a fork.
+        """
+        # As the base class has it, without its two calls for each item.
+        core = self._core
+        while True:
+            state, item = core.backend.try_read() or self.read()
+            if state is _DRAINED:
+                return
+            yield item
+
     def _iteration_item(self, found: tuple[ChannelState, Any]) -> Any:
         state, item = found
-        return STOP if state is ChannelState.DRAINED else item
+        return STOP if state is _DRAINED else item
 
     @property
     def _was_forked(self) -> bool:
