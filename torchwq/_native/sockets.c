@@ -332,20 +332,39 @@ static PyObject *spin(PyObject *module, PyObject *const *args, Py_ssize_t count)
 #define EPOLLEXCLUSIVE (1u << 28) /* since Linux 4.5; older headers lack it */
 #endif
 
-/* sleep(epoll, fd, seconds, asleep): sleep until `epoll` has an event, and let it watch `fd` meanwhile. The set `asleep`
- * has the threads that sleep here, this one among them; the last one ends the watching. */
+/* Waits for an event of `epoll`, and looks each `interval` seconds whether `fd` is readable: the kernel may have woken
+ * another process for it, which was killed. So whoever calls this is woken only if there is something to do. */
+static void sleep_quietly(int epoll, int fd, double seconds, double interval)
+{
+    struct epoll_event found[2];
+    struct pollfd watched = {.fd = fd, .events = POLLIN};
+    do {
+        double slice = seconds < interval ? seconds : interval;
+        if (epoll_wait(epoll, found, 2, slice <= 0 ? 0 : (int)(slice * 1000 + 0.999)))
+            return; /* an event, or a signal */
+        seconds -= interval;
+    } while (seconds > 0 && poll(&watched, 1, 0) == 0);
+}
+
+/* sleep(epoll, fd, seconds, interval, asleep): sleep until `epoll` has an event, and let it watch `fd` meanwhile, at which
+ * this looks each `interval` seconds. The set `asleep` has the threads that sleep here, this one among them; the last one
+ * ends the watching. */
 static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    if (count != 4 || !PyAnySet_Check(args[3])) {
-        PyErr_SetString(PyExc_TypeError, "sleep() takes two descriptors, the seconds, and a set");
+    if (count != 5 || !PyAnySet_Check(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "sleep() takes two descriptors, the seconds, the interval, and a set");
         return NULL;
     }
+    PyObject *asleep = args[4];
     int epoll = (int)PyLong_AsLong(args[0]), fd = (int)PyLong_AsLong(args[1]);
-    double seconds = PyFloat_AsDouble(args[2]);
+    double seconds = PyFloat_AsDouble(args[2]), interval = PyFloat_AsDouble(args[3]);
     if (PyErr_Occurred())
         return NULL;
-    int milliseconds = seconds <= 0 ? 0 : seconds > 3600 ? 3600 * 1000 : (int)(seconds * 1000 + 0.999);
+    if (!(interval > 0 && interval < 3600)) {
+        PyErr_SetString(PyExc_ValueError, "the interval must be less than an hour");
+        return NULL;
+    }
     struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.fd = fd};
     /* Another thread watches it already; or it is closed, and the alarm set. Before Linux 4.5, all sleepers wake. */
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 && errno == EINVAL) {
@@ -353,14 +372,13 @@ static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_s
         epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
     }
     Py_BEGIN_ALLOW_THREADS
-    struct epoll_event found[2];
-    epoll_wait(epoll, found, 2, milliseconds);
+    sleep_quietly(epoll, fd, seconds, interval);
     Py_END_ALLOW_THREADS
     /* This thread leaves the set, and looks at it, in one step. */
     PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
-    int left = me == NULL ? -1 : PySet_Discard(args[3], me);
+    int left = me == NULL ? -1 : PySet_Discard(asleep, me);
     Py_XDECREF(me);
-    if (PySet_Size(args[3]) == 0)
+    if (PySet_Size(asleep) == 0)
         epoll_ctl(epoll, EPOLL_CTL_DEL, fd, &event);
     if (left < 0 || PyErr_CheckSignals() < 0)
         return NULL;

@@ -11,6 +11,8 @@ from typing import Final
 #: The longest sleep before a reader tries again. The kernel wakes one sleeper for a message, and that process may be
 #: killed before it takes the message; half of the second within which users learn of a death.
 MAX_SLEEP: Final = 0.5
+#: The same in the native part, which looks each ``MAX_SLEEP`` whether a message is there, and wakes nobody if not.
+MAX_NATIVE_SLEEP: Final = 10.0
 #: The same for threads that wake each other. They lose no wake-up; this bounds what a fault of ours would cost.
 MAX_PARKED: Final = 1.0
 #: How long a reader tries again before it sleeps. Waking a sleeper costs tens of microseconds, so a longer spin wastes

@@ -11,7 +11,7 @@ Invariants:
   sleeping processes, not all of them. It is watched only while a thread sleeps, because the sender pays for a watched
   end with each message. Each thread registers it before it sleeps, and so repairs what an interruption has left.
 * The process that was woken may be killed before it takes the message. So no sleep is longer than ``MAX_SLEEP``, and
-  after each one every reader tries again.
+  after each one every reader tries again. The native part does so with one look and without the GIL.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state for which it stands.
 * ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
 * The epoll is made for the first sleep. While none can be had, threads sleep by poll(2), and each message wakes all.
@@ -36,7 +36,7 @@ from .. import _native
 from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
-from .timing import MAX_SLEEP, MAX_SPIN_NS, MAX_SPIN_PAUSE_NS, MIN_SPIN_NS, MIN_SPIN_PAUSE_NS, SHORT_SLEEP_NS
+from .timing import MAX_NATIVE_SLEEP, MAX_SLEEP, MAX_SPIN_NS, MAX_SPIN_PAUSE_NS, MIN_SPIN_NS, MIN_SPIN_PAUSE_NS, SHORT_SLEEP_NS
 
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ class Waiter:
     def _sleep_for(self, attempt: Callable[[], T | None], deadline: float | None) -> T | None:
         asleep_since = time.monotonic_ns()
         while True:
-            remaining = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
+            remaining = MAX_NATIVE_SLEEP if deadline is None else deadline - time.monotonic()
             alarmed = self._sleep(max(remaining, 0.0))
             found = attempt()
             if found is not None:
@@ -216,22 +216,23 @@ class Waiter:
         return poll
 
     def _sleep(self, seconds: float) -> bool:
-        """Sleep until there may be a message; True if the alarm is set."""
+        """Sleep until there may be a message, for about ``seconds`` at most; True if the alarm is set."""
         epoll = self._epoll or self._open_epoll()
         if epoll is not None and _native.core is not None:
             ident = threading.get_ident()
             try:
                 self._asleep.add(ident)
-                _native.core.sleep(epoll.fileno(), self._source.fileno(), seconds, self._asleep)
+                seconds = min(seconds, MAX_NATIVE_SLEEP)
+                _native.core.sleep(epoll.fileno(), self._source.fileno(), seconds, MAX_SLEEP, self._asleep)
             finally:
                 self._asleep.discard(ident)
         elif epoll is not None:
             with self._watching(epoll):
-                epoll.poll(seconds)
+                epoll.poll(min(seconds, MAX_SLEEP))
         else:
             poll = self._take_poll()
             try:
-                poll.poll(seconds * 1000)
+                poll.poll(min(seconds, MAX_SLEEP) * 1000)
             finally:
                 self._polls.append(poll)
         return self.alarm.is_set()
