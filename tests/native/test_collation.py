@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 import torchwq
 from torchwq import _native
 from torchwq.loading import collation, internals
-from torchwq.marshalling import codec, wire
+from torchwq.marshalling import codec
 from torchwq.memory import recycling, storages, tree_table
 from torchwq.memory.message import Message
 
@@ -429,7 +429,7 @@ def test_a_worker_uses_the_functions_that_the_user_has_set() -> None:
 def _decoders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes, list[int]], Any]]:
     yield codec.decode
     with monkeypatch.context() as patched:
-        patched.setattr(wire, "decode_plain", lambda data, fds: NotImplemented)
+        patched.setattr(codec, "_decode_plain", None)
         yield codec.decode
 
 

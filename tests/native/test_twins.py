@@ -212,10 +212,8 @@ def twin_encode(obj: Any, **options: Any) -> Any:
 
 
 def twin_decode(data: bytes, fds: list[int]) -> Any:
-    from torchwq.marshalling import wire
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(wire, "decode_plain", None)
+        patched.setattr(codec, "_decode_plain", None)
         return decode(data, fds)
 
 

@@ -224,7 +224,7 @@ class TakerFields:
 
 @final
 class SharedWord:
-    """See ``peers.shared_words.SharedWords.native_word``. Made of an address and what keeps it mapped. A call adds one."""
+    """See ``peers.shared_words.SharedWords.native_word``. Made of its address and its memory; a call adds one."""
 
     def close(self) -> None: ...
 

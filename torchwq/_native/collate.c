@@ -235,7 +235,7 @@ static int scan(Batch *batch, PyObject *sample, PyObject *key, int depth)
 static int fill_tensor(const Leaf *leaf, PyObject *sample, Py_ssize_t row)
 {
     View view;
-    int found = torch_look(sample, &view);
+    int found = torch_look_again(sample, leaf->view.code, &view);
     if (found)
         return found;
     size_t size = (size_t)view.ndim * sizeof(int64_t);

@@ -123,6 +123,7 @@ extern bool torch_ready;
 bool torch_is_tensor(PyObject *obj);            /* exactly torch.Tensor */
 bool torch_is_class(PyObject *cls);             /* torch.Tensor itself */
 int torch_look(PyObject *tensor, View *view);   /* 0; NOT_MINE if it is not plain. The address is current */
+int torch_look_again(PyObject *tensor, int code, View *view); /* the same, quicker, where its dtype is likely that one */
 bool torch_is_at(PyObject *tensor, uint64_t address); /* runs nothing else; false of a tensor that torch cannot show */
 uint64_t view_span(const View *view);           /* bytes from the first element to the last; 0 if there is none */
 PyObject *torch_detach(PyObject *tensor);       /* new reference */

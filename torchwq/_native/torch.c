@@ -50,11 +50,13 @@ bool torch_ready;
 
 static ExchangeTable *table;
 static PyTypeObject *tensor_type;
-static PyObject *detach, *is_neg, *use_count;
-static PyObject *requires_grad;
+static PyCFunction detach, is_neg; /* methods without arguments */
+static PyObject *use_count, *requires_grad;
 static descrgetfunc get_requires_grad; /* of the property */
 /* By DLPack's code and bits: the code of the dtype, and its bytes; -1 if it is not known. */
 static int dtype_codes[DL_CODES][256];
+#define MAX_CODES 256
+static bool are_integers[MAX_CODES]; /* by the code of the dtype */
 
 bool torch_is_tensor(PyObject *obj)
 {
@@ -88,7 +90,7 @@ static int check_grad(PyObject *tensor)
 
 static int check_neg(PyObject *tensor) /* lets other threads run */
 {
-    PyObject *negative = PyObject_CallFunctionObjArgs(is_neg, tensor, NULL);
+    PyObject *negative = is_neg(tensor, NULL);
     if (negative == NULL)
         return -1;
     Py_DECREF(negative);
@@ -119,20 +121,36 @@ static int view_of(const Shown *shown, View *view)
     return 0;
 }
 
+static int check_bits(PyObject *tensor)
+{
+    int found = check_grad(tensor);
+    return found ? found : check_neg(tensor);
+}
+
 int torch_look(PyObject *tensor, View *view)
 {
     Shown shown;
     if (!show(tensor, &shown))
         return NOT_MINE;
     if (!has_integers(&shown)) {
-        int found = check_grad(tensor);
-        if (!found)
-            found = check_neg(tensor);
+        int found = check_bits(tensor);
         if (found)
             return found;
         if (!show(tensor, &shown)) /* again: its address may be another one now */
             return NOT_MINE;
     }
+    return view_of(&shown, view);
+}
+
+int torch_look_again(PyObject *tensor, int code, View *view)
+{
+    Shown shown;
+    bool integers = code >= 0 && code < MAX_CODES && are_integers[code];
+    int found = integers ? 0 : check_bits(tensor);
+    if (found)
+        return found;
+    if (!show(tensor, &shown) || (integers && !has_integers(&shown)))
+        return NOT_MINE;
     return view_of(&shown, view);
 }
 
@@ -159,7 +177,7 @@ uint64_t view_span(const View *view)
 
 PyObject *torch_detach(PyObject *tensor)
 {
-    return PyObject_CallFunctionObjArgs(detach, tensor, NULL);
+    return detach(tensor, NULL);
 }
 
 long call_for_number(PyObject *function, PyObject *argument)
@@ -177,8 +195,16 @@ long torch_use_count(PyObject *cdata)
     return call_for_number(use_count, cdata);
 }
 
-/* set_torch(Tensor, detach, is_neg, requires_grad, use_count, table): use these. False if there is no table, or another
- * one: then only `use_count` is used. */
+/* The function of a method without arguments; NULL if it is another one. */
+static PyCFunction without_arguments(PyObject *method)
+{
+    bool has_none = PyCFunction_Check(method) && PyCFunction_GetFlags(method) == METH_NOARGS;
+    return has_none ? PyCFunction_GetFunction(method) : NULL;
+}
+
+/* set_torch(Tensor, detach, is_neg, requires_grad, use_count, table): use these. `detach` and `is_neg` are methods of some
+ * tensor, whose functions are called without a detour. False if there is no table, or another one: then only `use_count`
+ * is used. */
 static PyObject *set_torch(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
@@ -194,12 +220,13 @@ static PyObject *set_torch(PyObject *module, PyObject *const *args, Py_ssize_t c
     if (found == NULL)
         return NULL;
     descrgetfunc get = (descrgetfunc)PyType_GetSlot(Py_TYPE(args[3]), Py_tp_descr_get);
-    if (found->version.major != DLPACK_MAJOR || found->show == NULL || get == NULL)
+    detach = without_arguments(args[1]), is_neg = without_arguments(args[2]);
+    if (found->version.major != DLPACK_MAJOR || found->show == NULL || get == NULL || detach == NULL || is_neg == NULL)
         Py_RETURN_FALSE;
     for (Py_ssize_t index = 0; index < 4; index++)
         Py_INCREF(args[index]);
     tensor_type = (PyTypeObject *)args[0];
-    detach = args[1], is_neg = args[2], requires_grad = args[3];
+    requires_grad = args[3];
     get_requires_grad = get;
     table = found;
     for (int code = 0; code < DL_CODES; code++)
@@ -230,6 +257,8 @@ static PyObject *learn_dtype(PyObject *module, PyObject *const *args, Py_ssize_t
         Py_RETURN_FALSE;
     }
     *known = (int)code;
+    if (code >= 0 && code < MAX_CODES)
+        are_integers[code] = has_integers(&shown);
     torch_ready = true;
     Py_RETURN_TRUE;
 }

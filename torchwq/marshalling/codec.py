@@ -37,6 +37,7 @@ UNLIMITED: Final = 1 << 62
 _MAX_PICKLED_LOCALLY: Final = 4096
 
 _encode_plain: Final = fast_path.encode_plain
+_decode_plain: Final = fast_path.decode_plain
 _prepare_tensor: Final = fast_path.prepare_tensor
 _encode_tensor: Final = References.encode_tensor
 
@@ -92,15 +93,15 @@ def encode(
         limit, owned_blocks = UNLIMITED, ()
     if local and (cls is str or cls is bytes) and len(obj) > _MAX_PICKLED_LOCALLY:
         return LocalMessage(None, (obj,))
+    found: Payload | bytes | None = None
+    if _encode_plain is not None and not tried_plain and owned_blocks is None and peer.shares_memory and not local:
+        found = _encode_plain(obj, limit)
+        if found is not None:
+            return found
     if cls in SCALARS or (cls is tuple and only_scalars(map(type, obj))):
         bare = dumps(obj, 5)
         return bare if len(bare) <= limit else encode_large_pickle(bare, limit)
     elif cls is Tensor or fast_path.is_candidate(obj):
-        found: Payload | None = None
-        if _encode_plain is not None and not tried_plain and owned_blocks is None and not local:
-            found = _encode_plain(obj, limit)
-        if found is not None:
-            return found
         if local:
             found = fast_path.encode_local(obj) if owned_blocks is None else None
         elif not peer.shares_memory:
@@ -289,6 +290,13 @@ def decode(data: Any, fds: list[int]) -> Any:
 
     Raises whatever unpickling raises; no message can be decoded twice.
     """
+    if type(data) is bytes and _decode_plain is not None and (obj := _decode_plain(data, fds)) is not NotImplemented:
+        return obj
+    return decode_any(data, fds)
+
+
+def decode_any(data: Any, fds: list[int]) -> Any:
+    """The same, where ``fast_path.decode_plain`` has left the message to its twin."""
     if type(data) is bytes:
         return DECODERS[data[KIND]](data, fds)
     return data.decode() if isinstance(data, LocalMessage) else data

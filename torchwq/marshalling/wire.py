@@ -49,7 +49,6 @@ from ..transport.endpoint import Received
 from ..transport.trailer import BARE, KIND, PICKLE, SIZE, size_of_payload, trailer
 from . import fast_path
 from .describe import describe_pickle
-from .fast_path import decode_plain
 from .reducers import InboundMessage
 
 #: A reference (number and bytes of a block), and the number of references.
@@ -185,8 +184,6 @@ class References(Kind):
     @staticmethod
     def decode(data: bytes, fds: list[int]) -> Any:
         try:
-            if decode_plain is not None and (obj := decode_plain(data, fds)) is not NotImplemented:
-                return obj
             at = len(data) - SIZE - _COUNT_SIZE
             (count,) = _unpack_count(data, at)
             start = at - (count & ~_PACKED) * _REFERENCE_SIZE

@@ -260,7 +260,9 @@ def _set_up_native(core: Any) -> None:
     """Let the native part know this torch."""
     base: Any = torch._C.TensorBase
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if core.set_torch(torch.Tensor, base.detach, base.is_neg, base.requires_grad, _use_count, table):
+    some = torch.empty(0, device="cpu")
+    methods = base.detach.__get__(some), base.is_neg.__get__(some)
+    if core.set_torch(torch.Tensor, *methods, base.requires_grad, _use_count, table):
         for code, dtype in enumerate(DTYPES):
             if dtype.is_floating_point or dtype in INTEGERS:
                 with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):

@@ -189,8 +189,8 @@ class WorkQueue(ReadableHandle[Any]):
         if decode_plain is not None and (found := decode_plain(data, fds)) is not NotImplemented:
             return found
         if fds:
-            return data if type(data) in COLLECTIONS else codec.decode(data, fds)
-        return loads(data) if data[KIND] in PICKLES else codec.decode(data, fds)
+            return data if type(data) in COLLECTIONS else codec.decode_any(data, fds)
+        return loads(data) if data[KIND] in PICKLES else codec.decode_any(data, fds)
 
     def _tell_no_failures(self) -> None:
         """Do not tell the owner of workers that fail: who has made it for his own use hears of that otherwise."""

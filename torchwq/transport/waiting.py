@@ -36,7 +36,15 @@ from .. import _native
 from ..errors import ResourceError
 from . import descriptors
 from .alarm import Alarm
-from .timing import MAX_NATIVE_SLEEP, MAX_SLEEP, MAX_SPIN_NS, MAX_SPIN_PAUSE_NS, MIN_SPIN_NS, MIN_SPIN_PAUSE_NS, SHORT_SLEEP_NS
+from .timing import (
+    MAX_NATIVE_SLEEP,
+    MAX_SLEEP,
+    MAX_SPIN_NS,
+    MAX_SPIN_PAUSE_NS,
+    MIN_SPIN_NS,
+    MIN_SPIN_PAUSE_NS,
+    SHORT_SLEEP_NS,
+)
 
 T = TypeVar("T")
 
