@@ -244,8 +244,9 @@ class InBlock(Kind):
         """
         size = sum(map(len, chunks))
         if in_bundle:
-            carrier = fd_bundle.pack(fds)
-            fds, keep = [carrier.fileno()], [*keep, carrier]
+            # It lives as long as the message, so nobody closes it, and Python warns of a socket that nobody has closed.
+            carrier = anonymous.Descriptor(fd_bundle.pack(fds).detach())
+            fds, keep = [carrier.fd], [*keep, carrier]
         found = content.block_containing(chunks, pool.capacity_for(size))
         if found is None:  # it needs one descriptor, only until the message has left
             fd, number, nbytes = anonymous.fill(chunks), UNTRACKED, size
