@@ -134,10 +134,13 @@ def test_objects_that_are_not_complete_say_so() -> None:
         "AnswerFields": ["take", "take_from_socket"],
         "TakerFields": ["take"],
         "BlockFields": ["in_use"],
+        "ReceiverFields": ["try_read"],
     }.items():
         for method in methods:
             with pytest.raises(RuntimeError):
                 getattr(getattr(_native.core, name)(), method)()
+    with pytest.raises(RuntimeError):
+        _native.core.SenderFields().try_write(1)
     with pytest.raises(EOFError):
         closed = _native.core.SeqpacketCalls()
         closed.fd = -1
@@ -167,40 +170,67 @@ def connections() -> Iterator[tuple[Connection, Connection]]:
     other.close()
 
 
-def growth(connections: tuple[Connection, Connection], kind: str, count: int) -> int:
+def growth(pass_on: Callable[[], object], count: int) -> int:
     """By how many memory blocks of Python the process has grown after so many messages."""
     for _ in range(500):
-        pass_on(connections, OBJECTS[kind]())
+        pass_on()
     gc.collect()
     before = sys.getallocatedblocks()
     for _ in range(count):
-        pass_on(connections, OBJECTS[kind]())
+        pass_on()
     gc.collect()
     return sys.getallocatedblocks() - before
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_messages_leave_no_references_behind(kind: str, connections: tuple[Connection, Connection]) -> None:
-    assert growth(connections, kind, 2000) < 200
+    assert growth(lambda: pass_on(connections, OBJECTS[kind]()), 2000) < 200
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_a_million_messages_leave_no_references_behind(kind: str, connections: tuple[Connection, Connection]) -> None:
-    assert growth(connections, kind, 1_000_000) < 1000
+    assert growth(lambda: pass_on(connections, OBJECTS[kind]()), 1_000_000) < 1000
+
+
+def growth_of_channel(kind: str, count: int) -> int:
+    """The same with a channel, as it is between processes."""
+    with torchwq.channel() as channel:
+        channel._core.open_to_processes()
+
+        def pass_through() -> None:
+            channel.write(OBJECTS[kind]())
+            channel.read(True)
+
+        return growth(pass_through, count)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_items_of_a_channel_leave_no_references_behind(kind: str) -> None:
+    assert growth_of_channel(kind, 2000) < 200
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_million_items_of_a_channel_leave_no_references_behind(kind: str) -> None:
+    assert growth_of_channel(kind, 1_000_000) < 1000
 
 
 def test_objects_in_messages_keep_their_reference_counts(connections: tuple[Connection, Connection]) -> None:
     tensor = torch.arange(16.0)
     held = {"a": tensor, "b": torch.ones(3)}
+    nested = ["x" * 9, {"k" * 9: ("x" * 8, None, True, 10**9)}]
+    inside = [*nested, *nested[1], *nested[1].values(), *nested[1]["k" * 9]]
     pass_on(connections, held)
-    before = [sys.getrefcount(each) for each in (tensor, held, held["b"], torch.Tensor, None)]
+    watched = [tensor, held, held["b"], nested, *inside, torch.Tensor, None, True]
+    before = [sys.getrefcount(each) for each in watched]
     for _ in range(50):
         pass_on(connections, held)
         pass_on(connections, tensor)
-    after = [sys.getrefcount(each) for each in (tensor, held, held["b"], torch.Tensor, None)]
-    assert [a - b for a, b in zip(after[:3], before[:3], strict=True)] == [0, 0, 0]
-    assert all(abs(a - b) < 20 for a, b in zip(after[3:], before[3:], strict=True))
+        pass_on(connections, nested)
+    changes = [sys.getrefcount(each) - count for each, count in zip(watched, before, strict=True)]
+    assert changes[: 4 + 4] == [0] * 8
+    assert all(abs(change) < 20 for change in changes[8:])
 
 
 # In the middle

@@ -419,6 +419,61 @@ def test_a_native_owner_talks_to_a_twin_worker_and_the_other_way_round(
     run_script(INTEROP, owner, workers, fresh=True, env={"TORCHWQ_NATIVE": owner})
 
 
+CHANNELS = """
+    import os, sys
+    import torch, torchwq
+
+    def forward(source, sink, counts):
+        import torchwq
+        counts.write(bool(torchwq.native))
+        for item in source:
+            sink.write(item)
+        sink.close()
+        counts.write(source.statistics().read, sink.statistics().written)
+
+    owner, workers = sys.argv[1:]
+    os.environ["TORCHWQ_NATIVE"] = workers
+    source, sink, counts = torchwq.channel(), torchwq.channel(), torchwq.channel()
+    job = torchwq.map(1, forward, source, sink, counts)
+    assert counts.read()[1] == (workers == "1")
+    kept = torch.arange(5)
+    items = [None, (1, "x"), {"a": [1.5, b"y"]}, "z" * 40_000, 2**70, kept, [kept, (2,)]]
+    for turn in range(200):
+        for item in items[: 5 if turn < 100 else None]:  # the first tensor comes late
+            assert source.write(item) is torchwq.ChannelState.OPEN
+    source.close()
+    assert source.write(1) is not torchwq.ChannelState.OPEN
+    came = list(sink)
+    job.join()
+    assert len(came) == 500 + 700
+    assert counts.read()[1] == counts.read()[1] == len(came)
+    assert all(each == items[at % 5] for at, each in enumerate(came[:500]))
+    assert came[505].data_ptr() == kept.data_ptr() == came[506][0].data_ptr()
+    assert sink.statistics().read == sink.statistics().written + len(came) == len(came)
+    assert sink.read() == (torchwq.ChannelState.DRAINED, None)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize(("owner", "workers"), [("1", "1"), ("1", "0"), ("0", "1"), ("0", "0")])
+def test_channels_between_both_carry_and_count_the_same(owner: str, workers: str, run_script: Any) -> None:
+    run_script(CHANNELS, owner, workers, fresh=True, env={"TORCHWQ_NATIVE": owner})
+
+
+def test_a_word_that_is_given_up_is_not_written_any_more() -> None:
+    from torchwq.peers.shared_words import SharedWords
+
+    words = SharedWords(1, 2, 3)
+    view, word = words.words[4:5], words.native_word(4)
+    for _ in range(3):
+        word()
+    assert view[0] == 3
+    words.close()
+    with pytest.raises(ValueError, match="given up"):
+        word()
+    assert view[0] == 3
+
+
 def test_the_layout_of_both_is_the_same() -> None:
     with pytest.raises(ValueError, match="no reference table"):
         _native.core.Counts(4096, LENGTH + 1, 0, bool)
