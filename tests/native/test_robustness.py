@@ -228,7 +228,8 @@ def test_objects_in_messages_keep_their_reference_counts(connections: tuple[Conn
         pass_on(connections, held)
         pass_on(connections, tensor)
         pass_on(connections, nested)
-    changes = [sys.getrefcount(each) - count for each, count in zip(watched, before, strict=True)]
+    after = [sys.getrefcount(each) for each in watched]
+    changes = [a - b for a, b in zip(after, before, strict=True)]
     assert changes[: 4 + 4] == [0] * 8
     assert all(abs(change) < 20 for change in changes[8:])
 
