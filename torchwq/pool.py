@@ -4,16 +4,21 @@ One thread per pool assigns tasks to idle workers, completes futures, and replac
 next task when it has finished the one before. So the pool always knows which task a dead worker had, no short task
 waits behind a long one while a worker is idle, and every other task can still be cancelled.
 
-A worker that is a thread takes its next task by itself when it has finished one: switching to the pool's thread and
-back would cost many times as much as a small task.
+A worker that is a thread completes its task's future by itself, and takes its next task: switching to the pool's thread
+and back would cost many times as much as a small task. It leaves to the pool's thread what must not run in a worker:
+unpickling a result, which may have a handle in it, and a future's callbacks.
 
 Invariants:
 
-* A task that a worker takes by itself is assigned to it before it sends the result of the one before, until the pool's
-  thread has the task's result or the worker's end. The assigned tasks of a worker are in the order in which it does
-  them: the result that comes is that of the first. A worker without assigned tasks is idle.
-* ``wants_wakeup`` is set, under the lock, unless all ``n`` workers run and have tasks: then each of them looks at
-  ``waiting``, or sends a result, before the pool's thread needs to know of a new task.
+* The assigned tasks of a worker are in the order in which it does them, and are completed in that order: the result
+  that comes is that of the first. A worker completes a task by itself only if it has no other.
+* A task is in ``waiting`` or assigned to a worker, at any moment at which nobody holds the lock, until it is completed
+  or turns out to be cancelled. So the pool's thread can see whether any is left. If a worker that is a thread has none
+  left while the pool closes, it sends an event: the pool's thread may wait for just that.
+* A worker that is a thread puts itself into ``idle``, under the lock, when ``waiting`` is empty. Whoever takes it out
+  sends it a task, or ``_LOOK``. To look once too often does no harm.
+* ``wants_wakeup`` is set, under the lock, if less than ``n`` workers run, or if an idle one cannot look by itself. Else
+  each worker looks at ``waiting``, or sends a result, before the pool's thread needs to know of a new task.
 * ``ThreadWorker.terminate`` does not interrupt a worker while it takes a task (Note [interrupting threads]). The tasks
   assigned to the worker then fail, as with any worker that ends.
 """
@@ -43,6 +48,8 @@ from .workers.starting import check_number
 T = TypeVar("T")
 
 _ENTRY: Final = "torchwq.pool:run_worker"
+#: To a worker that is a thread: look for a task. The worker sends it back, and takes a task while it sends.
+_LOOK: Final = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +61,8 @@ class _Task:
     started: bool = False
     #: Whether to print the task's error if no caller retrieves it.
     should_report: bool = True
+    #: Whether a worker that is a thread has done the task, and leaves its completion to the pool's thread.
+    is_done: bool = False
 
     def start(self) -> bool:
         """Set the future running. Returns False if it was cancelled."""
@@ -72,17 +81,19 @@ class _PoolThread(threading.Thread):
         super().__init__(name="torchwq-pool", daemon=True)
         self.n = n
         self.events: queue.SimpleQueue[tuple[str, Any, Any]] = queue.SimpleQueue()
-        #: Guards the next four. Reentrant, because any thread may collect a pool, at any time.
+        #: Guards the next five. Reentrant, because any thread may collect a pool, at any time.
         self.lock = threading.RLock()
         self.waiting: deque[_Task] = deque()
+        self.idle: deque[worker.Worker] = deque()
         self.closing = False
         self.broken: BaseException | None = None
         #: Whether ``submit`` must send this thread an event.
         self.wants_wakeup = True
+        #: Whether workers are threads, which take tasks by themselves.
+        self._workers_look = backend.peer.same_process
         self._start_one = functools.partial(starting.start, _ENTRY, [[setup]], backend=backend, of=n)
         self._held = held  # objects that the setup message needs as long as workers start
         self._workers: dict[int, worker.Worker] = {}
-        self._idle: deque[worker.Worker] = deque()
         self._assigned: dict[int, deque[_Task]] = {}
         self._starting: set[int] = set()
         self._is_killed = False
@@ -95,9 +106,11 @@ class _PoolThread(threading.Thread):
                     self._handle_message(process, *message)
                 elif kind == "end":
                     self._handle_end(process)
+                process = message = None  # the next event may come much later
                 self._assign_tasks()
-                if self.closing and not self.waiting and not any(self._assigned.values()):
-                    break
+                with self.lock:
+                    if self.closing and not self.waiting and not any(self._assigned.values()):
+                        break
             self._stop_workers()
         finally:
             _pools.discard(self)
@@ -106,17 +119,20 @@ class _PoolThread(threading.Thread):
         wanted = 0
         while self.broken is None:
             with self.lock:
-                self.wants_wakeup = bool(self._idle) or len(self._workers) < self.n
+                self.wants_wakeup = len(self._workers) < self.n or (bool(self.idle) and not self._workers_look)
                 if not self.waiting:
                     return
-                if not self._idle:
-                    # Less than 0 if workers that run have taken tasks for which others are starting.
-                    wanted = min(len(self.waiting) - len(self._starting), self.n - len(self._workers))
+                if not self.idle:
+                    # Workers without a task are starting, or about to look. Less than 0 if others have taken the tasks.
+                    without_task = sum(not assigned for assigned in self._assigned.values())
+                    wanted = min(len(self.waiting) - without_task, self.n - len(self._workers))
                     break
                 task = self.waiting.popleft()
+                process = self.idle.popleft()
             if not task.start():
+                with self.lock:
+                    self.idle.appendleft(process)
                 continue
-            process = self._idle.popleft()
             assigned = self._assigned[process.info.mapid]
             assigned.append(task)
             try:
@@ -126,7 +142,8 @@ class _PoolThread(threading.Thread):
                 with self.lock:
                     self.waiting.appendleft(task)
             except ResourceError as error:
-                self._idle.append(process)
+                with self.lock:
+                    self.idle.append(process)
                 _complete(task, None, error)
             assigned.remove(task)
         for _ in range(wanted):
@@ -143,32 +160,64 @@ class _PoolThread(threading.Thread):
             self._starting.discard(mapid)
             self._mark_broken(error)
 
+    def wake(self) -> None:
+        """See to it that a worker takes the task that was just put into ``waiting``. Call it with the lock."""
+        if self._workers_look and self.idle:
+            # See Note [Statements that nothing interrupts]: a signal handler may submit a task, or raise.
+            process = self.idle[-1]
+            del self.idle[-1]
+            try:
+                process.send(_LOOK)
+            except BaseException:
+                self.idle.append(process)
+                raise
+        elif self.wants_wakeup:
+            self.events.put(("wake", None, None))
+
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
-        following = None
-        if process.peer.same_process and mapid not in self._starting:  # in the worker's thread
-            following = self._next_task(self._assigned[mapid])
-        self.events.put(("message", process, (data, fds)))
+        if not self._workers_look or mapid in self._starting:
+            self.events.put(("message", process, (data, fds)))
+        else:  # in the worker's thread
+            self._complete_and_go_on(process, self._assigned[mapid], data, fds)
+
+    def _complete_and_go_on(self, process: worker.Worker, assigned: deque[_Task], data: Any, fds: list[int]) -> None:
+        """Complete the task whose result is ``data``, and let the worker do its next one."""
+        current = next((task for task in tuple(assigned) if not task.is_done), None)
+        if data == _LOOK and current is not None:
+            return  # a _LOOK too many: the next message has that task
+        is_only_task = len(assigned) == 1
+        following = self._next_task(process, assigned)
+        if current is not None:
+            if is_only_task and type(data) is tuple and _complete_without_callbacks(current, *data):
+                assigned.popleft()
+            else:
+                current.is_done = True
+                self.events.put(("message", process, (data, fds)))
         if following is not None:
             process.send(following.payload)
+        elif self.closing:
+            self.events.put(("wake", None, None))
+
+    def _next_task(self, process: worker.Worker, assigned: deque[_Task]) -> _Task | None:
+        """Assign the next task to a worker that is a thread. If there is none, the worker becomes idle."""
+        while True:
+            with self.lock:
+                if self.broken is not None or not self.waiting:
+                    if process not in self.idle:
+                        self.idle.append(process)
+                    return None
+                task = self.waiting.popleft()
+                assigned.append(task)
+            if task.start():
+                return task
+            assigned.pop()
 
     def _on_end(self, process: worker.Worker) -> None:
         self.events.put(("end", process, None))
 
-    def _next_task(self, assigned: deque[_Task]) -> _Task | None:
-        """Take the next task and assign it."""
-        while True:
-            with self.lock:
-                if self.broken is not None or not self.waiting:
-                    return None
-                task = self.waiting.popleft()
-            if task.start():
-                assigned.append(task)
-                return task
-
     def _handle_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
         mapid = process.info.mapid
-        assigned = self._assigned[mapid]
         value, error = exceptions.decode_answer(data, fds)
         if mapid in self._starting:
             self._starting.discard(mapid)
@@ -176,15 +225,17 @@ class _PoolThread(threading.Thread):
                 self._mark_broken(error)
                 return
         else:
-            _complete(assigned.popleft(), value, error)
-        if not assigned:
-            self._idle.append(process)
+            _complete(self._assigned[mapid].popleft(), value, error)
+            if self._workers_look:
+                return  # it takes the next task by itself, or has put itself into ``idle``
+        with self.lock:
+            self.idle.append(process)
 
     def _handle_end(self, process: worker.Worker) -> None:
         mapid = process.info.mapid
         self._workers.pop(mapid, None)
-        if process in self._idle:
-            self._idle.remove(process)
+        with self.lock, contextlib.suppress(ValueError):
+            self.idle.remove(process)
         for task in self._assigned.pop(mapid, ()):
             death = process.death_error(f"the task {task.name}")
             task.should_report = not self._is_killed and unretrieved.should_report(process, death)
@@ -234,13 +285,25 @@ class _PoolThread(threading.Thread):
 
 
 def _complete(task: _Task, value: Any, error: BaseException | None) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):  # a user has completed it
-        if error is not None:
-            if not task.should_report:
-                task.future.ignore_error()
-            task.future.set_exception(error, f"the task {task.name} of a torchwq.BackgroundTaskPool")
-        else:
+    try:
+        if error is None:
             task.future.set_result(value)
+            return
+        if not task.should_report:
+            task.future.ignore_error()
+        task.future.set_exception(error, f"the task {task.name} of a torchwq.BackgroundTaskPool")
+    except concurrent.futures.InvalidStateError:  # a user has completed it
+        pass
+
+
+def _complete_without_callbacks(task: _Task, value: Any, error: BaseException | None) -> bool:
+    """Complete a task, unless its future has callbacks."""
+    future = task.future
+    with future._condition:  # add_done_callback takes it, too
+        if future._done_callbacks:  # type: ignore[attr-defined]
+            return False
+        _complete(task, value, error)
+    return True
 
 
 _pools: set[_PoolThread] = set()
@@ -326,7 +389,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         Source: ``concurrent.futures.Executor.submit``.
         """
         pool, peer = self._pool, self._backend.peer
-        payload = codec.encode_call(fn, args, kwargs, upvalues=self._upvalues, peer=peer)
+        payload = codec.encode_call(fn, args, kwargs or None, upvalues=self._upvalues, peer=peer)
         future: unretrieved.Future[T] = unretrieved.Future()
         with pool.lock:
             if pool.broken is not None:
@@ -334,9 +397,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             if pool.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             pool.waiting.append(_Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__))
-            wants_wakeup = pool.wants_wakeup
-        if wants_wakeup:
-            pool.events.put(("wake", None, None))
+            pool.wake()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -367,7 +428,10 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
 
 def run_worker(context: child.Context) -> int:
-    """Run the initializer and then tasks in a worker of a pool, until None. For each, send (value, packed error)."""
+    """Run the initializer and then tasks in a worker of a pool, until None. For each, send (value, packed error).
+
+    A ``_LOOK`` goes back as it is.
+    """
     limit = context.max_payload
     while True:
         try:
@@ -380,6 +444,9 @@ def run_worker(context: child.Context) -> int:
         try:
             if call is None:
                 return 0
+            if not call:
+                context.send(call)
+                continue
             function, args, kwargs = call
             value = None if function is None else function(*args, **(kwargs or {}))
             payload = codec.encode_result(value, limit, "the task's result", peer=context.peer)
@@ -390,6 +457,7 @@ def run_worker(context: child.Context) -> int:
         value = function = args = kwargs = call = None
         context.report_success()
         context.send(payload)
+        payload = None  # it may be the result itself
 
 
 def _failure(context: child.Context, error: BaseException) -> codec.Encoded:

@@ -149,6 +149,19 @@ def test_collections_that_must_be_pickled_are_not_copied() -> None:
         assert copies.try_copy(obj) is None
 
 
+def test_a_call_within_a_process_has_the_function_itself_and_copies_of_plain_arguments() -> None:
+    argument = [1]
+    call = functools.partial(codec.encode_call, peer=SAME_PROCESS)
+    for args, extra in (((1, b"x"), None), ((argument,), None), ((), {"a": argument}), ((1,), {})):
+        payload = call(os.path.join, args, extra)
+        assert payload == (os.path.join, args, extra)
+        assert not mutable_parts(payload[1:]) & {id(argument), id(extra)}
+        assert codec.decode(*codec.deliver_local(payload)) is payload
+    assert type(call(os.path.join, (argument, argument), None)) is bytes
+    assert type(call(os.path.join, (argument,), {"a": argument})) is bytes
+    assert type(call(lambda: None, (), None)) is not tuple
+
+
 @pytest.mark.parametrize("obj", [b"x" * 100_000, "x" * 100_000])
 def test_long_text_is_not_copied_within_a_process(obj: Any) -> None:
     payload = codec.encode(obj, codec.UNLIMITED, peer=SAME_PROCESS)

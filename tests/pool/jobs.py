@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,35 @@ def die(gate: torch.Tensor | None = None) -> None:
 
 def leave(status: int) -> None:
     raise SystemExit(status)
+
+
+_kept: list[Any] = []
+
+
+def keep(item: Any) -> Any:
+    """Returns what it also keeps; see ``kept``."""
+    _kept.append(item)
+    return item
+
+
+def kept() -> list[Any]:
+    """Returns what ``keep`` has got, and forgets it."""
+    found, _kept[:] = list(_kept), []
+    return found
+
+
+def are_same(first: Any, *, second: Any) -> bool:
+    return first is second
+
+
+#: The tensors that ``give_watched`` has made.
+watched: list[weakref.ref[torch.Tensor]] = []
+
+
+def give_watched() -> torch.Tensor:
+    tensor = torch.zeros(3)
+    watched.append(weakref.ref(tensor))
+    return tensor
 
 
 def give_lock() -> Any:

@@ -284,12 +284,23 @@ def test_a_pool_in_a_cycle_ends() -> None:
     wait_until(lambda: not worker.active_workers(), what="the end of the workers")
 
 
-def test_results_do_not_stay_alive() -> None:
-    with torchwq.BackgroundTaskPool(1) as pool:
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_results_do_not_stay_alive(backend: str) -> None:
+    with torchwq.BackgroundTaskPool(1, backend=backend) as pool:
         result = weakref.ref(pool.submit(jobs.fill, torch.zeros(3), 1).result())
         pool.submit(jobs.square, 2).result()
-        gc.collect()
-        assert result() is None
+        wait_until(lambda: gc.collect() >= 0 and result() is None)
+
+
+def test_nothing_stays_alive_with_an_idle_thread() -> None:
+    tensor = torch.zeros(3)
+    argument = weakref.ref(tensor)
+    with torchwq.BackgroundTaskPool(1, backend="thread") as pool:
+        pool.submit(jobs.fill, tensor, 1).result(timeout=30)
+        del tensor
+        wait_until(lambda: gc.collect() >= 0 and argument() is None)
+        pool.submit(jobs.give_watched).result(timeout=30)
+        wait_until(lambda: gc.collect() >= 0 and jobs.watched[-1]() is None)
 
 
 def test_repr() -> None:

@@ -149,6 +149,77 @@ def test_submit_from_several_threads(pool: torchwq.BackgroundTaskPool) -> None:
     assert results == {s: [n * n for n in range(s, s + 20)] for s in range(0, 100, 20)}
 
 
+def test_callbacks_do_not_run_in_a_worker(pool: torchwq.BackgroundTaskPool) -> None:
+    for job in (functools.partial(jobs.square, 3), functools.partial(jobs.fail, "on purpose")):
+        found: list[object] = []
+        gate, called = flags(), threading.Event()
+        pool.submit(jobs.gated, gate)
+        future = pool.submit(job)
+        future.add_done_callback(lambda _, found=found: found.append(torchwq.worker_info()))  # type: ignore[misc]
+        future.add_done_callback(lambda _, called=called: called.set())  # type: ignore[misc]
+        gate[0] = 1
+        assert called.wait(30)
+        assert found == [None]
+        assert future.done()
+        future.exception()
+
+
+def test_a_callback_that_takes_long_holds_up_no_worker() -> None:
+    go_on, gate = threading.Event(), flags()
+    with torchwq.BackgroundTaskPool(1, backend="thread") as pool:
+        first = pool.submit(jobs.gated, gate)
+        first.add_done_callback(lambda _: go_on.wait(30))
+        done = flags()
+        pool.submit(jobs.fill, done, 1)
+        gate[0] = 1
+        wait_until(lambda: bool(done[0]))
+        for number in range(2, 5):  # those before are not completed yet
+            wait_until(lambda: bool(pool._pool.idle))
+            pool.submit(jobs.fill, done, number)
+            wait_until(lambda number=number: int(done[0]) == number)  # type: ignore[misc]
+        go_on.set()
+
+
+def test_arguments_and_results_are_copies(make: Make) -> None:
+    gate, argument = flags(), [1]
+    with make(1) as pool:
+        pool.submit(jobs.gated, gate)
+        future = pool.submit(jobs.keep, argument)
+        argument.append(2)  # after the call, before the task
+        gate[0] = 1
+        result = future.result(timeout=30)
+        result.append(3)
+        assert pool.submit(jobs.kept).result(timeout=30) == [[1]]
+        assert (argument, result) == ([1, 2], [1, 3])
+
+
+def test_an_object_that_is_two_arguments_stays_one(pool: torchwq.BackgroundTaskPool) -> None:
+    one = [1]
+    assert pool.submit(jobs.are_same, one, second=one).result(timeout=30)
+    assert not pool.submit(jobs.are_same, one, second=[1]).result(timeout=30)
+
+
+def test_closures_are_refused_by_submit_also_after_the_function_was_sent(pool: torchwq.BackgroundTaskPool) -> None:
+    data = [1]
+
+    def total(number: int) -> int:
+        return number + len(data)
+
+    assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+    original = jobs.square
+    try:
+        jobs.square = total
+        total.__module__, total.__qualname__ = jobs.__name__, "square"  # it has the name: it goes by name
+        pool.submit(total, 3).cancel()
+        jobs.square = original
+        with pytest.raises(torchwq.ClosureError, match="data"):
+            pool.submit(total, 3)
+    finally:
+        jobs.square = original
+    with pytest.raises(torchwq.ClosureError, match="data"):
+        pool.submit(lambda: data)
+
+
 # --- cancel and shutdown ---
 
 
@@ -254,6 +325,49 @@ def test_each_task_is_done_once_or_cancelled() -> None:
     assert all(future.done() for future in futures.values())
     assert done == Counter(number for number, future in futures.items() if not future.cancelled())
     assert all(future.cancelled() or future.result() == number for number, future in futures.items())
+
+
+def test_a_worker_that_looks_for_a_cancelled_task_lets_the_pool_end() -> None:
+    pool = torchwq.BackgroundTaskPool(1, backend="thread")
+    assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+    wait_until(lambda: bool(pool._pool.idle))
+    with pool._pool.lock:  # the worker takes no task meanwhile
+        future = pool.submit(jobs.square, 4)
+        assert future.cancel()
+        pool.shutdown(wait=False)
+    pool._pool.join(30)
+    assert not pool._pool.is_alive()
+
+
+def test_a_worker_that_looks_too_often_does_each_task_once() -> None:
+    done: Counter[int] = Counter()
+    jobs.note_done = done.update
+    with torchwq.BackgroundTaskPool(1, backend="thread") as pool:
+        assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+        (looker,) = pool._pool._workers.values()
+        for start in range(0, 100, 10):
+            with pool._pool.lock:
+                looker.send(())
+                futures = [pool.submit(jobs.note, number) for number in range(start, start + 10)]
+                looker.send(())
+            assert [future.result(timeout=30) for future in futures] == list(range(start, start + 10))
+    assert done == Counter(range(100))
+
+
+def test_an_interrupted_submit_loses_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torchwq.BackgroundTaskPool(1, backend="thread") as pool:
+        assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+        (process,) = pool._pool._workers.values()
+        wait_until(lambda: bool(pool._pool.idle))
+
+        def interrupted(payload: object) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(process, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(jobs.square, 4)
+        monkeypatch.undo()
+        assert pool.submit(jobs.square, 5).result(timeout=30) == 25
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import contextlib
 import pickle
 from collections.abc import Callable, Container, Sequence
 from pickle import dumps
+from types import FunctionType
 from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
@@ -22,9 +23,9 @@ from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from ..transport.endpoint import NO_FDS
 from ..transport.trailer import KIND
-from . import fast_path, locate, multiprocessing_objects, wire
+from . import fast_path, functions, locate, multiprocessing_objects, wire
 from .attachments import Attachments
-from .copies import COLLECTIONS, SCALARS, only_scalars
+from .copies import COLLECTIONS, SCALARS, only_scalars, try_copy
 from .encoders import CloudEncoder, FastEncoder
 from .local_message import LOCAL_FDS, LocalMessage
 from .wire import DECODERS, References
@@ -204,6 +205,8 @@ def encode_one(
 
 def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAME_MACHINE) -> Encoded:
     """Encode ``(value, None)``: a worker sends it when its function has returned ``value``. See :func:`encode_one`."""
+    if peer.same_process and (copy := try_copy((value, None))) is not None:
+        return copy
     try:
         return encode((value, None), limit, peer=peer)
     except Exception as error:
@@ -223,6 +226,8 @@ def encode_call(
 
     Raises as :func:`encode_all` does.
     """
+    if peer.same_process and worker_resources is None and (copy := _try_copy_call(function, args, extra)) is not None:
+        return copy
     options: dict[str, Any] = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
     try:
         return encode((function, tuple(args), extra), CALL_LIMIT, full_definitions=True, **options)
@@ -237,6 +242,25 @@ def encode_call(
             except Exception as found:
                 _raise_located(found, part, place, CALL_LIMIT, **options)
         _raise_located(error, extra, "the call", CALL_LIMIT, **options)
+
+
+def _try_copy_call(function: Any, args: Sequence[Any], extra: Any) -> Any:
+    """The call itself, with a copy of its arguments as ``try_copy`` makes it; None if pickling must do it.
+
+    Pickling would send the function's name, and find the same function by it.
+    """
+    if type(function) is not FunctionType:
+        return None
+    try:
+        if not functions.goes_by_name(function):
+            return None
+    except Exception:  # of a class of the user that has the function; pickling fails, too
+        return None
+    if extra is None:
+        copy = try_copy(tuple(args))
+        return None if copy is None else (function, copy, None)
+    copies = try_copy((tuple(args), extra))
+    return None if copies is None else (function, *copies)
 
 
 def _raise_located(error: Exception, obj: Any, root: str, limit: int, **options: Any) -> NoReturn:

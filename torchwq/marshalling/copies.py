@@ -27,6 +27,8 @@ def try_copy(obj: Any) -> Any:
     if cls is not dict and cls is not list and cls is not tuple:
         return None
     try:
+        if cls is tuple and only_atoms(map(type, obj)):
+            return obj
         return _copied(obj, set())
     except (TypeError, RecursionError):  # TypeError: the class of some object cannot be hashed
         return None

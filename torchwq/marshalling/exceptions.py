@@ -23,7 +23,6 @@ from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
 from . import codec, reducers, subclass_state
 from .copies import ATOMS
-from .local_message import LocalMessage
 
 #: How deep, and in how long containers, ``pack`` looks for other exceptions in an exception.
 _MAX_DEPTH: Final = 4
@@ -86,7 +85,7 @@ def pack_for(peer: Capabilities, error: BaseException) -> PackedException | Base
 def encode(error: PackedException | BaseException, limit: int, peer: Capabilities = SAME_MACHINE) -> codec.Encoded:
     """The payload that tells an owner of a worker's failure: no value, and the result of ``pack_for``."""
     if isinstance(error, BaseException):
-        return LocalMessage(None, [(None, error)])
+        return None, error
     return codec.encode((None, error), limit, upvalues=True, peer=peer)
 
 

@@ -37,8 +37,9 @@ def is_main(name: str, module: Any) -> bool:
 
 def is_importable(name: str, module: Any) -> bool:
     """Whether another process that imports ``name`` gets this module, which ``sys.modules`` has under that name."""
-    if is_main(name, module):
-        return reader.has_main and module is sys.modules.get("__main__")
+    main = sys.modules.get("__main__")
+    if name in MAIN or module is main:  # as is_main; each call of a pool's task comes here
+        return reader.has_main and module is main
     known = _verdicts.get(name)
     if known is not None and known[0]() is module:
         return known[1]

@@ -123,6 +123,8 @@ def all_namespaces() -> list[Namespace]:
 
 def look_up(globals_: dict[str, Any], name: str) -> Any:
     """The value of a dotted name in globals; None if there is none. Runs no ``__getattr__`` of a module."""
+    if "." not in name:
+        return globals_.get(name)
     first, *rest = name.split(".")
     value = globals_.get(first)
     for part in rest:

@@ -79,6 +79,8 @@ class FailureState:
 
     def succeed(self) -> None:
         """Tell the handles in doubt that the function has ended without an error."""
+        if not self._in_doubt:
+            return
         in_doubt, self._in_doubt = self._in_doubt, []
         for listener in in_doubt:
             listener.worker_succeeded()
