@@ -126,7 +126,7 @@ soak: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the long tests,
 	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest $(LONG) $(PYTEST_ARGS)
 
 # soak has these three, too, but nothing under the sanitizers.
-fuzz: $(call extra,test) $(call extra,examples) $(NATIVE) ## give the native part a million damaged messages, and again with the sanitizers
+fuzz: $(call extra,test) $(call extra,examples) $(NATIVE) ## give the native part two million damaged messages, and again with the sanitizers
 	$(BIN)/python -m pytest $(LONG) $(FUZZ) $(PYTEST_ARGS)
 	$(MAKE) sanitize SANITIZE_TESTS="$(LONG) $(FUZZ)"
 
