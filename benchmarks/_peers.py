@@ -123,6 +123,19 @@ def start_faster_fifo() -> Peer | None:
     return start_pair("faster-fifo", partial(Queue, max_size_bytes=16 * MB), timeout=FOREVER_S)
 
 
+def start_pipe() -> Peer:
+    ours, theirs = FORK.Pipe()
+    process = fork(theirs.recv, theirs.send)
+
+    def close() -> None:
+        ours.send(None)
+        process.join()
+        ours.close()
+        theirs.close()
+
+    return Peer("mp.Pipe", ours.send, ours.recv, close, one_at_a_time_if_large)
+
+
 def one_at_a_time_if_large(case: Case) -> bool:
     """SimpleQueue.put waits until all is in the pipe: two sides that put large messages never get done."""
     return not case.large or case.in_flight == 1
@@ -216,6 +229,7 @@ def start_peers() -> list[Peer]:
     forked = [
         start_pair("mp.Queue", FORK.Queue),
         start_pair("mp.SimpleQueue", FORK.SimpleQueue, one_at_a_time_if_large),
+        start_pipe(),
         start_pair("torch.mp.Queue", torch.multiprocessing.get_context("fork").Queue),
         start_faster_fifo(),
         start_raw_socket(socket.SOCK_SEQPACKET, Packets, lambda case: not case.large),

@@ -4,8 +4,9 @@ A *round trip* has one message in flight: it shows what waking up the other proc
 several in flight, as an owner does that feeds workers: it shows the work per message. Both go through one
 worker process that unpickles and pickles, so that all contenders do the same. They keep their worker over
 the whole run and take turns (see `_harness`); how many messages a measurement takes is chosen for each, so
-that all are measured equally long. Then: how long workers take to start, and what waiting questions cost in
-memory.
+that all are measured equally long. Then: several workers, more than there are cores, each with a queue of its
+own; how long workers take to start, what waiting questions cost in memory, and what messages and waiting
+readers cost in processor time.
 
     python -m benchmarks.queue [--quick] [--rounds N] [--json FILE] [--check]
 """
@@ -22,7 +23,7 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -35,16 +36,19 @@ from benchmarks._harness import (
     conclude,
     environment,
     interleave,
+    number,
     parser,
     show_results,
+    table,
 )
-from benchmarks._peers import FORK, MB, Case, Peer, start_peers
+from benchmarks._peers import FORK, MB, Case, Peer, answer_queue, fork, start_peers
 
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = (1, "abc", 2.5)
 DICT = {f"key{place:03}": place * 0.5 for place in range(100)}
 LARGE = b"x" * MB
+WORKERS = (2, 8, 32)
 CASES = [
     Case("small tuple, round trip", SMALL, 1),
     Case("small tuple, pipelined", SMALL, 32),
@@ -83,6 +87,61 @@ def measure_echo(peer: Peer, case: Case, seconds: float) -> Measure:
     return partial(echo_rate, peer, case, max(2 * case.in_flight, int(rate * seconds)))
 
 
+# --- several workers ---
+
+
+def echo_rate_of(ends: Sequence[tuple[Callable[[Any], Any], Callable[[], Any]]], count: int) -> float:
+    """Messages per second, there and back, with one in flight for each of the workers at these ends."""
+    started = time.perf_counter()
+    for _ in range(count // len(ends)):
+        for write, _ in ends:
+            write(SMALL)
+        for _, read in ends:
+            read()
+    return count // len(ends) * len(ends) / (time.perf_counter() - started)
+
+
+def echo_through_queues(workers: int, count: int) -> float:
+    queues = [torchwq.workqueue() for _ in range(workers)]
+    maps = [torchwq.map(1, answer_queue, q) for q in queues]
+    ends = [(q.write, q.read) for q in queues]
+    echo_rate_of(ends, 20 * workers)
+    rate = echo_rate_of(ends, count)
+    for q, started in zip(queues, maps, strict=True):
+        q.write(None)
+        started.join()
+        q.close()
+    return rate
+
+
+def echo_through_pipes(workers: int, count: int) -> float:
+    pipes = [FORK.Pipe() for _ in range(workers)]
+    processes = [fork(theirs.recv, theirs.send) for _, theirs in pipes]
+    ends = [(ours.send, ours.recv) for ours, _ in pipes]
+    echo_rate_of(ends, 20 * workers)
+    rate = echo_rate_of(ends, count)
+    for (ours, theirs), process in zip(pipes, processes, strict=True):
+        ours.send(None)
+        process.join()
+        ours.close()
+        theirs.close()
+    return rate
+
+
+def measure_workers(rounds: int, count: int) -> Results:
+    return interleave(
+        "messages/s",
+        {
+            f"{workers} workers, one in flight each": {
+                "torchwq": partial(echo_through_queues, workers, count),
+                "mp.Pipe": partial(echo_through_pipes, workers, count),
+            }
+            for workers in WORKERS
+        },
+        rounds,
+    )
+
+
 def measure_echoes(rounds: int, seconds: float) -> Results:
     peers = start_peers()
     measures = {
@@ -98,7 +157,7 @@ def measure_echoes(rounds: int, seconds: float) -> Results:
 # --- starting workers ---
 
 
-def answer_queue(q: torchwq.WorkQueue) -> None:
+def answer_once(q: torchwq.WorkQueue) -> None:
     q.write(0)
 
 
@@ -106,7 +165,7 @@ def start_torchwq() -> float:
     """Seconds from `map` to the first answer of two workers."""
     with torchwq.workqueue() as q:
         started = time.perf_counter()
-        workers = torchwq.map(2, answer_queue, q)
+        workers = torchwq.map(2, answer_once, q)
         q.read()
         seconds = time.perf_counter() - started
         workers.join()
@@ -160,10 +219,10 @@ def echo_targets(echoes: Results) -> list[Target]:
         return Target(f"{case}: rate to {other}'s", echoes.ratio(case, "torchwq", other), limit)
 
     return [
-        target("small tuple, pipelined", "mp.Queue", 2.5),
-        target("small tuple, pipelined", "faster-fifo", 1.8),
-        target("small tuple, pipelined", "raw socket", 0.7),
-        target("small tuple, round trip", "mp.Queue", 5.0),
+        target("small tuple, pipelined", "mp.SimpleQueue", 2.5),
+        target("small tuple, pipelined", "faster-fifo", 1.7),
+        target("small tuple, pipelined", "raw socket", 1.5),
+        target("small tuple, round trip", "mp.Pipe", 5.0),
         target("1 MB bytes, round trip", "mp.Queue", 1.0),
         target("1 MB bytes, pipelined", "mp.Queue", 1.0),
     ]
@@ -175,6 +234,20 @@ def start_targets(warm: Results, first: Results) -> list[Target]:
     return [
         Target("two workers, warm: time beyond mp fork's", median(beyond), 0.1, "s", at_most=True),
         Target("first use in a process: time to mp spawn's", ratio, 1.0, at_most=True),
+    ]
+
+
+def worker_targets(workers: Results) -> list[Target]:
+    return [
+        Target(f"{case}: rate to mp.Pipe's", workers.ratio(case, "torchwq", "mp.Pipe"), 1.5) for case in workers.figures
+    ]
+
+
+def processor_targets(messages: dict[str, float], idle: dict[str, float]) -> list[Target]:
+    both = messages["dict of 10 fresh tensors, owner"] + messages["dict of 10 fresh tensors, worker"]
+    return [
+        Target("dict of 10 fresh tensors: processor time of both sides", both, 25, "µs", at_most=True),
+        *(Target(f"waiting, {side}: processor time a second", idle[side], 0.1, "ms", at_most=True) for side in idle),
     ]
 
 
@@ -197,12 +270,19 @@ def main(options: argparse.Namespace) -> int:
     show_results(echoes, "torchwq")
     if "faster-fifo" not in echoes.contenders:
         print("faster-fifo is not installed and was skipped: pip install faster-fifo\n")
+    workers = measure_workers(rounds, 4000 if options.quick else 20_000)
+    show_results(workers, "torchwq")
     warm, first = measure_starts(rounds, 1 if options.quick else min(rounds, 3))
     show_results(warm, "torchwq")
     show_results(first, "torchwq")
 
-    targets = echo_targets(echoes) + start_targets(warm, first) + memory_targets(probe("memory"))
-    return conclude(targets, {"echoes": echoes, "warm start": warm, "first use": first}, options)
+    messages = probe("processor_time")
+    print(table("processor time", list(messages), ["µs a message"], lambda kind, _: number(messages[kind])), end="\n\n")
+
+    targets = echo_targets(echoes) + worker_targets(workers) + start_targets(warm, first)
+    targets += processor_targets(messages, probe("idle")) + memory_targets(probe("memory"))
+    groups = {"echoes": echoes, "workers": workers, "warm start": warm, "first use": first}
+    return conclude(targets, groups, options)
 
 
 sys.exit(main(parser("How fast is a workqueue?").parse_args()))

@@ -42,6 +42,7 @@ SMALL = {
     "dict with a list": {"id": 1, "name": "abc", "values": [1, 2, 3]},
 }
 IN_FLIGHT = 32
+TASK = "add two numbers"
 
 
 # --- echoes ---
@@ -175,7 +176,7 @@ def main(options: argparse.Namespace) -> int:
     tasks = interleave(
         "tasks/s",
         {
-            "add two numbers": {
+            TASK: {
                 "threads": partial(task_rate, partial(torchwq.BackgroundTaskPool, 2, backend="thread"), count // 10),
                 "ThreadPoolExecutor": partial(task_rate, partial(ThreadPoolExecutor, 2), count // 10),
                 "processes": partial(task_rate, partial(torchwq.BackgroundTaskPool, 2), count // 10),
@@ -196,11 +197,12 @@ def main(options: argparse.Namespace) -> int:
     }
     works = interleave("samples/s", cases, rounds)
     show_results(works, "threads")
-    return conclude(targets(found), {"echoes": found, "tasks": tasks, "work": works}, options)
+    return conclude(targets(found, tasks), {"echoes": found, "tasks": tasks, "work": works}, options)
 
 
-def targets(found: Results) -> list[Target]:
+def targets(found: Results, tasks: Results) -> list[Target]:
     return [
+        Target("tasks of a thread pool: rate to ThreadPoolExecutor's", tasks.ratio(TASK, "threads", "ThreadPoolExecutor"), 0.8),
         Target(
             f"{name} between threads: rate to SimpleQueue's with pickles",
             found.ratio(name, "threads", "SimpleQueue, pickled"),
