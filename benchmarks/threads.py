@@ -201,8 +201,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def targets(found: Results, tasks: Results) -> list[Target]:
-    return [
-        Target("tasks of a thread pool: rate to ThreadPoolExecutor's", tasks.ratio(TASK, "threads", "ThreadPoolExecutor"), 0.8),
+    of_tasks = tasks.ratio(TASK, "threads", "ThreadPoolExecutor")
+    echoes = [
         Target(
             f"{name} between threads: rate to SimpleQueue's with pickles",
             found.ratio(name, "threads", "SimpleQueue, pickled"),
@@ -210,6 +210,7 @@ def targets(found: Results, tasks: Results) -> list[Target]:
         )
         for name in SMALL
     ]
+    return [Target("tasks of a thread pool: rate to ThreadPoolExecutor's", of_tasks, 0.8), *echoes]
 
 
 if __name__ == "__main__":
