@@ -197,6 +197,8 @@ def test_objects_that_are_not_complete_say_so() -> None:
                 getattr(getattr(_native.core, name)(), method)()
     with pytest.raises(RuntimeError):
         _native.core.SenderFields().try_write(1)
+    with pytest.raises(TypeError):
+        _native.core.HistoryFields().note_sent(1, b"")
     with pytest.raises(EOFError):
         closed = _native.core.SeqpacketCalls()
         closed.fd = -1

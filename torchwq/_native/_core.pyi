@@ -203,6 +203,18 @@ class AnswerFields:
     def take_from_socket(self) -> _Received | None: ...
 
 @disjoint_base
+class HistoryFields:
+    """Twin: ``queues.history.PythonHistoryFields``."""
+
+    last: int
+    largest: int
+    keep_every: int
+    append: Callable[[bytes], None]
+    keep: Callable[[], None]
+
+    def note_sent(self, number: int, data: bytes, /) -> None: ...
+
+@disjoint_base
 class TakerFields:
     """Twin: ``queues.taking.PythonTakerFields``."""
 

@@ -1,5 +1,6 @@
 /* Takes messages for a queue's owner, for a worker, and for whoever keeps descriptors for senders, as long as nothing is
- * unusual about them. The twins say what all this is for: memory/promises.py, queues/answers.py, queues/taking.py.
+ * unusual about them, and remembers those that the owner has sent. The twins say what all this is for: memory/promises.py,
+ * queues/answers.py, queues/taking.py, queues/history.py.
  */
 
 #include "core.h"
@@ -368,10 +369,80 @@ static PyType_Spec taker_spec = {
     .slots = taker_slots,
 };
 
+/* --- the questions that were sent --- */
+
+/* queues.history.History derives from this. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *append; /* append(bytes) */
+    PyObject *keep;   /* keep() */
+    long long last;   /* number */
+    long long keep_every;
+    Py_ssize_t largest; /* bytes */
+} History;
+
+static PyObject *no_bytes;
+
+/* note_sent(number, data) */
+static PyObject *note_sent(PyObject *op, PyObject *const *args, Py_ssize_t count)
+{
+    History *self = (History *)op;
+    if (count != 2 || !PyBytes_Check(args[1]) || self->append == NULL || self->keep == NULL || self->keep_every < 1) {
+        PyErr_SetString(PyExc_TypeError, "note_sent() takes a number and the data, of an object that is complete");
+        return NULL;
+    }
+    long long number = PyLong_AsLongLong(args[0]);
+    if (number == -1 && PyErr_Occurred())
+        return NULL;
+    self->last = number;
+    PyObject *data = PyBytes_Size(args[1]) <= self->largest ? args[1] : no_bytes;
+    PyObject *result = PyObject_CallFunctionObjArgs(self->append, data, NULL);
+    if (result != NULL && number % self->keep_every == 0) {
+        Py_DECREF(result);
+        result = PyObject_CallFunctionObjArgs(self->keep, NULL);
+    }
+    return result;
+}
+
+#define HISTORY_FIELDS(_) _(append) _(keep)
+DEFINE_GC(history, History, HISTORY_FIELDS)
+
+static PyMethodDef history_methods[] = {
+    {"note_sent", (PyCFunction)(void (*)(void))note_sent, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef history_members[] = {
+    {"append", T_OBJECT, offsetof(History, append), 0, NULL},
+    {"keep", T_OBJECT, offsetof(History, keep), 0, NULL},
+    {"last", T_LONGLONG, offsetof(History, last), 0, NULL},
+    {"keep_every", T_LONGLONG, offsetof(History, keep_every), 0, NULL},
+    {"largest", T_PYSSIZET, offsetof(History, largest), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot history_slots[] = {
+    {Py_tp_dealloc, history_dealloc},
+    {Py_tp_traverse, history_traverse},
+    {Py_tp_clear, history_clear},
+    {Py_tp_methods, history_methods},
+    {Py_tp_members, history_members},
+    {0, NULL},
+};
+
+static PyType_Spec history_spec = {
+    .name = "torchwq._native._core.HistoryFields",
+    .basicsize = sizeof(History),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
+    .slots = history_slots,
+};
+
 int add_receive(PyObject *module)
 {
+    no_bytes = PyBytes_FromStringAndSize(NULL, 0);
     KeptBlocks_Type = add_type(module, &kept_spec);
-    if (KeptBlocks_Type == NULL || add_type(module, &answers_spec) == NULL || add_type(module, &taker_spec) == NULL)
+    if (no_bytes == NULL || KeptBlocks_Type == NULL || add_type(module, &answers_spec) == NULL ||
+        add_type(module, &taker_spec) == NULL || add_type(module, &history_spec) == NULL)
         return -1;
     return 0;
 }

@@ -2,14 +2,17 @@
 
 A worker has in hand either one of the questions that were sent last, or an old one that it has been at for long. So
 the last ones are kept in order, and now and then the old ones that are in hand are set aside before they drop out.
+
+``note_sent`` is part of the native part, with a twin in Python.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
 
+from .. import _native
 from ..marshalling.wire import describe
 
 #: How many questions are remembered: more than fit into a socket. Larger ones than so many bytes are not.
@@ -18,28 +21,49 @@ _LARGEST: Final = 1024
 _KEEP_EVERY: Final = _RECENT // 4
 
 
-class History:
-    """The last questions of one queue. ``add`` and ``keep`` are called under the outbox's lock."""
+class PythonHistoryFields:
+    """See ``History``."""
 
-    def __init__(self) -> None:
+    #: Number of the question that was sent last.
+    last: int
+    largest: int
+    keep_every: int
+    #: Remembers a question's bytes.
+    append: Callable[[bytes], None]
+    #: Sets aside the questions that are in hand.
+    keep: Callable[[], None]
+
+    def note_sent(self, number: int, data: bytes) -> None:
+        """Remember a question that was just sent. Called by who has claimed the outbox."""
+        self.last = number
+        self.append(data if len(data) <= self.largest else b"")
+        if not number % self.keep_every:
+            self.keep()
+
+
+HistoryFields = PythonHistoryFields
+if not TYPE_CHECKING and _native.core is not None:
+    HistoryFields = _native.core.HistoryFields
+
+
+class History(HistoryFields):
+    """The last questions of one queue. ``in_hand`` gives the numbers of those that workers have in hand."""
+
+    def __init__(self, in_hand: Callable[[], Iterable[int]]) -> None:
+        self._in_hand = in_hand
         self._recent: deque[bytes] = deque(maxlen=_RECENT)
         self._kept: dict[int, bytes] = {}
-        self._last = 0
+        self.last, self.largest, self.keep_every = 0, _LARGEST, _KEEP_EVERY
+        self.append, self.keep = self._recent.append, self._keep
 
-    def add(self, number: int, data: bytes) -> bool:
-        """Remember a question that was just sent; True if it is time to ``keep`` those in hand."""
-        self._last = number
-        self._recent.append(data if len(data) <= _LARGEST else b"")
-        return not number % _KEEP_EVERY
-
-    def keep(self, in_hand: Iterable[int]) -> None:
-        """Set these questions aside; drop those set aside before that are not among them."""
-        self._kept = {number: self._find(number) for number in in_hand}
+    def _keep(self) -> None:
+        """Set the questions in hand aside; drop those set aside before that are not among them."""
+        self._kept = {number: self._find(number) for number in self._in_hand()}
 
     def _find(self, number: int) -> bytes:
         if number in self._kept:
             return self._kept[number]
-        age = self._last - number
+        age = self.last - number
         return self._recent[-1 - age] if 0 <= age < len(self._recent) else b""
 
     def describe(self, number: int) -> str:

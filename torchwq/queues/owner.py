@@ -60,7 +60,7 @@ class Owner(SocketRole):
             self.troubles = Troubles(self._lock, self._changed)
             self.members = Membership(self, self._lock, self.counters, self.troubles, self._changed)
             self.questions = Questions(capacity, self.counters, self.members)
-            super().__init__(ours, True, self.questions.note_sent)
+            super().__init__(ours, True, self.questions.history.note_sent)
             made.pop_all()
         self.questions.connect(self.connection, self._theirs)
         self.describe = self.questions.describe
@@ -197,7 +197,13 @@ class Owner(SocketRole):
     # Reading
 
     def take(self) -> Received | None:
-        return None if self.closed else self.answers.take()
+        if self.closed:
+            return None
+        answers = self.answers
+        if answers.box.messages:
+            return answers.take()
+        carrier = answers.carrier  # as Pipe.take has it, without calling it
+        return None if carrier is None else carrier.take()
 
     def sleep(self, deadline: float | None) -> Received | None:
         return self.answers.wait(self.take, deadline, self.may_not_wait)

@@ -40,9 +40,10 @@ class QuestionSocket:
     Args:
         connection: the owner's, which it writes to.
         theirs: the end that workers read from.
+        history: knows the number of the question that has entered the socket last.
     """
 
-    def __init__(self, connection: Connection, theirs: Endpoint) -> None:
+    def __init__(self, connection: Connection, theirs: Endpoint, history: History) -> None:
         self.max_payload = theirs.max_payload
         self.send = connection.send
         self._outbox = connection.outbox
@@ -51,17 +52,21 @@ class QuestionSocket:
         #: Of the threads of this process, if there are any that may read.
         self._reader: Connection | None = None
         self._ended = False
-        #: Number of the question that has entered the socket last.
-        self.last_sent = 0
+        self._history = history
 
     def begin(self, before: int) -> None:
-        self._outbox.number = self.last_sent = before
+        self._outbox.number = self._history.last = before
 
     def cancel(self) -> None:
         """Threads read here no more."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
+
+    @property
+    def last_sent(self) -> int:
+        """Number of the question that has entered the socket last."""
+        return self._history.last
 
     @property
     def last_number(self) -> int:
@@ -135,7 +140,7 @@ class Questions(MovingPipe[QuestionSocket]):
         self.taking = threading.RLock()
         self._counters = counters
         self._members = members
-        self._history = History()
+        self.history = History(members.numbers_in_hand)
         #: Of the question that a thread of this process has taken last.
         self.number_taken = 0
         self.room = None if capacity is None else Room(capacity, self.count_untaken, lambda: self.is_closed)
@@ -146,7 +151,7 @@ class Questions(MovingPipe[QuestionSocket]):
 
     def connect(self, connection: Connection, theirs: Endpoint) -> None:
         """Over this connection they will go."""
-        self.socket = QuestionSocket(connection, theirs)
+        self.socket = QuestionSocket(connection, theirs, self.history)
 
     # Other processes
 
@@ -179,12 +184,6 @@ class Questions(MovingPipe[QuestionSocket]):
 
     # Written and sent
 
-    def note_sent(self, number: int, data: bytes) -> None:
-        """A question is in the socket. Called by who has claimed the outbox."""
-        self.socket.last_sent = number
-        if self._history.add(number, data):
-            self._history.keep(self._members.numbers_in_hand())
-
     @property
     def count(self) -> int:
         """How many questions were ever written; also the number of the last one."""
@@ -211,7 +210,7 @@ class Questions(MovingPipe[QuestionSocket]):
 
     def describe(self, number: int) -> str:
         """A question in a few words."""
-        return self._history.describe(number)
+        return self.history.describe(number)
 
     # Taken by threads of this process
 
@@ -239,7 +238,7 @@ class Questions(MovingPipe[QuestionSocket]):
 
     def close(self) -> None:
         super().close()
-        self._history.clear()
+        self.history.clear()
         if self.room is not None:
             self.room.wake_all()
 
