@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -277,6 +279,36 @@ def test_a_sleeper_left_by_an_interruption_delays_no_message() -> None:
     began = time.monotonic()
     assert waiter.wait(b.try_receive, None) == (b"x", [])
     assert time.monotonic() - began < MAX_SLEEP
+    timer.join()
+    waiter.close()
+    a.close()
+    b.close()
+
+
+@pytest.mark.parametrize("sleeps", [False, True], ids=["raises", "sleeps"])
+def test_a_signal_that_interrupts_no_system_call_ends_the_sleep_of_the_main_thread(sleeps: bool) -> None:
+    class Told(Exception):
+        pass
+
+    def on_signal(number: int, frame: object) -> None:
+        if not sleeps:
+            raise Told
+        assert waiter.wait(b.try_receive, time.monotonic() + 0.01) is None
+        a.try_send(b"x")
+
+    a, b = kinds.pair()
+    waiter = Waiter(b)
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    timer = threading.Timer(0.1, _thread.interrupt_main, [signal.SIGUSR1])
+    timer.start()
+    began = time.monotonic()
+    try:
+        assert waiter.wait(b.try_receive, began + 8) == (b"x", [])
+    except Told:
+        assert not sleeps
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - began < 3 * MAX_SLEEP
     timer.join()
     waiter.close()
     a.close()

@@ -16,6 +16,7 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -332,23 +333,18 @@ static PyObject *spin(PyObject *module, PyObject *const *args, Py_ssize_t count)
 #define EPOLLEXCLUSIVE (1u << 28) /* since Linux 4.5; older headers lack it */
 #endif
 
-/* Waits for an event of `epoll`, and looks each `interval` seconds whether `fd` is readable: the kernel may have woken
- * another process for it, which was killed. So whoever calls this is woken only if there is something to do. */
-static void sleep_quietly(int epoll, int fd, double seconds, double interval)
+/* Waits for an event of `epoll` and then looks whether `fd` is readable: the kernel may have woken another process for
+ * it, which was killed. False if there may be something to do. */
+static bool sleep_quietly(int epoll, int fd, double seconds)
 {
     struct epoll_event found[2];
     struct pollfd watched = {.fd = fd, .events = POLLIN};
-    do {
-        double slice = seconds < interval ? seconds : interval;
-        if (epoll_wait(epoll, found, 2, slice <= 0 ? 0 : (int)(slice * 1000 + 0.999)))
-            return; /* an event, or a signal */
-        seconds -= interval;
-    } while (seconds > 0 && poll(&watched, 1, 0) == 0);
+    return epoll_wait(epoll, found, 2, seconds <= 0 ? 0 : (int)(seconds * 1000 + 0.999)) == 0 && poll(&watched, 1, 0) == 0;
 }
 
 /* sleep(epoll, fd, seconds, interval, asleep): sleep until `epoll` has an event, and let it watch `fd` meanwhile, at which
- * this looks each `interval` seconds. The set `asleep` has the threads that sleep here, this one among them; the last one
- * ends the watching. */
+ * this looks each `interval` seconds. So whoever calls this is woken only if there is something to do. The set `asleep`
+ * has the threads that sleep here, this one among them; the last one ends the watching. */
 static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
@@ -365,22 +361,38 @@ static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_s
         PyErr_SetString(PyExc_ValueError, "the interval must be less than an hour");
         return NULL;
     }
+    PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
+    if (me == NULL)
+        return NULL;
     struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.fd = fd};
     /* Another thread watches it already; or it is closed, and the alarm set. Before Linux 4.5, all sleepers wake. */
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 && errno == EINVAL) {
         event.events = EPOLLIN;
         epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
     }
-    Py_BEGIN_ALLOW_THREADS
-    sleep_quietly(epoll, fd, seconds, interval);
-    Py_END_ALLOW_THREADS
+    /* A signal wakes nobody that came just before this sleeps, or in another thread, or from `interrupt_main`. Python
+     * handles signals in the main thread, which therefore looks for them each interval. */
+    bool is_main = syscall(SYS_gettid) == getpid(), quiet;
+    int checked;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        do {
+            quiet = sleep_quietly(epoll, fd, seconds < interval ? seconds : interval);
+            seconds -= interval;
+        } while (quiet && seconds > 0 && !is_main);
+        Py_END_ALLOW_THREADS
+        checked = PyErr_CheckSignals();
+    } while (!checked && quiet && seconds > 0 && PySet_Contains(asleep, me) == 1); /* a handler may have slept here, too */
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
     /* This thread leaves the set, and looks at it, in one step. */
-    PyObject *me = PyLong_FromUnsignedLong(PyThread_get_thread_ident());
-    int left = me == NULL ? -1 : PySet_Discard(asleep, me);
-    Py_XDECREF(me);
+    int left = PySet_Discard(asleep, me);
+    Py_DECREF(me);
     if (PySet_Size(asleep) == 0)
         epoll_ctl(epoll, EPOLL_CTL_DEL, fd, &event);
-    if (left < 0 || PyErr_CheckSignals() < 0)
+    if (checked < 0)
+        PyErr_Restore(type, value, traceback);
+    if (checked < 0 || left < 0)
         return NULL;
     Py_RETURN_NONE;
 }

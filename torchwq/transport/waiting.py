@@ -11,7 +11,10 @@ Invariants:
   sleeping processes, not all of them. It is watched only while a thread sleeps, because the sender pays for a watched
   end with each message. Each thread registers it before it sleeps, and so repairs what an interruption has left.
 * The process that was woken may be killed before it takes the message. So no sleep is longer than ``MAX_SLEEP``, and
-  after each one every reader tries again. The native part does so with one look and without the GIL.
+  after each one every reader tries again. The native part does so with one look and without the GIL. So whoever takes
+  messages for other threads wakes them.
+* A signal may come just before the main thread sleeps, or in another thread. So that thread handles signals after each
+  ``MAX_SLEEP``, too.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state for which it stands.
 * ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
 * The epoll is made for the first sleep. While none can be had, threads sleep by poll(2), and each message wakes all.
