@@ -50,6 +50,13 @@ def answer_many(queue: torchwq.WorkQueue, count: int) -> str:
     return "written"
 
 
+def answer_after(queue: torchwq.WorkQueue) -> None:
+    """Answer each number, after so many seconds, with the time."""
+    for seconds in queue:
+        time.sleep(seconds)
+        queue.write(time.monotonic())
+
+
 def take_and_wait(queue: torchwq.WorkQueue, gate: torchwq.WorkQueue) -> None:
     question = queue.read()
     gate.read()

@@ -304,6 +304,26 @@ def test_drain_waits_for_every_answer(backend: str) -> None:
         owner.drain(1)
 
 
+def test_a_thread_reads_answers_while_another_one_drains(backend: str) -> None:
+    with torchwq.workqueue() as owner:
+        torchwq.map(1, jobs.answer_after, owner, backend=backend)
+        owner.write(0)
+        owner.read()
+        owner.write(0.2, 0.2, 0.2, 3)
+        delays: list[float] = []
+
+        def read() -> None:
+            for _ in range(3):
+                delays.append(-owner.read(timeout=20) + time.monotonic())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        owner.drain(20)
+        reader.join(20)
+        assert max(delays) < 1.5
+        assert owner.read(timeout=20)
+
+
 def test_drain_times_out_and_can_be_called_again(backend: str) -> None:
     with torchwq.workqueue() as owner, torchwq.workqueue() as gate:
         torchwq.map(1, jobs.take_and_wait, owner, gate, backend=backend)

@@ -59,6 +59,7 @@ class _Draining:
         if socket is None or not socket.absorb():
             return None
         self._quiet_since = time.monotonic()
+        self._owner.connection.wake_all()  # other threads that wait for answers: no descriptor tells of these any more
         return True
 
     def _is_done(self) -> bool:
