@@ -324,6 +324,20 @@ def test_statistics_and_repr(make: Callable[[], torchwq.Channel]) -> None:
     assert repr(OPEN) == "<ChannelState.OPEN>"
 
 
+def test_what_was_written_and_read_before_a_process_has_the_channel_counts() -> None:
+    channel = torchwq.channel()
+    for number in range(5):
+        channel.write(number)
+        channel.read()
+    channel._core.open_to_processes()
+    channel.write(5)
+    channel.write(6, 7)
+    channel.write(8)
+    assert channel.statistics() == torchwq.ChannelStatistics(9, 5, 0, 4)
+    assert [channel.read()[1] for _ in range(4)] == [5, 6, 7, 8]
+    assert channel.statistics() == torchwq.ChannelStatistics(9, 9, 0, 0)
+
+
 def test_bad_arguments(make: Callable[[], torchwq.Channel]) -> None:
     channel = make()
     import pickle

@@ -38,8 +38,6 @@ class PythonSenderFields:
     outbox: Outbox
     #: Where the outbox sends to.
     endpoint: Endpoint
-    #: Counts an item that has left.
-    sent: Callable[[], None]
     open: ChannelState
     #: Writes any object, in any state of the channel; and one that is encoded.
     write_any: Write
@@ -47,8 +45,11 @@ class PythonSenderFields:
     max_payload: int
     #: Whether items may go past the outbox at all.
     is_active: bool
-    #: The word that says whether the channel is closed, as the native part looks at it. Not used by the twin.
+    #: The words by which the native part counts what has left, and sees whether the channel is closed. Not used by the
+    #: twin.
+    sent: Callable[[], None]
     closed: Any
+    _table: ChannelTable
     _words: memoryview
     #: These refuse as soon as this process leaves.
     _send_bare: Callable[[bytes, int], object]
@@ -74,7 +75,7 @@ class PythonSenderFields:
                     if error.errno not in BUSY and error.errno not in BROKEN and self.endpoint.fileno() >= 0:
                         raise
                 else:
-                    self.sent()
+                    self._table.count_sent()  # looked up: it is another one after ``set_initial_counts``
                     return self.open
         return self.write_any(obj)
 
