@@ -43,6 +43,8 @@ def excluded() -> str:
         return "it is made for CPython"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "it is not made for a Python without a GIL"
+    if sys.byteorder != "little" or sys.maxsize < 2**32:
+        return "it is made for little-endian machines with 64 bits"
     return ""
 
 

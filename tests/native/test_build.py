@@ -204,6 +204,17 @@ def test_one_that_is_not_wanted_is_not_built(setup: Callable[..., Any], tmp_path
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("byteorder", "big"), ("maxsize", 2**31 - 1)])
+def test_it_is_not_built_for_other_machines(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("this is no checkout")
+    pytest.importorskip("setuptools", minversion="77.0.3")
+    monkeypatch.delenv("TORCHWQ_NATIVE", raising=False)
+    excluded = runpy.run_path(str(ROOT / "setup.py"))["excluded"]
+    monkeypatch.setattr(sys, name, value)
+    assert excluded()
+
+
 def test_one_that_is_required_fails(setup: Callable[..., Any], tmp_path: Path) -> None:
     done = setup(*_into(tmp_path), CC="no-such-compiler", TORCHWQ_NATIVE="1")
     assert done.returncode != 0

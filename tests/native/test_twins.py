@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import pickle
@@ -472,6 +473,18 @@ def test_a_word_that_is_given_up_is_not_written_any_more() -> None:
     with pytest.raises(ValueError, match="given up"):
         word()
     assert view[0] == 3
+
+
+def test_a_word_that_is_garbage_is_not_written_any_more() -> None:
+    memory = ctypes.c_uint64()
+    word = _native.core.SharedWord(ctypes.addressof(memory), memory)
+    clear = ctypes.pythonapi.PyType_GetSlot
+    clear.restype, clear.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_int]
+    tp_clear = 51  # the collector calls it, and then other code may still have the word
+    ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object)(clear(type(word), tp_clear))(word)
+    with pytest.raises(ValueError, match="given up"):
+        word()
+    assert not memory.value
 
 
 def test_the_layout_of_both_is_the_same() -> None:

@@ -72,17 +72,35 @@ static PyObject *word_call(PyObject *op, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-static PyObject *word_close(PyObject *op, PyObject *unused)
+static int word_traverse(PyObject *op, visitproc visit, void *arg)
 {
-    (void)unused;
+    SharedWord *self = (SharedWord *)op;
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(self->memory);
+    return 0;
+}
+
+static int word_clear(PyObject *op)
+{
     SharedWord *self = (SharedWord *)op;
     self->address = NULL;
     Py_CLEAR(self->memory);
-    Py_RETURN_NONE;
+    return 0;
 }
 
-#define WORD_FIELDS(_) _(memory)
-DEFINE_GC(word, SharedWord, WORD_FIELDS)
+static void word_dealloc(PyObject *op)
+{
+    PyObject_GC_UnTrack(op);
+    word_clear(op);
+    free_object(op);
+}
+
+static PyObject *word_close(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    word_clear(op);
+    Py_RETURN_NONE;
+}
 
 static PyMethodDef word_methods[] = {
     {"close", word_close, METH_NOARGS, NULL},

@@ -13,6 +13,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Numbers are copied into messages and out of them as they are in memory, and shared words hold addresses and counts. */
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || UINTPTR_MAX < UINT64_MAX
+#error "the native part is made for little-endian machines with 64 bits"
+#endif
+
 /* What every function returns that finds that its twin, which knows more, has to do the work. Not an error. */
 #define NOT_MINE 1
 
