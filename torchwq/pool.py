@@ -15,8 +15,11 @@ Invariants:
 * A task is in ``waiting`` or assigned to a worker, at any moment at which nobody holds the lock, until it is completed
   or turns out to be cancelled. So the pool's thread can see whether any is left. If a worker that is a thread has none
   left while the pool closes, it sends an event: the pool's thread may wait for just that.
-* A worker that is a thread puts itself into ``idle``, under the lock, when ``waiting`` is empty. Whoever takes it out
-  sends it a task, or ``_LOOK``. To look once too often does no harm.
+* Only a worker that is a thread assigns tasks to itself: its messages cannot overtake each other. It puts itself into
+  ``idle``, under the lock, when ``waiting`` is empty. Whoever takes it out sends it ``_LOOK``. To look once too often
+  does no harm.
+* No task waits while a worker that is a thread is idle, but for moments: each one that takes a task wakes another if
+  more wait. This mends what a submit that a signal handler has interrupted may leave.
 * ``wants_wakeup`` is set, under the lock, if less than ``n`` workers run, or if an idle one cannot look by itself. Else
   each worker looks at ``waiting``, or sends a result, before the pool's thread needs to know of a new task.
 * ``ThreadWorker.terminate`` does not interrupt a worker while it takes a task (Note [interrupting threads]). The tasks
@@ -65,16 +68,20 @@ class _Task:
     is_done: bool = False
 
     def start(self) -> bool:
-        """Set the future running. Returns False if it was cancelled."""
-        self.started = self.started or self.future.set_running_or_notify_cancel()
+        """Set the future running. Returns False if it was cancelled, or if a user has completed it."""
+        if not self.started:
+            try:
+                self.started = self.future.set_running_or_notify_cancel()
+            except RuntimeError:  # completed; concurrent.futures has logged the state
+                return False
         return self.started
 
 
 class _PoolThread(threading.Thread):
     """The pool's thread. Its ``events`` are (kind, worker, message).
 
-    Other threads use what ``lock`` guards; a worker that is a thread also appends to its own assigned tasks. Only this
-    thread uses the rest.
+    Other threads use what ``lock`` guards; a worker that is a thread also appends to its own assigned tasks, and takes
+    them out again. Only this thread uses the rest.
     """
 
     def __init__(self, n: int, setup: codec.Encoded, backend: Backend, held: list[Any]) -> None:
@@ -122,7 +129,10 @@ class _PoolThread(threading.Thread):
                 self.wants_wakeup = len(self._workers) < self.n or (bool(self.idle) and not self._workers_look)
                 if not self.waiting:
                     return
-                if not self.idle:
+                if self._workers_look:
+                    for _ in range(min(len(self.waiting), len(self.idle))):
+                        self.wake()
+                if self._workers_look or not self.idle:
                     # Workers without a task are starting, or about to look. Less than 0 if others have taken the tasks.
                     without_task = sum(not assigned for assigned in self._assigned.values())
                     wanted = min(len(self.waiting) - without_task, self.n - len(self._workers))
@@ -161,7 +171,7 @@ class _PoolThread(threading.Thread):
             self._mark_broken(error)
 
     def wake(self) -> None:
-        """See to it that a worker takes the task that was just put into ``waiting``. Call it with the lock."""
+        """See to it that a worker takes a task out of ``waiting``. Call it with the lock."""
         if self._workers_look and self.idle:
             # See Note [Statements that nothing interrupts]: a signal handler may submit a task, or raise.
             process = self.idle[-1]
@@ -183,10 +193,11 @@ class _PoolThread(threading.Thread):
 
     def _complete_and_go_on(self, process: worker.Worker, assigned: deque[_Task], data: Any, fds: list[int]) -> None:
         """Complete the task whose result is ``data``, and let the worker do its next one."""
-        current = next((task for task in tuple(assigned) if not task.is_done), None)
+        with self.lock:
+            current = assigned[-1] if assigned and not assigned[-1].is_done else None
+            is_only_task = len(assigned) == 1
         if data == _LOOK and current is not None:
             return  # a _LOOK too many: the next message has that task
-        is_only_task = len(assigned) == 1
         following = self._next_task(process, assigned)
         if current is not None:
             if is_only_task and type(data) is tuple and _complete_without_callbacks(current, *data):
@@ -203,12 +214,18 @@ class _PoolThread(threading.Thread):
         """Assign the next task to a worker that is a thread. If there is none, the worker becomes idle."""
         while True:
             with self.lock:
+                is_idle = process in self.idle  # it looks once too often
                 if self.broken is not None or not self.waiting:
-                    if process not in self.idle:
+                    if not is_idle:
                         self.idle.append(process)
                     return None
+                if is_idle:
+                    with contextlib.suppress(ValueError):  # a finalizer has submitted a task, and sent the next _LOOK
+                        self.idle.remove(process)
                 task = self.waiting.popleft()
                 assigned.append(task)
+                if self.waiting and self.idle:
+                    self.wake()
             if task.start():
                 return task
             assigned.pop()
@@ -225,7 +242,9 @@ class _PoolThread(threading.Thread):
                 self._mark_broken(error)
                 return
         else:
-            _complete(self._assigned[mapid].popleft(), value, error)
+            with self.lock:
+                task = self._assigned[mapid].popleft()
+            _complete(task, value, error)
             if self._workers_look:
                 return  # it takes the next task by itself, or has put itself into ``idle``
         with self.lock:
@@ -275,8 +294,13 @@ class _PoolThread(threading.Thread):
                 self.waiting = deque(task for task in self.waiting if task.started)
         for task in cancelled:
             task.future.cancel()
-            task.future.set_running_or_notify_cancel()
+            task.start()
         self.events.put(("wake", None, None))
+
+    def abandon(self) -> None:
+        """Leave the pool to the parent, in the child of a fork: no other thread is here, and one may hold the lock."""
+        self.lock = threading.RLock()
+        self.broken = RuntimeError("they are the workers of the process that has forked this one")
 
     def kill(self) -> None:
         self._is_killed = True
@@ -323,6 +347,8 @@ shutdown.at_finish(_finish_all)
 
 @reset_in_child
 def _forget() -> None:
+    for pool in list(_pools):
+        pool.abandon()
     _pools.clear()  # the parent has their threads
 
 

@@ -254,6 +254,38 @@ def test_a_forked_process_ends_while_the_pool_works() -> None:
         assert future.result(timeout=30) == "done"
 
 
+@pytest.mark.parametrize("backend", ["process", "thread"])
+def test_the_child_of_a_fork_has_no_pool_and_does_not_wait_for_its_lock(backend: str) -> None:
+    with torchwq.BackgroundTaskPool(1, backend=backend) as pool:
+        assert pool.submit(jobs.square, 2).result(timeout=30) == 4
+        is_held, can_go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with pool._pool.lock:
+                is_held.set()
+                can_go_on.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert is_held.wait(30)
+
+        def use_in_child() -> None:
+            with pytest.raises(concurrent.futures.BrokenExecutor, match="forked"):
+                pool.submit(jobs.square, 3)
+            pool.shutdown()
+
+        child = multiprocessing.get_context("fork").Process(target=use_in_child)
+        child.start()
+        child.join(10)
+        exitcode = child.exitcode
+        child.kill()
+        child.join()
+        can_go_on.set()
+        holder.join(30)
+        assert exitcode == 0
+        assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+
+
 # --- a pool that is dropped ---
 
 

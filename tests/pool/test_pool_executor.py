@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from tests.pool import jobs
+from torchwq import pool as pool_module
 
 
 def flags(n: int = 1) -> torch.Tensor:
@@ -368,6 +370,87 @@ def test_an_interrupted_submit_loses_no_worker(monkeypatch: pytest.MonkeyPatch) 
             pool.submit(jobs.square, 4)
         monkeypatch.undo()
         assert pool.submit(jobs.square, 5).result(timeout=30) == 25
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_no_task_waits_behind_that_of_an_interrupted_submit(monkeypatch: pytest.MonkeyPatch, is_sent: bool) -> None:
+    with torchwq.BackgroundTaskPool(2, backend="thread") as pool:
+        here, gate, started = flags(2), flags(), flags()
+        for future in [pool.submit(jobs.meet, here, place) for place in range(2)]:
+            future.result(timeout=30)
+        wait_until(lambda: len(pool._pool.idle) == 2)
+        process = pool._pool.idle[-1]
+        send = process.send
+
+        def interrupted(payload: object) -> bool:
+            if is_sent:
+                send(payload)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(process, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.submit(jobs.gated, gate, None, started)
+        monkeypatch.undo()
+        if is_sent:
+            wait_until(lambda: bool(started[0]))
+        try:
+            assert pool.submit(jobs.square, 5).result(timeout=10) == 25
+        finally:
+            gate[0] = 1
+
+
+def test_tasks_of_a_worker_that_looks_too_often_get_their_own_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torchwq.BackgroundTaskPool(1, backend="thread") as pool:
+        assert pool.submit(jobs.square, 3).result(timeout=30) == 9
+        thread = pool._pool
+        wait_until(lambda: bool(thread.idle))
+        process = thread.idle[-1]
+        send, start = process.send, pool_module._Task.start
+        is_interrupted, both_start, pool_has_sent = True, threading.Event(), threading.Event()
+
+        def interruptible_send(payload: object) -> bool:
+            result = send(payload)
+            if is_interrupted:
+                raise KeyboardInterrupt
+            if threading.current_thread() is thread:
+                pool_has_sent.set()
+            return result
+
+        def slow_start(task: Any) -> bool:
+            if threading.current_thread() is thread:
+                both_start.wait(1)
+            else:
+                both_start.set()
+                pool_has_sent.wait(1)
+            return start(task)
+
+        monkeypatch.setattr(process, "send", interruptible_send)
+        monkeypatch.setattr(pool_module._Task, "start", slow_start)
+        with thread.lock:
+            for number in (4, 5):
+                with pytest.raises(KeyboardInterrupt):
+                    pool.submit(jobs.square, number)
+            futures = [task.future for task in thread.waiting]
+            is_interrupted = False
+            thread.events.put(("wake", None, None))
+        assert [future.result(timeout=30) for future in futures] == [16, 25]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_future_that_a_user_has_completed_harms_no_other(make: Make, waits: bool) -> None:
+    gate, started = flags(), flags()
+    with make(1) as pool:
+        first = pool.submit(jobs.gated, gate, "done", started)
+        wait_until(lambda: bool(started[0]))
+        completed = pool.submit(jobs.square, 3)
+        completed.set_result(5)
+        last = pool.submit(jobs.square, 4)
+        if not waits:
+            pool.shutdown(wait=False, cancel_futures=True)
+        gate[0] = 1
+        assert first.result(timeout=30) == "done"
+        assert completed.result(timeout=30) == 5
+        assert last.result(timeout=30) == 16 if waits else last.cancelled()
 
 
 @pytest.fixture
