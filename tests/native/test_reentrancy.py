@@ -192,3 +192,31 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_reads_in_the_middle_of_reads_fit_on_a_small_stack() -> None:
+    """Each level has less on the stack than a message may be long."""
+    script = """
+import threading
+import torchwq
+
+class Nested:
+    def __reduce__(self):
+        return read_next, ()
+
+def read_next():
+    import torchwq
+    return torchwq.in_hand.read()[1]
+
+torchwq.in_hand = channel = torchwq.channel()
+channel._core.open_to_processes()
+channel.write(*(Nested() for _ in range(14)), "the last")
+found = []
+threading.stack_size(512 * 1024)
+thread = threading.Thread(target=lambda: found.append(channel.read()[1]))
+thread.start()
+thread.join()
+assert found == ["the last"]
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -220,6 +220,25 @@ typedef struct {
     char is_active;
 } Receiver;
 
+/* Takes the next message: the item in it, or, where that is pickle's, what `try_receive` gives. 1, 0 if there is none, or
+ * -1 with an exception. A function of its own, so that its buffer is gone from the stack when other code runs. */
+__attribute__((noinline)) static int take(Receiver *self, PyObject **item, PyObject **received)
+{
+    char data[MAX_MESSAGE];
+    Py_ssize_t size;
+    PyObject *fds;
+    int found = seqpacket_receive_into(self->endpoint, data, &size, &fds);
+    if (found != 1)
+        return found;
+    *item = size && data[size - 1] == BARE && !PyList_Size(fds) ? builtin_loads(data, size) : NULL;
+    *received = NULL;
+    if (*item != NULL)
+        Py_DECREF(fds);
+    else
+        *received = pack_received(data, size, fds);
+    return *item != NULL || *received != NULL ? 1 : -1;
+}
+
 static PyObject *try_read(PyObject *op, PyObject *unused)
 {
     (void)unused;
@@ -231,10 +250,8 @@ static PyObject *try_read(PyObject *op, PyObject *unused)
     }
     if (!self->is_active || attempts == NULL || taken == NULL || closed == NULL || !is_seqpacket(self->endpoint))
         return PyObject_CallFunctionObjArgs(self->read_any, NULL);
-    char data[MAX_MESSAGE];
-    Py_ssize_t size;
-    PyObject *fds, *result;
-    int found = seqpacket_receive_into(self->endpoint, data, &size, &fds);
+    PyObject *item, *received, *result;
+    int found = take(self, &item, &received);
     if (found < 0 && PyErr_ExceptionMatches(PyExc_EOFError)) { /* the end, or closed by another thread */
         PyErr_Clear();
         return PyObject_CallFunctionObjArgs(self->read_any, NULL);
@@ -243,18 +260,15 @@ static PyObject *try_read(PyObject *op, PyObject *unused)
         return NULL;
     if (!found)
         Py_RETURN_NONE;
-    PyObject *item = size && data[size - 1] == BARE && !PyList_Size(fds) ? builtin_loads(data, size) : NULL;
     if (item != NULL) {
-        Py_DECREF(fds);
         add_one(attempts);
         add_one(taken);
         result = PyTuple_Pack(2, value_of(closed) ? self->closed_state : self->open_state, item);
         Py_DECREF(item);
         return result;
     }
-    PyObject *received = pack_received(data, size, fds);
-    result = received == NULL ? NULL : PyObject_CallFunctionObjArgs(self->read_received, received, NULL);
-    Py_XDECREF(received);
+    result = PyObject_CallFunctionObjArgs(self->read_received, received, NULL);
+    Py_DECREF(received);
     return result;
 }
 
