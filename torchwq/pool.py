@@ -417,12 +417,14 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         pool, peer = self._pool, self._backend.peer
         payload = codec.encode_call(fn, args, kwargs or None, upvalues=self._upvalues, peer=peer)
         future: unretrieved.Future[T] = unretrieved.Future()
+        # ``fn`` may be an object that answers with a user's code, which must not run with the lock.
+        task = _Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__)
         with pool.lock:
             if pool.broken is not None:
                 raise pool.error()
             if pool.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            pool.waiting.append(_Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__))
+            pool.waiting.append(task)
             pool.wake()
         return future
 

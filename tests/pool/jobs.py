@@ -104,6 +104,22 @@ def give_watched() -> torch.Tensor:
     return tensor
 
 
+#: What ``Named`` calls when it is asked for its name.
+on_name: Callable[[], None] = dict
+
+
+class Named:
+    """A task whose name is the result of a call."""
+
+    def __call__(self) -> str:
+        return "called"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__qualname__":
+            on_name()
+        raise AttributeError(name)
+
+
 def give_lock() -> Any:
     return {"held": threading.Lock()}
 

@@ -222,6 +222,14 @@ def test_closures_are_refused_by_submit_also_after_the_function_was_sent(pool: t
         pool.submit(lambda: data)
 
 
+def test_a_users_code_runs_without_the_pools_lock(
+    pool: torchwq.BackgroundTaskPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Waiting for another task needs the lock: workers that are threads take tasks with it.
+    monkeypatch.setattr(jobs, "on_name", lambda: pool.submit(jobs.square, 3).result(timeout=10))
+    assert pool.submit(jobs.Named()).result(timeout=30) == "called"
+
+
 # --- cancel and shutdown ---
 
 
