@@ -303,12 +303,12 @@ def test_a_signal_that_interrupts_no_system_call_ends_the_sleep_of_the_main_thre
     timer.start()
     began = time.monotonic()
     try:
-        assert waiter.wait(b.try_receive, began + 8) == (b"x", [])
+        assert waiter.wait(b.try_receive, began + 9) == (b"x", [])
     except Told:
         assert not sleeps
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert time.monotonic() - began < 3 * MAX_SLEEP
+    assert time.monotonic() - began < 8 * MAX_SLEEP
     timer.join()
     waiter.close()
     a.close()

@@ -10,6 +10,7 @@
 #include "core.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <sched.h>
 #include <string.h>
@@ -333,6 +334,10 @@ static PyObject *spin(PyObject *module, PyObject *const *args, Py_ssize_t count)
 #define EPOLLEXCLUSIVE (1u << 28) /* since Linux 4.5; older headers lack it */
 #endif
 
+/* After so many intervals of a sleep the main thread looks for signals. A look costs it half as much processor time as an
+ * interval does. */
+#define SLEEPS_PER_CHECK 4
+
 /* Waits for an event of `epoll` and then looks whether `fd` is readable: the kernel may have woken another process for
  * it, which was killed. False if there may be something to do. */
 static bool sleep_quietly(int epoll, int fd, double seconds)
@@ -371,15 +376,16 @@ static PyObject *sleep_until_event(PyObject *module, PyObject *const *args, Py_s
         epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
     }
     /* A signal wakes nobody that came just before this sleeps, or in another thread, or from `interrupt_main`. Python
-     * handles signals in the main thread, which therefore looks for them each interval. */
-    bool is_main = syscall(SYS_gettid) == getpid(), quiet;
-    int checked;
+     * handles signals in the main thread, which therefore looks for them now and then: that takes the GIL. */
+    int in_a_row = syscall(SYS_gettid) == getpid() ? SLEEPS_PER_CHECK : INT_MAX, checked;
+    bool quiet;
     do {
+        int sleeps = 0;
         Py_BEGIN_ALLOW_THREADS
         do {
             quiet = sleep_quietly(epoll, fd, seconds < interval ? seconds : interval);
             seconds -= interval;
-        } while (quiet && seconds > 0 && !is_main);
+        } while (quiet && seconds > 0 && ++sleeps < in_a_row);
         Py_END_ALLOW_THREADS
         checked = PyErr_CheckSignals();
     } while (!checked && quiet && seconds > 0 && PySet_Contains(asleep, me) == 1); /* a handler may have slept here, too */

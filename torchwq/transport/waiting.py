@@ -14,7 +14,7 @@ Invariants:
   after each one every reader tries again. The native part does so with one look and without the GIL. So whoever takes
   messages for other threads wakes them.
 * A signal may come just before the main thread sleeps, or in another thread. So that thread handles signals after each
-  ``MAX_SLEEP``, too.
+  sleep, in the native part after some of them.
 * An :class:`~torchwq.transport.alarm.Alarm` ends every wait; the caller then looks at the state for which it stands.
 * ``wake_all`` ends each wait that has begun, once: the alarm is set until the last of them has ended.
 * The epoll is made for the first sleep. While none can be had, threads sleep by poll(2), and each message wakes all.
