@@ -188,21 +188,7 @@ static PyMemberDef sender_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot sender_slots[] = {
-    {Py_tp_dealloc, sender_dealloc},
-    {Py_tp_traverse, sender_traverse},
-    {Py_tp_clear, sender_clear},
-    {Py_tp_methods, sender_methods},
-    {Py_tp_members, sender_members},
-    {0, NULL},
-};
-
-static PyType_Spec sender_spec = {
-    .name = "torchwq._native._core.SenderFields",
-    .basicsize = sizeof(Sender),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = sender_slots,
-};
+DEFINE_BASE(sender, Sender, "SenderFields")
 
 /* --- reading --- */
 
@@ -294,21 +280,7 @@ static PyMemberDef receiver_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot receiver_slots[] = {
-    {Py_tp_dealloc, receiver_dealloc},
-    {Py_tp_traverse, receiver_traverse},
-    {Py_tp_clear, receiver_clear},
-    {Py_tp_methods, receiver_methods},
-    {Py_tp_members, receiver_members},
-    {0, NULL},
-};
-
-static PyType_Spec receiver_spec = {
-    .name = "torchwq._native._core.ReceiverFields",
-    .basicsize = sizeof(Receiver),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = receiver_slots,
-};
+DEFINE_BASE(receiver, Receiver, "ReceiverFields")
 
 int add_channel(PyObject *module)
 {

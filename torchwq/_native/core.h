@@ -242,4 +242,22 @@ void free_object(PyObject *self);
         free_object(op); \
     }
 
+/* DEFINE_BASE(prefix, Type, PythonName) defines prefix_spec: a class that Python classes derive from, with prefix_methods,
+ * prefix_members, and what DEFINE_GC has defined. */
+#define DEFINE_BASE(prefix, Type, PythonName) \
+    static PyType_Slot prefix##_slots[] = { \
+        {Py_tp_dealloc, prefix##_dealloc}, \
+        {Py_tp_traverse, prefix##_traverse}, \
+        {Py_tp_clear, prefix##_clear}, \
+        {Py_tp_methods, prefix##_methods}, \
+        {Py_tp_members, prefix##_members}, \
+        {0, NULL}, \
+    }; \
+    static PyType_Spec prefix##_spec = { \
+        .name = "torchwq._native._core." PythonName, \
+        .basicsize = sizeof(Type), \
+        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, \
+        .slots = prefix##_slots, \
+    };
+
 #endif

@@ -240,21 +240,7 @@ static PyMemberDef outbox_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot outbox_slots[] = {
-    {Py_tp_dealloc, outbox_dealloc},
-    {Py_tp_traverse, outbox_traverse},
-    {Py_tp_clear, outbox_clear},
-    {Py_tp_methods, outbox_methods},
-    {Py_tp_members, outbox_members},
-    {0, NULL},
-};
-
-static PyType_Spec outbox_spec = {
-    .name = "torchwq._native._core.OutboxFields",
-    .basicsize = sizeof(Outbox),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = outbox_slots,
-};
+DEFINE_BASE(outbox, Outbox, "OutboxFields")
 
 #define SENT_FIELDS(_) _(sent) _(recent) _(uncertain) _(words) _(seen_losses)
 DEFINE_GC(sent, SentBlocks, SENT_FIELDS)

@@ -99,21 +99,7 @@ static PyMemberDef kept_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot kept_slots[] = {
-    {Py_tp_dealloc, kept_dealloc},
-    {Py_tp_traverse, kept_traverse},
-    {Py_tp_clear, kept_clear},
-    {Py_tp_methods, kept_methods},
-    {Py_tp_members, kept_members},
-    {0, NULL},
-};
-
-static PyType_Spec kept_spec = {
-    .name = "torchwq._native._core.KeptFields",
-    .basicsize = sizeof(KeptBlocks),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = kept_slots,
-};
+DEFINE_BASE(kept, KeptBlocks, "KeptFields")
 
 /* --- answers --- */
 
@@ -190,21 +176,7 @@ static PyMemberDef answers_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot answers_slots[] = {
-    {Py_tp_dealloc, answers_dealloc},
-    {Py_tp_traverse, answers_traverse},
-    {Py_tp_clear, answers_clear},
-    {Py_tp_methods, answers_methods},
-    {Py_tp_members, answers_members},
-    {0, NULL},
-};
-
-static PyType_Spec answers_spec = {
-    .name = "torchwq._native._core.AnswerFields",
-    .basicsize = sizeof(Answers),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = answers_slots,
-};
+DEFINE_BASE(answers, Answers, "AnswerFields")
 
 /* --- a worker's questions --- */
 
@@ -353,21 +325,7 @@ static PyMemberDef taker_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot taker_slots[] = {
-    {Py_tp_dealloc, taker_dealloc},
-    {Py_tp_traverse, taker_traverse},
-    {Py_tp_clear, taker_clear},
-    {Py_tp_methods, taker_methods},
-    {Py_tp_members, taker_members},
-    {0, NULL},
-};
-
-static PyType_Spec taker_spec = {
-    .name = "torchwq._native._core.TakerFields",
-    .basicsize = sizeof(Taker),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = taker_slots,
-};
+DEFINE_BASE(taker, Taker, "TakerFields")
 
 /* --- the questions that were sent --- */
 
@@ -421,21 +379,7 @@ static PyMemberDef history_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot history_slots[] = {
-    {Py_tp_dealloc, history_dealloc},
-    {Py_tp_traverse, history_traverse},
-    {Py_tp_clear, history_clear},
-    {Py_tp_methods, history_methods},
-    {Py_tp_members, history_members},
-    {0, NULL},
-};
-
-static PyType_Spec history_spec = {
-    .name = "torchwq._native._core.HistoryFields",
-    .basicsize = sizeof(History),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE,
-    .slots = history_slots,
-};
+DEFINE_BASE(history, History, "HistoryFields")
 
 int add_receive(PyObject *module)
 {
