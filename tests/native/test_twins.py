@@ -450,7 +450,8 @@ CHANNELS = """
     assert counts.read()[1] == counts.read()[1] == len(came)
     assert all(each == items[at % 5] for at, each in enumerate(came[:500]))
     assert came[505].data_ptr() == kept.data_ptr() == came[506][0].data_ptr()
-    assert sink.statistics().read == sink.statistics().written + len(came) == len(came)
+    # Of a backlog that the worker leaves behind, this process writes on what comes after the first item.
+    assert sink.statistics().read - sink.statistics().written == len(came)
     assert sink.read() == (torchwq.ChannelState.DRAINED, None)
     print("done")
 """
