@@ -102,6 +102,9 @@ def add(a: int, b: int) -> int:
 
 
 def task_rate(make: Callable[[], Any], count: int) -> float:
+    # The function of a module that can be imported. One of the script itself would travel as code, with each task.
+    from benchmarks.threads import add
+
     with make() as pool:
         pool.submit(add, 1, 2).result()
         started = time.perf_counter()
