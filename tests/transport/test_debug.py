@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tests.conftest import report_of_debug_mode
 from torchwq.marshalling import codec
@@ -148,3 +149,23 @@ def test_the_debug_mode_reports_on_stderr_unless_it_has_a_path() -> None:
         ended.wait()
     """
     assert "ms of processor time" in run(source, {**os.environ, debug.VARIABLE: "1", debug.SLOWDOWN_VARIABLE: "1"})
+
+
+def test_the_watching_thread_ends_before_the_interpreter(run_script: Any) -> None:
+    done = run_script(
+        """
+        import atexit, threading
+        atexit.register(lambda: print([each.name for each in threading.enumerate()]))  # first, so it runs last
+        import torchwq
+        from torchwq.transport import debug
+        with torchwq.workqueue() as queue:
+            worker = torchwq.map(1, lambda q: q.write(1), queue)
+            queue.read()
+            worker.join()
+        assert any(each.name == "torchwq-debug" for each in threading.enumerate())
+        """,
+        env={"TORCHWQ_DEBUG": "1"},
+        fresh=True,
+    )
+    assert "torchwq-debug" not in done.stdout
+    assert "MainThread" in done.stdout

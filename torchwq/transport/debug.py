@@ -17,6 +17,7 @@ Source: the debug mode of asyncio, https://docs.python.org/3/library/asyncio-dev
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import itertools
@@ -41,6 +42,8 @@ MAX_CALLBACK_TIME: Final = 0.05 * _SLOWDOWN
 #: How often, in seconds, the watching thread looks, and how often it must find a thread idle to report it.
 _POLL_INTERVAL: Final = 0.01
 _MAX_IDLE_POLLS: Final = int(20 * _SLOWDOWN)
+#: How long, in seconds, the end of the process waits for the watching thread.
+_STOP_TIMEOUT: Final = 1.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,12 +66,15 @@ class _Running:
 
 _running: _Running | None = None
 _watches = False
+#: The watching thread, and what ends it.
+_thread: threading.Thread | None = None
+_ended = threading.Event()
 
 
 @reset_in_child
 def _forget() -> None:
-    global _running, _watches
-    _running, _watches = None, False
+    global _running, _watches, _thread, _ended
+    _running, _watches, _thread, _ended = None, False, None, threading.Event()
 
 
 def timed(call: F) -> F:
@@ -124,21 +130,34 @@ if ON:
 
 
 def _start_watching() -> None:
-    global _watches
+    global _watches, _thread
     if not _watches:
         _watches = True
+        thread = threading.Thread(target=_watch, name="torchwq-debug", daemon=True)
         try:
-            threading.Thread(target=_watch, name="torchwq-debug", daemon=True).start()
+            thread.start()
         except RuntimeError:  # there are too many threads, or the interpreter ends
-            pass
+            return
+        _thread = thread
+
+
+def _stop_watching() -> None:
+    """End the thread before the interpreter ends: one that wakes meanwhile, as this one does all the time, may use its
+    thread state when that is freed (CPython 3.11, ``take_gil``)."""
+    _ended.set()
+    if _thread is not None:
+        _thread.join(_STOP_TIMEOUT)
+
+
+if ON:
+    atexit.register(_stop_watching)
 
 
 def _watch() -> None:
     """Report a callback that waits."""
     seen: tuple[int, float] | None = None
     idle_polls = 0
-    while True:
-        time.sleep(_POLL_INTERVAL)
+    while not _ended.wait(_POLL_INTERVAL):
         before, seen = seen, _state()
         idle_polls = idle_polls + 1 if seen is not None and seen == before else 0
         if seen is not None and idle_polls == _MAX_IDLE_POLLS:
