@@ -14,8 +14,6 @@
 
 #include <string.h>
 
-#define BARE '.'
-
 /* --- a word in shared memory --- */
 
 /* A word of this process's: no other process writes it while there is an address. */

@@ -26,10 +26,6 @@
 #define MAX_LAYOUTS 1024
 #define TABLE (2 * MAX_LAYOUTS)
 
-#define REFERENCE 16 /* as plain.c has it */
-#define COUNT 4
-#define PACKED (1u << 31)
-
 #define MAX_BYTES ((uint64_t)1 << 48)
 #define WITHOUT_GIL (128 * 1024) /* bytes of a sample whose copying takes longer than letting other threads run */
 
@@ -671,7 +667,7 @@ static int take_blocks(Batch *batch, const int64_t *shifts, uint64_t pack, Block
 static PyObject *message_of(PyObject *prefix, const Blocks *blocks, bool is_packed)
 {
     Py_ssize_t size = PyBytes_Size(prefix), count = blocks->count;
-    PyObject *data = PyBytes_FromStringAndSize(NULL, size + count * REFERENCE + COUNT), *result = NULL;
+    PyObject *data = PyBytes_FromStringAndSize(NULL, size + count * REFERENCE_SIZE + COUNT_SIZE), *result = NULL;
     PyObject *fds = PyTuple_New(count), *numbers = PyTuple_New(count), *keep = PyTuple_New(count);
     if (data == NULL || fds == NULL || numbers == NULL || keep == NULL)
         goto done;
@@ -679,7 +675,7 @@ static PyObject *message_of(PyObject *prefix, const Blocks *blocks, bool is_pack
     memcpy(at, PyBytes_AsString(prefix), (size_t)size);
     at += size;
     uint64_t nbytes = 0;
-    for (Py_ssize_t index = 0; index < count; index++, at += REFERENCE) {
+    for (Py_ssize_t index = 0; index < count; index++, at += REFERENCE_SIZE) {
         const Block *block = blocks->blocks[index];
         memcpy(at, &block->number, 8);
         memcpy(at + 8, &block->nbytes, 8);
@@ -696,7 +692,7 @@ static PyObject *message_of(PyObject *prefix, const Blocks *blocks, bool is_pack
         PyTuple_SetItem(keep, index, blocks->storages[index]);
     }
     uint32_t references = (uint32_t)count | (is_packed ? PACKED : 0);
-    memcpy(at, &references, COUNT);
+    memcpy(at, &references, COUNT_SIZE);
     result = message_new(data, fds, keep, numbers, nbytes);
 done:
     Py_XDECREF(data);
@@ -711,7 +707,7 @@ static int collate_message(Batch *batch, Py_ssize_t limit, PyObject **result)
     Layout *layout = layout_of(batch);
     if (layout == NULL)
         return -1;
-    if (PyBytes_Size(layout->prefix) + (layout->count + 1) * REFERENCE + COUNT > limit)
+    if (PyBytes_Size(layout->prefix) + (layout->count + 1) * REFERENCE_SIZE + COUNT_SIZE > limit)
         return NOT_MINE;
     PyObject *prefix = layout->prefix;
     Py_INCREF(prefix);

@@ -21,6 +21,16 @@
 /* What every function returns that finds that its twin, which knows more, has to do the work. Not an error. */
 #define NOT_MINE 1
 
+/* --- messages, as marshalling.wire and transport.trailer have them --- */
+
+#define BARE '.'          /* the last byte of a pickle without a trailer */
+#define PICKLE 0          /* wire.Pickle */
+#define REFERENCES 1      /* wire.References */
+#define TRAILER 9         /* bytes: the number, and the kind */
+#define REFERENCE_SIZE 16 /* bytes: the number and the bytes of a block */
+#define COUNT_SIZE 4      /* bytes: the number of references */
+#define PACKED (1u << 31) /* flag in that number: some tensors are slices of the last block */
+
 /* --- lock.c --- */
 
 typedef struct {

@@ -5,8 +5,6 @@
 
 #include "core.h"
 
-#define REFERENCES 1
-
 static PyTypeObject *MessageFields_Type;
 static PyTypeObject *message_type; /* the class in Python */
 static PyObject *empty;

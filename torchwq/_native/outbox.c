@@ -36,8 +36,6 @@ typedef struct {
     Py_ssize_t loss_index;
 } SentBlocks;
 
-#define PICKLE 0
-
 static PyTypeObject *Outbox_Type, *SentBlocks_Type;
 static PyObject *empty;
 
@@ -101,7 +99,7 @@ static int choose(Outbox *self, PyObject *payload, Message *message, PyObject **
 static PyObject *with_trailer(PyObject *data, uint64_t number, int kind)
 {
     Py_ssize_t size = PyBytes_Size(data);
-    PyObject *result = size < 0 ? NULL : PyBytes_FromStringAndSize(NULL, size + 9);
+    PyObject *result = size < 0 ? NULL : PyBytes_FromStringAndSize(NULL, size + TRAILER);
     if (result == NULL)
         return NULL;
     char *bytes = PyBytes_AsString(result);

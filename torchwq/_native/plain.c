@@ -25,13 +25,6 @@
 #define MAX_SHAPES 1024
 #define TABLE (4 * MAX_SHAPES)
 
-#define KIND 1         /* wire.References */
-#define PICKLE 0       /* wire.Pickle */
-#define BARE '.'       /* wire.Bare */
-#define TRAILER 9      /* the number, and the kind */
-#define REFERENCE 16   /* the number and the bytes of a block */
-#define COUNT 4        /* the number of references */
-#define PACKED (1u << 31) /* flag in that number: some tensors are slices of the last block */
 #define MAX_PREFIX 32768
 
 typedef struct {
@@ -395,7 +388,8 @@ static PyObject *tuple_of_numbers(const uint64_t *numbers, Py_ssize_t count)
 /* The message of these blocks, which keeps their `storages`. */
 static PyObject *make_message(const Shape *shape, Block *const *blocks, PyObject **storages, Py_ssize_t limit)
 {
-    Py_ssize_t count = shape->count, size = PyBytes_Size(shape->prefix), length = size + count * REFERENCE + COUNT;
+    Py_ssize_t count = shape->count, size = PyBytes_Size(shape->prefix);
+    Py_ssize_t length = size + count * REFERENCE_SIZE + COUNT_SIZE;
     if (length > limit)
         Py_RETURN_NONE;
     uint64_t numbers[MAX_TENSORS], fds[MAX_TENSORS], nbytes = 0;
@@ -405,14 +399,14 @@ static PyObject *make_message(const Shape *shape, Block *const *blocks, PyObject
     char *at = PyBytes_AsString(data);
     memcpy(at, PyBytes_AsString(shape->prefix), (size_t)size);
     at += size;
-    for (Py_ssize_t index = 0; index < count; index++, at += REFERENCE) {
+    for (Py_ssize_t index = 0; index < count; index++, at += REFERENCE_SIZE) {
         numbers[index] = blocks[index]->number, fds[index] = (uint64_t)blocks[index]->fd;
         memcpy(at, &blocks[index]->number, 8);
         memcpy(at + 8, &blocks[index]->nbytes, 8);
         nbytes += blocks[index]->nbytes;
     }
     uint32_t references = (uint32_t)count;
-    memcpy(at, &references, COUNT);
+    memcpy(at, &references, COUNT_SIZE);
     PyObject *of_numbers = tuple_of_numbers(numbers, count), *of_fds = tuple_of_numbers(fds, count);
     PyObject *keep = tuple_of(storages, count);
     if (of_numbers != NULL && of_fds != NULL && keep != NULL)
@@ -651,7 +645,7 @@ static int take(const Shape *shape, const char *references, PyObject **tensors)
     int result = NOT_MINE;
     if (memory.counts == NULL)
         return NOT_MINE;
-    for (; owned < count; owned++, references += REFERENCE) {
+    for (; owned < count; owned++, references += REFERENCE_SIZE) {
         uint64_t number, nbytes;
         memcpy(&number, references, 8);
         memcpy(&nbytes, references + 8, 8);
@@ -713,13 +707,13 @@ static void close_fds(PyObject *fds)
  * twin's. */
 static PyObject *decode_references(const char *data, Py_ssize_t size, PyObject *fds)
 {
-    if (size < TRAILER + COUNT + REFERENCE || !memory_ready())
+    if (size < TRAILER + COUNT_SIZE + REFERENCE_SIZE || !memory_ready())
         Py_RETURN_NOTIMPLEMENTED;
     uint32_t count;
-    memcpy(&count, data + size - TRAILER - COUNT, COUNT);
+    memcpy(&count, data + size - TRAILER - COUNT_SIZE, COUNT_SIZE);
     bool is_packed = count & PACKED;
     count &= ~PACKED;
-    Py_ssize_t start = size - TRAILER - COUNT - (Py_ssize_t)count * REFERENCE;
+    Py_ssize_t start = size - TRAILER - COUNT_SIZE - (Py_ssize_t)count * REFERENCE_SIZE;
     if (count < 1 || count > MAX_TENSORS || start < 1)
         Py_RETURN_NOTIMPLEMENTED;
     Shape *shape = shape_of_prefix(data, (size_t)start);
@@ -759,7 +753,7 @@ static PyObject *decode_plain(PyObject *module, PyObject *const *args, Py_ssize_
     if (PyBytes_AsStringAndSize(args[0], &data, &size) < 0)
         return NULL;
     int kind = size ? (unsigned char)data[size - 1] : -1;
-    if (kind == KIND)
+    if (kind == REFERENCES)
         return decode_references(data, size, args[1]);
     if ((kind != BARE && kind != PICKLE) || loads == NULL || PyList_Size(args[1]) != 0)
         Py_RETURN_NOTIMPLEMENTED;

@@ -8,10 +8,6 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define TRAILER 9
-#define BARE '.'
-#define PICKLE 0
-
 /* --- a connection's next message --- */
 
 /* Calls `receive`, an endpoint's method. */
