@@ -18,6 +18,7 @@ Source: the debug mode of asyncio, https://docs.python.org/3/library/asyncio-dev
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import itertools
@@ -65,16 +66,15 @@ class _Running:
 
 
 _running: _Running | None = None
-_watches = False
-#: The watching thread, and what ends it.
+#: The watching thread, also one that could not start, and what ends it.
 _thread: threading.Thread | None = None
 _ended = threading.Event()
 
 
 @reset_in_child
 def _forget() -> None:
-    global _running, _watches, _thread, _ended
-    _running, _watches, _thread, _ended = None, False, None, threading.Event()
+    global _running, _thread, _ended
+    _running, _thread, _ended = None, None, threading.Event()
 
 
 def timed(call: F) -> F:
@@ -130,22 +130,19 @@ if ON:
 
 
 def _start_watching() -> None:
-    global _watches, _thread
-    if not _watches:
-        _watches = True
-        thread = threading.Thread(target=_watch, name="torchwq-debug", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # there are too many threads, or the interpreter ends
-            return
-        _thread = thread
+    global _thread
+    if _thread is None:
+        _thread = threading.Thread(target=_watch, name="torchwq-debug", daemon=True)
+        # There may be too many threads, or the interpreter ends.
+        with contextlib.suppress(RuntimeError):
+            _thread.start()
 
 
 def _stop_watching() -> None:
     """End the thread before the interpreter ends: one that wakes meanwhile, as this one does all the time, may use its
     thread state when that is freed (CPython 3.11, ``take_gil``)."""
     _ended.set()
-    if _thread is not None:
+    if _thread is not None and _thread.is_alive():
         _thread.join(_STOP_TIMEOUT)
 
 
