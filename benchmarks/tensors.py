@@ -161,29 +161,6 @@ def start_peer(kind: str, short: str) -> Peer:
     return Peer(f"{kind} {short}", questions.put, answers.get, close, STRATEGIES[short], suits)
 
 
-def serve_pickles(questions: Any, answers: Any) -> None:
-    torch.set_num_threads(1)
-    answer(lambda: pickle.loads(questions.get()), lambda message: answers.put(pickle.dumps(message, 5)))
-
-
-def start_pickles() -> Peer:
-    """A queue that carries the tensors' values."""
-    questions, answers = FORK.SimpleQueue(), FORK.SimpleQueue()
-    process = FORK.Process(target=serve_pickles, args=(questions, answers), daemon=True)
-    process.start()
-
-    def write(message: Any) -> None:
-        questions.put(pickle.dumps(message, 5))
-
-    def close() -> None:
-        write(None)
-        process.join()
-
-    return Peer(
-        "SimpleQueue pickled", write, lambda: pickle.loads(answers.get()), close, suits=lambda case: case in SMALL
-    )
-
-
 def to_arrays(message: Any) -> Any:
     if type(message) is torch.Tensor:
         return message.numpy()
@@ -196,28 +173,33 @@ def to_tensors(message: Any) -> Any:
     return {key: torch.from_numpy(value) for key, value in message.items()} if type(message) is dict else message
 
 
-def serve_arrays(questions: Any, answers: Any) -> None:
+def serve_values(pack: Callable[[Any], Any], unpack: Callable[[Any], Any], questions: Any, answers: Any) -> None:
     torch.set_num_threads(1)
-    answer(lambda: to_tensors(questions.get()), lambda message: answers.put(to_arrays(message)))
+    answer(lambda: unpack(questions.get()), lambda message: answers.put(pack(message)))
 
 
-def start_arrays() -> Peer:
-    """The same as arrays, whose pickles cost a tenth of those of tensors."""
+def start_values(name: str, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> Peer:
+    """A queue that carries the tensors' values, as ``pack`` makes them."""
     questions, answers = FORK.SimpleQueue(), FORK.SimpleQueue()
-    process = FORK.Process(target=serve_arrays, args=(questions, answers), daemon=True)
+    process = FORK.Process(target=serve_values, args=(pack, unpack, questions, answers), daemon=True)
     process.start()
 
+    def write(message: Any) -> None:
+        questions.put(pack(message))
+
     def close() -> None:
-        questions.put(None)
+        write(None)
         process.join()
 
-    return Peer(
-        "SimpleQueue arrays",
-        lambda message: questions.put(to_arrays(message)),
-        lambda: to_tensors(answers.get()),
-        close,
-        suits=lambda case: case in SMALL,
-    )
+    return Peer(f"SimpleQueue {name}", write, lambda: unpack(answers.get()), close, suits=lambda case: case in SMALL)
+
+
+def start_by_value() -> list[Peer]:
+    """Pickles of tensors, and of arrays, which cost a tenth."""
+    return [
+        start_values("pickled", partial(pickle.dumps, protocol=5), pickle.loads),
+        start_values("arrays", to_arrays, to_tensors),
+    ]
 
 
 SMALL = (SAME, SHARED, FRESH, DICT, TUPLE)
@@ -279,7 +261,7 @@ def measure_memcpy(elements: int, case: Case) -> Measure:
 
 def measure_echoes(rounds: int, seconds: float) -> Results:
     peers = [start_peer(kind, short) for kind in ("Queue", "SimpleQueue") for short in STRATEGIES]
-    peers = [start_torchwq(), *peers, start_pickles(), start_arrays()]
+    peers = [start_torchwq(), *peers, *start_by_value()]
     torch.multiprocessing.set_sharing_strategy("file_descriptor")
     measures: dict[str, dict[str, Measure]] = {
         case.name: {peer.name: measure(peer, case, seconds) for peer in peers if peer.suits(case)} for case in CASES
