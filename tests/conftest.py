@@ -28,6 +28,7 @@ from unittest import mock
 
 import psutil
 import pytest
+import torch
 
 import torchwq
 from tests.interpreter import Interpreter
@@ -102,6 +103,13 @@ def _services() -> None:
     # torch's own heap need not be looked through each time that garbage is collected.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def cuda_context() -> None:
+    """What torch keeps open for good in a process that uses a GPU is there before a test counts descriptors."""
+    torch.zeros(1, device="cuda").untyped_storage()._share_cuda_()
+    torch.cuda.synchronize()
 
 
 class Footprint:

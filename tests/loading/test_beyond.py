@@ -232,6 +232,15 @@ def test_it_is_said_once_why_a_number_of_workers_stays(
     assert why in caplog.text
 
 
+def test_a_process_that_gets_more_cores_later_keeps_to_the_number_that_its_loader_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted = _Counted(monkeypatch, 1, 0.9)
+    monkeypatch.setattr(counted.stats, "since_last_check", lambda: (0.9, True))
+    counted.autoscaler = autoscaling.Autoscaler(counted.stats, counted, autoscaling.max_workers(1), 16)  # type: ignore[arg-type]
+    assert counted.run(lambda count: 0.01) == autoscaling.max_workers(1)
+
+
 def test_it_is_said_that_the_consumer_hardly_waits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -193,7 +193,9 @@ def _encoder(peer: Capabilities) -> Any:
     return encoder
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("cuda_context")
 @pytest.mark.parametrize("make", [lambda x: x, torch.Tensor.untyped_storage], ids=["tensor", "storage"])
 def test_a_tensor_on_a_gpu_is_refused_with_its_place(make: Callable[[torch.Tensor], Any]) -> None:
     with pytest.raises(MarshalError, match=r"args\[0\]\[0\].*tensor\.cpu\(\)"):

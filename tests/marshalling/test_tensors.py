@@ -573,7 +573,7 @@ CUDA: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.fixture
-def cuda_peer(peer: Peer) -> Iterator[Peer]:
+def cuda_peer(cuda_context: None, peer: Peer) -> Iterator[Peer]:
     yield peer
     torch.cuda.synchronize()
     torch.cuda.ipc_collect()
@@ -599,7 +599,12 @@ def test_a_write_to_a_cuda_tensor_is_seen_on_the_other_side(cuda_peer: Peer) -> 
         torch.cuda.synchronize()
         assert cuda_peer.ask(apply_to_kept, torch.Tensor.tolist) == [2.0] * 4
     finally:
-        cuda_peer.ask(drop_kept)
+        cuda_peer.ask(forget_kept)
+
+
+def forget_kept() -> None:
+    """A worker cannot send back a CUDA tensor that it has from the owner: torch does not."""
+    drop_kept()
 
 
 def add_one_and_synchronize(tensor: torch.Tensor) -> None:
@@ -618,6 +623,7 @@ def test_a_message_mixes_cuda_and_cpu_tensors(cuda_peer: Peer) -> None:
 
 @pytest.mark.cuda
 @needs_cuda
+@pytest.mark.usefixtures("cuda_context")
 def test_a_cuda_non_leaf_that_requires_grad_is_refused() -> None:
     with pytest.raises(MarshalError, match=r"args\[0\]\[0\].*detach"):
         marshal([torch.ones(2, device="cuda", requires_grad=True) * 2])

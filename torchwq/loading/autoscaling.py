@@ -80,7 +80,8 @@ class Autoscaler:
             if self._window is not None:
                 self._log_once(count, f"the consumer waits for {waited:.0%} of its time, which is not much")
             return 0
-        if count < self._cores and idle:
+        # The limit is older than the number of cores: a process may have been given more of them in between.
+        if count < min(self._cores, self._limit) and idle:
             return self._add(count, 1, waited)
         if not all(worker.has_answered for worker in workers):
             return 0
