@@ -30,7 +30,7 @@ from .transport import cleanup, reactor
 from .transport.capabilities import SAME_PROCESS
 from .transport.fork import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
-from .workers.backend import find
+from .workers.backend import Backend, find
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ class BackgroundTask(unretrieved.Future[T]):
             index 0 to its end. A function gets no ``mapid``. It travels as code; see ``upvalues``.
         *args: the function's arguments.
         prefetch: how many items may be ready and not taken; at least 1.
-        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`. A producer that is a thread ends between two
-            items, not in the middle of one.
+        backend: ``"process"``, ``"thread"`` or ``"ray"``; see :func:`torchwq.map`. A producer that is a thread ends
+            between two items, not in the middle of one.
         upvalues: whether ``f`` may be a closure and use global data of ``__main__``, which are then copied to the
             worker.
 
@@ -89,7 +89,7 @@ class BackgroundTask(unretrieved.Future[T]):
         /,
         *args: Any,
         prefetch: int = 2,
-        backend: str = "process",
+        backend: str | Backend = "process",
         upvalues: bool = False,
     ) -> None:
         super().__init__()

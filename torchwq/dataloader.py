@@ -21,7 +21,7 @@ from .loading.in_process import InProcessIterator
 from .loading.iterator import Iterator
 from .loading.statistics import LoaderStatistics, StatsCollector
 from .transport.waiting import cores
-from .workers.backend import find
+from .workers.backend import Backend, find
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -58,7 +58,9 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             loading waits or releases the GIL. Threads share the dataset (each has a shallow copy, whose attributes it
             may set), and batches are not copied: an object that ``collate_fn`` passes on is the dataset's own. Threads
             also share the global random generators: equal seeds give equal batches only if the dataset draws from other
-            ones, for example one made with ``get_worker_info().seed``.
+            ones, for example one made with ``get_worker_info().seed``. Or ``"ray"``: workers on the machines of a Ray
+            cluster; :class:`torchwq.ray.Backend` has options. They get a copy of the dataset, and batches travel by
+            value.
 
     Raises:
         ValueError: for invalid combinations of arguments, with torch's own messages where torch has them.
@@ -94,7 +96,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         on_worker_death: Literal["raise", "restart"] = "raise",
         max_restarts: int = 3,
         prefetch_across_epochs: bool = False,
-        backend: Literal["process", "thread"] = "process",
+        backend: Literal["process", "thread", "ray"] | Backend = "process",
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
@@ -161,7 +163,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             return self._last_iterator
         if self._max_workers:
             self.num_workers = max(self.num_workers, self._stats.workers)
-        else:
+        elif find(self.backend).peer.shares_memory:  # other machines have cores of their own
             self.check_worker_number_rationality()
         self._stats.workers, self._stats.state = self.num_workers, None
         iterator = Iterator(self, self._stats, loaded)
@@ -237,7 +239,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         return self._stats.read()
 
 
-def _check(on_worker_death: str, max_restarts: int, backend: str, multiprocessing_context: Any) -> None:
+def _check(on_worker_death: str, max_restarts: int, backend: str | Backend, multiprocessing_context: Any) -> None:
     workers = find(backend)
     if multiprocessing_context is not None and "multiprocessing_context" not in workers.options:
         raise ValueError(f"multiprocessing_context is for processes: leave it out with backend={backend!r}")

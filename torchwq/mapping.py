@@ -248,7 +248,9 @@ def _drop_later(outcomes: _Outcomes) -> None:
     cleanup.call_soon(outcomes.drop)
 
 
-def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", upvalues: bool = False) -> Map:
+def map(
+    n: int, f: Callable[..., Any], /, *args: Any, backend: str | Backend = "process", upvalues: bool = False
+) -> Map:
     """Run ``f(*args, mapid)`` in each of ``n`` new workers, ``mapid`` = 0 … n-1.
 
     ``mapid`` is passed if ``f`` requires one more positional argument, takes ``*args``, or has a parameter called
@@ -267,7 +269,8 @@ def map(n: int, f: Callable[..., Any], /, *args: Any, backend: str = "process", 
         f: the function. It travels as code; see ``upvalues``.
         *args: its arguments. A :class:`WorkQueue` arrives as a worker's handle. Locks, queues and shared values of
             ``multiprocessing`` are allowed, as in the arguments of a process that it starts with ``spawn``.
-        backend: ``"process"`` or ``"thread"``.
+        backend: ``"process"``, ``"thread"`` or ``"ray"``: workers on the machines of a Ray cluster, to which tensors
+            travel by value; :class:`torchwq.ray.Backend` has options.
         upvalues: whether ``f`` may be a closure, and use global data of ``__main__``, which are then copied to the
             workers.
 

@@ -363,7 +363,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
 
     Args:
         n: the largest number of workers; None: the number of cores that this process may use.
-        backend: ``"process"`` or ``"thread"``; see :func:`torchwq.map`.
+        backend: ``"process"``, ``"thread"`` or ``"ray"``; see :func:`torchwq.map`.
         upvalues: whether functions may be closures and use global data of ``__main__``, copied with each task.
         initializer: a function that each worker runs before its first task. If it raises, the pool is broken: tasks
             fail with ``concurrent.futures.BrokenExecutor``.
@@ -381,7 +381,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         self,
         n: int | None = None,
         *,
-        backend: str = "process",
+        backend: str | Backend = "process",
         upvalues: bool = False,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),

@@ -15,6 +15,7 @@ import torch
 
 import torchwq
 from torchwq.marshalling import codec
+from torchwq.marshalling.value_message import ValueMessage
 from torchwq.memory import maintenance, pool, received_blocks
 from torchwq.memory.message import Message
 from torchwq.transport.trailer import PICKLE, trailer
@@ -22,10 +23,12 @@ from torchwq.transport.trailer import PICKLE, trailer
 LIMIT = codec.CALL_LIMIT
 
 
-def received(payload: bytes | Message) -> tuple[bytes, list[int]]:
+def received(payload: bytes | Message | ValueMessage) -> tuple[Any, list[int]]:
     """The message as a reader would get it: bytes with a trailer, and its own descriptors."""
     if isinstance(payload, Message):
         return payload.copy()
+    if isinstance(payload, ValueMessage):
+        return payload, []
     return payload + trailer(7, PICKLE), []
 
 

@@ -29,8 +29,8 @@ from .test_tensors import ALL, dense, values
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about prototypes and deprecations
 
 
-def marshal(obj: Any, **how: Any) -> bytes:
-    """The message: bytes, and nothing beside them."""
+def marshal(obj: Any, **how: Any) -> Any:
+    """The message: bytes, or a ``ValueMessage``, and no descriptors beside it."""
     (payload,) = codec.encode_all([obj], codec.CALL_LIMIT, peer=OTHER_MACHINE, **how)
     data, fds = received(payload)
     assert not fds
@@ -80,7 +80,7 @@ def test_views_of_one_storage_arrive_as_views_of_one_storage_with_what_is_seen_o
     base = torch.arange(1 << 20)
     rows = [base[:10], base[5:15], base[-10:]]
     data = marshal(rows)
-    assert len(data) < 2_000
+    assert data.nbytes < 2_000
     first, second, last = codec.decode(data, [])
     assert (first.tolist(), second.tolist(), last.tolist()) == tuple(each.tolist() for each in rows)
     first[5:].zero_()
@@ -107,7 +107,7 @@ def test_storages_go_by_value(storage: Callable[[torch.Tensor], Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_arrays_and_bytes_stay_in_the_message_whatever_its_size(size: int) -> None:
+def test_arrays_and_bytes_go_by_value_whatever_their_size(size: int) -> None:
     obj = {"array": np.arange(size), "bytes": b"x" * size, "text": "y" * size, "numbers": (1, 2.5, None)}
     out = roundtrip(obj)
     assert identical(out, obj)
@@ -143,9 +143,7 @@ def _descriptor() -> Descriptor:
 _VALUE, _ARRAY = multiprocessing.get_context("spawn").Value("i", 3), sharedctypes.RawArray("i", 3)
 
 HERE_ONLY: dict[str, tuple[Callable[[], Any], str]] = {
-    "queue": (torchwq.workqueue, "file descriptor"),
-    "channel": (torchwq.channel, "file descriptor"),
-    "mutex": (torchwq.mutex, "file descriptor"),
+    "mutex": (torchwq.mutex, "one machine only"),
     "descriptor": (_descriptor, "file descriptor"),
     "connection": (lambda: multiprocessing.Pipe()[0], "file descriptor"),
     "lock": (multiprocessing.get_context("spawn").Lock, "this machine"),
@@ -163,6 +161,25 @@ def test_what_is_of_this_machine_is_refused_with_its_place(kind: str) -> None:
         marshal({"inner": [1, obj]}, worker_resources=[])
     with contextlib.suppress(AttributeError):
         obj.close()
+
+
+@pytest.mark.parametrize("make", [torchwq.workqueue, torchwq.channel])
+def test_a_handle_is_an_object_of_the_message_which_its_carrier_replaces(make: Callable[[], Any]) -> None:
+    with make() as handle:
+        message = marshal([1, handle])
+        assert [ref.target.far_kind for ref in message.objects] == ["queue" if "queue" in make.__name__ else "channel"]
+        message.objects = ["far"]
+        assert message.decode() == [1, "far"]
+
+
+def test_a_large_tensor_is_copied_once_into_memory_that_is_used_again() -> None:
+    tensor = torch.arange(1 << 18)
+    message = marshal({"large": tensor})
+    assert [part.obj.ctypes.data for part in message.parts] == [tensor.data_ptr()]
+    before = torchwq.memory_stats().blocks
+    places = {message.decode()["large"].data_ptr() for _ in range(10)}
+    assert len(places) <= 2
+    assert torchwq.memory_stats().blocks <= before + 2
 
 
 def test_an_exception_that_holds_a_tensor_goes_by_value() -> None:

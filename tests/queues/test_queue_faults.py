@@ -6,6 +6,7 @@ import asyncio
 import errno
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -140,6 +141,20 @@ def test_workers_that_fail_before_they_open_the_queue_do_not_leave_the_owner_wai
             owner.read(timeout=20)
         with pytest.raises(ValueError, match="no such file"):
             workers.join(20)
+
+
+def test_a_queue_that_nobody_has_is_not_told_of_workers_that_fail() -> None:
+    """Such as those of an earlier map, whose end is noticed when the queue is there already."""
+    with torchwq.workqueue() as questions:
+        workers = torchwq.map(1, _fail_at_once)
+        with pytest.raises(ZeroDivisionError):
+            workers.join(timeout=30)
+        with pytest.raises(queue.Empty):
+            questions.read(timeout=0.05)
+
+
+def _fail_at_once() -> None:
+    raise ZeroDivisionError
 
 
 def test_before_the_first_worker_the_owner_waits() -> None:

@@ -123,7 +123,7 @@ class FailureDetector:
                 return False
             mapid = worker.info.mapid
             death = WorkerDied(
-                f"worker {mapid}, a thread that had this channel, ended with an error: join() of its map raises it",
+                f"worker {mapid}, {worker.kind} with this channel, ended with an error: join() of its map raises it",
                 mapid=mapid,
             )
             self._thread_failures.append((death, handle.has_written))

@@ -281,11 +281,16 @@ def channel(capacity: int | None = None) -> Channel:
 
 
 class _Target(Target):
+    far_kind = "channel"
+
     def __init__(self, core: Core, seen: SeenChannelFailures) -> None:
         # Not a method of the core: an item that waits there may have this target in it.
         super().__init__(core.failures.handles.count_pending)
         self._core = core
         self._seen = seen
+
+    def shown(self) -> dict[str, Any]:
+        return {"capacity": self._core.capacity}
 
     def make_handle(self) -> Channel:
         return Channel(self._core, self._seen.copy())

@@ -9,6 +9,9 @@ and the handle there. Invariants:
   a descriptor is called when the message leaves, and again with -1 if it was not sent after all.
 * A message can be decoded more than once (see ``torchwq.marshal``), in this process or another, so a reference can be
   accepted more than once. Each time makes another handle; only the first ends the counting.
+* A message to another machine has the reference itself as one of its objects. Who carries the message gives the reader
+  an object of the reference's ``far_kind`` in its place, and answers for that object here, as a worker with a handle of
+  its own.
 * The finalizer only appends to a list, because it runs at any time, in any thread, with any lock held.
 """
 
@@ -20,6 +23,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from ..errors import MarshalError
 from ..marshalling import reducers
 from ..memory.anonymous import Descriptor
 from ..transport import cleanup
@@ -35,8 +39,15 @@ class Target(abc.ABC):
             was dropped. It is kept alive while a handle is pending.
     """
 
+    #: Which kind of object stands for the handle on another machine; "" if it works on this one only.
+    far_kind = ""
+
     def __init__(self, count_pending: Callable[[int], None] | None = None) -> None:
         self.count_pending = count_pending
+
+    def shown(self) -> dict[str, Any]:
+        """What the object on another machine shows of the handle."""
+        return {}
 
     @abc.abstractmethod
     def make_handle(self) -> Any:
@@ -78,6 +89,10 @@ def register_handle(cls: type[H], target_of: Callable[[H], Target]) -> None:
         target = target_of(handle)
         if encoder.peer.same_process:
             return _accept_local, (encoder.attach_object(HandleRef(target)),)
+        if not encoder.peer.passes_descriptors:
+            if not target.far_kind:
+                raise MarshalError(f"a {cls.__name__.lstrip('_')} works within one machine only")
+            return reducers.attached_object, (encoder.attach_object(HandleRef(target)),)
         return _accept_received, _attach_fds(encoder, target)
 
     reducers.register(cls, reduce)

@@ -1,5 +1,7 @@
 """What a loader and its workers count in shared memory, where a look costs no message.
 
+A worker on another machine has words of its own there: its messages, and those to it, have their values beside them.
+
 Each worker has words of its own, in two mappings. Only the worker writes its words of the statistics. Of its words that
 govern the *flow* (``messages`` has Note [Flow of batches]), the iterator writes ``CONSUMED``, ``GENERATION`` and
 ``LIMIT``, and the worker ``ASLEEP``.
@@ -13,7 +15,8 @@ from ..marshalling import reducers
 from ..peers.shared_words import SharedWords
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes.
-BUSY, WAITED, BATCHES, NBYTES = range(4)
+COUNTS: Final = 4
+BUSY, WAITED, BATCHES, NBYTES = range(COUNTS)
 #: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
 #: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
 #: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises].
@@ -46,6 +49,8 @@ class Counters(SharedWords):
 
 
 def _reduce(encoder: reducers.Encoder, counters: Counters) -> Any:
+    if not encoder.peer.shares_memory:
+        return Counters, (counters.slots,)
     return _rebuild, (counters.slots, encoder.attach_fd(counters.fd, counters))
 
 

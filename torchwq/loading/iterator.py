@@ -39,6 +39,7 @@ from ..transport import reactor
 from ..transport.fork import closed_in_child
 from ..transport.waiting import cores
 from ..workers import shutdown
+from ..workers.backend import find
 from . import generators, internals, sampler_rng
 from .autoscaling import Autoscaler
 from .config import LoaderConfig, WorkerConfig
@@ -65,7 +66,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._handles: list[WorkerHandle] = []
         self._closed, self._begun = True, False  # there is nothing to close yet
         self._stats = stats
-        self._backend = loader.backend
+        self._backend = find(loader.backend)
         #: Each further use raises this.
         self._broken: Exception | None = None
         #: Answers that ``capture`` has received ahead of their turn.
@@ -226,7 +227,7 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
                 progress.fail(task, answer.after)
                 dispatcher.dispatch_next()
                 try:
-                    raise _error_of(answer, f"{self._backend} {worker.worker_id}")
+                    raise _error_of(answer, f"{self._backend.name} {worker.worker_id}")
                 finally:
                     del found, answer  # they have a thread's error, whose traceback keeps this frame
             if type(answer) is End:

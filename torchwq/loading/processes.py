@@ -27,6 +27,8 @@ class ForkedWorker:
     #: What it and the loader can give each other, and whether ``kill`` always ends it.
     peer: Capabilities = SAME_MACHINE
     can_be_killed = True
+    #: Why it has ended, if more is known than the exit code.
+    reason = ""
 
     def __init__(self, process: Any) -> None:
         self.handle = process
@@ -83,6 +85,11 @@ class StartedWorker:
     def exitcode(self) -> int | None:
         """Its exit code; None while it runs."""
         return self._process.exitcode
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended, if more is known than the exit code."""
+        return self._process.reason
 
     def is_alive(self) -> bool:
         """Whether it has not ended."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from ..marshalling import codec, exceptions
+from ..marshalling import exceptions
 from ..transport import polling
 from ..transport.alarm import Alarm
 from ..transport.endpoint import Received
@@ -80,7 +80,7 @@ class ResultReceiver:
         if received is None:
             raise TimeoutError
         try:
-            return worker, codec.decode(*received)
+            return worker, worker.answer_in(received)
         except Exception as error:
             where = "where its batch could not be rebuilt in the loader's process"
             return worker, Failure(exceptions.pack(error), where)

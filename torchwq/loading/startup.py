@@ -30,12 +30,14 @@ from ..marshalling.local_message import LocalMessage
 from ..memory import limits, tree_table
 from ..memory.anonymous import Descriptor, duplicates
 from ..transport import descriptors, kinds
+from ..transport.capabilities import SAME_MACHINE
 from ..transport.connection import Connection
 from ..transport.descriptors import close_fds
 from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
 from ..workers import child, greenlets, starting
 from ..workers.backend import Backend
+from ..workers.worker import OnEnd, OnMessage, Worker
 from .config import LoaderConfig, WorkerConfig
 from .messages import Failure
 from .processes import ForkedWorker, Process, StartedWorker
@@ -70,8 +72,9 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
         context = context or torch.multiprocessing
         if context.get_start_method() == "fork":
             return functools.partial(_fork, context, config)
-    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, upvalues=True, root="the loader's", worker_resources=held)
-    return functools.partial(_serve, backend, payload, held)
+    options: dict[str, Any] = {"upvalues": True, "root": "the loader's", "worker_resources": held}
+    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, peer=backend.peer, **options)
+    return functools.partial(_serve, backend, backend.share(payload), held)
 
 
 # Forked workers
@@ -106,7 +109,7 @@ def _forked_main(config: LoaderConfig, worker_config: WorkerConfig, handover: Se
     limits.delay_warnings(child.ORPHAN_TIMEOUT)
     with contextlib.closing(Connection(kinds.adopt(handover))) as connection:
         _end_with_owner(connection, owner)
-        WorkerLoop(config, worker_config, connection, has_main=True).run()
+        WorkerLoop(config, worker_config, connection, SAME_MACHINE, has_main=True).run()
 
 
 def _end_with_owner(connection: Connection, owner: int) -> None:
@@ -160,37 +163,65 @@ def _serve(
     backend: Backend, config: codec.Encoded, held: list[Any], worker_config: WorkerConfig, end: Endpoint | LocalEndpoint
 ) -> Process:
     own: codec.Encoded
-    if isinstance(end, LocalEndpoint):
+    on_message: OnMessage = _discard
+    on_end: OnEnd = _ignore
+    if backend.peer.same_process:
         own = LocalMessage(None, [(worker_config, end)])
+    elif isinstance(end, LocalEndpoint):  # batches go over the worker's own connection
+        own = codec.encode((worker_config, None), codec.UNLIMITED, upvalues=True, peer=backend.peer)
+        on_message, on_end = functools.partial(_pass_on, end), functools.partial(_end, end)
     else:
         own = codec.encode((worker_config, _WorkersEnd(duplicates(end.handover()))), codec.CALL_LIMIT, upvalues=True)
     (process,) = starting.start(
         f"{__name__}:served_main",
         [[own, config]],
-        lambda process, data, fds: exceptions.discard_answer(data, fds),
-        lambda process: None,
+        on_message,
+        on_end,
         backend=backend,
         keep_alive=held,
         first_mapid=worker_config.worker_id,
         of=worker_config.num_workers,
     )
+    if isinstance(end, LocalEndpoint) and not backend.peer.same_process:
+        backend.attach(end, process)
     return StartedWorker(process)
+
+
+def _discard(process: Worker, data: Any, fds: list[int]) -> None:
+    exceptions.discard_answer(data, fds)
+
+
+def _ignore(process: Worker) -> None:
+    pass
+
+
+def _pass_on(end: LocalEndpoint, process: Worker, data: Any, fds: list[int]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the loader has closed the connection
+        end.send(data)
+
+
+def _end(end: LocalEndpoint, process: Worker) -> None:
+    end.close()
 
 
 def served_main(context: child.Context) -> int:
     """Entry of a worker that a backend has started. Returns its exit code."""
     worker_config, end = codec.decode(*context.receive())
+    if end is None:
+        end = context.end
     with contextlib.closing(connection_of(end)) as connection:
         try:
             config = codec.decode(*context.receive())
         except Exception as error:
-            failure = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
-            connection.send(codec.encode(failure, end.max_payload, upvalues=True))
+            answer: Any = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
+            if not context.peer.shares_memory:
+                answer = (), answer
+            connection.send(codec.encode(answer, end.max_payload, upvalues=True, peer=context.peer))
             if isinstance(connection, Connection):
                 connection.outbox.wait_empty()
             return 1
         try:
-            WorkerLoop(config, worker_config, connection).run()
+            WorkerLoop(config, worker_config, connection, context.peer).run()
         except SystemExit as stop:
             if not context.peer.same_process:
                 raise

@@ -1,7 +1,8 @@
 """One worker as its loader sees it: the indices sent to it, its answers, and the connection to it.
 
 Each worker has a connection of its own, whose other end is in no other process. So the connection ends with the worker.
-A worker that is a thread has a connection within this process, which passes the dataset and the batches as they are.
+A worker that is a thread has a connection within this process, which passes the dataset and the batches as they are. So
+has one on another machine, as seen from here: its backend carries the messages on.
 
 Invariants:
 
@@ -36,7 +37,7 @@ from ..transport.endpoint import Endpoint, Received
 from ..transport.local import LocalEndpoint
 from ..workers.backend import Backend
 from ..workers.worker import death_error
-from .config import WorkerConfig
+from .config import LoaderConfig, WorkerConfig
 from .counters import ASLEEP, CONSUMED, GENERATION, LIMIT, LOST
 from .messages import Answer, NewEpoch, Snapshot
 from .processes import END_TIMEOUT, Process
@@ -68,18 +69,23 @@ class WorkerHandle:
     Args:
         start: starts it.
         worker_config: its own configuration.
-        flow: see Note [Flow of batches].
+        config: what all workers have in common.
         backend: connects it.
     """
 
-    def __init__(self, start: Start, worker_config: WorkerConfig, flow: memoryview, backend: Backend) -> None:
+    def __init__(self, start: Start, worker_config: WorkerConfig, config: LoaderConfig, backend: Backend) -> None:
         self.worker_id = worker_config.worker_id
         self._connect = backend.connect
-        #: Whether it is a thread of this process.
-        self._same_process = backend.peer.same_process
+        self._peer = backend.peer
+        #: Whether no shared words say how many answers the consumer has taken.
+        self.is_far = not backend.peer.shares_memory
+        #: How many the worker was told of.
+        self._told = 0
         self._start = start
         self._worker_config = worker_config
-        self._flow = flow
+        self._flow = config.flow.of(worker_config.worker_id)
+        self._words = config.counters.of(worker_config.worker_id)
+        self._prefetch = config.prefetch
         self._fence = threading.RLock()
         #: Held while a thread takes from the connection: the one that receives, or sometimes the reactor's.
         self._receiving = threading.RLock()
@@ -101,14 +107,15 @@ class WorkerHandle:
         with contextlib.ExitStack() as opened, contextlib.ExitStack() as passed_on:
             try:
                 ours, theirs = self._connect()
-                if not self._same_process:
+                is_local = isinstance(theirs, LocalEndpoint)
+                if not is_local:
                     passed_on.callback(theirs.close)
                 self.connection = connection_of(ours)
                 opened.callback(self.connection.close)
                 self._closed = False
                 opened.callback(setattr, self, "_closed", True)
                 self._kept: KeptBlocks | None = None
-                if not self._same_process:
+                if not is_local:
                     self._kept = KeptBlocks(References, self._flow, LOST, self._receive_asides)
                     opened.callback(self._kept.close)
                     _, self._worker_config.room = self._kept.add_sender()
@@ -125,7 +132,7 @@ class WorkerHandle:
         if self.unsent:
             unsent, self.unsent = self.unsent, []
             self._sent += len(unsent)
-            if self._same_process:  # it would see if the sampler changes its list
+            if self._peer.same_process:  # it would see if the sampler changes its list
                 unsent = [index.copy() if type(index) is list else index for index in unsent]
             self.send((self._generation, unsent))
 
@@ -134,7 +141,7 @@ class WorkerHandle:
         self._consumed += 1
         with self._fence:
             self._flow[CONSUMED] = self._consumed
-        if self._flow[ASLEEP]:
+        if self._flow[ASLEEP] or (self.is_far and self._sent - self._told > self._prefetch):
             self.send(None)
 
     def drop_stale(self, answer: Any) -> None:
@@ -165,8 +172,13 @@ class WorkerHandle:
     def send(self, message: Any) -> None:
         """Send a message; None only wakes the worker. A dead worker is noticed when its answer is waited for."""
         try:
-            if isinstance(self.connection, LocalEndpoint):
+            if isinstance(self.connection, LocalEndpoint) and not self.is_far:
                 self.connection.send(LocalMessage(None, [message]))
+            elif isinstance(self.connection, LocalEndpoint):
+                self._told = self._consumed
+                flow = self._consumed, self._flow[GENERATION], self._flow[LIMIT]
+                far = flow, message
+                self.connection.send(codec.encode_one(far, codec.UNLIMITED, "the sampler's index", peer=self._peer))
             else:
                 wakes = message is None
                 self.connection.send(
@@ -190,6 +202,15 @@ class WorkerHandle:
         """For how many indices of this epoch the consumer has not taken the answer."""
         return self._sent - self._consumed - self.stale + len(self.unsent)
 
+    def answer_in(self, received: Received) -> Any:
+        """Decode an answer. Raises whatever unpickling raises."""
+        answer = codec.decode(*received)
+        if self.is_far:
+            counts, answer = answer
+            for word, count in enumerate(counts):
+                self._words[word] = count
+        return answer
+
     def take(self) -> Received | None:
         """The next answer, if it has come. Raises EOFError if none will come."""
         with self._receiving:
@@ -212,7 +233,7 @@ class WorkerHandle:
         """
         while True:
             received = self.connection.wait(self.take, deadline)
-            if received is not None or self._closed or not self._same_process:
+            if received is not None or self._closed or isinstance(self.connection, Connection):
                 return received
             if deadline is not None and time.monotonic() >= deadline:  # between threads a wait may end for no reason
                 return None
@@ -227,7 +248,8 @@ class WorkerHandle:
             self.process.kill(signal.SIGKILL)
             self.process.wait(END_TIMEOUT)
         pid, exitcode = self.process.pid, self.process.exitcode
-        death = death_error(mapid=self.worker_id, pid=pid, exitcode=exitcode, in_hand=in_hand)
+        reason = self.process.reason
+        death = death_error(mapid=self.worker_id, pid=pid, exitcode=exitcode, reason=reason, in_hand=in_hand)
         death.args = (f"{_as_torch_says(pid, exitcode)}DataLoader {death}",)
         return death
 
@@ -241,7 +263,7 @@ class WorkerHandle:
         worker_config = self._worker_config
         worker_config.begins = worker_config.begins and self.received is worker_config.resume
         worker_config.resume = self.received
-        self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = 0
+        self._flow[CONSUMED] = self._flow[ASLEEP] = self._flow[LIMIT] = self._told = 0
         # The pinning thread may wait for stale answers, too, so the new process gives as many.
         to_consume = self._received - self._consumed
         stale_to_come = max(0, self.stale - to_consume)

@@ -7,6 +7,8 @@ Invariants:
   that nobody else has it. Whatever the consumer does with a batch, the dataset does not see it. A thread passes the
   batch as it is, as a loader without workers does.
 * The worker ends when its connection ends, for whatever reason, after its present batch.
+* A worker on another machine shares no words with its loader. Each message to it has the loader's words beside it, and
+  each answer its own.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ import torch
 
 from ..marshalling import codec, exceptions, importable
 from ..marshalling.local_message import LocalMessage
+from ..marshalling.value_message import ValueMessage
 from ..memory.message import Message
 from ..memory.promises import ONLY_SENDER, SentBlocks
-from ..transport.capabilities import SAME_PROCESS
+from ..transport.capabilities import OTHER_MACHINE, SAME_PROCESS, Capabilities
 from ..transport.connection import Connection
 from ..transport.local import LocalEndpoint
 from . import collation
 from .batch_maker import BatchMaker
 from .config import LoaderConfig, WorkerConfig
-from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, GENERATION, LIMIT, LOST, NBYTES, WAITED
+from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, COUNTS, GENERATION, LIMIT, LOST, NBYTES, WAITED
 from .messages import Answer, Batch, End, Failure, NewEpoch
 
 #: A worker that is far enough ahead looks so many times whether it still is before it sleeps.
@@ -43,6 +46,7 @@ class WorkerLoop:
     Args:
         config, worker_config: the configuration of all workers, and of this one.
         connection: to the loader.
+        peer: what the loader is capable of.
         has_main: whether the loader's process has forked this one, and so has the same ``__main__``.
     """
 
@@ -51,6 +55,7 @@ class WorkerLoop:
         config: LoaderConfig,
         worker_config: WorkerConfig,
         connection: Connection | LocalEndpoint,
+        peer: Capabilities,
         *,
         has_main: bool = False,
     ) -> None:
@@ -58,14 +63,17 @@ class WorkerLoop:
         self._connection = connection
         self._has_main = has_main
         self._made = 0
+        #: When the present answer was begun.
+        self._began = 0
         self._tasks: deque[Any] = deque()
         self._words = config.counters.of(worker_config.worker_id)
         self._flow = config.flow.of(worker_config.worker_id)
         self._fence = threading.RLock()
-        self._in_thread = isinstance(connection, LocalEndpoint)
-        self._spins = 0 if self._in_thread else _SPINS
+        self._in_thread = peer.same_process
+        self._is_far = not peer.shares_memory
+        self._spins = _SPINS if isinstance(connection, Connection) else 0
         self._limit = connection.outgoing.max_payload if isinstance(connection, Connection) else codec.UNLIMITED
-        self._maker = BatchMaker(config, worker_config, self._in_thread, self._limit)
+        self._maker = BatchMaker(config, worker_config, self._in_thread, 0 if self._is_far else self._limit)
         if isinstance(connection, Connection):
             outbox = connection.outbox
             outbox.promises = SentBlocks(ONLY_SENDER, worker_config.room, outbox.send_control, self._flow, LOST)
@@ -92,7 +100,7 @@ class WorkerLoop:
                     if not made or self._made - flow[CONSUMED] < prefetch:
                         break
                     self._wait_until_consumed()  # meanwhile the loader may abandon the task
-                began = time.perf_counter_ns()
+                self._began = began = time.perf_counter_ns()
                 words[WAITED] += began - since
                 payload = self._answer(index) if made else self._encode(End())
                 del task, index
@@ -101,7 +109,7 @@ class WorkerLoop:
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[BATCHES] += 1
-                words[NBYTES] += payload.nbytes if isinstance(payload, Message) else _size(payload)
+                words[NBYTES] += payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
                 del payload
         except (EOFError, BrokenPipeError):
             pass  # the loader has closed the connection, or is dead
@@ -111,6 +119,9 @@ class WorkerLoop:
         while received is None:
             received = take() or self._connection.wait(take, None)
         message = codec.decode(*received)
+        if self._is_far:
+            flow, message = message
+            self._flow[CONSUMED], self._flow[GENERATION], self._flow[LIMIT] = flow
         if type(message) is NewEpoch:
             self._tasks.append(message)
         elif message is not None:
@@ -154,6 +165,10 @@ class WorkerLoop:
                 return LocalMessage(None, [answer])
             # The dataset may have made it, and use it again.
             return codec.encode_one(answer, codec.UNLIMITED, "batch", owned_blocks=(), peer=SAME_PROCESS)
+        if self._is_far:
+            if type(answer) is Failure and isinstance(answer.error, BaseException):
+                answer.error = exceptions.pack(answer.error, peer=OTHER_MACHINE)
+            return codec.encode_one((self._counts(answer), answer), codec.UNLIMITED, "batch", peer=OTHER_MACHINE)
         importable.reader.has_main = self._has_main
         try:
             if type(answer) is Failure and isinstance(answer.error, BaseException):
@@ -161,6 +176,11 @@ class WorkerLoop:
             return codec.encode_one(answer, self._limit, "batch", owned_blocks=collation.collated_blocks)
         finally:
             importable.reader.has_main = False
+
+    def _counts(self, answer: Any) -> tuple[int, ...]:
+        """What the worker's words will be when it has sent the answer."""
+        busy, waited, batches, nbytes = self._words[:COUNTS]
+        return busy + time.perf_counter_ns() - self._began, waited, batches + 1, nbytes + _nbytes_of(answer)
 
     def _encode_without_states(self, answer: Any, error: Exception) -> Any:
         """Send the answer without its states, if these cannot be sent. The loader's ``state_dict`` raises ``error``."""

@@ -70,8 +70,7 @@ class WorkerPool:
 
     def start_worker(self, worker_config: WorkerConfig) -> WorkerHandle:
         """Add a worker."""
-        flow = self._config.flow.of(worker_config.worker_id)
-        worker = WorkerHandle(self._start, worker_config, flow, self._backend)
+        worker = WorkerHandle(self._start, worker_config, self._config, self._backend)
         self._workers.append(worker)
         return worker
 

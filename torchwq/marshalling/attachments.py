@@ -16,6 +16,7 @@ from ..memory.packing import Packing, max_own_blocks
 from ..transport.capabilities import SAME_MACHINE
 from ..transport.endpoint import MAX_FDS
 from .local_message import LocalMessage
+from .value_message import ValueMessage
 from .wire import InBlock, Pickle, References
 
 #: Buffers of at least this size leave the pickle, and the reader maps them instead of copying them.
@@ -90,8 +91,11 @@ class Attachments:
     def take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """``pickle.Pickler`` calls it for each buffer; True leaves the buffer in the pickle."""
         raw = buffer.raw()
-        if raw.nbytes < OUT_OF_BAND or not self.peer.shares_memory:
+        if raw.nbytes < OUT_OF_BAND:
             return True
+        if not self.peer.shares_memory:
+            self.packing.take_buffer(raw)
+            return False
         if self.peer.same_process:
             self.has_attachments = True
             self._buffers.append(bytearray(raw))
@@ -114,12 +118,25 @@ class Attachments:
         pickled = b"".join(self.chunks)
         return LocalMessage(pickled, self.objects, self._buffers) if self.has_attachments else pickled
 
-    def payload(self, limit: int) -> bytes | Message:
-        """The payload of at most ``limit`` bytes for a peer in another process."""
+    def value_message(self) -> bytes | ValueMessage:
+        """The payload for a peer on another machine."""
+        pickled = b"".join(self.chunks)
+        if not self.has_attachments:
+            return pickled
+        rows, parts = ([], []) if self._packing is None else self._packing.beside()
+        return ValueMessage(pickled, rows, parts, self.objects)
+
+    def payload(self, limit: int) -> bytes | Message | LocalMessage | ValueMessage:
+        """The payload for the peer: of at most ``limit`` bytes, if that is another process of this machine."""
+        if self.peer.same_process:
+            return self.local_message()
+        return self.shared_message(limit) if self.peer.shares_memory else self.value_message()
+
+    def shared_message(self, limit: int) -> bytes | Message:
+        """The payload for a peer in another process of this machine."""
         # The pickler writes a large buffer that stays in the pickle as the object that it is.
         chunks = [chunk if isinstance(chunk, bytes) else memoryview(chunk).cast("B") for chunk in self.chunks]
-        attach_block = self.attach_block if self.peer.shares_memory else None
-        rows = self._packing.place(attach_block, chunks) if self._packing is not None else ()
+        rows = self._packing.place(self.attach_block, chunks) if self._packing is not None else ()
         blocks = self.blocks
         only_blocks = not self.fds
         fds = self.fds + [block.fd for block in blocks]

@@ -28,6 +28,7 @@ from .attachments import Attachments
 from .copies import COLLECTIONS, SCALARS, only_scalars, try_copy
 from .encoders import CloudEncoder, FastEncoder
 from .local_message import LOCAL_FDS, LocalMessage
+from .value_message import ValueMessage
 from .wire import DECODERS, References
 
 #: The largest payload of a message to a worker, in bytes. Each kind of connection takes a message of that size.
@@ -42,7 +43,7 @@ _decode_plain: Final = fast_path.decode_plain
 _prepare_tensor: Final = fast_path.prepare_tensor
 _encode_tensor: Final = References.encode_tensor
 
-Payload = bytes | Message | LocalMessage
+Payload = bytes | Message | LocalMessage | ValueMessage
 #: ``bytes | Message``; for a peer in this process any ``Payload``, or a collection that ``copies.try_copy`` has made.
 Encoded: TypeAlias = Any
 
@@ -140,9 +141,9 @@ def encode(
         out.peer, out.owned_blocks, out.worker_resources = peer, owned_blocks, worker_resources
         with contextlib.nullcontext() if worker_resources is None else multiprocessing_objects.spawning_context():
             cloud.dump(obj)
-        return out.local_message() if local else out.payload(limit)
+        return out.payload(limit)
     if out.has_attachments or len(chunks) != 1 or len(chunks[0]) > limit:
-        payload: Payload = out.local_message() if local else out.payload(limit)
+        payload: Payload = out.payload(limit)
         out.clear()
     else:
         payload = chunks.pop()
@@ -158,7 +159,7 @@ def encode_large_pickle(pickled: bytes, limit: int) -> bytes | Message:
     """The payload of a pickle that is larger than ``limit`` bytes. Raises ResourceError."""
     out = Attachments()
     out.chunks.append(pickled)
-    return out.payload(limit)
+    return out.shared_message(limit)
 
 
 def encode_all(
@@ -293,6 +294,8 @@ def deliver_local(payload: Encoded) -> tuple[Any, list[int]]:
         return payload, NO_FDS
     if cls in COLLECTIONS or isinstance(payload, LocalMessage):
         return payload, LOCAL_FDS
+    if isinstance(payload, ValueMessage):
+        return payload, NO_FDS
     found: tuple[Any, list[int]] = payload.copy()
     return found
 
@@ -323,7 +326,7 @@ def decode_any(data: Any, fds: list[int]) -> Any:
     """The same, where ``fast_path.decode_plain`` has left the message to its twin."""
     if type(data) is bytes:
         return DECODERS[data[KIND]](data, fds)
-    return data.decode() if isinstance(data, LocalMessage) else data
+    return data.decode() if isinstance(data, (LocalMessage, ValueMessage)) else data
 
 
 def discard(data: Any, fds: list[int]) -> None:

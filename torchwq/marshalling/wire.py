@@ -414,7 +414,7 @@ def _received_blocks(data: bytes | memoryview, end: int, fds: list[int], behind:
     if buffers:
         references = [(number, nbytes & ~_BUFFER) for number, nbytes in references]
     first = max(0, len(fds) - behind - len(references))
-    return ReceivedBlocks(references, fds, first, buffers, rows, data if rows else b"")
+    return ReceivedBlocks(references, fds, first, buffers, rows, (data,) if rows else ())
 
 
 def _references(data: bytes | memoryview, end: int) -> list[tuple[int, int]]:

@@ -14,7 +14,8 @@ Invariants:
 * A slice keeps its block's storage: the block is in use as long as any of its slices is.
 * Slices do not overlap.
 * All copying and moving is done when the message is complete.
-* For a reader that shares no memory, and for want of descriptors, data are copied into the message itself.
+* For want of descriptors, data are copied into the message itself. For a reader that shares no memory they travel
+  beside its pickle, and are not copied here: see ``beside``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _MAX_OWN_BLOCKS: Final = 64
 _PACK_BYTES: Final = 64 << 20
 _MAX_PACKS: Final = 32
 
-#: Where a slice is: in the message itself; in a block; in a block, and the writer has it, too; or it is a whole block.
+#: Where a slice is: in the message itself, or beside it; in a block; in a block, and the writer has it, too; or it is a
+#: whole block.
 INLINE, SLICE, SHARED, WHOLE = range(4)
 
 #: Set in the number of a buffer of the pickle, which is no storage.
@@ -55,7 +57,8 @@ class Row(NamedTuple):
     group: int
     low: int
     nbytes: int
-    #: The index of its block in the message, and where in the block it begins. INLINE: where in the message.
+    #: The index of its block in the message, and where in the block it begins. INLINE: of the part of the message
+    #: (0 for the message itself), and where in that part.
     block: int
     shift: int
 
@@ -168,15 +171,33 @@ class Packing:
         """Add a reference to a shared slice."""
         return self._number(storage)
 
-    def place(self, refer: Refer | None, chunks: list[Any]) -> list[Row]:
+    def beside(self) -> tuple[list[Row], list[memoryview]]:
+        """The places of everything that travels beside a message, and its parts, in order.
+
+        A part is the memory itself, which it keeps, and not a copy: until it has been sent, nobody may write to it.
+        """
+        rows: list[Row] = []
+        parts: list[memoryview] = []
+        for number, group in enumerate(self._groups):
+            if group.buffer is not None:
+                rows.append(Row(INLINE, number | BUFFER, 0, group.buffer.nbytes, len(parts), 0))
+                parts.append(group.buffer)
+                continue
+            storage = group.storage
+            assert storage is not None
+            memory = storages.lasting_memory(storage)
+            for low, high in group.clusters():
+                rows.append(Row(INLINE, number, low, high - low, len(parts), 0))
+                parts.append(memory[low:high])
+        return rows, parts
+
+    def place(self, refer: Refer, chunks: list[Any]) -> list[Row]:
         """Copy and move everything to its place; returns the places. Raises ResourceError if there is no memory.
 
         Args:
-            refer: None if the message may refer to no block.
+            refer: lets the message refer to a block.
             chunks: the message so far. What can be on no block is appended.
         """
-        if refer is None:
-            return _Inline(self._groups, chunks).all()
         return _Placement(self._groups, refer, chunks).rows if len(self._groups) > 1 else self._place_one(refer, chunks)
 
     def _place_one(self, refer: Refer, chunks: list[Any]) -> list[Row]:
@@ -199,11 +220,6 @@ class _Inline:
         self._groups = groups
         self._chunks = chunks
         self._end = -1
-
-    def all(self) -> list[Row]:
-        """Append everything; nothing is moved for a reader that gets only copies."""
-        groups = enumerate(self._groups)
-        return [self.row(_Item(n, low, high - low)) for n, group in groups for low, high in group.clusters()]
 
     def row(self, item: _Item, flag: int = 0) -> Row:
         group = self._groups[item.group]

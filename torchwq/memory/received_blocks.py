@@ -17,14 +17,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from ..errors import ResourceError
-from . import limits, maintenance, recycling, slices, state_lock, storages, tree_table
+from . import limits, maintenance, recycling, sharing, slices, state_lock, storages, tree_table
 from .block import Block, Geometry
 from .block_fields import ADOPTED, MADE, MAPPED, PLAIN
 from .counts import IN_USE, UNTRACKED
-from .packing import BUFFER, INLINE, SHARED, WHOLE, Row
+from .packing import BUFFER, INLINE, SHARED, SMALL, WHOLE, Row
 from .promises import Epoch
 
 # By kind: MADE, MAPPED, ADOPTED, PLAIN.
@@ -48,7 +49,7 @@ class ReceivedBlocks:
         first: int = 0,
         buffers: Sequence[int] = (),
         rows: Sequence[Row] = (),
-        data: Any = b"",
+        data: Sequence[Any] = (),
     ) -> None:
         """Take the blocks out of the message.
 
@@ -58,7 +59,7 @@ class ReceivedBlocks:
                 is not needed: a process may have room for all of a message's descriptors, but not twice. If empty, this
                 process keeps the descriptors, see Note [in-band promises].
             buffers: which blocks are buffers of the pickle.
-            rows: the slices in the blocks, and in ``data``, the message.
+            rows: the slices in the blocks, and in ``data``, the parts of the message.
 
         Raises ResourceError if there is no memory for a block; none is taken then.
         """
@@ -148,7 +149,7 @@ class ReceivedBlocks:
         storage = self._slices.get(row)
         if storage is None:
             if row.kind == INLINE:
-                storage = slices.cut(bytearray(self._data[row.shift : row.shift + row.nbytes]), 0, row.nbytes)
+                storage = self._copied(row)
             elif row.kind == SHARED and self._storages[row.block].is_shared():
                 base = self._storages[row.block]
                 storage = slices.cut_shared(self._view(row.block), base, row.shift, row.nbytes)
@@ -156,6 +157,19 @@ class ReceivedBlocks:
                 storage = slices.cut(self._view(row.block), row.shift, row.nbytes)
             self._slices[row] = storage
         return storage
+
+    def _inline(self, row: Row) -> memoryview:
+        return memoryview(self._data[row.block])[row.shift : row.shift + row.nbytes]
+
+    def _copied(self, row: Row) -> torch.UntypedStorage:
+        """A storage with a copy of what a message has in itself: on memory that is used again, if it is large."""
+        inline = self._inline(row)
+        if row.nbytes > SMALL:
+            whole = sharing.new(storages.bytes_geometry(row.nbytes), row.nbytes)
+            if whole is not None:
+                np.copyto(whole.numpy(), np.frombuffer(inline, np.uint8))
+                return whole.untyped_storage()
+        return slices.cut(bytearray(inline), 0, row.nbytes)
 
     def _view(self, index: int) -> Any:
         """The memory of a block, for slices, which keep the block in use."""
@@ -179,7 +193,7 @@ class ReceivedBlocks:
         packs: dict[int, memoryview] = {}
         for (row,) in self._rows.values():
             if row.kind == INLINE and row.group & BUFFER:
-                yield memoryview(bytearray(self._data[row.shift : row.shift + row.nbytes]))
+                yield memoryview(bytearray(self._inline(row)))
             elif row.group & BUFFER:
                 if row.block not in packs:
                     packs[row.block] = self.private_memory(row.block)

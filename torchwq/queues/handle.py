@@ -65,6 +65,8 @@ class WorkQueue(ReadableHandle[Any]):
     def __init__(self, role: Owner | WorkerSide | ThreadSide, name: str | None) -> None:
         self._role = role
         self._name = name
+        if name is not None and isinstance(role, Owner):
+            role.members.is_reachable = True
         weakref.finalize(self, _close_later, role).atexit = False
 
     @property
@@ -284,10 +286,15 @@ def _close_later(role: Role) -> None:
 class _OwnedHere(Target):
     """A queue whose owner is in this process. A handle on one that was closed meanwhile still reads what is left."""
 
+    far_kind = "queue"
+
     def __init__(self, owner: Owner, name: str | None) -> None:
         super().__init__(owner.count_pending)
         self._owner = owner
         self._name = name
+
+    def shown(self) -> dict[str, Any]:
+        return {"name": self._name, "capacity": self._owner.capacity}
 
     def make_handle(self) -> WorkQueue:
         return WorkQueue(ThreadSide(self._owner), self._name)
@@ -335,7 +342,9 @@ def _target_of(handle: WorkQueue) -> Target:
         raise QueueClosed(f"a closed workqueue cannot be sent: {role.closed}")
     if isinstance(role, WorkerSide):
         return _OwnedElsewhere(role.handle_descriptors(), role, handle._name)
-    return _OwnedHere(role if isinstance(role, Owner) else role.owner, handle._name)
+    owner = role if isinstance(role, Owner) else role.owner
+    owner.members.is_reachable = True
+    return _OwnedHere(owner, handle._name)
 
 
 def _receive(fds: list[int], name: str | None) -> HandleRef:

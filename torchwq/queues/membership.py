@@ -74,6 +74,8 @@ class Membership(worker.EndListener):
         self._members: dict[int, Member] = {}
         #: How often one came.
         self._came = 0
+        #: Whether a worker can have a handle, or open one. Else the end of a worker does not concern the queue.
+        self.is_reachable = False
         #: Slots of the counters that were ever given out, and those of them that are free.
         self._slots = 0
         self._free: deque[int] = deque()
@@ -283,7 +285,8 @@ class Membership(worker.EndListener):
             if self._owner.closed:
                 return
             self._changed()
-            if not self._came and process.exitcode != 0 and not worker.active_workers():
+            is_alone = self.is_reachable and not self._came and not worker.active_workers()
+            if is_alone and process.exitcode != 0:
                 self._troubles.never_came(process)
 
     # The end

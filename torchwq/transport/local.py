@@ -28,6 +28,15 @@ class LocalEndpoint:
         self._peer: LocalEndpoint
         self._closed = False
 
+    @property
+    def peer(self) -> LocalEndpoint:
+        """The other end."""
+        return self._peer
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def send(self, message: Any) -> None:
         """Send a message. Raises BrokenPipeError if nobody can receive it."""
         if self._closed or self._peer._closed:
@@ -62,8 +71,13 @@ class LocalEndpoint:
         self._inbox.close()
 
 
+def connect(ours: LocalEndpoint, theirs: LocalEndpoint) -> None:
+    """Connect two new ends."""
+    ours._peer, theirs._peer = theirs, ours
+
+
 def pair() -> tuple[LocalEndpoint, LocalEndpoint]:
     """Two connected ends."""
     ours, theirs = LocalEndpoint(Mailbox()), LocalEndpoint(Mailbox())
-    ours._peer, theirs._peer = theirs, ours
+    connect(ours, theirs)
     return ours, theirs

@@ -6,32 +6,19 @@ workers: ``Worker.peer`` says what a message to a worker may hold, ``can_be_kill
 
 A further backend is one more module and one more line in ``starting``. The module has a ``Backend``, a ``Worker`` (see
 ``worker``), and a ``Context`` (see ``child``), with which the worker runs ``entry``. ``threads`` is the example for
-workers in this process. The entries of ``map`` and ``BackgroundTask`` receive one message, those of pools and loaders
-more.
+workers in this process, :mod:`torchwq.ray` the one for workers on other machines. The entries of ``map`` and
+``BackgroundTask`` receive one message, those of pools and loaders more.
 
-A backend for other machines (Ray, say) needs:
-
-* A ``Worker``. Its ``peer`` is ``OTHER_MACHINE``, so the encoder sends tensors by value and refuses what needs a
-  descriptor; ``send`` gets bytes. One thread, which never blocks, calls ``on_message(worker, bytes, [])`` for each
-  message and then ``on_end`` once (see ``worker``). When the other system reports the actor's end, the worker sets
-  ``exitcode`` or ``reason`` and calls ``_report_end()``. ``pid`` stays None: a pid names a process of this machine.
-* A ``Context`` (see ``child``) that runs ``entry`` on the other machine: ``receive``, ``send``, ``finish``, and the
-  ``peer`` and ``max_payload`` of the connection to the owner. Of the setup that ``processes`` sends, ``sys.path``,
-  environment, filters, seed and ``info`` go along; namespace, limits and descriptors stay on this machine.
-* ``connect``: two ends with the methods of :class:`~torchwq.transport.endpoint.Endpoint`, and an object that stands for
-  the second end in a message: over TCP, an address and a secret. ``loading.startup._WorkersEnd`` is the one for ends
-  that consist of descriptors.
-* Proof that the sender belongs to this program, before it unpickles a byte: TCP has no peer credentials.
-
-Such a worker cannot get handles on queues and channels, because those are descriptors, until a handle can travel as an
-address. ``map`` and pools need no handle; ``BackgroundTask`` does. A loader's worker counts in words that it shares
-with its loader (``loading.counters``), and collates batches for this machine.
+The ``peer`` of a worker on another machine is ``OTHER_MACHINE``: messages to it are bytes or a ``ValueMessage``, with
+tensors by value. Handles travel as ``handles.reference`` says. A loader's batches go over the worker's own connection:
+see ``connect`` and ``attach``.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import Final
+import importlib
+from typing import Any, Final
 
 from ..transport.capabilities import Capabilities
 from ..transport.endpoint import Endpoint
@@ -72,8 +59,19 @@ class Backend(abc.ABC):
     def connect(self) -> Ends:
         """Make a connection beside the one that each worker has. Returns the owner's end and the worker's.
 
+        Where no descriptor can be passed to a worker, the worker's end stays here, and ``attach`` says to whom its
+        messages go.
+
         Raises OSError if the process has no descriptor left.
         """
+
+    def attach(self, end: LocalEndpoint, worker: Worker) -> None:
+        """Let the connection with this worker's end lead to ``worker``, over the worker's own connection."""
+        raise NotImplementedError(f"the connections of {self.name} workers lead to them")
+
+    def share(self, payload: Any) -> Any:
+        """A payload that is sent to several workers, in the form in which that costs least."""
+        return payload
 
     @abc.abstractmethod
     def warm_up(self, wait: bool) -> None:
@@ -81,6 +79,8 @@ class Backend(abc.ABC):
 
 
 _table: Final[dict[str, Backend]] = {}
+#: Backends that are imported when they are asked for: the module of each, whose ``Backend()`` it is.
+_modules: Final[dict[str, str]] = {}
 
 
 def register(backend: Backend) -> None:
@@ -88,10 +88,22 @@ def register(backend: Backend) -> None:
     _table[backend.name] = backend
 
 
-def find(name: str) -> Backend:
-    """Return the backend of this name. Raises ValueError if no backend has it."""
+def register_module(name: str, module: str) -> None:
+    """Add a backend that needs an extra to the table."""
+    _modules[name] = module
+
+
+def find(backend: str | Backend) -> Backend:
+    """Return the backend of this name; or ``backend`` itself if it is one.
+
+    Raises ValueError if no backend has the name.
+    """
+    if isinstance(backend, Backend):
+        return backend
     try:
-        return _table[name]
+        if backend not in _table and backend in _modules:
+            register(importlib.import_module(_modules[backend]).Backend())
+        return _table[backend]
     except (KeyError, TypeError):
-        *others, last = map(repr, _table)
-        raise ValueError(f"backend must be {', '.join(others)} or {last}, not {name!r}") from None
+        *others, last = map(repr, dict.fromkeys([*_table, *_modules]))
+        raise ValueError(f"backend must be {', '.join(others)} or {last}, not {backend!r}") from None

@@ -45,6 +45,8 @@ class Context:
     #: Says what a message to the owner may hold.
     peer = SAME_MACHINE
     max_payload: int
+    #: The worker's end of its own connection, if that may have further uses: see ``Backend.connect``.
+    end: Any = None
 
     def __init__(self, end: endpoint.Endpoint) -> None:
         self._connection = Connection(end, waitable=False)
@@ -167,19 +169,25 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     sys.argv[:] = setup["argv"]
     importlib.invalidate_caches()
     warnings.resetwarnings()
-    for action, text, category_module, category_name, module, line in setup["filters"]:
-        category = getattr(sys.modules.get(category_module), category_name, None)
-        if isinstance(category, type):
-            warnings.filterwarnings(action, text, category, module, line, append=True)
+    set_filters(setup["filters"])
     info.set_process_info(setup["info"])
-    _seed(setup["info"].seed)
+    set_seeds(setup["info"].seed)
     torch.set_num_threads(1)
     module_name, _, function = setup["entry"].partition(":")
     entry: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
     return entry
 
 
-def _seed(seed: int) -> None:
+def set_filters(filters: Sequence[tuple[Any, ...]]) -> None:
+    """Take over the owner's warning filters, as ``processes.warning_filters`` gives them."""
+    for action, text, category_module, category_name, module, line in filters:
+        category = getattr(sys.modules.get(category_module), category_name, None)
+        if isinstance(category, type):
+            warnings.filterwarnings(action, text, category, module, line, append=True)
+
+
+def set_seeds(seed: int) -> None:
+    """Seed the generators of this process."""
     random.seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)

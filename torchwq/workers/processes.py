@@ -175,11 +175,11 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
         "started_ns": time.monotonic_ns(),
         "key": multiprocessing_state.authkey(),
         "settings": privileges.inheritable_settings(),
-        "filters": _warning_filters(),
+        "filters": warning_filters(),
     }
 
 
-def _warning_filters() -> list[tuple[Any, ...]]:
+def warning_filters() -> list[tuple[Any, ...]]:
     """Return the warning filters, with categories by name: no worker imports a module only to ignore its warnings."""
     filters = []
     for action, message_, category, module, line in warnings.filters:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import TorchwqError
 from ..transport import descriptors
-from .backend import Backend, find, register
+from .backend import Backend, find, register, register_module
 from .info import WorkerInfo
 from .processes import Processes
 from .threads import Threads
@@ -20,6 +20,7 @@ from .worker import OnEnd, OnMessage, Worker
 
 register(Processes())
 register(Threads())
+register_module("ray", "torchwq.ray")
 
 _started = itertools.count()
 

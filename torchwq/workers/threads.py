@@ -64,8 +64,18 @@ class ThreadWorker(Worker):
     peer = SAME_PROCESS
     can_be_killed = False
 
-    def __init__(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> None:
+    def __init__(
+        self,
+        info: WorkerInfo,
+        entry: str,
+        on_message: OnMessage,
+        on_end: OnEnd,
+        group: int,
+        kind: str = "a thread",
+    ) -> None:
         super().__init__(info, on_message, on_end, group)
+        #: What the worker is, in words, with an article.
+        self.kind = kind
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.owned_resources: weakref.WeakSet[OwnedResource] = weakref.WeakSet()
         self.failures = failures.FailureState()
