@@ -112,12 +112,13 @@ sanitize: $(call extra,test) $(call extra,examples) ## run SANITIZE_TESTS with g
 		$(abspath $(BIN))/python -m pytest --timeout 600 -o faulthandler_timeout=590 $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
-bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels and threads against their peers
+bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels, threads and Ray against their peers
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tensors $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.dataloader $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.channel $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.threads $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.ray $(BENCH_ARGS)
 
 docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)

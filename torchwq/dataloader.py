@@ -103,6 +103,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         num_workers, max_workers = _numbers_of_workers(num_workers, iterable)
         _check(on_worker_death, max_restarts, backend, multiprocessing_context)
         _check_prefetching(prefetch_across_epochs, num_workers > 0 and persistent_workers and not iterable, in_order)
+        self.backend = backend
         super().__init__(
             dataset,
             batch_size,
@@ -126,7 +127,6 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self.on_worker_death = on_worker_death
         self.max_restarts = max_restarts
         self.prefetch_across_epochs = prefetch_across_epochs
-        self.backend = backend
         self.snapshot_every_n_steps = snapshot_every_n_steps
         self._max_workers = max_workers
         self._saves_rng = False
@@ -163,13 +163,18 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             return self._last_iterator
         if self._max_workers:
             self.num_workers = max(self.num_workers, self._stats.workers)
-        elif find(self.backend).peer.shares_memory:  # other machines have cores of their own
+        else:
             self.check_worker_number_rationality()
         self._stats.workers, self._stats.state = self.num_workers, None
         iterator = Iterator(self, self._stats, loaded)
         # Here and not in __iter__: a subclass may wrap the iterator, and the wrapper keeps it alive.
         self._last_iterator = weakref.ref(iterator)
         return iterator
+
+    def check_worker_number_rationality(self) -> None:
+        """Warn if there are more workers than cores, as torch's loader does; other machines have cores of their own."""
+        if find(self.backend).peer.shares_memory:
+            super().check_worker_number_rationality()
 
     def __iter__(self) -> Any:
         if self._loaded_state is not None and self._iterator is not None:

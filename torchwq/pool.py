@@ -387,6 +387,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         initargs: tuple[Any, ...] = (),
     ) -> None:
         self._backend = find(backend)
+        self._backend.prepare()
         n = cores() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")

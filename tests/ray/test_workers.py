@@ -5,19 +5,28 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import torchwq
 import torchwq.ray
+from tests.conftest import wait_until
 from torchwq import ChannelState, ClosureError, MarshalError, WorkerDied
+from torchwq.transport import namespace
 
-from .conftest import NODES, ray
+from .conftest import NODES, Cluster, ray
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -273,3 +282,81 @@ def test_a_worker_without_a_place_is_told_of_and_can_be_ended(caplog: Any, monke
 def test_there_is_no_such_backend() -> None:
     with pytest.raises(ValueError, match="backend must be 'process', 'thread' or 'ray', not 'rai'"):
         torchwq.map(1, print, backend="rai")
+
+
+PROGRAM = """
+import os, signal, sys
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+import torchwq
+
+def work(q):
+    q.write(os.getpid())
+    q.read()
+    for _ in q:
+        pass
+
+with torchwq.workqueue() as q:
+    workers = torchwq.map(2, work, q, backend="ray")
+    loader = iter(torchwq.DataLoader(range(1000), 1, num_workers=1, backend="ray"))
+    next(loader)
+    print(q.read(), q.read(), flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    q.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["die", "Ctrl-C"])
+def test_the_actors_of_a_program_end_with_it(how: str, cluster: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM)
+    environment = {key: value for key, value in os.environ.items() if key != namespace.VARIABLE}
+    program = subprocess.Popen(
+        [sys.executable, str(script), cluster.address, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert program.stdout is not None
+    pids = [int(pid) for pid in program.stdout.readline().split()]
+    assert len(pids) == 2, program.communicate()[1]
+    if how == "Ctrl-C":
+        program.send_signal(signal.SIGINT)
+    _, told = program.communicate(timeout=60)
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)), 30, "the end of the actors")
+    if how == "die":
+        assert program.returncode == -signal.SIGKILL
+    else:
+        assert program.returncode
+        assert told.count("KeyboardInterrupt") == 1
+        assert told.count("Traceback") == 1
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'backend="ray" needs Ray: pip install "torchwq\[ray\]"'):
+        torchwq.map(1, print, backend="ray")
+
+
+def test_a_program_without_a_cluster_gets_one_of_its_own_and_is_told_once(run_script: Any) -> None:
+    folder = tempfile.mkdtemp(dir="/tmp")  # the names of sockets are short
+    done = run_script(
+        """
+        import functools
+        import ray._private.services
+        ray._private.services.find_gcs_addresses = functools.cache(set)  # there are those of the tests
+
+        import torchwq
+        pool = torchwq.BackgroundTaskPool(1, backend="ray")
+        print(ray.is_initialized(), pool.submit(abs, -3).result(), torchwq.map(1, abs, -4, backend="ray").join())
+        pool.shutdown()
+        """,
+        fresh=True,
+        timeout=100,
+        env={"RAY_TMPDIR": folder},
+    )
+    shutil.rmtree(folder)
+    assert done.stdout.splitlines()[-1:] == ["True 3 [4]"]
+    assert done.stderr.count("no Ray cluster is running") == 1

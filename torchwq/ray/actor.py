@@ -39,12 +39,15 @@ class Actor:
     """Made by ``worker.RayWorker``, with the worker's setup."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._changed = threading.Condition()
+        #: Guards the next five.
+        self._lock = threading.Lock()
         #: The calls that have come early, by their number; the number of the next to come, and of the next to return.
         self._early: dict[int, Any] = {}
         self._next_call = self._next_return = 0
         self._outgoing: deque[Any] = deque()
         self._ended = False
+        #: Of each call that waits: released when it may return. Only the first is woken.
+        self._turns: dict[int, threading.Lock] = {}
         self._handles = HandleLink(self.put)
         self._ours, theirs = _WorkersEnd(self), LocalEndpoint(Mailbox())
         local.connect(self._ours, theirs)
@@ -58,19 +61,29 @@ class Actor:
 
     def exchange(self, number: int, head: Any, message: Any) -> list[Any]:
         """Call ``number``: take a signal in, wait until it is this call's turn to return, and return signals."""
-        with self._changed:
+        turn = threading.Lock()
+        turn.acquire()
+        with self._lock:
             self._early[number] = head, message
             while self._next_call in self._early:
                 self._take_in(*self._early.pop(self._next_call))
                 self._next_call += 1
-            self._changed.notify_all()
-            while number != self._next_return or not (
-                self._outgoing or self._ended or self._next_call - number > MAX_WAITING
-            ):
-                self._changed.wait()
+            self._turns[number] = turn
+            self._wake_first()
+        turn.acquire()
+        with self._lock:
+            del self._turns[number]
             self._next_return += 1
-            self._changed.notify_all()
-            return self._next_signals()
+            signals = self._next_signals()
+            self._wake_first()
+        return signals
+
+    def _wake_first(self) -> None:
+        """Let the first call return, if there is a reason. Call it with the lock."""
+        turn = self._turns.get(self._next_return)
+        crowded = self._next_call - self._next_return > MAX_WAITING
+        if turn is not None and turn.locked() and (self._outgoing or self._ended or crowded):
+            turn.release()
 
     def _take_in(self, head: Any, message: Any) -> None:
         kind = None if head is None else head[0]
@@ -92,9 +105,9 @@ class Actor:
 
     def put(self, *signal: Any) -> None:
         """Send a signal to the owner."""
-        with self._changed:
+        with self._lock:
             self._outgoing.append(signal)
-            self._changed.notify_all()
+            self._wake_first()
 
     def send(self, payload: codec.Encoded) -> None:
         """Send a message to the owner."""
@@ -116,10 +129,8 @@ class Actor:
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
             finally:
-                with self._changed:
-                    self._outgoing.append((END, code))
-                    self._ended = True
-                    self._changed.notify_all()
+                self._ended = True
+                self.put(END, code)
 
 
 def _size(signal: Any) -> int:

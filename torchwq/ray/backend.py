@@ -28,7 +28,8 @@ class Backend(backend.Backend):
     Args:
         num_cpus: how many logical CPUs of its node each worker takes; 0.5 puts two workers on one.
         resources: further resources that a worker takes, for example ``{"decoder": 1}``.
-        runtime_env: the worker's environment, as Ray has it: ``{"pip": [...], "env_vars": {...}, "working_dir": ...}``.
+        runtime_env: the worker's environment, as Ray has it: ``{"pip": [...], "env_vars": {...}}``. A folder of this
+            machine goes to the others with ``ray.init(runtime_env={"working_dir": ...})``.
         scheduling_strategy: ``"SPREAD"`` spreads workers over nodes, ``"DEFAULT"`` packs them; or one of the objects of
             ``ray.util.scheduling_strategies``.
         address: of the cluster; None: the one that this program has joined already, or ``RAY_ADDRESS``, or the one that
@@ -52,6 +53,9 @@ class Backend(backend.Backend):
     peer = OTHER_MACHINE
     can_be_killed = True
     options = frozenset()
+
+    def prepare(self) -> None:
+        cluster.join(self.address)  # Ray wants that from the main thread
 
     def start(self, info: WorkerInfo, entry: str, on_message: OnMessage, on_end: OnEnd, group: int) -> Worker:
         ray = cluster.join(self.address)

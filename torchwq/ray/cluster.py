@@ -41,15 +41,16 @@ def join(address: str | None) -> Any:
         if module.is_initialized():
             return module
         try:
-            module.init(address=address or "auto", log_to_driver=True)
+            module.init(address=address or "auto", logging_level="WARNING")
+            return module
         except ConnectionError:
             if address is not None:
                 raise
-            places = max(_MIN_PLACES, 4 * cores())
-            module.init(num_cpus=places, include_dashboard=False, _node_ip_address="127.0.0.1")
-            log.warning(
-                "torchwq: no Ray cluster is running, so one was started on this machine, with places for %d workers. "
-                "It ends with this process. To use another: ray.init(address=...) first, or set RAY_ADDRESS.",
-                places,
-            )
+        places = max(_MIN_PLACES, 4 * cores())
+        module.init(num_cpus=places, include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1")
+        log.warning(
+            "torchwq: no Ray cluster is running, so one was started on this machine, with places for %d workers. "
+            "It ends with this process. To use another: ray.init(address=...) first, or set RAY_ADDRESS.",
+            places,
+        )
         return module

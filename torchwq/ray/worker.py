@@ -2,13 +2,14 @@
 
 Each message to the worker is a call of its actor. The calls return what the worker has sent: the first call that has
 not returned takes what is there, or waits. So a task and its result are one call, which costs what any call of an actor
-costs. While the owner has nothing to send, one call waits for messages.
+costs. While the owner has nothing to send, calls wait for messages.
 
 Invariants:
 
 * Calls are numbered. The actor takes their messages in, and lets them return, in that order; the owner's thread gets
   their results in that order. So no message overtakes another.
-* As long as the worker has not ended, one call at least has not returned.
+* As long as the worker has not ended, ``_MIN_CALLS`` calls or more have not returned: a message that is ready while
+  another one is on its way finds a call.
 * Ray tries no call again: a message is delivered once, or its worker has died.
 """
 
@@ -34,6 +35,8 @@ log = logging.getLogger("torchwq")
 
 #: After so many seconds without a sign of life, the owner says what the worker waits for.
 _PLACE_TIMEOUT: Final = 10.0
+#: So many calls have always not returned.
+_MIN_CALLS: Final = 2
 
 
 class RayWorker(Worker):
@@ -81,7 +84,8 @@ class RayWorker(Worker):
         except BaseException:
             self._unregister()
             raise
-        self._call(None)
+        for _ in range(_MIN_CALLS):
+            self._call(None)
         self._thread = threading.Thread(target=self._run, name=f"torchwq-ray-{info.mapid}", daemon=True)
         self._thread.start()
 
@@ -151,7 +155,7 @@ class RayWorker(Worker):
             signals = self._ray.get(call)
             del self._calls[number]
             call = None
-            if not self._calls and not (signals and signals[-1][0] == END):
+            if len(self._calls) < _MIN_CALLS and not (signals and signals[-1][0] == END):
                 self._call(None)
             for each in signals:
                 self._handle(*each)

@@ -55,6 +55,9 @@ class Backend(abc.ABC):
             WorkerStartError: the worker cannot be started for another reason.
         """
 
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """The user's thread calls it before another thread starts workers for it. Raises as ``start``."""
+
     @abc.abstractmethod
     def connect(self) -> Ends:
         """Make a connection beside the one that each worker has. Returns the owner's end and the worker's.
