@@ -67,7 +67,7 @@ help: ## list the targets
 
 # --- what there is to do ---
 
-demo: $(call extra,examples) $(NATIVE) ## train a small CNN on images that background workers prepare
+demo: $(call extra,demo) $(NATIVE) ## train a small CNN on images that background workers prepare
 	$(BIN)/python examples/train_digits.py
 
 test: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the tests, some on each transport, and with and without the native part

@@ -21,6 +21,7 @@ from .errors import (
     WorkerDied,
     WorkerStartError,
 )
+from .group import WorkerGroup
 from .loading.statistics import LoaderStatistics
 from .locking import Mutex, mutex
 from .mapping import Map, map
@@ -61,6 +62,7 @@ __all__ = [
     "TorchwqError",
     "WorkQueue",
     "WorkerDied",
+    "WorkerGroup",
     "WorkerInfo",
     "WorkerStartError",
     "channel",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import signal
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Any, final
 
 from .errors import QueueClosed
@@ -22,6 +25,8 @@ from .workers.backend import Backend, find
 from .workers.starting import check_number
 
 _ENTRY = "torchwq.mapping:run_worker"
+#: Seconds that a worker has to end after SIGTERM, when an error leaves a ``with`` block.
+_TERMINATE_TIMEOUT = 2.0
 
 
 class _Outcomes:
@@ -35,8 +40,10 @@ class _Outcomes:
       If the owner of a queue raises the error as a cause, the worker notes that (``error_was_retrieved``).
     """
 
-    def __init__(self, n: int, name: str) -> None:
-        self.n = n
+    def __init__(self, mapids: range, of: int, name: str) -> None:
+        self.n = len(mapids)
+        self.mapids = mapids
+        self._of = of
         self.changed = threading.Condition()
         self._resolving = threading.RLock()  # unpickling may collect garbage that resolves another
         self.ended = 0
@@ -52,7 +59,14 @@ class _Outcomes:
     def start(self, payloads: list[Any], backend: Backend, held: list[Any]) -> None:
         messages = [[payload] for payload in payloads]
         self.workers = starting.start(
-            _ENTRY, messages, self._on_message, self._on_end, backend=backend, keep_alive=held
+            _ENTRY,
+            messages,
+            self._on_message,
+            self._on_end,
+            backend=backend,
+            keep_alive=held,
+            first_mapid=self.mapids.start,
+            of=self._of,
         )
 
     def _on_message(self, process: worker.Worker, data: Any, fds: list[int]) -> None:
@@ -117,7 +131,7 @@ class _Outcomes:
             self.move_errors([process.info.mapid], errors)
             for mapid, error in errors.items():
                 if unretrieved.should_report(process, error):
-                    unretrieved.log_error(f"worker {mapid} of torchwq.map({self.n}, {self._name})", error)
+                    unretrieved.log_error(f"worker {mapid} of torchwq.map({self._of}, {self._name})", error)
         _pending.discard(self)
         answers, self._answers = self._answers, {}
         for unread in answers.values():
@@ -194,7 +208,7 @@ class Map:
                 raise TimeoutError(f"{running} of {outcomes.n} workers have not ended within {timeout} s")
         for process in outcomes.workers:
             outcomes.resolve(process)
-        outcomes.move_errors(range(outcomes.n), self._errors)
+        outcomes.move_errors(outcomes.mapids, self._errors)
         failed = [mapid for mapid in sorted(self._errors) if mapid not in self._consumed]
         if failed:
             shutdown.block_daemon_at_exit()
@@ -204,11 +218,11 @@ class Map:
                 if other is not error:  # threads may raise the same exception
                     exceptions.add_note(error, f"worker {mapid} failed as well: {type(other).__name__}: {other}")
             raise error
-        asked = [mapid for mapid in range(outcomes.n) if mapid not in self._consumed]
+        asked = [mapid for mapid in outcomes.mapids if mapid not in self._consumed]
         for mapid in asked:
             if mapid not in outcomes.values:  # its error was printed: the process is exiting
                 shutdown.block_daemon_at_exit()
-                raise outcomes.workers[mapid].death_error()
+                raise outcomes.workers[mapid - outcomes.mapids.start].death_error()
         return [outcomes.values[mapid] for mapid in asked]
 
     def check_errors(self) -> None:
@@ -230,6 +244,77 @@ class Map:
                 if mapid in self._errors:
                     self._consumed.add(mapid)
                     raise self._errors[mapid]
+
+    def as_completed(self, timeout: float | None = None) -> Iterator[tuple[int, Any]]:
+        """Yield ``(mapid, result)`` of each worker as it ends, whichever is first.
+
+        Args:
+            timeout: how many seconds to wait at most, all in all; None waits for ever.
+
+        Raises:
+            TimeoutError: not all have ended within ``timeout``.
+            Exception: a worker's error, when its turn comes, as :meth:`join` raises it. It is consumed, as by
+                :meth:`check_errors`: a later :meth:`join` returns the others' results.
+
+        Source: ``concurrent.futures.as_completed``.
+        """
+        outcomes = self._outcomes
+        deadline = None if timeout is None else time.monotonic() + timeout
+        left = {process.info.mapid: process for process in outcomes.workers if process.info.mapid not in self._consumed}
+        while left:
+            ended: list[int] = []
+
+            def look(ended: list[int] = ended) -> bool:
+                ended[:] = [mapid for mapid, process in left.items() if process.ended_event.is_set()]
+                return bool(ended)
+
+            with outcomes.changed:
+                if not outcomes.changed.wait_for(look, None if deadline is None else deadline - time.monotonic()):
+                    raise TimeoutError(f"{len(left)} of {outcomes.n} workers have not ended within {timeout} s")
+            for mapid in ended:
+                process = left.pop(mapid)
+                outcomes.resolve(process)
+                outcomes.move_errors([mapid], self._errors)
+                if mapid in self._errors:
+                    self._consumed.add(mapid)
+                    raise self._errors[mapid]
+                yield mapid, outcomes.values[mapid]
+
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End the workers: processes by a signal, threads when they next run Python code. Does not wait for that.
+
+        :meth:`join` then raises WorkerDied. Workers that have ended are left alone. May be called again.
+
+        Args:
+            number: the signal.
+
+        Source: ``multiprocessing.Process.terminate``.
+        """
+        for process in self._outcomes.workers:
+            process.was_terminated = True
+            process.terminate(number)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all workers have ended, ``timeout`` seconds at most. Returns whether they have; raises nothing."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for process in self._outcomes.workers:
+            if not process.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                return False
+        return True
+
+    def __enter__(self) -> Map:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for the workers; if an error leaves the block, end them instead."""
+        if error is None:
+            self.join()
+            return
+        self.terminate()
+        if not self.wait(_TERMINATE_TIMEOUT):
+            self.terminate(signal.SIGKILL)
 
     @property
     def pids(self) -> list[int | None]:
@@ -289,21 +374,34 @@ def map(
     Source: torch-ipc's ``ipc.map``.
     """
     workers = find(backend)
-    n = check_number(n, "torchwq.map(number, function, *args)")
+    usage = "torchwq.map(number, function, *args)"
+    n = check_number(n, usage)
+    check_function(f, usage)
+    return start(f, args, range(n), n, workers, upvalues)
+
+
+def check_function(f: Any, usage: str) -> None:
+    """Raise TypeError if ``f`` cannot be called. ``usage`` is a proper call, for the error."""
     if not callable(f):
-        raise TypeError(f"a function is needed to run, not {type(f).__name__}: torchwq.map(number, function, *args)")
+        raise TypeError(f"a function is needed to run, not {type(f).__name__}: {usage}")
+
+
+def start(
+    f: Callable[..., Any], args: tuple[Any, ...], mapids: range, of: int, backend: Backend, upvalues: bool
+) -> Map:
+    """Start the workers with these mapids, ``of`` so many in all. Raises as :func:`map`."""
     by_position, by_keyword = _wants_mapid(f, args)
     payloads = []
     held: list[Any] = []
-    for mapid in range(n):
+    for mapid in mapids:
         positional = (*args, mapid) if by_position else args
         keywords = {"mapid": mapid} if by_keyword else {}
         payloads.append(
-            codec.encode_call(f, positional, keywords, upvalues=upvalues, peer=workers.peer, worker_resources=held)
+            codec.encode_call(f, positional, keywords, upvalues=upvalues, peer=backend.peer, worker_resources=held)
         )
-    outcomes = _Outcomes(n, getattr(f, "__qualname__", None) or type(f).__qualname__)
+    outcomes = _Outcomes(mapids, of, getattr(f, "__qualname__", None) or type(f).__qualname__)
     started = Map(outcomes)
-    outcomes.start(payloads, workers, held)
+    outcomes.start(payloads, backend, held)
     return started
 
 

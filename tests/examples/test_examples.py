@@ -155,3 +155,10 @@ def test_ddp_digits_has_the_losses_of_torchs_loader(tmp_path: Path) -> None:
         found[loader] = re.findall(r"epoch \d: the sum of the losses is [\d.]+", printed)
     assert len(found["torch"]) == 2
     assert found["torchwq"] == found["torch"]
+
+
+def test_vector_env(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs gymnasium")
+    _, printed = run_example("vector_env.py", tmp_path, "--envs", "2", "--steps", "20", strict=False)
+    assert "the same observations and rewards: True\n" in printed
+    assert re.search(r"torchwq to gymnasium: [\d.]+ ×", printed)

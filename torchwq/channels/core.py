@@ -84,18 +84,21 @@ class Core:
 
     # Writing and waiting
 
-    def send_if_room(self, backend: ChannelBackend, payload: Any, handle: Handle) -> bool:
+    def send_if_room(
+        self, backend: ChannelBackend, payload: Any, handle: Handle, deadline: float | None = None
+    ) -> bool:
         """See ``ChannelBackend.send``, in a channel with a capacity.
 
-        ``payload`` was encoded for ``backend``. If there is no room, this thread waits for it with ``handle``.
+        ``payload`` was encoded for ``backend``. If there is no room, this thread waits for it with ``handle``. Raises
+        queue.Full after ``deadline`` (time.monotonic).
         """
         room = self.local.room
         assert room is not None
         send = functools.partial(backend.send, payload)
         found = room.try_write(send)
-        return self._wait_for_room(room, send, handle) if found is None else found
+        return self._wait_for_room(room, send, handle, deadline) if found is None else found
 
-    def _wait_for_room(self, room: Room, send: Callable[[], bool], handle: Handle) -> bool:
+    def _wait_for_room(self, room: Room, send: Callable[[], bool], handle: Handle, deadline: float | None) -> bool:
         watched: list[PeerMonitor] = []
         with self.failures.waiting(handle, WRITE), contextlib.ExitStack() as watching:
 
@@ -109,7 +112,7 @@ class Core:
                 self.failures.raise_if_nobody_left(handle, WRITE)
                 return self.failures.seconds_until_sure(POLL_INTERVAL)
 
-            return room.write(send, look)
+            return room.write(send, look, deadline)
 
     def wake_all(self) -> None:
         """Let every thread that waits at this core look at the other handles."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 from ..handles.readable import EMPTY, STOP, EndOfMessages, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
+from ..handles.writing import write_async
 from ..marshalling import codec
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
@@ -90,7 +92,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         """How many items may wait to be read before ``write`` blocks; None: any number."""
         return self._core.capacity
 
-    def write(self, *objs: Any) -> ChannelState:
+    def write(self, *objs: Any, timeout: float | None = None) -> ChannelState:
         """Write each of ``objs``, if the channel is open.
 
         All of them are marshalled before the first is sent, so a failing write leaves the channel as it was. Never
@@ -98,6 +100,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
 
         Args:
             *objs: any objects; each takes one ``read``.
+            timeout: with ``capacity``, how long to wait for room at most, in seconds; None waits for ever.
 
         Returns:
             OPEN if all were written. CLOSED or DRAINED if the channel was closed: what is left was not written.
@@ -105,11 +108,12 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         Raises:
             MarshalError: an object cannot travel; the message names its place, e.g. ``args[0]['model'].hook``.
             ClosureError: a function or class captures data; see :meth:`writeup`.
+            queue.Full: there was no room within ``timeout``. The objects before the one without room were written.
             WorkerDied: only with ``capacity``: a worker that has read from the channel died; or nobody is left to read.
             ResourceError: memory or file descriptors have run out.
             QueueClosed: the channel was inherited by a fork.
 
-        Source: torch-ipc's ``c:write``.
+        Source: torch-ipc's ``c:write``; ``queue.Queue.put`` for ``queue.Full``.
         """
         core = self._core
         if len(objs) == 1 and core.capacity is None:
@@ -117,7 +121,21 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
             state = core.backend.try_write(objs[0])
             if state is not None:
                 return state
-        return self._send_all(objs, upvalues=False)
+        return self._send_all(objs, upvalues=False, timeout=timeout)
+
+    async def awrite(self, *objs: Any, timeout: float | None = None) -> ChannelState:
+        """Write on asyncio's event loop: like :meth:`write`, without blocking it while there is no room.
+
+        A task that is cancelled while it waits has written the objects before the one without room.
+
+        Raises:
+            TimeoutError: there was no room within ``timeout`` seconds.
+            MarshalError, WorkerDied, ResourceError, QueueClosed: as for :meth:`write`.
+        """
+        state = self._core.backend.state()
+        for obj in objs:
+            state = await write_async(self, obj, timeout)
+        return state
 
     def writeup(self, *objs: Any) -> ChannelState:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them.
@@ -130,7 +148,7 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         """
         return self._send_all(objs, upvalues=True)
 
-    def _send_all(self, objs: Sequence[Any], upvalues: bool) -> ChannelState:
+    def _send_all(self, objs: Sequence[Any], upvalues: bool, timeout: float | None = None) -> ChannelState:
         self._core.check_fork()
         core = self._core
         backend = core.backend
@@ -139,7 +157,8 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
         if core.capacity is None:
             are_sent = all(map(backend.send, payloads))
         else:
-            are_sent = all(core.send_if_room(backend, payload, self) for payload in payloads)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            are_sent = all(core.send_if_room(backend, payload, self, deadline) for payload in payloads)
         if not are_sent:
             return core.backend.state()
         return _OPEN if objs else core.backend.state()

@@ -36,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -100,14 +101,14 @@ class Room:
         with lock:
             return self._claim_and_write(write)
 
-    def write(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
-        """The same as soon as there is room, or all is closed.
+    def write(self, write: Callable[[], R], look: Callable[[], float | None], deadline: float | None = None) -> R:
+        """The same as soon as there is room, or all is closed. Raises queue.Full after ``deadline`` (time.monotonic).
 
         ``look`` is called by one who waits, now and then and after each ``wake_all``. It raises if there is no use in
         waiting, or returns in how many seconds it wants to be called again at the latest.
         """
         found = self.try_write(write)
-        return self._wait(write, look) if found is None else found
+        return self._wait(write, look, deadline) if found is None else found
 
     def made(self) -> None:
         """A message was taken. Called after it was counted as taken."""
@@ -155,7 +156,7 @@ class Room:
                     self.made()
         return write() if self._is_closed() else None
 
-    def _wait(self, write: Callable[[], R], look: Callable[[], float | None]) -> R:
+    def _wait(self, write: Callable[[], R], look: Callable[[], float | None], deadline: float | None) -> R:
         attempt = functools.partial(self.try_write, write)
         seconds: float | None = _FIRST_LOOK
         wait = object()
@@ -166,11 +167,15 @@ class Room:
                 if reactor.get().is_in_current_thread:
                     seconds = _POLL_INTERVAL
                 until = None if seconds is None else time.monotonic() + seconds
+                if deadline is not None:
+                    until = deadline if until is None else min(until, deadline)
                 place = self._lot if shared is None else shared
                 found = place.wait(attempt, until, self._changed_since(changes))
                 if found is not None:
                     return found
                 seconds = look()
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise queue.Full(f"there are {self.capacity} unread messages, and room for no more")
         finally:
             self._waits.discard(wait)
             if self._has_room():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from dataclasses import dataclass
 from pickle import dumps, loads
@@ -10,6 +11,7 @@ from typing import Any, final
 from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
+from ..handles.writing import write_async
 from ..marshalling import codec
 from ..marshalling.codec import encode, encode_large_pickle
 from ..marshalling.copies import COLLECTIONS, SCALARS, only_scalars, try_copy
@@ -89,7 +91,7 @@ class WorkQueue(ReadableHandle[Any]):
         """True if this handle cannot be used any more."""
         return bool(self._role.closed)
 
-    def write(self, *objs: Any) -> None:
+    def write(self, *objs: Any, timeout: float | None = None) -> None:
         """Write each of ``objs``: questions, if this is the owner's handle, else answers.
 
         All of them are marshalled before the first is sent, so a failing write leaves the queue as it was. Never blocks
@@ -99,17 +101,25 @@ class WorkQueue(ReadableHandle[Any]):
 
         Args:
             *objs: any objects; each takes one ``read`` at the other side.
+            timeout: for questions of a queue with a ``capacity``, how long to wait for room at most, in seconds; None
+                waits for ever.
 
         Raises:
             MarshalError: an object cannot travel; the message names its place, e.g. ``args[0]['model'].hook``.
             ClosureError: a function or class captures data; see :meth:`writeup`.
             QueueClosed: the queue or this handle is closed.
+            queue.Full: there was no room within ``timeout``. The objects before the one without room were written.
             WorkerDied: only with ``capacity``: no worker is left that could take a question.
             ResourceError: memory or file descriptors have run out.
 
-        Source: torch-ipc's ``q:write``.
+        Source: torch-ipc's ``q:write``; ``queue.Queue.put`` for ``queue.Full``.
         """
         role = self._role
+        if timeout is not None and isinstance(role, Owner):
+            deadline = time.monotonic() + timeout
+            for payload in codec.encode_all(objs, role.max_payload, peer=role.peer):
+                role.send_within(payload, deadline)
+            return
         send = role.send
         if len(objs) == 1:
             obj, tried_plain = objs[0], False
@@ -145,6 +155,18 @@ class WorkQueue(ReadableHandle[Any]):
                 return
         for payload in codec.encode_all(objs, role.max_payload, peer=role.peer):
             send(payload)
+
+    async def awrite(self, *objs: Any, timeout: float | None = None) -> None:
+        """Write on asyncio's event loop: like :meth:`write`, without blocking it while a bounded queue has no room.
+
+        A task that is cancelled while it waits has written the objects before the one without room.
+
+        Raises:
+            TimeoutError: there was no room within ``timeout`` seconds.
+            MarshalError, ClosureError, QueueClosed, WorkerDied, ResourceError: as for :meth:`write`.
+        """
+        for obj in objs:
+            await write_async(self, obj, timeout)
 
     def writeup(self, *objs: Any) -> None:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them.

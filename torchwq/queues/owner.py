@@ -93,12 +93,18 @@ class Owner(SocketRole):
             raise QueueClosed(self.closed)
         return True
 
-    def _send_if_room(self, payload: codec.Encoded) -> None:
+    def _send_if_room(self, payload: codec.Encoded, deadline: float | None = None) -> None:
         room = self.questions.room
         assert room is not None
         send = functools.partial(self._send, payload)
         if room.try_write(send) is None:
-            room.write(send, self._look_for_room)
+            room.write(send, self._look_for_room, deadline)
+
+    def send_within(self, payload: codec.Encoded, deadline: float) -> None:
+        if self.capacity is None:
+            self.send(payload)
+        else:
+            self._send_if_room(payload, deadline)
 
     def _look_for_room(self) -> None:
         """A write waits for room: raise what is to be told, if anything."""

@@ -76,7 +76,7 @@ def log_error(what: str, error: BaseException) -> None:
 
 def should_report(process: Worker, error: BaseException) -> bool:
     """Whether to print the error of an ended worker if no caller retrieves it."""
-    if isinstance(error, QueueClosed):
+    if isinstance(error, QueueClosed) or (process.was_terminated and isinstance(error, TorchwqError)):
         return False
     return not process.ended_at_exit or not (isinstance(error, TorchwqError) or shutdown.interrupted())
 

@@ -56,6 +56,8 @@ class Worker(abc.ABC):
         self.ended_event = threading.Event()
         #: Objects that must live as long as the worker.
         self.keep_alive: object = None
+        #: Whether the user has ended it.
+        self.was_terminated = False
         #: Whether it ended while its owner was exiting, and so perhaps because of that.
         self.ended_at_exit = False
         #: Returns the error of the worker's function, after the worker's end. Runs users' code.
