@@ -22,7 +22,7 @@ from .errors import (
     WorkerStartError,
 )
 from .group import WorkerGroup
-from .loading.statistics import LoaderStatistics
+from .loading.statistics import LoaderStatistics, WorkerStatistics
 from .locking import Mutex, mutex
 from .mapping import Map, map
 from .marshalled import Marshalled, marshal
@@ -65,6 +65,7 @@ __all__ = [
     "WorkerGroup",
     "WorkerInfo",
     "WorkerStartError",
+    "WorkerStatistics",
     "channel",
     "empty",
     "empty_like",

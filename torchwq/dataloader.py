@@ -159,7 +159,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             return super()._get_iterator()
         loaded, self._loaded_state = self._loaded_state, None
         if self.num_workers == 0:
-            self._last_iterator = InProcessIterator(self, loaded)
+            self._last_iterator = InProcessIterator(self, self._stats, loaded)
             return self._last_iterator
         if self._max_workers:
             self.num_workers = max(self.num_workers, self._stats.workers)
@@ -236,12 +236,42 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         self._loaded_state = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)
         self._saves_rng = True
 
-    def stats(self) -> LoaderStatistics:
-        """Return what the loader has done so far, and whether it or the training loop is the slower one.
+    def stats(self, *, last_epoch: bool = False) -> LoaderStatistics:
+        """Return where the time went so far, and whether the loader or the training loop is the slower one.
 
-        With ``num_workers=0`` nothing is counted.
+        Args:
+            last_epoch: count since the beginning of the present epoch, or, between two, of the last one. Else since the
+                loader was made, or since :meth:`reset_stats`.
         """
-        return self._stats.read()
+        return self._stats.read(last_epoch=last_epoch)
+
+    def reset_stats(self) -> None:
+        """Let :meth:`stats` count from now on."""
+        self._stats.reset()
+
+    @property
+    def batches_done(self) -> int:
+        """How many batches of its epoch the last iterator has returned: after ``load_state_dict``, those before it.
+
+        So the progress bar of a resumed loop begins where the epoch goes on:
+        ``tqdm(loader, initial=loader.batches_done)``.
+        """
+        if self._loaded_state is not None:
+            return 0 if self._loaded_state.begins else self._loaded_state.yielded
+        iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
+        if iterator is None:
+            state = self._stats.state
+            return 0 if state is None or state.begins else int(state.yielded)
+        return int(iterator._num_yielded)
+
+    def __repr__(self) -> str:
+        try:
+            batches = f", {len(self)} batches"
+        except TypeError:  # an iterable dataset without a length
+            batches = ""
+        workers = f"{self.num_workers} {find(self.backend).name} workers" if self.num_workers else "no workers"
+        name = f"{type(self.dataset).__module__}.{type(self.dataset).__qualname__}".removeprefix("__main__.")
+        return f"<torchwq.DataLoader of {name}, batch_size={self.batch_size}{batches}, {workers}>"
 
 
 def _check(on_worker_death: str, max_restarts: int, backend: str | Backend, multiprocessing_context: Any) -> None:

@@ -35,11 +35,112 @@ def test_statistics_add_up() -> None:
     assert "bound" in stats.verdict
 
 
-def test_the_verdict() -> None:
-    verdict = statistics._verdict
-    assert verdict(5.0, 10.0, 0.1, 19.0, 9).startswith("data-bound")
-    assert "more of them may help" in verdict(5.0, 10.0, 0.1, 19.0, 9)
-    assert verdict(0.1, 10.0, 15.0, 4.0, 9).startswith("compute-bound")
+def _workers(n: int, busy: float, waited: float, processor: float) -> list[Any]:
+    return [statistics.WorkerStatistics(9, busy, 0.0, 0.0, waited, 0.0, processor)] * n
+
+
+@pytest.mark.parametrize(
+    ("waited", "workers", "said"),
+    [
+        (0.1, _workers(2, 4.0, 15.0, 4.0), "compute-bound: the consumer waited 1%"),
+        (5.0, _workers(1, 9.0, 0.1, 9.0), "more of them may help, up to the 4 cores"),
+        (5.0, _workers(4, 9.0, 0.1, 4.6), "compute on all 4 cores: more of them will not help"),
+        (5.0, _workers(4, 9.0, 0.1, 0.5), "mostly waiting themselves: more of them help, also more than cores"),
+        (5.0, _workers(2, 4.0, 15.0, 4.0), "a larger prefetch_factor may help"),
+        (5.0, [], "no batch was made by a worker yet"),
+    ],
+)
+def test_the_verdict(waited: float, workers: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "cores", lambda: 4)
+    assert said in statistics._verdict(waited, 10.0, len(workers), workers)
+
+
+class Sleeping(datasets.Plain):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.005)
+        return super().__getitem__(index)
+
+
+def slow_collate(samples: Any) -> Any:
+    time.sleep(0.002)
+    return torch.stack(samples)
+
+
+def test_statistics_tell_where_the_time_of_each_worker_went() -> None:
+    loader = torchwq.DataLoader(Sleeping(40), 2, num_workers=2, collate_fn=slow_collate)
+    list(loader)
+    first = loader.stats()
+    assert [each.batches for each in first.workers] == [10, 10]
+    for each in first.workers:
+        assert each.fetch >= 20 * 0.005
+        assert each.collate >= 10 * 0.002
+        assert each.processor < each.fetch + each.collate
+    assert "mostly waiting themselves" in first.verdict
+    assert "20 batches" in str(first)
+    assert len(str(first).splitlines()) == 1 + 1 + 2 + 1
+    assert str(first).splitlines()[1].split() == (
+        [
+            "worker",
+            "batches",
+            "fetch",
+            "s",
+            "collate",
+            "s",
+            "send",
+            "s",
+            "waited",
+            "s",
+            "far",
+            "ahead",
+            "s",
+            "processor",
+            "s",
+        ]
+    )
+    assert "<table>" in first._repr_html_()
+    for batch in loader:
+        time.sleep(0.03)
+        del batch
+    assert loader.stats(last_epoch=True).batches == 20
+    assert sum(each.ahead for each in loader.stats(last_epoch=True).workers) > 0
+    assert loader.stats().batches == 40
+    loader.reset_stats()
+    assert loader.stats().batches == 0
+
+
+def test_statistics_without_workers() -> None:
+    loader = torchwq.DataLoader(Sleeping(10), 2)
+    assert "no batch was made yet" in loader.stats().verdict
+    list(loader)
+    stats = loader.stats()
+    assert (stats.batches, stats.num_workers, stats.workers) == (5, 0, ())
+    assert stats.consumer_waited >= 10 * 0.005
+    assert "mostly waiting: workers help" in stats.verdict
+    assert str(stats).endswith(stats.verdict)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_tells_how_far_its_epoch_is(num_workers: int) -> None:
+    loader = torchwq.DataLoader(datasets.Plain(20), 2, num_workers=num_workers)
+    assert loader.batches_done == 0
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    assert loader.batches_done == 2
+    state = loader.state_dict()
+    again = torchwq.DataLoader(datasets.Plain(20), 2, num_workers=num_workers)
+    again.load_state_dict(state)
+    assert again.batches_done == 2
+    assert len(list(again)) == 8
+    del iterator
+
+
+def test_the_repr_of_a_loader() -> None:
+    loader = torchwq.DataLoader(datasets.Plain(20), 2, num_workers=2)
+    dataset = "tests.loading.datasets.Plain"
+    assert repr(loader) == f"<torchwq.DataLoader of {dataset}, batch_size=2, 10 batches, 2 process workers>"
+    streams = torchwq.DataLoader(datasets.Stream(5), None)
+    assert repr(streams) == "<torchwq.DataLoader of tests.loading.datasets.Stream, batch_size=None, no workers>"
 
 
 def test_an_automatic_number_of_workers_grows_while_the_consumer_waits(

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,29 @@ import torch
 
 from . import collation, internals
 from .config import LoaderConfig, WorkerConfig
+from .counters import COLLATE
 from .failure_place import describe_failure_place
 from .generators import GeneratorStates, set_generators
 from .messages import Batch, End, Failure, Snapshot
 from .sampler_cursor import skip
 from .snapshots import SnapshotRecorder
+
+
+class _Timed:
+    """A collate function whose time is counted in a worker's words."""
+
+    __slots__ = ("_function", "_words")
+
+    def __init__(self, function: Callable[[Any], Any], words: memoryview) -> None:
+        self._function = function
+        self._words = words
+
+    def __call__(self, samples: Any) -> Any:
+        began = time.perf_counter_ns()
+        try:
+            return self._function(samples)
+        finally:
+            self._words[COLLATE] += time.perf_counter_ns() - began
 
 
 class BatchMaker:
@@ -41,7 +61,10 @@ class BatchMaker:
         self._worker_config = worker_config
         self._in_thread = in_thread
         self._limit = limit
-        self._collate_fn = collation.for_worker(config.collate_fn, in_thread=in_thread)
+        collate_fn = collation.for_worker(config.collate_fn, in_thread=in_thread)
+        #: The native part's, if it collates.
+        self._collation = collate_fn if isinstance(collate_fn, collation.Collation) else None
+        self._collate_fn = _Timed(collate_fn, config.counters.of(worker_config.worker_id))
         self._dataset = config.dataset
         self._fetcher: Any = None
         self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, None, copies=False)
@@ -140,8 +163,8 @@ class BatchMaker:
     def _capture_beginning(self) -> None:
         self._recorder.begin(self._dataset, self._fetcher)
         self._before = self._recorder.capture(self._batches) if self._recorder.has_state else None
-        if isinstance(self._collate_fn, collation.Collation):  # a batch goes beside its state, if there is one
-            self._collate_fn.limit = 0 if self._recorder.has_state else self._limit
+        if self._collation is not None:  # a batch goes beside its state, if there is one
+            self._collation.limit = 0 if self._recorder.has_state else self._limit
 
     def _resume(self, resume: Snapshot, begins: bool) -> None:
         """Go on from a snapshot; with ``begins``, it is the end of an epoch, and the next one begins."""

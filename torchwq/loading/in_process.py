@@ -7,6 +7,7 @@ given its state: the generator is the training's.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from . import generators, internals, sampler_rng
@@ -14,12 +15,14 @@ from .plain_data import copy_of_state
 from .sampler_cursor import SamplerCursor, skip
 from .snapshots import SnapshotRecorder
 from .state import State
+from .statistics import StatsCollector
 
 
 class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     """What ``iter(loader)`` gives for ``num_workers=0``."""
 
-    def __init__(self, loader: Any, resume: State | None = None) -> None:
+    def __init__(self, loader: Any, stats: StatsCollector, resume: State | None = None) -> None:
+        self._stats = stats
         self._loader_generator = loader.generator
         self.finished = False
         #: How many indices failed before the last batch, and how many after it.
@@ -41,6 +44,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         else:
             self._resume(loader, resume)
         self._sampler_iter: Any = self._cursor.indices
+        stats.start()
 
     def _resume(self, loader: Any, resume: State) -> None:
         # Nothing was drawn yet, and the dataset may have set the global generator to what it was.
@@ -84,14 +88,20 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
     def _next_data(self) -> Any:
         if self._sampler_rng is None:
             self._sampler_rng = sampler_rng.capture(self._index_sampler, self._loader_generator)
+        stats = self._stats
+        began, cpu = time.perf_counter_ns(), time.process_time_ns()
         try:
             data = super()._next_data()
         except StopIteration:
             self.finished = True
+            stats.stop()
             raise
         except Exception:
             self._failing += 1
             raise
+        stats.waited += time.perf_counter_ns() - began
+        stats.processor += time.process_time_ns() - cpu
+        stats.num_handed_out += 1
         if self._failing:
             self._failed, self._failing = self._failed + self._failing, 0
         return data

@@ -1,29 +1,67 @@
-"""Measures whether a loader or the training that it feeds is the slower one."""
+"""Measures where the time of a loader goes, and whether it or the training that it feeds is the slower one.
+
+Workers count in words that they share with their loader (``counters``), so a look costs no message, and nothing is
+counted that a batch would feel.
+"""
 
 from __future__ import annotations
 
+import html
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from .counters import BATCHES, BUSY, NBYTES, WAITED, Counters
+from ..transport.waiting import cores
+from .counters import AHEAD, BATCHES, BUSY, COLLATE, COUNTS, CPU, NBYTES, SEND, WAITED, Counters
+
+#: A consumer that waits for less than this part of its time is fed well enough.
+_MUCH_WAITING: Final = 0.1
+#: Workers that have the processor for less than this part of their busy time wait for something else.
+_MOSTLY_COMPUTING: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """What one worker has done.
+
+    Attributes:
+        batches: batches that it has made.
+        fetch: seconds for which it was getting samples from the dataset.
+        collate: seconds in the collate function.
+        send: seconds for which it was sending batches.
+        waited: seconds for which it waited for something to do.
+        ahead: of these, seconds for which it had made as many batches ahead as it may.
+        processor: seconds of processor time. Much less than ``fetch`` and ``collate`` together: it waits itself, for a
+            disk, a network, or a core.
+    """
+
+    batches: int
+    fetch: float
+    collate: float
+    send: float
+    waited: float
+    ahead: float
+    processor: float
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderStatistics:
-    """What a loader has done since it was made.
+    """What a loader has done. ``print`` shows it as a table, and a notebook too.
 
     Attributes:
-        batches: batches that workers have made.
+        batches: batches that were made.
         batches_per_second: handed out, while the loader was iterated over.
-        bytes: size of the batches, as they travel.
-        consumer_waited: seconds for which the consumer waited for a batch.
+        bytes: size of the batches, as they travel; 0 without workers.
+        consumer_waited: seconds for which the consumer waited for a batch; without workers, for which it made them.
         workers_waited: seconds for which workers waited for something to do, all of them together.
         workers_busy: seconds for which workers were making batches, all of them together.
         num_workers: how many workers there are.
         restarts: how often a worker that had died was replaced.
-        verdict: which side is the slower one, in one line.
+        verdict: which side is the slower one, and what would help, in one line.
+        seconds: for how long the loader was iterated over.
+        workers: each worker by itself.
     """
 
     batches: int
@@ -35,6 +73,56 @@ class LoaderStatistics:
     num_workers: int
     restarts: int
     verdict: str
+    seconds: float = 0.0
+    workers: Sequence[WorkerStatistics] = ()
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head = ("worker", "batches", "fetch s", "collate s", "send s", "waited s", "far ahead s", "processor s")
+        rows: list[tuple[str, ...]] = [head]
+        for number, each in enumerate(self.workers):
+            times = each.fetch, each.collate, each.send, each.waited, each.ahead, each.processor
+            rows.append((str(number), f"{each.batches:,}", *(f"{seconds:.2f}" for seconds in times)))
+        return rows
+
+    def _summary(self) -> str:
+        rate = f"{self.batches:,} batches, {self.batches_per_second:,.1f} a second"
+        return f"{rate}; the consumer waited {self.consumer_waited:.2f} of {self.seconds:.2f} s"
+
+    def __str__(self) -> str:
+        rows = self._rows() if self.workers else []
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([self._summary(), *table, self.verdict])
+
+    def _repr_html_(self) -> str:
+        rows = self._rows() if self.workers else []
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        table = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<p>{html.escape(self._summary())}</p><table>{table}</table><p>{html.escape(self.verdict)}</p>"
+
+
+@dataclass(slots=True)
+class _Totals:
+    """All counts at one moment."""
+
+    words: list[list[int]]
+    waited: int = 0
+    handed_out: int = 0
+    iterated: int = 0
+    processor: int = 0
+
+    def since(self, earlier: _Totals) -> _Totals:
+        words = [
+            [now - then for now, then in zip(row, earlier.words[n], strict=True)] if n < len(earlier.words) else row
+            for n, row in enumerate(self.words)
+        ]
+        return _Totals(
+            words,
+            self.waited - earlier.waited,
+            self.handed_out - earlier.handed_out,
+            self.iterated - earlier.iterated,
+            self.processor - earlier.processor,
+        )
 
 
 class StatsCollector:
@@ -48,11 +136,13 @@ class StatsCollector:
         self.restarts = 0
         #: The last number of workers that the autoscaler has logged.
         self.logged_num_workers = 0
-        #: Nanoseconds for which the consumer has waited.
-        self.waited = 0
+        #: Nanoseconds for which the consumer has waited; and, without workers, of processor time meanwhile.
+        self.waited = self.processor = 0
         self.num_handed_out = 0
         #: Nanoseconds of all epochs that have ended; and when the present one began, 0 if there is none.
         self._iterated = self._since = 0
+        #: From where ``read`` counts; and at the beginning of the last epoch.
+        self._from = self._epoch = _Totals([])
         # The last check: when, how long the consumer had waited, how long cores had been idle.
         self._last_check = 0, 0, 0.0
 
@@ -70,6 +160,7 @@ class StatsCollector:
 
     def start(self) -> None:
         """An epoch begins."""
+        self._epoch = self._totals()
         self._since = self._since or time.perf_counter_ns()
 
     def stop(self) -> None:
@@ -77,6 +168,10 @@ class StatsCollector:
         if self._since:
             self._iterated += time.perf_counter_ns() - self._since
             self._since = 0
+
+    def reset(self) -> None:
+        """Let ``read`` count from now on."""
+        self._from = self._totals()
 
     def since_last_check(self) -> tuple[float, bool]:
         """For which part of the time since the last call the consumer waited, and whether a core was idle."""
@@ -86,37 +181,78 @@ class StatsCollector:
         self._last_check = now, waited, idle
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
-    def read(self) -> LoaderStatistics:
-        """The counts until now."""
-        now = time.perf_counter_ns()
-        seconds = (self._iterated + (now - self._since if self._since else 0)) / 1e9
+    def _totals(self) -> _Totals:
+        iterated = self._iterated + (time.perf_counter_ns() - self._since if self._since else 0)
         counters = self._counters
-        waited, idle, busy, batches, nbytes = self.waited / 1e9, 0.0, 0.0, 0, 0
-        if counters is not None:
-            idle, busy = counters.sum(WAITED) / 1e9, counters.sum(BUSY) / 1e9
-            batches, nbytes = counters.sum(BATCHES), counters.sum(NBYTES)
+        words = [] if counters is None else [list(counters.of(n)[:COUNTS]) for n in range(counters.slots)]
+        return _Totals(words, self.waited, self.num_handed_out, iterated, self.processor)
+
+    def read(self, *, last_epoch: bool = False) -> LoaderStatistics:
+        """The counts since the beginning or ``reset``; or of the last epoch."""
+        counts = self._totals().since(self._epoch if last_epoch else self._from)
+        seconds, waited = counts.iterated / 1e9, counts.waited / 1e9
+        workers = [_of_worker(words) for words in counts.words[: self.workers] if self.workers]
+        batches = sum(words[BATCHES] for words in counts.words)
+        if not self.workers:
+            verdict = _verdict_without_workers(counts.handed_out, waited, seconds, counts.processor / 1e9)
+        else:
+            verdict = _verdict(waited, seconds, batches, workers)
         return LoaderStatistics(
-            batches=batches,
-            batches_per_second=self.num_handed_out / seconds if seconds else 0.0,
-            bytes=nbytes,
+            batches=batches if self.workers else counts.handed_out,
+            batches_per_second=counts.handed_out / seconds if seconds else 0.0,
+            bytes=sum(words[NBYTES] for words in counts.words),
             consumer_waited=waited,
-            workers_waited=idle,
-            workers_busy=busy,
+            workers_waited=sum(words[WAITED] for words in counts.words) / 1e9,
+            workers_busy=sum(words[BUSY] for words in counts.words) / 1e9,
             num_workers=self.workers,
             restarts=self.restarts,
-            verdict=_verdict(waited, seconds, idle, busy, batches),
+            verdict=verdict,
+            seconds=seconds,
+            workers=tuple(workers),
         )
 
 
-def _verdict(waited: float, seconds: float, idle: float, busy: float, batches: int) -> str:
+def _of_worker(words: Sequence[int]) -> WorkerStatistics:
+    collate, send = words[COLLATE] / 1e9, words[SEND] / 1e9
+    return WorkerStatistics(
+        batches=words[BATCHES],
+        fetch=max(0.0, words[BUSY] / 1e9 - collate - send),
+        collate=collate,
+        send=send,
+        waited=words[WAITED] / 1e9,
+        ahead=words[AHEAD] / 1e9,
+        processor=words[CPU] / 1e9,
+    )
+
+
+def _verdict(waited: float, seconds: float, batches: int, workers: Sequence[WorkerStatistics]) -> str:
     if not batches:
         return "no batch was made by a worker yet"
+    busy = sum(each.fetch + each.collate + each.send for each in workers)
+    idle, processor = sum(each.waited for each in workers), sum(each.processor for each in workers)
     part, spare = waited / max(seconds, 1e-9), idle / max(idle + busy, 1e-9)
-    if part > 0.1 and spare < 0.5:
-        return f"data-bound: the consumer waited {part:.0%} of the time and workers were busy; more of them may help"
-    if part > 0.1:
-        return f"data-bound: the consumer waited {part:.0%} of the time, although workers waited {spare:.0%} of theirs"
-    return f"compute-bound: the consumer waited {part:.0%} of the time, workers {spare:.0%} of theirs"
+    computing = processor / max(busy, 1e-9)
+    if part <= _MUCH_WAITING:
+        return f"compute-bound: the consumer waited {part:.0%} of the time, workers {spare:.0%} of theirs"
+    begin = f"data-bound: the consumer waited {part:.0%} of the time"
+    if spare >= 0.5:
+        return f"{begin}, although workers waited {spare:.0%} of theirs: a larger prefetch_factor may help"
+    if computing < _MOSTLY_COMPUTING:
+        return f"{begin} and workers were busy, mostly waiting themselves: more of them help, also more than cores"
+    if len(workers) >= cores():
+        return f"{begin} and workers compute on all {cores()} cores: more of them will not help, cheaper samples will"
+    return f"{begin} and workers were busy computing; more of them may help, up to the {cores()} cores"
+
+
+def _verdict_without_workers(batches: int, waited: float, seconds: float, processor: float) -> str:
+    if not batches:
+        return "no batch was made yet"
+    part, computing = waited / max(seconds, 1e-9), processor / max(waited, 1e-9)
+    if part <= _MUCH_WAITING:
+        return f"compute-bound: making batches takes {part:.0%} of the time; workers would not help"
+    if computing < _MOSTLY_COMPUTING:
+        return f"data-bound: making batches takes {part:.0%} of the time, mostly waiting: workers help, or threads"
+    return f"data-bound: making batches takes {part:.0%} of the time, computing: workers help if cores are free"
 
 
 def _idle_time() -> float:

@@ -33,7 +33,21 @@ from ..transport.local import LocalEndpoint
 from . import collation
 from .batch_maker import BatchMaker
 from .config import LoaderConfig, WorkerConfig
-from .counters import ASLEEP, BATCHES, BUSY, CONSUMED, COUNTS, GENERATION, LIMIT, LOST, NBYTES, WAITED
+from .counters import (
+    AHEAD,
+    ASLEEP,
+    BATCHES,
+    BUSY,
+    CONSUMED,
+    COUNTS,
+    CPU,
+    GENERATION,
+    LIMIT,
+    LOST,
+    NBYTES,
+    SEND,
+    WAITED,
+)
 from .messages import Answer, Batch, End, Failure, NewEpoch
 
 #: A worker that is far enough ahead looks so many times whether it still is before it sleeps.
@@ -63,8 +77,8 @@ class WorkerLoop:
         self._connection = connection
         self._has_main = has_main
         self._made = 0
-        #: When the present answer was begun.
-        self._began = 0
+        #: When the present answer was begun, and how much processor time had been used then.
+        self._began = self._cpu = 0
         self._tasks: deque[Any] = deque()
         self._words = config.counters.of(worker_config.worker_id)
         self._flow = config.flow.of(worker_config.worker_id)
@@ -83,6 +97,7 @@ class WorkerLoop:
         self._maker.set_up()
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch
         send: Callable[[Any], None] = self._connection.send
+        clock = time.thread_time_ns if self._in_thread else time.process_time_ns
         since = time.perf_counter_ns()
         try:
             while True:
@@ -102,12 +117,16 @@ class WorkerLoop:
                     self._wait_until_consumed()  # meanwhile the loader may abandon the task
                 self._began = began = time.perf_counter_ns()
                 words[WAITED] += began - since
+                self._cpu = cpu = clock()
                 payload = self._answer(index) if made else self._encode(End())
                 del task, index
+                sending = time.perf_counter_ns()
                 send(payload)
                 self._made += 1
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
+                words[SEND] += since - sending
+                words[CPU] += clock() - cpu
                 words[BATCHES] += 1
                 words[NBYTES] += payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
                 del payload
@@ -129,6 +148,13 @@ class WorkerLoop:
             self._tasks.extend([(generation, index) for index in indices])
 
     def _wait_until_consumed(self) -> None:
+        began = time.perf_counter_ns()
+        try:
+            self._sleep_until_consumed()
+        finally:
+            self._words[AHEAD] += time.perf_counter_ns() - began
+
+    def _sleep_until_consumed(self) -> None:
         flow, enough = self._flow, self._made - self._config.prefetch
         for _ in range(self._spins):
             os.sched_yield()
@@ -179,8 +205,12 @@ class WorkerLoop:
 
     def _counts(self, answer: Any) -> tuple[int, ...]:
         """What the worker's words will be when it has sent the answer."""
-        busy, waited, batches, nbytes = self._words[:COUNTS]
-        return busy + time.perf_counter_ns() - self._began, waited, batches + 1, nbytes + _nbytes_of(answer)
+        counts = list(self._words[:COUNTS])
+        counts[BUSY] += time.perf_counter_ns() - self._began
+        counts[CPU] += time.process_time_ns() - self._cpu
+        counts[BATCHES] += 1
+        counts[NBYTES] += _nbytes_of(answer)
+        return tuple(counts)
 
     def _encode_without_states(self, answer: Any, error: Exception) -> Any:
         """Send the answer without its states, if these cannot be sent. The loader's ``state_dict`` raises ``error``."""

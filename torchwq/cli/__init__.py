@@ -1,0 +1,1 @@
+"""``python -m torchwq``: what this machine has for torchwq, and what torchwq brings here."""

@@ -1,0 +1,41 @@
+"""The command line: parses arguments, and prints what the commands find, as text or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import bench, doctor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 1 if ``doctor`` has found something that will not work."""
+    parser = argparse.ArgumentParser(prog="python -m torchwq", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "look for what would go wrong on this machine, and say what to do about it"
+    checking = commands.add_parser("doctor", help=about, description=about)
+    about = "compare torchwq.DataLoader with torch's here, and say how many workers to take"
+    comparing = commands.add_parser("bench", help=about, description=about)
+    comparing.add_argument(
+        "dataset",
+        nargs="?",
+        help="of yours, as module:attribute: a dataset, or a function or class that makes one; else images are made up",
+    )
+    comparing.add_argument("--batch-size", type=int, default=32)
+    comparing.add_argument("--workers", type=int, nargs="+", help="the numbers to try; else 0, 1 and so on")
+    comparing.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
+    for command in (checking, comparing):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    if options.command == "doctor":
+        findings = doctor.examine()
+        if options.json:
+            print(json.dumps([asdict(each) for each in findings], indent=2))
+        else:
+            print(doctor.as_text(findings))
+        return int(any(each.verdict == doctor.FAILS for each in findings))
+    report = bench.run(options.dataset, options.batch_size, options.workers, options.seconds, quiet=options.json)
+    print(json.dumps(asdict(report), indent=2) if options.json else bench.as_text(report))
+    return 0
