@@ -100,8 +100,14 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
+        if isinstance(num_workers, str) and not find(backend).peer.shares_memory:
+            raise ValueError("num_workers='auto' counts cores of this machine: say how many workers the cluster gets")
         num_workers, max_workers = _numbers_of_workers(num_workers, iterable)
         _check(on_worker_death, max_restarts, backend, multiprocessing_context)
+        if max_workers and not find(backend).peer.shares_memory:
+            raise ValueError(
+                "num_workers='auto' counts the cores of this machine; say how many workers the cluster gets"
+            )
         _check_prefetching(prefetch_across_epochs, num_workers > 0 and persistent_workers and not iterable, in_order)
         self.backend = backend
         super().__init__(

@@ -43,7 +43,6 @@ from typing import Any, Final, TypeVar, final
 from .errors import QueueClosed, ResourceError
 from .marshalling import codec, exceptions
 from .transport.fork import reset_in_child
-from .transport.waiting import cores
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import Backend, find
 from .workers.starting import check_number
@@ -362,7 +361,8 @@ class BackgroundTaskPool(concurrent.futures.Executor):
     and the pool replaces the worker.
 
     Args:
-        n: the largest number of workers; None: the number of cores that this process may use.
+        n: the largest number of workers; None: the number of cores that this process may use, or of
+            places on the cluster.
         backend: ``"process"``, ``"thread"`` or ``"ray"``; see :func:`torchwq.map`.
         upvalues: whether functions may be closures and use global data of ``__main__``, copied with each task.
         initializer: a function that each worker runs before its first task. If it raises, the pool is broken: tasks
@@ -388,7 +388,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
     ) -> None:
         self._backend = find(backend)
         self._backend.prepare()
-        n = cores() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
+        n = self._backend.places() if n is None else check_number(n, "torchwq.BackgroundTaskPool(number)")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {type(initializer).__name__}")
         self._upvalues = upvalues
@@ -416,7 +416,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         Source: ``concurrent.futures.Executor.submit``.
         """
         pool, peer = self._pool, self._backend.peer
-        payload = codec.encode_call(fn, args, kwargs or None, upvalues=self._upvalues, peer=peer)
+        payload = codec.encode_call(fn, args, kwargs or None, upvalues=self._upvalues, peer=peer, is_sent_later=True)
         future: unretrieved.Future[T] = unretrieved.Future()
         # ``fn`` may be an object that answers with a user's code, which must not run with the lock.
         task = _Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__)

@@ -18,7 +18,7 @@ import torch
 import torchwq
 from tests.conftest import wait_until
 from torchwq.errors import ResourceError
-from torchwq.loading import internals, result_receiver, worker_pool
+from torchwq.loading import internals, result_receiver, worker_handle, worker_pool
 from torchwq.loading.result_receiver import ResultReceiver
 from torchwq.marshalling import codec
 from torchwq.memory import state_lock
@@ -262,7 +262,7 @@ def test_garbage_is_closed_without_waiting_where_others_wait(monkeypatch: pytest
         assert go_on.wait(30)
         return codec.decode(*arguments)
 
-    monkeypatch.setattr(result_receiver, "codec", SimpleNamespace(decode=slow_decode))
+    monkeypatch.setattr(worker_handle, "codec", SimpleNamespace(**vars(codec) | {"decode": slow_decode}))
     collected = threading.Event()
 
     def collect() -> None:

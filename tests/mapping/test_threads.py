@@ -107,7 +107,7 @@ def test_closures_are_refused_in_the_same_way() -> None:
     assert torchwq.map(1, lambda: captured, backend="thread", upvalues=True).join(20) == [[1]]
     with pytest.raises(torchwq.MarshalError, match=r"args\[0\]"):
         torchwq.map(1, square, threading.Lock(), backend="thread")
-    with pytest.raises(ValueError, match="'process' or 'thread'"):
+    with pytest.raises(ValueError, match="'process', 'thread' or 'ray'"):
         torchwq.map(1, square, 1, backend="fiber")
 
 

@@ -113,6 +113,44 @@ def test_a_pool_is_an_executor() -> None:
         assert array.sum() == np.arange(100_000).sum() + 5
 
 
+def first(array: Any) -> float:
+    return float(array[0])
+
+
+def test_a_task_gets_its_arguments_as_they_were_when_it_was_submitted() -> None:
+    array, tensor, futures = np.zeros(50_000), torch.zeros(50_000), []
+    with torchwq.BackgroundTaskPool(1, backend="ray") as pool:
+        for number in range(6):
+            array[:] = number
+            tensor.fill_(number)
+            futures += [pool.submit(first, array), pool.submit(first, tensor)]
+        assert [future.result() for future in futures] == [number for number in range(6) for _ in range(2)]
+
+
+def drop_handles(questions: Any) -> int:
+    """Far handles in cycles, which the garbage collector finds at any time."""
+    import gc
+
+    for _ in range(20):
+        inner = questions.read()
+        cycle = [inner]
+        cycle.append(cycle)
+        del inner, cycle
+        gc.collect()
+        questions.write(None)
+    return 1
+
+
+def test_handles_that_are_garbage_are_told_of_whenever_they_are_collected() -> None:
+    with torchwq.workqueue() as questions:
+        workers = torchwq.map(1, drop_handles, questions, backend="ray")
+        for _ in range(20):
+            with torchwq.workqueue() as inner:
+                questions.write(inner)
+                questions.read(timeout=60)
+        assert workers.join(timeout=60) == [1]
+
+
 def die(_: Any) -> None:
     os._exit(3)
 
@@ -337,7 +375,7 @@ def test_the_actors_of_a_program_end_with_it(how: str, cluster: Cluster, tmp_pat
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'backend="ray" needs Ray: pip install "torchwq\[ray\]"'):
-        torchwq.map(1, print, backend="ray")
+        torchwq.map(1, abs, -1, backend="ray")
 
 
 def test_a_program_without_a_cluster_gets_one_of_its_own_and_is_told_once(run_script: Any) -> None:

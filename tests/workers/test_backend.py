@@ -6,12 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 import torchwq
-from torchwq.transport.capabilities import OTHER_MACHINE
 from torchwq.workers import backend
-from torchwq.workers.processes import Processes, ProcessWorker
 from torchwq.workers.threads import Threads
 
 from . import jobs
@@ -19,20 +16,6 @@ from . import jobs
 
 class _Strings(Threads):
     name = "string"
-
-
-class _FarWorker(ProcessWorker):
-    peer = OTHER_MACHINE
-
-
-class _Far(Processes):
-    """Workers to whom everything goes as if they were on another machine."""
-
-    name = "far"
-    peer = OTHER_MACHINE
-
-    def start(self, *args: Any) -> ProcessWorker:
-        return _FarWorker(*args)
 
 
 @pytest.fixture
@@ -70,22 +53,9 @@ def test_a_further_backend_is_taken_by_its_name_wherever_workers_are_started() -
 )
 def test_a_name_that_is_not_in_the_table_is_refused_with_those_that_are(start: Callable[[Any], object]) -> None:
     for name in ("fibre", "", None, ["thread"]):
-        with pytest.raises(ValueError, match="backend must be 'process' or 'thread', not ") as caught:
+        with pytest.raises(ValueError, match="backend must be 'process', 'thread' or 'ray', not ") as caught:
             start(name)
         assert str(caught.value).endswith(repr(name))
     backend.register(_Strings())
-    with pytest.raises(ValueError, match="backend must be 'process', 'thread' or 'string', not 'fibre'"):
+    with pytest.raises(ValueError, match="backend must be 'process', 'thread', 'string' or 'ray', not 'fibre'"):
         start("fibre")
-
-
-@pytest.mark.usefixtures("table")
-def test_workers_that_share_no_memory_get_values_and_no_handles() -> None:
-    backend.register(_Far())
-    tensor = torch.arange(4.0)
-    assert torchwq.map(2, jobs.fill_and_sum, tensor, backend="far").join(60) == [4.0, 8.0]
-    with torchwq.BackgroundTaskPool(1, backend="far", initializer=jobs.fill_and_sum, initargs=(tensor, 1)) as pool:
-        assert pool.submit(jobs.fill_and_sum, tensor, 2).result(60) == 12.0
-    assert tensor.tolist() == [0, 1, 2, 3]
-    assert not tensor.is_shared()
-    with torchwq.workqueue() as queue, pytest.raises(torchwq.MarshalError, match=r"args\[0\].* another machine"):
-        torchwq.map(1, jobs.pid_and_wait, queue, backend="far")

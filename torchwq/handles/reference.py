@@ -102,6 +102,8 @@ def _reduce(encoder: reducers.Encoder, ref: HandleRef) -> Any:
     """A reference in a marshalled message that is sent on arrives as a reference."""
     if encoder.peer.same_process:
         return reducers.attached_object, (encoder.attach_object(HandleRef(ref.target)),)
+    if not encoder.peer.passes_descriptors and ref.target.far_kind:
+        return reducers.attached_object, (encoder.attach_object(HandleRef(ref.target)),)
     return _receive, _attach_fds(encoder, ref.target)
 
 

@@ -348,7 +348,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             return
         # Garbage is collected at any time, in any thread. ``close`` waits for other threads, so a thread for which they
         # may wait must not call it.
-        if self._pool.is_in_own_thread or state_lock.is_locked_by_this_thread() or reactor.get().is_in_current_thread:
+        receives = threading.current_thread().name.startswith("torchwq-ray")
+        busy = self._pool.is_in_own_thread or state_lock.is_locked_by_this_thread() or receives
+        if busy or reactor.get().is_in_current_thread:
             threading.Thread(target=self.close, name="torchwq-close", daemon=True).start()
         else:
             self.close()

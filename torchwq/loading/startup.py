@@ -213,7 +213,9 @@ def served_main(context: child.Context) -> int:
         try:
             config = codec.decode(*context.receive())
         except Exception as error:
-            answer: Any = Failure(exceptions.pack(error), "where what the loader has sent cannot be rebuilt")
+            answer: Any = Failure(
+                exceptions.pack_for(context.peer, error), "where what the loader has sent cannot be rebuilt"
+            )
             if not context.peer.shares_memory:
                 answer = (), answer
             connection.send(codec.encode(answer, end.max_payload, upvalues=True, peer=context.peer))

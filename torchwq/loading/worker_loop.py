@@ -27,7 +27,7 @@ from ..marshalling.local_message import LocalMessage
 from ..marshalling.value_message import ValueMessage
 from ..memory.message import Message
 from ..memory.promises import ONLY_SENDER, SentBlocks
-from ..transport.capabilities import OTHER_MACHINE, SAME_PROCESS, Capabilities
+from ..transport.capabilities import OTHER_MACHINE, SAME_MACHINE, SAME_PROCESS, Capabilities
 from ..transport.connection import Connection
 from ..transport.local import LocalEndpoint
 from . import collation
@@ -194,7 +194,9 @@ class WorkerLoop:
         if self._is_far:
             if type(answer) is Failure and isinstance(answer.error, BaseException):
                 answer.error = exceptions.pack(answer.error, peer=OTHER_MACHINE)
-            return codec.encode_one((self._counts(answer), answer), codec.UNLIMITED, "batch", peer=OTHER_MACHINE)
+            # The message waits until the loader asks for it, and the dataset may use its memory again meanwhile.
+            counted, owned = (self._counts(answer), answer), collation.collated_blocks
+            return codec.encode_one(counted, codec.UNLIMITED, "batch", owned_blocks=owned, peer=OTHER_MACHINE)
         importable.reader.has_main = self._has_main
         try:
             if type(answer) is Failure and isinstance(answer.error, BaseException):
@@ -216,7 +218,7 @@ class WorkerLoop:
         """Send the answer without its states, if these cannot be sent. The loader's ``state_dict`` raises ``error``."""
         if not isinstance(answer, Answer):
             raise error
-        packed = exceptions.pack(error)
+        packed = exceptions.pack(error, peer=OTHER_MACHINE if self._is_far else SAME_MACHINE)
         for snapshot in (answer.after, answer.before):
             if snapshot is not None:
                 snapshot.iterator = snapshot.dataset = None

@@ -35,6 +35,8 @@ class Attachments:
         #: Whether there is anything beside the pickle.
         self.has_attachments = False
         self.owned_blocks: Container[Block] | None = None
+        #: For a peer on another machine: see ``Packing.beside``.
+        self.stable_blocks: Container[Block] | None = None
         self.peer = SAME_MACHINE
         self.worker_resources: list[Any] | None = None
         #: Whether definitions that this process has received travel as they are now: see Note [definitions].
@@ -48,7 +50,7 @@ class Attachments:
         self.chunks.clear()
         self.fds, self.keep_alive, self.blocks = [], [], {}
         self.has_attachments = False
-        self.owned_blocks = None
+        self.owned_blocks = self.stable_blocks = None
         self.peer, self.full_definitions = SAME_MACHINE, False
         self.worker_resources = None
         self.objects, self._buffers = [], []
@@ -123,7 +125,7 @@ class Attachments:
         pickled = b"".join(self.chunks)
         if not self.has_attachments:
             return pickled
-        rows, parts = ([], []) if self._packing is None else self._packing.beside()
+        rows, parts = ([], []) if self._packing is None else self._packing.beside(self.stable_blocks)
         return ValueMessage(pickled, rows, parts, self.objects)
 
     def payload(self, limit: int) -> bytes | Message | LocalMessage | ValueMessage:

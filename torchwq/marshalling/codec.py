@@ -82,6 +82,8 @@ def encode(
             peer in this process, or for one that shares no memory, may have any size.
         upvalues: whether functions may drag data along.
         owned_blocks: if given, only tensors on these blocks go by reference. All others are copied, and stay private.
+            For a peer that shares no memory, those on these blocks are copied when the message is sent, and all others
+            at once; if not given, all are copied when the message is sent, which the caller does at once.
         peer: what the receiver is capable of.
         worker_resources: given if a worker begins with this message. The encoder adds to it what must live as long as
             that worker, and the message may contain ``multiprocessing_objects`` that processes inherit.
@@ -91,8 +93,9 @@ def encode(
     """
     cls = type(obj)
     local = peer.same_process
+    stable_blocks = None
     if not peer.shares_memory:
-        limit, owned_blocks = UNLIMITED, ()
+        limit, owned_blocks, stable_blocks = UNLIMITED, (), owned_blocks
     if local and (cls is str or cls is bytes) and len(obj) > _MAX_PICKLED_LOCALLY:
         return LocalMessage(None, (obj,))
     found: Payload | bytes | None = None
@@ -125,6 +128,7 @@ def encode(
     try:
         if local or full_definitions or owned_blocks is not None:
             out.peer, out.owned_blocks, out.full_definitions = peer, owned_blocks, full_definitions
+            out.stable_blocks = stable_blocks
         if worker_resources is None:
             dump(obj)
         else:
@@ -139,6 +143,7 @@ def encode(
         cloud = CloudEncoder(upvalues, full_definitions)
         out = cloud.out
         out.peer, out.owned_blocks, out.worker_resources = peer, owned_blocks, worker_resources
+        out.stable_blocks = stable_blocks
         with contextlib.nullcontext() if worker_resources is None else multiprocessing_objects.spawning_context():
             cloud.dump(obj)
         return out.payload(limit)
@@ -149,6 +154,7 @@ def encode(
         payload = chunks.pop()
         if local or full_definitions or owned_blocks is not None:
             out.peer, out.owned_blocks, out.full_definitions = SAME_MACHINE, None, False
+            out.stable_blocks = None
         out.worker_resources = None
     clear_memo()
     _idle.append(encoder)
@@ -222,14 +228,18 @@ def encode_call(
     upvalues: bool = False,
     peer: Capabilities = SAME_MACHINE,
     worker_resources: list[Any] | None = None,
+    is_sent_later: bool = False,
 ) -> Encoded:
     """Encode ``(function, args, extra)`` as one payload, so that objects which occur in several stay one object.
 
-    Raises as :func:`encode_all` does.
+    ``is_sent_later`` says that the caller may change the arguments before the payload is sent. Raises as
+    :func:`encode_all` does.
     """
     if peer.same_process and worker_resources is None and (copy := _try_copy_call(function, args, extra)) is not None:
         return copy
     options: dict[str, Any] = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
+    if is_sent_later and not peer.shares_memory:
+        options["owned_blocks"] = ()
     try:
         return encode((function, tuple(args), extra), CALL_LIMIT, full_definitions=True, **options)
     except (ResourceError, MemoryError):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -171,24 +171,27 @@ class Packing:
         """Add a reference to a shared slice."""
         return self._number(storage)
 
-    def beside(self) -> tuple[list[Row], list[memoryview]]:
+    def beside(self, stable: Container[Block] | None) -> tuple[list[Row], list[memoryview]]:
         """The places of everything that travels beside a message, and its parts, in order.
 
-        A part is the memory itself, which it keeps, and not a copy: until it has been sent, nobody may write to it.
+        Args:
+            stable: the blocks that nobody writes to until the message has been sent: a part on them is that memory
+                itself, which it keeps. Others are copied. If None, none is copied: the message is sent at once.
         """
         rows: list[Row] = []
         parts: list[memoryview] = []
         for number, group in enumerate(self._groups):
             if group.buffer is not None:
                 rows.append(Row(INLINE, number | BUFFER, 0, group.buffer.nbytes, len(parts), 0))
-                parts.append(group.buffer)
+                parts.append(group.buffer if stable is None else memoryview(bytes(group.buffer)))
                 continue
             storage = group.storage
             assert storage is not None
             memory = storages.lasting_memory(storage)
+            is_stable = stable is None or recycling.block_of(storage) in stable
             for low, high in group.clusters():
                 rows.append(Row(INLINE, number, low, high - low, len(parts), 0))
-                parts.append(memory[low:high])
+                parts.append(memory[low:high] if is_stable else memoryview(bytes(memory[low:high])))
         return rows, parts
 
     def place(self, refer: Refer, chunks: list[Any]) -> list[Row]:

@@ -7,6 +7,7 @@ warning filters, ``worker_info``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -48,7 +49,7 @@ class Actor:
         self._ended = False
         #: Of each call that waits: released when it may return. Only the first is woken.
         self._turns: dict[int, threading.Lock] = {}
-        self._handles = HandleLink(self.put)
+        self._handles = HandleLink(lambda *signal: self._put(signal))
         self._ours, theirs = _WorkersEnd(self), LocalEndpoint(Mailbox())
         local.connect(self._ours, theirs)
         self._incoming = theirs
@@ -63,11 +64,14 @@ class Actor:
         """Call ``number``: take a signal in, wait until it is this call's turn to return, and return signals."""
         turn = threading.Lock()
         turn.acquire()
+        payload = None if message is None else unpack(message, self._handles.far_handle)
+        self._handles.tell_of_dropped()
         with self._lock:
-            self._early[number] = head, message
+            self._early[number] = head, payload
+            head = message = payload = None  # the call may wait for long
             while self._next_call in self._early:
-                self._take_in(*self._early.pop(self._next_call))
                 self._next_call += 1
+                self._take_in(*self._early.pop(self._next_call - 1))
             self._turns[number] = turn
             self._wake_first()
         turn.acquire()
@@ -85,15 +89,16 @@ class Actor:
         if turn is not None and turn.locked() and (self._outgoing or self._ended or crowded):
             turn.release()
 
-    def _take_in(self, head: Any, message: Any) -> None:
+    def _take_in(self, head: Any, payload: Any) -> None:
         kind = None if head is None else head[0]
         if kind == MESSAGE:
-            self._incoming.send(unpack(message, self._handles.far_handle))
+            with contextlib.suppress(BrokenPipeError):  # the worker reads no more
+                self._incoming.send(payload)
         elif kind == CLOSE:
             self._incoming.close()
         elif kind == REPLY:
             _, request, good = head
-            self._handles.replied(request, good, unpack(message, self._handles.far_handle))
+            self._handles.replied(request, good, payload)
 
     def _next_signals(self) -> list[Any]:
         signals: list[Any] = []
@@ -105,6 +110,10 @@ class Actor:
 
     def put(self, *signal: Any) -> None:
         """Send a signal to the owner."""
+        self._handles.tell_of_dropped()
+        self._put(signal)
+
+    def _put(self, signal: Any) -> None:
         with self._lock:
             self._outgoing.append(signal)
             self._wake_first()

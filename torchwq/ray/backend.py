@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..marshalling.codec import Encoded
@@ -32,8 +32,8 @@ class Backend(backend.Backend):
             machine goes to the others with ``ray.init(runtime_env={"working_dir": ...})``.
         scheduling_strategy: ``"SPREAD"`` spreads workers over nodes, ``"DEFAULT"`` packs them; or one of the objects of
             ``ray.util.scheduling_strategies``.
-        address: of the cluster; None: the one that this program has joined already, or ``RAY_ADDRESS``, or the one that
-            runs on this machine, or else a new one on this machine, which ends with the program.
+        address: of the cluster to join, if the program has not joined one already. None: the one that ``RAY_ADDRESS``
+            names, or that runs on this machine, or else a new one on this machine, which ends with the program.
 
     Raises:
         ImportError: (by a use) Ray is not installed: ``pip install "torchwq[ray]"``.
@@ -47,7 +47,6 @@ class Backend(backend.Backend):
     runtime_env: Mapping[str, Any] | None = None
     scheduling_strategy: Any = "SPREAD"
     address: str | None = None
-    _actors: dict[str, Any] = field(default_factory=dict, repr=False)
 
     name = "ray"
     peer = OTHER_MACHINE
@@ -70,6 +69,10 @@ class Backend(backend.Backend):
         if self.runtime_env:
             options["runtime_env"] = dict(self.runtime_env)
         return worker.RayWorker(ray, options, info, entry, on_message, on_end, group)
+
+    def places(self) -> int:
+        ray = cluster.join(self.address)
+        return max(1, int(ray.cluster_resources().get("CPU", 1) / max(self.num_cpus, 0.01)))
 
     def connect(self) -> backend.Ends:
         ours, theirs = _OurEnd(), LocalEndpoint(Mailbox())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 from types import ModuleType
 from typing import Any, Final
@@ -34,12 +35,13 @@ def join(address: str | None) -> Any:
     None, the one that ``RAY_ADDRESS`` or the machine's running cluster gives. If there is none, it starts one on this
     machine, for this process, which only this machine can reach, and says so.
 
-    Raises ImportError; ConnectionError if there is no cluster at ``address``.
+    Raises ImportError; ConnectionError if there is no cluster at ``address``, or at ``RAY_ADDRESS``.
     """
     module: Any = ray()
     with _lock:
         if module.is_initialized():
             return module
+        address = address or os.environ.get("RAY_ADDRESS")
         try:
             module.init(address=address or "auto", logging_level="WARNING")
             return module
@@ -47,7 +49,9 @@ def join(address: str | None) -> Any:
             if address is not None:
                 raise
         places = max(_MIN_PLACES, 4 * cores())
-        module.init(num_cpus=places, include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1")
+        module.init(
+            "local", num_cpus=places, include_dashboard=False, logging_level="WARNING", _node_ip_address="127.0.0.1"
+        )
         log.warning(
             "torchwq: no Ray cluster is running, so one was started on this machine, with places for %d workers. "
             "It ends with this process. To use another: ray.init(address=...) first, or set RAY_ADDRESS.",

@@ -13,6 +13,7 @@ import functools
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final
@@ -33,6 +34,8 @@ class HandleLink:
         self._put = put
         self._numbers = itertools.count()
         self._replies: dict[int, _Reply] = {}
+        #: The numbers of handles that are garbage. Finalizers only append: they run with any lock held.
+        self._dropped: deque[int] = deque()
 
     def far_handle(self, description: Handle) -> FarHandle:
         """A handle in the place of one in a message."""
@@ -43,15 +46,17 @@ class HandleLink:
     def number_of(handle: FarHandle) -> int:
         return handle.number
 
-    def dropped(self, number: int) -> None:
-        """A handle is garbage."""
-        self._put(CLOSED, number)
+    def tell_of_dropped(self) -> None:
+        """Tell the owner which handles are garbage: with the next message of either side."""
+        while self._dropped:
+            self._put(CLOSED, self._dropped.popleft())
 
     def ask(self, handle: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], upvalues: bool) -> Any:
         """Let the owner call a method of its handle, and return what it returns, or raise what it raises."""
         payload = codec.encode_all([(args, kwargs)], codec.UNLIMITED, upvalues=upvalues, peer=OTHER_MACHINE)[0]
         request = next(self._numbers)
         self._replies[request] = reply = _Reply()
+        self.tell_of_dropped()
         message = pack(payload, self.number_of)
         self._put(REQUEST, request, threading.get_ident(), handle, method, message)
         try:
@@ -88,7 +93,7 @@ class FarHandle:
         self.number = number
         self._link = link
         self._shown = shown
-        weakref.finalize(self, link.dropped, number).atexit = False
+        weakref.finalize(self, link._dropped.append, number).atexit = False
 
     @property
     def capacity(self) -> int | None:

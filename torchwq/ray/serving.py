@@ -112,11 +112,15 @@ class HandleServer:
                 )
                 good = True
             except BaseException as error:
-                packed = exceptions.pack(error, peer=OTHER_MACHINE)
+                packed: Any = exceptions.pack(error, peer=OTHER_MACHINE)
                 payload = codec.encode(packed, codec.UNLIMITED, upvalues=True, peer=OTHER_MACHINE)
                 good = False
-            request = message = None
-            self._reply(number, good, payload)
+            try:
+                self._reply(number, good, payload)
+            except Exception as error:
+                failure = exceptions.pack(RuntimeError(f"the owner could not answer: {type(error).__name__}: {error}"))
+                self._reply(number, False, codec.encode(failure, codec.UNLIMITED, peer=OTHER_MACHINE))
+            request = message = payload = packed = None
 
     def _do(self, handle: int, method: str, message: Any) -> Any:
         args, kwargs = codec.decode(unpack(message, self.returned), [])

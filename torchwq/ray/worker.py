@@ -11,16 +11,18 @@ Invariants:
 * As long as the worker has not ended, ``_MIN_CALLS`` calls or more have not returned: a message that is ready while
   another one is on its way finds a call.
 * Ray tries no call again: a message is delivered once, or its worker has died.
+* At most ``_MAX_CALLS`` calls have not returned; messages beyond wait here. A call that comes early (Ray holds one with
+  a large message back until that is there) waits in a thread of the actor, and the missing one needs a thread, too.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import signal
 import sys
 import threading
+from collections import deque
 from typing import Any, Final
 
 from ..transport.capabilities import OTHER_MACHINE
@@ -29,7 +31,7 @@ from ..workers.info import WorkerInfo
 from ..workers.worker import OnEnd, OnMessage, Worker, register
 from . import actor
 from .serving import HandleServer
-from .transit import CLOSE, CLOSED, END, FAILED, HELLO, MESSAGE, REPLY, REQUEST, Shared, pack, unpack
+from .transit import CLOSE, CLOSED, END, FAILED, HELLO, MAX_WAITING, MESSAGE, REPLY, REQUEST, Shared, pack, unpack
 
 log = logging.getLogger("torchwq")
 
@@ -37,6 +39,7 @@ log = logging.getLogger("torchwq")
 _PLACE_TIMEOUT: Final = 10.0
 #: So many calls have always not returned.
 _MIN_CALLS: Final = 2
+_MAX_CALLS: Final = actor.THREADS - MAX_WAITING
 
 
 class RayWorker(Worker):
@@ -66,10 +69,15 @@ class RayWorker(Worker):
         self._ray = ray
         self._options = options
         self._where = ""
+        #: Over the next three. Reentrant: a finalizer may send something in the middle of a call.
+        self._sending = threading.RLock()
         self._numbers = itertools.count()
+        #: The calls that have not returned, or the errors that making them has raised.
         self._calls: dict[int, Any] = {}
-        #: One for each call.
-        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+        #: What waits for a call.
+        self._held: deque[tuple[Any, Any]] = deque()
+        #: Set when there is a further call.
+        self._called = threading.Event()
         self._killed_by: signal.Signals | None = None
         self._handles = HandleServer(info, group, self.reply)
         setup = {
@@ -112,21 +120,37 @@ class RayWorker(Worker):
         actor = self._actor
         if actor is None or self.ended_event.is_set():
             return False
-        number = next(self._numbers)  # a finalizer may call in the middle of a call
-        try:
-            self._calls[number] = actor.exchange.remote(number, head, message)
-        except Exception as error:  # the cluster is gone, or this process has left it
-            self._calls[number] = error
-        self._tokens.put(None)
+        with self._sending:
+            if self._held or len(self._calls) >= _MAX_CALLS:
+                self._held.append((head, message))
+                return True
+            number = next(self._numbers)
+            try:
+                self._calls[number] = actor.exchange.remote(number, head, message)
+            except BaseException as error:
+                # The cluster is gone, or this process has left it; or Ctrl-C. No later message may get in.
+                self._calls[number] = error
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._called.set()
         return True
+
+    def _returned(self, number: int, poll: bool) -> None:
+        """A call has returned: let another go, with what waits, or, if ``poll``, without a message."""
+        with self._sending:
+            del self._calls[number]
+            if self._held:
+                held, self._held = self._held, deque()
+                while held:
+                    self._call(*held.popleft())
+            elif poll and len(self._calls) < _MIN_CALLS:
+                self._call(None)
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         if not self.ended_event.is_set():
             self._killed_by = number
-            try:
-                self._ray.kill(self._actor, no_restart=True)
-            except Exception:  # it is gone, or the cluster is
-                log.debug("a worker on Ray could not be killed", exc_info=True)
+            self._give_up_actor()
 
     # From the worker
 
@@ -135,7 +159,9 @@ class RayWorker(Worker):
             self._receive_all()
         except Exception as error:
             self.reason = self._cause(error)
+            self._give_up_actor()
         self._calls.clear()
+        self._held.clear()
         if self.exitcode is not None:
             self._end_actor()
         self._handles.end(self.exitcode, None if self.exitcode == 0 else self.death_error())
@@ -146,19 +172,19 @@ class RayWorker(Worker):
     def _receive_all(self) -> None:
         for number in itertools.count():
             while number not in self._calls:
-                self._tokens.get()
+                self._called.wait()
+                self._called.clear()
             call = self._calls[number]
-            if isinstance(call, Exception):
-                raise call
+            if isinstance(call, BaseException):
+                raise RuntimeError(f"a message could not be sent: {type(call).__name__}: {call}") from call
             if not number:
                 self._wait_for_a_place(call)
             signals = self._ray.get(call)
-            del self._calls[number]
             call = None
-            if len(self._calls) < _MIN_CALLS and not (signals and signals[-1][0] == END):
-                self._call(None)
+            self._returned(number, poll=not (signals and signals[-1][0] == END))
             for each in signals:
                 self._handle(*each)
+            signals = each = None  # or the last batch would stay in the object store until the next one comes
             if self.exitcode is not None:
                 return
 
@@ -199,7 +225,16 @@ class RayWorker(Worker):
         for begin in ("The actor is dead because ", "The actor died because of an error "):  # before it come ids
             text = text[max(0, text.find(begin)) :]
         text = text.partition(" Some common causes")[0]
-        return f"its actor{where} is gone: {type(error).__name__}: {text}"
+        actor_errors = self._ray.exceptions.RayActorError, self._ray.exceptions.NodeDiedError
+        what = "is gone" if isinstance(error, actor_errors) else "was given up"
+        return f"its actor{where} {what}: {type(error).__name__}: {text}"
+
+    def _give_up_actor(self) -> None:
+        """End an actor that may live, although no message comes from it any more: another may need its place."""
+        try:
+            self._ray.kill(self._actor, no_restart=True)
+        except Exception:  # it is gone, or the cluster is
+            log.debug("an actor could not be ended", exc_info=True)
 
     def _end_actor(self) -> None:
         """Let the process of a worker that has finished end, with its exit functions."""

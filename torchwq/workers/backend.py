@@ -23,6 +23,7 @@ from typing import Any, Final
 from ..transport.capabilities import Capabilities
 from ..transport.endpoint import Endpoint
 from ..transport.local import LocalEndpoint
+from ..transport.waiting import cores
 from .info import WorkerInfo
 from .worker import OnEnd, OnMessage, Worker
 
@@ -57,6 +58,10 @@ class Backend(abc.ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most need nothing
         """The user's thread calls it before another thread starts workers for it. Raises as ``start``."""
+
+    def places(self) -> int:
+        """How many workers there is a place for, where a caller does not say how many it wants."""
+        return cores()
 
     @abc.abstractmethod
     def connect(self) -> Ends:
@@ -108,5 +113,5 @@ def find(backend: str | Backend) -> Backend:
             register(importlib.import_module(_modules[backend]).Backend())
         return _table[backend]
     except (KeyError, TypeError):
-        *others, last = map(repr, dict.fromkeys([*_table, *_modules]))
+        *others, last = map(repr, [*(name for name in _table if name not in _modules), *_modules])
         raise ValueError(f"backend must be {', '.join(others)} or {last}, not {backend!r}") from None
