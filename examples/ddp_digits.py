@@ -4,7 +4,7 @@
 
 As with torch's loader: a DistributedSampler gives each rank its part, `set_epoch` shuffles it anew, and the workers
 stay from epoch to epoch. The losses are those with torch's loader, bit for bit. To prepare the data on other machines,
-pass `backend="ray"`: each rank then has its own workers there.
+start a Ray cluster and pass `backend="ray"`: each rank then has its own workers there.
 """
 
 import argparse

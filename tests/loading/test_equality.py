@@ -343,3 +343,21 @@ def test_epochs_broken_off_one_after_the_other(
         options = {**options, "pin_memory": True}
     for each, breaks in zip(expected, BREAKS, strict=True):
         assert same(each, run(torchwq.DataLoader, breaks)), breaks
+
+
+class Zeros(datasets.Plain):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(2)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_default_dtype_counts_where_it_does_with_torchs_workers(method: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [
+            next(iter(cls(Zeros(4), 2, num_workers=1, multiprocessing_context=method))).dtype
+            for cls in (torch.utils.data.DataLoader, torchwq.DataLoader)
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0] == found[1]

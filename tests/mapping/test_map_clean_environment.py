@@ -114,12 +114,16 @@ def test_what_the_owner_is_now_comes_along(run_script: Any, tmp_path: Path) -> N
         sys.path.append(os.getcwd())
         sys.argv[:] = ["a name", "--an-option"]
         torch.set_num_threads(3)
+        torch.set_default_dtype(torch.float64)
+        torch.multiprocessing.set_sharing_strategy("file_system")
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "no matter")
 
         def look(mapid):
             import os, sys, warnings, torch
             import made_later
+            assert torch.zeros(1).dtype is torch.float64
+            assert torch.multiprocessing.get_sharing_strategy() == "file_system"
             warnings.warn("no matter")
             try:
                 warnings.warn("it matters")

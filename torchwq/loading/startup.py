@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
 import torch.multiprocessing
 
 from ..errors import ResourceError
@@ -206,6 +207,8 @@ def _end(end: LocalEndpoint, process: Worker) -> None:
 
 def served_main(context: child.Context) -> int:
     """Entry of a worker that a backend has started. Returns its exit code."""
+    if not context.peer.same_process:
+        torch.set_default_dtype(torch.float32)  # as in torch's workers that begin clean: the batches are the same
     worker_config, end = codec.decode(*context.receive())
     if end is None:
         end = context.end

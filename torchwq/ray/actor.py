@@ -166,6 +166,7 @@ def _set_up(actor: Actor, setup: dict[str, Any]) -> Any:
     info.set_process_info(setup["info"])
     child.set_seeds(setup["info"].seed)
     torch.set_num_threads(1)
+    torch.set_default_dtype(setup["dtype"])
     module_name, _, function = setup["entry"].partition(":")
     return getattr(importlib.import_module(module_name), function)
 

@@ -25,6 +25,8 @@ import threading
 from collections import deque
 from typing import Any, Final
 
+import torch
+
 from ..transport.capabilities import OTHER_MACHINE
 from ..workers import processes
 from ..workers.info import WorkerInfo
@@ -85,6 +87,7 @@ class RayWorker(Worker):
             "entry": entry,
             "path": list(sys.path),
             "filters": processes.warning_filters(),
+            "dtype": torch.get_default_dtype(),
         }
         try:
             remote = ray.remote(actor.Actor)

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.multiprocessing
 
 from ..memory import anonymous, limits
 from ..memory.message import Message
@@ -173,6 +174,8 @@ def _set_up(context: Context) -> Callable[[Context], int]:
     info.set_process_info(setup["info"])
     set_seeds(setup["info"].seed)
     torch.set_num_threads(1)
+    torch.set_default_dtype(setup["dtype"])
+    torch.multiprocessing.set_sharing_strategy(setup["strategy"])
     module_name, _, function = setup["entry"].partition(":")
     entry: Callable[[Context], int] = getattr(importlib.import_module(module_name), function)
     return entry

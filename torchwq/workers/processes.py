@@ -13,6 +13,9 @@ import time
 import warnings
 from typing import Any
 
+import torch
+import torch.multiprocessing
+
 from ..errors import ResourceError, WorkerStartError
 from ..memory import anonymous
 from ..memory.message import Message
@@ -176,6 +179,8 @@ def _environment(info: WorkerInfo, entry: str) -> dict[str, Any]:
         "key": multiprocessing_state.authkey(),
         "settings": privileges.inheritable_settings(),
         "filters": warning_filters(),
+        "dtype": torch.get_default_dtype(),
+        "strategy": torch.multiprocessing.get_sharing_strategy(),
     }
 
 
