@@ -23,9 +23,9 @@ from gymnasium.vector.utils import batch_space
 import torchwq
 
 
-def simulate(q: torchwq.WorkQueue, make: Callable[[], Any], observations: torch.Tensor, mapid: int) -> None:
+def simulate(q: torchwq.WorkQueue, makers: Sequence[Callable[[], Any]], observations: torch.Tensor, mapid: int) -> None:
     """A worker: steps its simulator, and leaves the observation in its row."""
-    env, row = make(), observations[mapid].numpy()
+    env, row = makers[mapid](), observations[mapid].numpy()
     is_over = False
     for kind, value in q:
         if kind == "step" and not is_over:
@@ -60,7 +60,7 @@ class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
         dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
         self._observations = torchwq.zeros(self.num_envs, *space.shape, dtype=dtype)
         self._group = torchwq.WorkerGroup(
-            self.num_envs, simulate, makers[0], self._observations, backend=backend, upvalues=True
+            self.num_envs, simulate, list(makers), self._observations, backend=backend, upvalues=True
         )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:

@@ -104,10 +104,6 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
             raise ValueError("num_workers='auto' counts cores of this machine: say how many workers the cluster gets")
         num_workers, max_workers = _numbers_of_workers(num_workers, iterable)
         _check(on_worker_death, max_restarts, backend, multiprocessing_context)
-        if max_workers and not find(backend).peer.shares_memory:
-            raise ValueError(
-                "num_workers='auto' counts the cores of this machine; say how many workers the cluster gets"
-            )
         _check_prefetching(prefetch_across_epochs, num_workers > 0 and persistent_workers and not iterable, in_order)
         self.backend = backend
         super().__init__(
@@ -267,14 +263,17 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
         if iterator is None:
             state = self._stats.state
-            return 0 if state is None or state.begins else int(state.yielded)
-        return int(iterator._num_yielded)
+            return 0 if state is None or state.begins or state.finished else int(state.yielded)
+        return 0 if iterator.has_finished else int(iterator._num_yielded)
 
     def __repr__(self) -> str:
+        called = self._IterableDataset_len_called
         try:
             batches = f", {len(self)} batches"
         except TypeError:  # an iterable dataset without a length
             batches = ""
+        finally:
+            self._IterableDataset_len_called = called  # torch warns who has asked for a length that is wrong
         workers = f"{self.num_workers} {find(self.backend).name} workers" if self.num_workers else "no workers"
         name = f"{type(self.dataset).__module__}.{type(self.dataset).__qualname__}".removeprefix("__main__.")
         return f"<torchwq.DataLoader of {name}, batch_size={self.batch_size}{batches}, {workers}>"

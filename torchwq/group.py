@@ -7,7 +7,9 @@ Invariants:
 
 * Worker i reads and writes queue i only, and nobody else has a handle on it. So "nobody is left" on queue i is the
   death of worker i.
-* ``restart`` gives the new worker a new queue: it never reads what was written to the one before.
+* ``restart`` gives the new worker a new queue: it never reads what was written to the one before. The new worker takes
+  the place of the old one when it has started: if that fails, the old one is there as before.
+* A worker's end is told once by ``recv_any``, which then hears the others; ``recv`` and ``gather`` tell it each time.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from __future__ import annotations
 import queue
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, final
 
 from . import mapping
-from .errors import QueueClosed
+from .errors import QueueClosed, WorkerDied
 from .mapping import Map
 from .queues import WorkQueue, workqueue
 from .selecting import select
@@ -65,20 +67,21 @@ class WorkerGroup:
         self._maps: list[Map] = []
         #: Answers of each worker that an interrupted ``gather`` had read.
         self._early: dict[int, list[Any]] = {}
+        #: The worker whose turn to be heard is next; and those whose end ``recv_any`` has told.
         self._heard = 0
+        self._told: set[int] = set()
         self._closed = False
         try:
             for index in range(n):
                 self._queues.append(workqueue())
-                self._maps.append(self._start(index, n))
+                self._maps.append(self._start(self._queues[index], index, n))
         except BaseException:
             self.terminate()
             raise
 
-    def _start(self, index: int, of: int) -> Map:
+    def _start(self, q: WorkQueue, index: int, of: int) -> Map:
         f, args, upvalues = self._call
-        call = self._queues[index], *args
-        return mapping.start(f, call, range(index, index + 1), of, self._backend, upvalues)
+        return mapping.start(f, (q, *args), range(index, index + 1), of, self._backend, upvalues)
 
     def _check(self) -> None:
         if self._closed:
@@ -127,7 +130,8 @@ class WorkerGroup:
 
         Raises:
             queue.Empty: not all came within ``timeout``. Those that came are returned by the next ``gather``.
-            WorkerDied: a worker has died, or has ended; the answers of the others are returned by the next ``gather``.
+            WorkerDied: a worker has died, or has ended (``mapid`` says which). The answers of the others that have come
+                are returned by the next ``gather``, after a ``restart``.
         """
         self._check()
         left = _countdown(timeout)
@@ -152,20 +156,33 @@ class WorkerGroup:
 
         Raises:
             queue.Empty: nothing came within ``timeout``.
-            WorkerDied: a worker has died, or has ended.
+            WorkerDied: a worker has died, or has ended (``mapid`` says which), once for each; and if none is left.
         """
         self._check()
+        left = _countdown(timeout)
         for index, early in self._early.items():
             if early:
                 return index, early.pop(0)
-        # Beginning after the last one that was heard: a fast worker does not keep the others from being heard.
-        order = self._queues[self._heard :] + self._queues[: self._heard]
-        found = next(iter(select(order, timeout)), None)
-        if found is None:
-            raise queue.Empty(f"no worker has answered within {timeout} s")
-        index = self._index_of(found)
-        self._heard = (index + 1) % len(self)
-        return index, self._read(index, None)
+        while True:
+            # Beginning after the last one that was heard: a fast worker does not keep the others from being heard.
+            order = [(self._heard + place) % len(self) for place in range(len(self))]
+            order = [index for index in order if index not in self._told]
+            if not order:
+                raise WorkerDied("no worker is left: all have ended")
+            queues = [self._queues[index] for index in order]
+            found = next(iter(select(queues, left())), None)
+            if found is None:
+                raise queue.Empty(f"no worker has answered within {timeout} s")
+            index = order[next(place for place, each in enumerate(queues) if each is found)]
+            try:
+                answer = self._read(index, 0.0)
+            except queue.Empty:  # another thread was faster
+                continue
+            except WorkerDied:
+                self._told.add(index)
+                raise
+            self._heard = (index + 1) % len(self)
+            return index, answer
 
     # Workers
 
@@ -175,11 +192,18 @@ class WorkerGroup:
         What was written to the old one and not read is lost, and so are its answers that were not read.
         """
         self._check()
-        self._end(self._maps[index], 0.0)
-        self._queues[index].close()
+        old_queue, old = self._queues[index], self._maps[index]
+        q = workqueue()
+        try:
+            new = self._start(q, index, len(self._queues))
+        except BaseException:
+            q.close()
+            raise
+        self._queues[index], self._maps[index] = q, new
         self._early.pop(index, None)
-        self._queues[index] = workqueue()
-        self._maps[index] = self._start(index, len(self._queues))
+        self._told.discard(index)
+        old_queue.close()
+        _end([old], 0.0)
 
     @property
     def pids(self) -> list[int | None]:
@@ -206,20 +230,9 @@ class WorkerGroup:
             each.close()
 
     def terminate(self) -> None:
-        """End all workers at once, and wait for that. May be called again."""
+        """End all workers at once, and wait for that; threads end when they next run Python code."""
         self.close()
-        for each in self._maps:
-            each.terminate()
-        for each in self._maps:
-            self._end(each, 0.0)
-
-    def _end(self, worker: Map, patience: float) -> None:
-        """End a worker: let it end by itself for some seconds, then by force."""
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None:
-                worker.terminate(number)
-            if worker.wait(patience if number is None else _TERMINATE_TIMEOUT):
-                return
+        _end(self._maps, 0.0)
 
     def __enter__(self) -> WorkerGroup:
         return self
@@ -227,13 +240,16 @@ class WorkerGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the workers; with the block's error, or one that has died, at once. Raises a worker's error."""
+        """Close the queues and wait for the workers, 5 seconds at most; then, or after an error, end them by force.
+
+        Raises the error of a worker that has failed.
+        """
         self.close()
-        for each in self._maps:
-            self._end(each, _END_TIMEOUT if error is None else 0.0)
+        _end(self._maps, _END_TIMEOUT if error is None else 0.0)
         if error is None:
             for each in self._maps:
-                each.join()
+                if each.wait(0.0):
+                    each.join()
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -246,14 +262,30 @@ class WorkerGroup:
         running = sum(not each.wait(0.0) for each in self._maps)
         return f"<torchwq.WorkerGroup of {len(self)} workers, {running} running{', closed' * self._closed}>"
 
-    def _index_of(self, found: WorkQueue) -> int:
-        return next(index for index, each in enumerate(self._queues) if each is found)
-
     def _read(self, index: int, timeout: float | None) -> Any:
         early = self._early.get(index)
         if early:
             return early.pop(0)
-        return self._queues[index].read(timeout=timeout)
+        try:
+            return self._queues[index].read(timeout=timeout)
+        except WorkerDied as death:
+            death.mapid = index
+            raise
+
+
+def _end(workers: Sequence[Map], patience: float) -> None:
+    """End workers: let them end by themselves for some seconds, then by force, all at the same time."""
+    left = _still_running(workers, patience)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for worker in left:
+            worker.terminate(number)
+        left = _still_running(left, _TERMINATE_TIMEOUT)
+
+
+def _still_running(workers: Sequence[Map], timeout: float) -> list[Map]:
+    """Those that have not ended after ``timeout`` seconds."""
+    left = _countdown(timeout)
+    return [worker for worker in workers if not worker.wait(left())]
 
 
 def _countdown(timeout: float | None) -> Callable[[], float | None]:

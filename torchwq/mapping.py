@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, final
 
-from .errors import QueueClosed
+from .errors import Interrupted, QueueClosed
 from .marshalling import codec, exceptions
 from .transport import cleanup, reactor
 from .transport.fork import reset_in_child
@@ -180,6 +180,8 @@ class Map:
         self._errors: dict[int, BaseException] = {}
         #: The workers whose errors ``check_errors`` has raised.
         self._consumed: set[int] = set()
+        #: Those that ``as_completed`` has yielded.
+        self._yielded: set[int] = set()
         weakref.finalize(self, _drop_later, outcomes).atexit = False
 
     def join(self, timeout: float | None = None) -> list[Any]:
@@ -254,13 +256,15 @@ class Map:
         Raises:
             TimeoutError: not all have ended within ``timeout``.
             Exception: a worker's error, when its turn comes, as :meth:`join` raises it. It is consumed, as by
-                :meth:`check_errors`: a later :meth:`join` returns the others' results.
+                :meth:`check_errors`: a later :meth:`join` returns the others' results. A further call goes on with
+                those that were not yielded yet.
 
         Source: ``concurrent.futures.as_completed``.
         """
         outcomes = self._outcomes
         deadline = None if timeout is None else time.monotonic() + timeout
-        left = {process.info.mapid: process for process in outcomes.workers if process.info.mapid not in self._consumed}
+        known = self._consumed | self._yielded
+        left = {process.info.mapid: process for process in outcomes.workers if process.info.mapid not in known}
         while left:
             ended: list[int] = []
 
@@ -273,6 +277,7 @@ class Map:
                     raise TimeoutError(f"{len(left)} of {outcomes.n} workers have not ended within {timeout} s")
             for mapid in ended:
                 process = left.pop(mapid)
+                self._yielded.add(mapid)
                 outcomes.resolve(process)
                 outcomes.move_errors([mapid], self._errors)
                 if mapid in self._errors:
@@ -291,8 +296,9 @@ class Map:
         Source: ``multiprocessing.Process.terminate``.
         """
         for process in self._outcomes.workers:
-            process.was_terminated = True
-            process.terminate(number)
+            if not process.ended_event.is_set():
+                process.was_terminated = True
+                process.terminate(number)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all workers have ended, ``timeout`` seconds at most. Returns whether they have; raises nothing."""
@@ -440,6 +446,8 @@ def run_worker(context: child.Context) -> int:
         payload = codec.encode_result(value, context.max_payload, "the worker's result", peer=context.peer)
     except QueueClosed:
         payload = codec.encode((None, None), context.max_payload)
+    except Interrupted:  # a thread that was ended from outside has no result
+        return 1
     except SystemExit as stop:
         if status := child.exit_status(stop):
             return status

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import wait_until
 from torchwq import QueueClosed, WorkerDied, WorkerGroup
 
 
@@ -140,3 +141,43 @@ def test_wrong_arguments_teach_the_call() -> None:
         WorkerGroup(0, add)
     with WorkerGroup(1, add, 0, backend="thread") as group, pytest.raises(IndexError):
         group.send(1, 0)
+
+
+def end_at_once(q: Any, mapid: int) -> None:
+    if mapid:
+        add(q, 0, mapid)
+
+
+def test_recv_any_tells_each_end_once_and_hears_the_others(backend: str) -> None:
+    with WorkerGroup(3, end_at_once, backend=backend) as group:
+        with pytest.raises(WorkerDied) as told:
+            group.recv_any(timeout=30)
+        assert told.value.mapid == 0
+        with pytest.raises(queue.Empty):
+            group.recv_any(timeout=0.05)
+        group.send(2, 5)
+        assert group.recv_any(timeout=30) == (2, (2, 5))
+    with WorkerGroup(1, end_at_once, backend=backend) as group:
+        with pytest.raises(WorkerDied):
+            group.recv_any(timeout=30)
+        with pytest.raises(WorkerDied, match="no worker is left"):
+            group.recv_any(timeout=30)
+
+
+def test_a_restart_that_fails_leaves_the_old_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkerGroup(2, add, 0) as group:
+        with monkeypatch.context() as patched:
+            patched.setattr(group, "_backend", None)
+            with pytest.raises(AttributeError):
+                group.restart(0)
+        group.broadcast(1)
+        assert group.gather(timeout=30) == [(0, 1), (1, 1)]
+
+
+def test_workers_that_do_not_end_are_ended_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchwq.group._END_TIMEOUT", 0.5)
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match="SIGTERM"), WorkerGroup(4, add, 0) as group:
+        group.broadcast("sleep")
+        wait_until(lambda: all(group.pids), 30, "the start of the workers")
+    assert time.monotonic() - began < 20

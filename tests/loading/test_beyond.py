@@ -135,10 +135,39 @@ def test_a_loader_tells_how_far_its_epoch_is(num_workers: int) -> None:
     del iterator
 
 
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+def test_between_two_epochs_no_batch_is_done(options: Any) -> None:
+    loader = torchwq.DataLoader(datasets.Plain(20), 2, **options)
+    list(loader)
+    assert loader.batches_done == 0
+
+
+def test_pauses_are_nobodys_time() -> None:
+    """Neither between the epochs of workers that stay, nor after a loop that was broken off."""
+    loader = torchwq.DataLoader(Sleeping(20), 2, num_workers=1, persistent_workers=True)
+    list(loader)
+    time.sleep(0.5)
+    list(loader)
+    assert loader.stats(last_epoch=True).workers_waited < 0.3
+    for num_workers in (0, 1):
+        loader = torchwq.DataLoader(Sleeping(20), 2, num_workers=num_workers)
+        for _ in loader:
+            break
+        time.sleep(0.5)
+        assert loader.stats().seconds < 0.5
+
+
+def test_only_batches_are_counted_as_batches() -> None:
+    loader = torchwq.DataLoader(datasets.Stream(20), 4, num_workers=2)
+    handed_out = len(list(loader))
+    assert loader.stats().batches == handed_out
+
+
 def test_the_repr_of_a_loader() -> None:
     loader = torchwq.DataLoader(datasets.Plain(20), 2, num_workers=2)
     dataset = "tests.loading.datasets.Plain"
     assert repr(loader) == f"<torchwq.DataLoader of {dataset}, batch_size=2, 10 batches, 2 process workers>"
+    assert loader._IterableDataset_len_called is None
     streams = torchwq.DataLoader(datasets.Stream(5), None)
     assert repr(streams) == "<torchwq.DataLoader of tests.loading.datasets.Stream, batch_size=None, no workers>"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
 import pytest
 
 import torchwq
+from tests.conftest import wait_until
 from torchwq import WorkerDied
 
 
@@ -42,6 +45,7 @@ def test_an_error_comes_when_its_turn_comes_and_is_consumed(backend: str) -> Non
         next(workers.as_completed(timeout=30))
     queues[0].write("end")
     assert list(workers.as_completed(timeout=30)) == [(0, 0)]
+    assert list(workers.as_completed(timeout=30)) == []
     assert workers.join() == [0]
     for each in queues:
         each.close()
@@ -60,6 +64,30 @@ def test_an_error_in_the_block_ends_the_workers() -> None:
         assert not workers.wait(0.01)
         raise KeyError("mine")
     assert workers.wait(0)
+
+
+def spin() -> None:
+    while True:
+        time.sleep(0.001)
+
+
+def test_a_thread_that_was_terminated_has_no_result() -> None:
+    workers = torchwq.map(1, spin, backend="thread")
+    workers.terminate()
+    with pytest.raises(WorkerDied):
+        workers.join(timeout=30)
+
+
+def test_a_death_before_terminate_is_reported_of_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    workers = torchwq.map(1, die)
+    assert workers.wait(30)
+    workers.terminate()
+    del workers
+    wait_until(lambda: "SIGKILL" in caplog.text, 10, "the report")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_that_were_terminated_are_not_reported_of_but_join_says_so(caplog: pytest.LogCaptureFixture) -> None:

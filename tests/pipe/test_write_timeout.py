@@ -57,6 +57,8 @@ def test_a_task_that_writes_waits_while_the_loop_goes_on(kind: str) -> None:
             await asyncio.sleep(0.002)
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
+            with pytest.raises(torchwq.MarshalError):
+                await sink.awrite(6, (each for each in ()))  # nothing of it is written
             await source.aread()
             assert source.read(nonblocking=True) in (None, (torchwq.ChannelState.OPEN, None))
 

@@ -11,7 +11,7 @@ from typing import Any, Final, final
 
 from ..handles.readable import EMPTY, STOP, EndOfMessages, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
-from ..handles.writing import write_async
+from ..handles.writing import send_async
 from ..marshalling import codec
 from ..transport.endpoint import Received
 from ..workers import shutdown, threads
@@ -132,10 +132,16 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
             TimeoutError: there was no room within ``timeout`` seconds.
             MarshalError, WorkerDied, ResourceError, QueueClosed: as for :meth:`write`.
         """
-        state = self._core.backend.state()
-        for obj in objs:
-            state = await write_async(self, obj, timeout)
-        return state
+        core = self._core
+        if core.capacity is None:
+            return self.write(*objs)
+        core.check_fork()
+        backend, self.has_written = core.backend, True
+        payloads = codec.encode_all(objs, backend.max_payload, peer=backend.peer)
+        is_sent = await send_async(
+            lambda payload, deadline: core.send_if_room(backend, payload, self, deadline), payloads, timeout
+        )
+        return _OPEN if is_sent else core.backend.state()
 
     def writeup(self, *objs: Any) -> ChannelState:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them.

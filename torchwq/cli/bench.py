@@ -107,7 +107,7 @@ def _helps(rows: Sequence[Row]) -> bool:
 
 
 def _rate(loader: Callable[..., Any], dataset: Any, batch_size: int, workers: int, seconds: float) -> float | None:
-    """Batches a second, after the first ones; None if the loader raises."""
+    """Batches a second, after the first ones; None if there are too few."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -85,6 +85,11 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
         if snapshot.ended:
             self._dataset_fetcher.ended = True
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether its epoch has ended."""
+        return self.finished
+
     def _next_data(self) -> Any:
         if self._sampler_rng is None:
             self._sampler_rng = sampler_rng.capture(self._index_sampler, self._loader_generator)
@@ -101,7 +106,7 @@ class InProcessIterator(internals.SingleProcessIterator):  # type: ignore[misc]
             raise
         stats.waited += time.perf_counter_ns() - began
         stats.processor += time.process_time_ns() - cpu
-        stats.num_handed_out += 1
+        stats.handed_out()
         if self._failing:
             self._failed, self._failing = self._failed + self._failing, 0
         return data

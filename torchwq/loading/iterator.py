@@ -186,7 +186,6 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         if internals.is_profiled():
             return super().__next__()
         data = self._next_data()
-        self._stats.num_handed_out += 1
         self._num_yielded += 1
         if self._IterableDataset_len_called is not None and self._num_yielded > self._IterableDataset_len_called:
             _warn_of_length(self._dataset, self._IterableDataset_len_called, self._num_yielded)
@@ -197,7 +196,9 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             shutdown.block_daemon_at_exit()
             raise _without_frames(self._broken)
         try:
-            return self._next_batch()
+            data = self._next_batch()
+            self._stats.handed_out()
+            return data
         except Exception:
             shutdown.block_daemon_at_exit()
             raise
@@ -329,6 +330,11 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
         self._broken = RuntimeError(
             "this iterator of a DataLoader was made before a fork and belongs to the parent process: make one here"
         )
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether its epoch has ended."""
+        return self._finished
 
     @property
     def is_closed(self) -> bool:

@@ -110,6 +110,7 @@ class _Totals:
     handed_out: int = 0
     iterated: int = 0
     processor: int = 0
+    restarts: int = 0
 
     def since(self, earlier: _Totals) -> _Totals:
         words = [
@@ -122,6 +123,7 @@ class _Totals:
             self.handed_out - earlier.handed_out,
             self.iterated - earlier.iterated,
             self.processor - earlier.processor,
+            self.restarts - earlier.restarts,
         )
 
 
@@ -139,8 +141,9 @@ class StatsCollector:
         #: Nanoseconds for which the consumer has waited; and, without workers, of processor time meanwhile.
         self.waited = self.processor = 0
         self.num_handed_out = 0
-        #: Nanoseconds of all epochs that have ended; and when the present one began, 0 if there is none.
-        self._iterated = self._since = 0
+        #: Nanoseconds of all epochs that have ended; when the present one began, 0 if there is none; and when its last
+        #: batch was handed out: an epoch that is broken off ends there.
+        self._iterated = self._since = self._last = 0
         #: From where ``read`` counts; and at the beginning of the last epoch.
         self._from = self._epoch = _Totals([])
         # The last check: when, how long the consumer had waited, how long cores had been idle.
@@ -160,8 +163,16 @@ class StatsCollector:
 
     def start(self) -> None:
         """An epoch begins."""
+        if self._since:
+            self._iterated += self._last - self._since
+        self._since = 0
         self._epoch = self._totals()
-        self._since = self._since or time.perf_counter_ns()
+        self._since = self._last = time.perf_counter_ns()
+
+    def handed_out(self) -> None:
+        """The consumer gets a batch."""
+        self.num_handed_out += 1
+        self._last = time.perf_counter_ns()
 
     def stop(self) -> None:
         """The epoch has ended."""
@@ -182,10 +193,10 @@ class StatsCollector:
         return (waited - waited_then) / max(1, now - then), idle_cores > 0.5
 
     def _totals(self) -> _Totals:
-        iterated = self._iterated + (time.perf_counter_ns() - self._since if self._since else 0)
+        iterated = self._iterated + (self._last - self._since if self._since else 0)
         counters = self._counters
         words = [] if counters is None else [list(counters.of(n)[:COUNTS]) for n in range(counters.slots)]
-        return _Totals(words, self.waited, self.num_handed_out, iterated, self.processor)
+        return _Totals(words, self.waited, self.num_handed_out, iterated, self.processor, self.restarts)
 
     def read(self, *, last_epoch: bool = False) -> LoaderStatistics:
         """The counts since the beginning or ``reset``; or of the last epoch."""
@@ -205,7 +216,7 @@ class StatsCollector:
             workers_waited=sum(words[WAITED] for words in counts.words) / 1e9,
             workers_busy=sum(words[BUSY] for words in counts.words) / 1e9,
             num_workers=self.workers,
-            restarts=self.restarts,
+            restarts=counts.restarts,
             verdict=verdict,
             seconds=seconds,
             workers=tuple(workers),

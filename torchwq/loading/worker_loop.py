@@ -77,6 +77,8 @@ class WorkerLoop:
         self._connection = connection
         self._has_main = has_main
         self._made = 0
+        #: Whether the present answer is a batch.
+        self._is_batch = False
         #: When the present answer was begun, and how much processor time had been used then.
         self._began = self._cpu = 0
         self._tasks: deque[Any] = deque()
@@ -107,6 +109,7 @@ class WorkerLoop:
                 task = tasks.popleft()
                 if type(task) is NewEpoch:
                     self._maker.begin_epoch(task.shared_seed)
+                    since = time.perf_counter_ns()  # between epochs nobody wanted anything
                     continue
                 generation, index = task
                 while True:
@@ -127,7 +130,7 @@ class WorkerLoop:
                 words[BUSY] += since - began
                 words[SEND] += since - sending
                 words[CPU] += clock() - cpu
-                words[BATCHES] += 1
+                words[BATCHES] += made and self._is_batch
                 words[NBYTES] += payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
                 del payload
         except (EOFError, BrokenPipeError):
@@ -174,6 +177,7 @@ class WorkerLoop:
             collation.collated_blocks.clear()
         try:
             answer = self._maker.make(index)
+            self._is_batch = type(answer) is not End and type(answer) is not Failure
             return self._encode(answer)
         except Exception as error:
             try:
@@ -210,7 +214,7 @@ class WorkerLoop:
         counts = list(self._words[:COUNTS])
         counts[BUSY] += time.perf_counter_ns() - self._began
         counts[CPU] += time.process_time_ns() - self._cpu
-        counts[BATCHES] += 1
+        counts[BATCHES] += self._is_batch
         counts[NBYTES] += _nbytes_of(answer)
         return tuple(counts)
 

@@ -11,7 +11,7 @@ from typing import Any, final
 from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
-from ..handles.writing import write_async
+from ..handles.writing import send_async
 from ..marshalling import codec
 from ..marshalling.codec import encode, encode_large_pickle
 from ..marshalling.copies import COLLECTIONS, SCALARS, only_scalars, try_copy
@@ -165,8 +165,11 @@ class WorkQueue(ReadableHandle[Any]):
             TimeoutError: there was no room within ``timeout`` seconds.
             MarshalError, ClosureError, QueueClosed, WorkerDied, ResourceError: as for :meth:`write`.
         """
-        for obj in objs:
-            await write_async(self, obj, timeout)
+        role = self._role
+        if isinstance(role, Owner):
+            await send_async(role.send_within, codec.encode_all(objs, role.max_payload, peer=role.peer), timeout)
+        else:
+            self.write(*objs)  # for answers there is always room
 
     def writeup(self, *objs: Any) -> None:
         """Like :meth:`write`, but functions may be closures: what they capture travels with them.
