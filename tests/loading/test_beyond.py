@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ def _workers(n: int, busy: float, waited: float, processor: float) -> list[Any]:
         (5.0, _workers(1, 9.0, 0.1, 9.0), "more of them may help, up to the 4 cores"),
         (5.0, _workers(4, 9.0, 0.1, 4.6), "compute on all 4 cores: more of them will not help"),
         (5.0, _workers(4, 9.0, 0.1, 0.5), "mostly waiting themselves: more of them help, also more than cores"),
+        (5.0, [statistics.WorkerStatistics(9, 9.0, 0.0, 0.0, 0.1, 0.0, 4.4, 4.4)] * 4, "compute on all 4 cores"),
         (5.0, _workers(2, 4.0, 15.0, 4.0), "a larger prefetch_factor may help"),
         (5.0, [], "no batch was made by a worker yet"),
     ],
@@ -78,24 +80,9 @@ def test_statistics_tell_where_the_time_of_each_worker_went() -> None:
     assert "mostly waiting themselves" in first.verdict
     assert "20 batches" in str(first)
     assert len(str(first).splitlines()) == 1 + 1 + 2 + 1
-    assert str(first).splitlines()[1].split() == (
-        [
-            "worker",
-            "batches",
-            "fetch",
-            "s",
-            "collate",
-            "s",
-            "send",
-            "s",
-            "waited",
-            "s",
-            "far",
-            "ahead",
-            "s",
-            "processor",
-            "s",
-        ]
+    columns = re.split(r"  +", str(first).splitlines()[1].strip())
+    assert columns == (
+        ["worker", "batches", "fetch s", "collate s", "send s", "waited s", "far ahead s", "processor s", "ready s"]
     )
     assert "<table>" in first._repr_html_()
     for batch in loader:
@@ -146,15 +133,15 @@ def test_pauses_are_nobodys_time() -> None:
     """Neither between the epochs of workers that stay, nor after a loop that was broken off."""
     loader = torchwq.DataLoader(Sleeping(20), 2, num_workers=1, persistent_workers=True)
     list(loader)
-    time.sleep(0.5)
+    time.sleep(2.0)
     list(loader)
-    assert loader.stats(last_epoch=True).workers_waited < 0.3
+    assert loader.stats(last_epoch=True).workers_waited < 1.5
     for num_workers in (0, 1):
         loader = torchwq.DataLoader(Sleeping(20), 2, num_workers=num_workers)
         for _ in loader:
             break
-        time.sleep(0.5)
-        assert loader.stats().seconds < 0.5
+        time.sleep(2.0)
+        assert loader.stats().seconds < 1.5
 
 
 def test_only_batches_are_counted_as_batches() -> None:

@@ -15,15 +15,15 @@ from ..marshalling import reducers
 from ..peers.shared_words import SharedWords
 
 #: Words of a worker: nanoseconds at work, nanoseconds waiting for something to do, batches, bytes. Of the first,
-#: nanoseconds in the collate function, sending, and on the processor; of the second, those for which it was far enough
-#: ahead.
-COUNTS: Final = 8
-BUSY, WAITED, BATCHES, NBYTES, COLLATE, SEND, CPU, AHEAD = range(COUNTS)
+#: nanoseconds in the collate function, sending, on the processor, and ready to run while others had the processor; of
+#: the second, those for which it was far enough ahead.
+COUNTS: Final = 9
+BUSY, WAITED, BATCHES, NBYTES, COLLATE, SEND, CPU, READY, AHEAD = range(COUNTS)
 #: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
 #: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
 #: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises].
 CONSUMED, GENERATION, ASLEEP, LIMIT, LOST = range(5)
-_WORDS: Final = 8  # a cache line for each worker
+_WORDS: Final = 16  # two cache lines for each worker
 
 
 class Counters(SharedWords):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..transport.waiting import cores
-from .counters import AHEAD, BATCHES, BUSY, COLLATE, COUNTS, CPU, NBYTES, SEND, WAITED, Counters
+from .counters import AHEAD, BATCHES, BUSY, COLLATE, COUNTS, CPU, NBYTES, READY, SEND, WAITED, Counters
 
 #: A consumer that waits for less than this part of its time is fed well enough.
 _MUCH_WAITING: Final = 0.1
@@ -33,8 +33,9 @@ class WorkerStatistics:
         send: seconds for which it was sending batches.
         waited: seconds for which it waited for something to do.
         ahead: of these, seconds for which it had made as many batches ahead as it may.
-        processor: seconds of processor time. Much less than ``fetch`` and ``collate`` together: it waits itself, for a
-            disk, a network, or a core.
+        processor: seconds of processor time. Much less than ``fetch`` and ``collate`` together, without ``ready``: it
+            waits itself, for a disk or a network.
+        ready: seconds for which it could have run, and others had the processor; 0 if the system does not tell.
     """
 
     batches: int
@@ -44,6 +45,7 @@ class WorkerStatistics:
     waited: float
     ahead: float
     processor: float
+    ready: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,10 @@ class LoaderStatistics:
     workers: Sequence[WorkerStatistics] = ()
 
     def _rows(self) -> list[tuple[str, ...]]:
-        head = ("worker", "batches", "fetch s", "collate s", "send s", "waited s", "far ahead s", "processor s")
-        rows: list[tuple[str, ...]] = [head]
+        columns = "fetch", "collate", "send", "waited", "far ahead", "processor", "ready"
+        rows: list[tuple[str, ...]] = [("worker", "batches", *(f"{column} s" for column in columns))]
         for number, each in enumerate(self.workers):
-            times = each.fetch, each.collate, each.send, each.waited, each.ahead, each.processor
+            times = each.fetch, each.collate, each.send, each.waited, each.ahead, each.processor, each.ready
             rows.append((str(number), f"{each.batches:,}", *(f"{seconds:.2f}" for seconds in times)))
         return rows
 
@@ -233,6 +235,7 @@ def _of_worker(words: Sequence[int]) -> WorkerStatistics:
         waited=words[WAITED] / 1e9,
         ahead=words[AHEAD] / 1e9,
         processor=words[CPU] / 1e9,
+        ready=words[READY] / 1e9,
     )
 
 
@@ -242,7 +245,7 @@ def _verdict(waited: float, seconds: float, batches: int, workers: Sequence[Work
     busy = sum(each.fetch + each.collate + each.send for each in workers)
     idle, processor = sum(each.waited for each in workers), sum(each.processor for each in workers)
     part, spare = waited / max(seconds, 1e-9), idle / max(idle + busy, 1e-9)
-    computing = processor / max(busy, 1e-9)
+    computing = processor / max(busy - sum(each.ready for each in workers), processor, 1e-9)
     if part <= _MUCH_WAITING:
         return f"compute-bound: the consumer waited {part:.0%} of the time, workers {spare:.0%} of theirs"
     begin = f"data-bound: the consumer waited {part:.0%} of the time"

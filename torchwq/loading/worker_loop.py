@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -45,11 +46,14 @@ from .counters import (
     LIMIT,
     LOST,
     NBYTES,
+    READY,
     SEND,
     WAITED,
 )
 from .messages import Answer, Batch, End, Failure, NewEpoch
 
+#: Nanoseconds between two looks at how long the worker was ready to run.
+_DELAY_INTERVAL: Final = 20_000_000
 #: A worker that is far enough ahead looks so many times whether it still is before it sleeps.
 _SPINS: Final = 10
 
@@ -100,6 +104,7 @@ class WorkerLoop:
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch
         send: Callable[[Any], None] = self._connection.send
         clock = time.thread_time_ns if self._in_thread else time.process_time_ns
+        delay = RunDelay(words)
         since = time.perf_counter_ns()
         try:
             while True:
@@ -130,6 +135,7 @@ class WorkerLoop:
                 words[BUSY] += since - began
                 words[SEND] += since - sending
                 words[CPU] += clock() - cpu
+                delay.update(since)
                 words[BATCHES] += made and self._is_batch
                 words[NBYTES] += payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
                 del payload
@@ -228,6 +234,41 @@ class WorkerLoop:
                 snapshot.iterator = snapshot.dataset = None
                 snapshot.error = snapshot.error or packed
         return self._encode(answer)
+
+
+class RunDelay:
+    """Counts for how long this thread was ready to run while others had the processor, where the system tells (Linux).
+
+    Without it, a worker on a busy machine would look as one that waits for a disk.
+    """
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._next = 0
+        try:
+            fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:
+            self._fd = -1
+            return
+        self._fd = fd
+        self._before = self._read()
+        weakref.finalize(self, os.close, fd)
+
+    def _read(self) -> int:
+        return int(os.pread(self._fd, 100, 0).split()[1])
+
+    def update(self, now: int) -> None:
+        """Count, if it is some time since this was done last. ``now``: time.perf_counter_ns."""
+        if now < self._next or self._fd < 0:
+            return
+        self._next = now + _DELAY_INTERVAL
+        try:
+            after = self._read()
+        except (OSError, ValueError, IndexError):
+            self._fd = -1
+            return
+        self._words[READY] += after - self._before
+        self._before = after
 
 
 def _size(payload: bytes | LocalMessage) -> int:
