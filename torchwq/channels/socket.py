@@ -275,7 +275,8 @@ class SocketChannel:
         if self.left:
             return 0
         unforwarded = len(self._backlog.unforwarded)
-        if self._at_end or not (self._incoming.is_readable() or self.table.any_backlog()):
+        # In this order: what leaves a backlog in between is found in the socket.
+        if self._at_end or not (self.table.any_backlog() or self._incoming.is_readable()):
             return unforwarded
         return max(1, self.table.num_in_socket() + len(self._outbox)) + unforwarded
 
