@@ -14,6 +14,7 @@ import torch
 
 import torchwq
 from tests.channels import jobs
+from tests.channels.parts import socket_of
 from tests.conftest import wait_until
 from torchwq import ChannelState
 
@@ -361,3 +362,22 @@ def test_many_threads_on_one_handle(make: Callable[[], torchwq.Channel]) -> None
     for thread in readers:
         thread.join(20)
     assert Counter(got) == Counter(dict.fromkeys(range(500), 4))
+
+
+def test_what_another_thread_is_about_to_send_is_still_read_after_the_close() -> None:
+    """A write in the middle of another one's leaves its item to that one, and returns."""
+    with torchwq.channel() as channel:
+        channel._core.open_to_processes()
+        assert channel.write(0) is ChannelState.OPEN
+        outbox = socket_of(channel)._outbox
+        outbox.sending_thread = 1  # as if another thread was sending
+        assert channel.write(1) is ChannelState.OPEN
+        assert len(outbox.submitted) == 1
+        closing = threading.Thread(target=channel.close)
+        closing.start()
+        closing.join(0.05)
+        outbox.sending_thread = 0
+        outbox.process()
+        closing.join(30)
+        assert [channel.read(), channel.read()] == [(ChannelState.CLOSED, 0), (ChannelState.CLOSED, 1)]
+        assert channel.read() == (ChannelState.DRAINED, None)

@@ -242,6 +242,7 @@ class SocketChannel:
     # Closing
 
     def close(self, *, failed: bool = False) -> None:
+        self._outbox.settle()  # what this thread has written before must not come after the closing
         with self.table.locked():
             if self.left or self._closing.is_closed:
                 return

@@ -307,7 +307,7 @@ class Outbox(OutboxFields):
 
     def _flush(self) -> bool:
         """Returns whether messages were pending and none is any more."""
-        if not self.pending:
+        if not self.pending and not self._is_watching:
             return False
         try:
             for _ in range(_FLUSH_BATCH):
@@ -330,7 +330,7 @@ class Outbox(OutboxFields):
         except BrokenPipeError:
             self._drop()
             return True
-        if self.pending:
+        if self.pending or self.submitted:  # what was submitted is a part of the backlog
             self._watch()
             return False
         self._stop_watching()
@@ -371,6 +371,15 @@ class Outbox(OutboxFields):
             if self.pending:
                 self._drop()
             self.is_broken = True
+
+    def settle(self) -> None:
+        """Return when what was submitted before has been sent, or is pending: both show outside of this process."""
+        me = get_ident()
+        until = time.monotonic() + CLAIM_TIMEOUT
+        while self.submitted and self.sending_thread != me and time.monotonic() < until:
+            self.process()
+            if self.submitted:
+                time.sleep(POLL_INTERVAL)  # another thread sends, and takes no lock that this one could wait for
 
     def wait_empty(self) -> None:
         """Return when no message waits here, because all were sent or because the peer is gone."""
