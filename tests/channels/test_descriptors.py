@@ -151,5 +151,7 @@ def test_counts_are_right_when_threads_write_and_read_at_once() -> None:
         thread.start()
     for thread in writers + readers:
         thread.join(60)
+    # The last item may be read before its writer, the reactor, has noted that no backlog is left.
+    wait_until(lambda: channel.num_items() == 0, 10, "the end of the backlog")
     statistics = channel.statistics()
     assert (statistics.written, statistics.read, statistics.num_items) == (8000, 8000, 0)

@@ -276,8 +276,14 @@ class SocketChannel:
         if self.left:
             return 0
         unforwarded = len(self._backlog.unforwarded)
-        # In this order: what leaves a backlog in between is found in the socket.
-        if self._at_end or not (self.table.any_backlog() or self._incoming.is_readable()):
+        while not self._at_end:
+            # In this order: what leaves a backlog in between is found in the socket.
+            had_backlog = self.table.any_backlog()
+            if self._incoming.is_readable() or (had_backlog and self.table.any_backlog()):
+                break
+            if not had_backlog:
+                return unforwarded
+        else:
             return unforwarded
         return max(1, self.table.num_in_socket() + len(self._outbox)) + unforwarded
 

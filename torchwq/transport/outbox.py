@@ -307,7 +307,7 @@ class Outbox(OutboxFields):
 
     def _flush(self) -> bool:
         """Returns whether messages were pending and none is any more."""
-        if not self.pending and not self._is_watching:
+        if not self.pending:
             return False
         try:
             for _ in range(_FLUSH_BATCH):
@@ -330,7 +330,7 @@ class Outbox(OutboxFields):
         except BrokenPipeError:
             self._drop()
             return True
-        if self.pending or self.submitted:  # what was submitted is a part of the backlog
+        if self.pending:
             self._watch()
             return False
         self._stop_watching()
@@ -376,10 +376,11 @@ class Outbox(OutboxFields):
         """Return when what was submitted before has been sent, or is pending: both show outside of this process."""
         me = get_ident()
         until = time.monotonic() + CLAIM_TIMEOUT
-        while self.submitted and self.sending_thread != me and time.monotonic() < until:
+        while self.sending_thread != me and time.monotonic() < until:
             self.process()
-            if self.submitted:
-                time.sleep(POLL_INTERVAL)  # another thread sends, and takes no lock that this one could wait for
+            if not self.submitted and not self.sending_thread:
+                return
+            time.sleep(POLL_INTERVAL)  # another thread sends, and takes no lock that this one could wait for
 
     def wait_empty(self) -> None:
         """Return when no message waits here, because all were sent or because the peer is gone."""
