@@ -5,6 +5,7 @@ Each check is a function that returns one finding. A finding that is not good sa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -87,16 +88,10 @@ def _native() -> Finding:
 
 def _transport() -> Finding:
     """Sockets."""
-    name = type(kinds.pair()[0]).__module__.rsplit(".", 1)[-1]
-    return Finding("sockets", GOOD, f"{name}, messages of up to {_payload():,} bytes, larger ones through memory")
-
-
-def _payload() -> int:
     ours, theirs = kinds.pair()
-    limit = ours.max_payload
-    ours.close()
-    theirs.close()
-    return limit
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        name, limit = type(ours).__module__.rsplit(".", 1)[-1], ours.max_payload
+    return Finding("sockets", GOOD, f"{name}, messages of up to {limit:,} bytes, larger ones through memory")
 
 
 def _cores() -> Finding:

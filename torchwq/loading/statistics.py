@@ -204,7 +204,7 @@ class StatsCollector:
         """The counts since the beginning or ``reset``; or of the last epoch."""
         counts = self._totals().since(self._epoch if last_epoch else self._from)
         seconds, waited = counts.iterated / 1e9, counts.waited / 1e9
-        workers = [_of_worker(words) for words in counts.words[: self.workers] if self.workers]
+        workers = [_of_worker(words) for words in counts.words[: self.workers]]
         batches = sum(words[BATCHES] for words in counts.words)
         if not self.workers:
             verdict = _verdict_without_workers(counts.handed_out, waited, seconds, counts.processor / 1e9)

@@ -9,14 +9,13 @@ A thread whose request waits at the owner sleeps here until the reply. If the ow
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..channels.state import ChannelState
 from ..errors import MarshalError, QueueClosed, TorchwqError
@@ -25,6 +24,7 @@ from ..transport.capabilities import OTHER_MACHINE
 from .transit import CLOSED, REQUEST, Handle, pack
 
 Put = Callable[..., None]
+H = TypeVar("H", bound="FarHandle")
 
 
 class HandleLink:
@@ -101,6 +101,18 @@ class FarHandle:
         capacity: int | None = self._shown["capacity"]
         return capacity
 
+    def close(self) -> None:
+        """Close this handle of a queue; or the channel, for everybody. May be called again."""
+        self._ask("close")
+
+    def __enter__(self: H) -> H:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _ask(self, method: str, *args: Any, upvalues: bool = False, **kwargs: Any) -> Any:
         return self._link.ask(self.number, method, args, kwargs, upvalues)
 
@@ -139,10 +151,6 @@ class FarQueue(FarHandle):
         """Like :meth:`write`, and closures travel with what they capture."""
         self._ask("writeup", *objs, upvalues=True)
 
-    def close(self) -> None:
-        """Close this handle. May be called again."""
-        self._ask("close")
-
     def __iter__(self) -> Iterator[Any]:
         """Read questions until None, or until the queue is closed."""
         while True:
@@ -153,14 +161,6 @@ class FarQueue(FarHandle):
             if question is None:
                 return
             yield question
-
-    def __enter__(self) -> FarQueue:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         name = "anonymous" if self.name is None else repr(self.name)
@@ -188,10 +188,6 @@ class FarChannel(FarHandle):
         state: ChannelState = self._ask("writeup", *objs, upvalues=True)
         return state
 
-    def close(self) -> None:
-        """Close the channel, for everybody. May be called again."""
-        self._ask("close")
-
     def closed(self) -> bool:
         """Whether the channel is closed, drained or not."""
         return bool(self._ask("closed"))
@@ -211,14 +207,6 @@ class FarChannel(FarHandle):
             if state is ChannelState.DRAINED:
                 return
             yield item
-
-    def __enter__(self) -> FarChannel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return "<torchwq.Channel, on another machine>"
@@ -240,4 +228,4 @@ def _reduce(encoder: reducers.Encoder, handle: FarHandle) -> Any:
 
 
 for _cls in (FarQueue, FarChannel):
-    reducers.register(_cls, functools.partial(_reduce))
+    reducers.register(_cls, _reduce)
