@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import torchwq
+from tests.conftest import wait_until
 from tests.queues import jobs
+from torchwq.queues import draining
 
 #: Ways of a worker to have a queue open when it fails.
 WAYS = ["argument", "with", "other handle"]
@@ -56,6 +58,24 @@ def test_drain_and_aread_are_told_too(backend: str) -> None:
         death = told(lambda: asyncio.run(owner.aread(timeout=40)))
         assert type(death.__cause__) is jobs.Unfit
         assert isinstance(task.exception(40), jobs.Unfit)
+
+
+def test_a_failure_that_is_told_while_drain_looks_is_raised(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it may happen between two looks: that at what is to be told, and that at who is busy."""
+    with torchwq.workqueue() as owner:
+        workers = torchwq.map(1, jobs.square_or_fail, owner, "argument", backend=backend)
+        role: Any = owner._role
+        any_busy = role.members.any_busy
+
+        def look_late(mark: int) -> bool:
+            wait_until(lambda: role.troubles.any_to_tell)
+            return bool(any_busy(mark))
+
+        monkeypatch.setattr(role.members, "any_busy", look_late)
+        owner.write(3)
+        assert type(told(lambda: owner.drain(40)).__cause__) is jobs.Unfit
+        with pytest.raises(jobs.Unfit):
+            workers.join(40)
 
 
 def test_a_pools_task_that_fails_is_told_and_its_worker_goes_on(backend: str) -> None:
@@ -116,12 +136,13 @@ def test_no_reader_finds_nobody_left_before_a_handle_that_an_error_has_closed_is
         def remove_and_look(*args: Any, **kwargs: Any) -> Any:
             found = remove(*args, **kwargs)
             seen.append(role.members.nobody_left())
+            seen.append(draining._Draining(role)._is_done())
             return found
 
         monkeypatch.setattr(role.members, "remove", remove_and_look)
         workers = torchwq.map(1, jobs.square_or_fail, owner, "with")
         owner.write(3)
         assert type(told(lambda: owner.read(timeout=40)).__cause__) is jobs.Unfit
-        assert seen[0] is False
+        assert seen[:2] == [False, False]
         with pytest.raises(jobs.Unfit):
             workers.join(40)

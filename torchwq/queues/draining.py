@@ -1,8 +1,11 @@
 """``drain``: the owner waits until every question that it has written has its answer waiting.
 
-It returns when all questions have left the outbox, the counters say that all of them were taken, or are lost, no end of
-a worker is awaited, and no worker is at one of them. An answer wakes it. It also looks at the counters every
-``_POLL_INTERVAL`` seconds: no event tells that a worker is done without an answer.
+It returns when all questions have left the outbox, the counters say that all of them were taken, or are lost, no worker
+is at one of them, and there is nothing to tell of a worker, now or soon. An answer wakes it. It also looks at the
+counters every ``_POLL_INTERVAL`` seconds: no event tells that a worker is done without an answer.
+
+Invariant: a worker that fails is at a question, then its handle is in doubt or its end is awaited, then there is
+something to tell. Each begins before the one before it ends. ``drain`` looks in this order, so that it misses none.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ class _Draining:
             if owner.closed:
                 raise QueueClosed(owner.closed)
             self._absorb()
+            is_done = self._is_done()
             if owner.troubles.any_to_tell:
                 owner.raise_failure()
-            if self._is_done():
+            if is_done:
                 return
             if owner.alarm.is_set():
                 owner.raise_failure()
@@ -73,4 +77,4 @@ class _Draining:
             is_quiet = time.monotonic() - self._quiet_since >= _LOST_AFTER
             if unread or missing > troubles.possibly_lost or not is_quiet:
                 return False
-        return not troubles.any_ending and not owner.members.any_busy(mark)
+        return not owner.members.any_busy(mark) and not troubles.hides_the_end

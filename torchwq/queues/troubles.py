@@ -54,15 +54,11 @@ class Troubles:
         return bool(self._to_tell)
 
     @property
-    def any_ending(self) -> bool:
-        """Whether a worker has ended of which it is not known yet how."""
-        return self._ending > 0
-
-    @property
     def hides_the_end(self) -> bool:
-        """Whether it is too early to say that no worker is left."""
-        now = time.monotonic()
-        return self._ending > 0 or any(until > now for until in self._in_doubt.values())
+        """Whether it is too early to say that no worker is left, or that none has failed."""
+        with self._lock:
+            now = time.monotonic()
+            return self._ending > 0 or any(until > now for until in self._in_doubt.values())
 
     def next(self) -> WorkerDied | Failed | NeverCame | None:
         """What is to be told next. It counts as told then."""
