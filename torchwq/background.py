@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar, final
 
 from torch.utils.data import Dataset
 
+from . import tracebacks
 from .errors import MarshalError, QueueClosed, ResourceError, WorkerDied
 from .marshalling import codec, exceptions
 from .queues import WorkQueue, workqueue
@@ -184,7 +185,7 @@ class BackgroundTask(unretrieved.Future[T]):
         self._exhausted = True
         if kind == _DIED:
             try:
-                raise self._end_error() or value
+                raise self._end_error() or tracebacks.trim(value)
             finally:
                 del value  # else the error and this frame would keep each other alive
         self.close()

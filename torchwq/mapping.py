@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, final
 
+from . import tracebacks
 from .errors import Interrupted, QueueClosed
 from .marshalling import codec, exceptions
 from .transport import cleanup, reactor
@@ -383,7 +384,11 @@ def map(
     usage = "torchwq.map(number, function, *args)"
     n = check_number(n, usage)
     check_function(f, usage)
-    return start(f, args, range(n), n, workers, upvalues)
+    try:
+        return start(f, args, range(n), n, workers, upvalues)
+    except Exception as error:
+        tracebacks.trim(error)
+        raise error
 
 
 def check_function(f: Any, usage: str) -> None:

@@ -40,6 +40,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
+from . import tracebacks
 from .errors import QueueClosed, ResourceError
 from .marshalling import codec, exceptions
 from .transport.fork import reset_in_child
@@ -416,7 +417,13 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         Source: ``concurrent.futures.Executor.submit``.
         """
         pool, peer = self._pool, self._backend.peer
-        payload = codec.encode_call(fn, args, kwargs or None, upvalues=self._upvalues, peer=peer, is_sent_later=True)
+        try:
+            payload = codec.encode_call(
+                fn, args, kwargs or None, upvalues=self._upvalues, peer=peer, is_sent_later=True
+            )
+        except Exception as error:
+            tracebacks.trim(error)
+            raise error
         future: unretrieved.Future[T] = unretrieved.Future()
         # ``fn`` may be an object that answers with a user's code, which must not run with the lock.
         task = _Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
+from .. import tracebacks
 from ..handles.readable import EMPTY, STOP, EndOfMessages, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
 from ..handles.writing import send_async
@@ -121,7 +122,11 @@ class Channel(ReadableHandle[tuple[ChannelState, Any]]):
             state = core.backend.try_write(objs[0])
             if state is not None:
                 return state
-        return self._send_all(objs, upvalues=False, timeout=timeout)
+        try:
+            return self._send_all(objs, upvalues=False, timeout=timeout)
+        except Exception as error:
+            tracebacks.trim(error)
+            raise error
 
     async def awrite(self, *objs: Any, timeout: float | None = None) -> ChannelState:
         """Write on asyncio's event loop: like :meth:`write`, without blocking it while there is no room.

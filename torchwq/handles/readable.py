@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
+from .. import tracebacks
 from ..errors import QueueClosed, WorkerDied
 from ..futures import TimedOut
 from ..transport import awaiting
@@ -87,9 +88,11 @@ class MessageSource(abc.ABC):
                 self.on_empty()
                 return None
             return self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
-        except (QueueClosed, WorkerDied):
-            shutdown.block_daemon_at_exit()
-            raise
+        except Exception as error:
+            if isinstance(error, (QueueClosed, WorkerDied)):
+                shutdown.block_daemon_at_exit()
+            tracebacks.trim(error)
+            raise error
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> Received:
         """The same, until ``deadline`` (time.monotonic), which is ``timeout`` seconds after the beginning."""
@@ -184,9 +187,13 @@ class ReadableHandle(abc.ABC, Generic[T]):
         if result is not EMPTY:
             return result
         try:
-            return self._result_of(await self._source().wait_async(timeout))
+            received = await self._source().wait_async(timeout)
         except EndOfMessages:
             return self._result_at_end()
+        except Exception as error:
+            tracebacks.trim(error)
+            raise error
+        return self._result_of(received)
 
     def fileno(self) -> int:
         """A descriptor for ``select``, ``selectors`` and event loops: readable when :meth:`read` would not wait.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import tracebacks
 from . import collation, internals
 from .config import LoaderConfig, WorkerConfig
 from .counters import COLLATE
@@ -141,7 +142,8 @@ class BatchMaker:
     def failure(self, error: Exception, index: Any) -> Failure:
         """The answer to an index whose batch could not be made or sent, because of ``error``."""
         after = self._recorder.capture(self._batches) if self._recorder.has_state else None
-        return Failure(error, describe_failure_place(error, index), after=after, before=self._pop_before())
+        place = describe_failure_place(error, index)
+        return Failure(tracebacks.trim(error), place, after=after, before=self._pop_before())
 
     def _pop_before(self) -> Snapshot | None:
         before, self._before = self._before, None

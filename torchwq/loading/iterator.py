@@ -32,7 +32,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from .. import warning
+from .. import tracebacks, warning
 from ..marshalling import exceptions
 from ..memory import recycling, state_lock
 from ..transport import reactor
@@ -104,9 +104,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             self._begun = True
             _open.add(self)
             closed_in_child(self)
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            tracebacks.trim(error)
+            raise error
 
     def _begin_as_torch(self, loader: Any, resume: State | None) -> dict[str, Any] | None:
         """torch's own beginning, which draws a seed for the workers. Returns what the sampler draws again, if anything.
@@ -199,9 +200,10 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             data = self._next_batch()
             self._stats.handed_out()
             return data
-        except Exception:
+        except Exception as error:
             shutdown.block_daemon_at_exit()
-            raise
+            tracebacks.trim(error)
+            raise error
         except BaseException as error:
             self._abort(error)
             raise

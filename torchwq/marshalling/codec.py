@@ -12,10 +12,11 @@ import pickle
 from collections.abc import Callable, Container, Sequence
 from pickle import dumps
 from types import FunctionType
-from typing import Any, Final, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from .. import tracebacks
 from ..errors import ClosureError, MarshalError, ResourceError
 from ..memory.block import Block
 from ..memory.message import Message
@@ -189,7 +190,7 @@ def encode_all(
             )
         except Exception as error:
             options = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
-            _raise_located(error, obj, f"{root}[{index}]", limit, **options)
+            raise _located(error, obj, f"{root}[{index}]", limit, **options)  # noqa: B904
         payloads.append(payload)
     return payloads
 
@@ -207,7 +208,7 @@ def encode_one(
     try:
         return encode(obj, limit, upvalues=upvalues, owned_blocks=owned_blocks, peer=peer)
     except Exception as error:
-        _raise_located(error, obj, root, limit, upvalues=upvalues, peer=peer)
+        raise _located(error, obj, root, limit, upvalues=upvalues, peer=peer)  # noqa: B904
 
 
 def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAME_MACHINE) -> Encoded:
@@ -217,7 +218,7 @@ def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAM
     try:
         return encode((value, None), limit, peer=peer)
     except Exception as error:
-        _raise_located(error, value, root, limit, peer=peer)
+        raise _located(error, value, root, limit, peer=peer)  # noqa: B904
 
 
 def encode_call(
@@ -251,8 +252,8 @@ def encode_call(
             try:
                 encode(part, CALL_LIMIT, full_definitions=True, **options)
             except Exception as found:
-                _raise_located(found, part, place, CALL_LIMIT, **options)
-        _raise_located(error, extra, "the call", CALL_LIMIT, **options)
+                raise _located(found, part, place, CALL_LIMIT, **options)  # noqa: B904
+        raise _located(error, extra, "the call", CALL_LIMIT, **options)  # noqa: B904
 
 
 def _try_copy_call(function: Any, args: Sequence[Any], extra: Any) -> Any:
@@ -274,27 +275,32 @@ def _try_copy_call(function: Any, args: Sequence[Any], extra: Any) -> Any:
     return None if copies is None else (function, *copies)
 
 
-def _raise_located(error: Exception, obj: Any, root: str, limit: int, **options: Any) -> NoReturn:
-    """Raise a MarshalError with the place in ``obj`` of what cannot travel; ``error`` itself if resources ran out."""
+def _located(error: Exception, obj: Any, root: str, limit: int, **options: Any) -> Exception:
+    """A MarshalError with the place in ``obj`` of what cannot travel; ``error`` itself if resources ran out.
+
+    It has its cause, and no variable of the caller's may have it: its traceback keeps the caller's frame.
+    """
     if isinstance(error, (ResourceError, MemoryError)):
-        try:
-            raise error
-        finally:
-            del error  # its traceback has this frame, which would keep it alive, and ``obj`` with its memory
+        return tracebacks.trim(error)
 
     def failure(candidate: Any) -> Exception | None:
         try:
             encode(candidate, limit, full_definitions=True, **options)
         except Exception as raised:
+            tracebacks.detach(raised, error)
             return raised
         return None
 
     place, cause = locate.place_of_failure(obj, root, error, failure)
     if isinstance(cause, ClosureError) and place == root and place.startswith("function "):
-        raise ClosureError(str(cause)) from None  # its text names the function
-    if isinstance(cause, MarshalError):
-        raise type(cause)(f"{place}: {cause}") from None
-    raise MarshalError(f"{place} cannot be sent: {type(cause).__name__}: {cause}") from cause
+        found: Exception = ClosureError(str(cause))  # its text names the function
+    elif isinstance(cause, MarshalError):
+        found = type(cause)(f"{place}: {cause}")
+    else:
+        found = MarshalError(f"{place} cannot be sent: {type(cause).__name__}: {cause}")
+        found.__cause__ = tracebacks.trim(cause)
+    found.__suppress_context__ = True
+    return found
 
 
 def deliver_local(payload: Encoded) -> tuple[Any, list[int]]:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, TypeVar
 
+from .. import tracebacks
 from ..errors import Interrupted, RemoteError, RemoteTraceback
 from ..transport import debug
 from ..transport.capabilities import SAME_MACHINE, Capabilities
@@ -73,13 +74,13 @@ def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedEx
             if dissection.has_left_out:
                 encoded = codec.encode(parts, codec.UNLIMITED, upvalues=True)
                 bare = encoded if isinstance(encoded, bytes) else None
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    text = "".join(traceback.format_exception(tracebacks.trim(error)))
     return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
 
 
 def pack_for(peer: Capabilities, error: BaseException) -> PackedException | BaseException:
     """As ``pack``; but for a peer in this process the exception itself."""
-    return error if peer.same_process else pack(error, peer=peer)
+    return tracebacks.trim(error) if peer.same_process else pack(error, peer=peer)
 
 
 def encode(error: PackedException | BaseException, limit: int, peer: Capabilities = SAME_MACHINE) -> codec.Encoded:

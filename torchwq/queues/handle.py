@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pickle import dumps, loads
 from typing import Any, final
 
+from .. import tracebacks
 from ..errors import QueueClosed
 from ..handles.readable import EMPTY, STOP, ReadableHandle
 from ..handles.reference import HandleRef, Target, register_handle
@@ -242,7 +243,11 @@ class WorkQueue(ReadableHandle[Any]):
         """
         if not isinstance(self._role, Owner):
             raise TypeError("only the owner of a workqueue can drain it; this is a worker's handle")
-        draining.drain(self._role, timeout)
+        try:
+            draining.drain(self._role, timeout)
+        except Exception as error:
+            tracebacks.trim(error)
+            raise error
 
     def close(self) -> None:
         """Close this handle; if it is the owner's, the queue. May be called again.
