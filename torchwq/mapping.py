@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, final
 
+from . import progress as progress_bars
 from . import tracebacks
 from .errors import Interrupted, QueueClosed
 from .marshalling import codec, exceptions
@@ -52,7 +53,7 @@ class _Outcomes:
         self.values: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
         self.retrieved: set[int] = set()
-        self._name = name
+        self.name = name
         self._answers: dict[int, tuple[Any, list[int]]] = {}
         self._is_dropped = False
         _pending.add(self)
@@ -132,7 +133,7 @@ class _Outcomes:
             self.move_errors([process.info.mapid], errors)
             for mapid, error in errors.items():
                 if unretrieved.should_report(process, error):
-                    unretrieved.log_error(f"worker {mapid} of torchwq.map({self._of}, {self._name})", error)
+                    unretrieved.log_error(f"worker {mapid} of torchwq.map({self._of}, {self.name})", error)
         _pending.discard(self)
         answers, self._answers = self._answers, {}
         for unread in answers.values():
@@ -176,8 +177,9 @@ class Map:
     Source: what torch-ipc's ``ipc.map`` returns.
     """
 
-    def __init__(self, outcomes: _Outcomes) -> None:
+    def __init__(self, outcomes: _Outcomes, make_bar: Callable[..., Any] | None = None) -> None:
         self._outcomes = outcomes
+        self._make_bar = make_bar
         self._errors: dict[int, BaseException] = {}
         #: The workers whose errors ``check_errors`` has raised.
         self._consumed: set[int] = set()
@@ -205,10 +207,10 @@ class Map:
         Source: torch-ipc's ``m:join``.
         """
         outcomes = self._outcomes
-        with outcomes.changed:
-            if not outcomes.changed.wait_for(lambda: outcomes.ended == outcomes.n, timeout):
-                running = outcomes.n - outcomes.ended
-                raise TimeoutError(f"{running} of {outcomes.n} workers have not ended within {timeout} s")
+        is_over = self._wait_with_bar(timeout) if self._make_bar is not None else self._wait_for(outcomes.n, timeout)
+        if not is_over:
+            running = outcomes.n - outcomes.ended
+            raise TimeoutError(f"{running} of {outcomes.n} workers have not ended within {timeout} s")
         for process in outcomes.workers:
             outcomes.resolve(process)
         outcomes.move_errors(outcomes.mapids, self._errors)
@@ -227,6 +229,24 @@ class Map:
                 shutdown.block_daemon_at_exit()
                 raise outcomes.workers[mapid - outcomes.mapids.start].death_error()
         return [outcomes.values[mapid] for mapid in asked]
+
+    def _wait_for(self, ended: int, timeout: float | None) -> bool:
+        """Wait until so many workers have ended, ``timeout`` seconds at most; returns whether they have."""
+        outcomes = self._outcomes
+        with outcomes.changed:
+            return outcomes.changed.wait_for(lambda: outcomes.ended >= ended, timeout)
+
+    def _wait_with_bar(self, timeout: float | None) -> bool:
+        """The same for all workers, with a bar. It is drawn without the lock, for which the reactor waits."""
+        assert self._make_bar is not None
+        outcomes = self._outcomes
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._make_bar(total=outcomes.n, desc=outcomes.name, unit="worker") as bar:
+            while bar.n < outcomes.n:
+                if not self._wait_for(bar.n + 1, None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    return False
+                bar.update(outcomes.ended - bar.n)
+        return True
 
     def check_errors(self) -> None:
         """Raise the error of a worker that has failed, if one has. Never waits.
@@ -341,7 +361,13 @@ def _drop_later(outcomes: _Outcomes) -> None:
 
 
 def map(
-    n: int, f: Callable[..., Any], /, *args: Any, backend: str | Backend = "process", upvalues: bool = False
+    n: int,
+    f: Callable[..., Any],
+    /,
+    *args: Any,
+    backend: str | Backend = "process",
+    upvalues: bool = False,
+    progress: bool = False,
 ) -> Map:
     """Run ``f(*args, mapid)`` in each of ``n`` new workers, ``mapid`` = 0 … n-1.
 
@@ -365,6 +391,7 @@ def map(
             travel by value; :class:`torchwq.ray.Backend` has options.
         upvalues: whether ``f`` may be a closure, and use global data of ``__main__``, which are then copied to the
             workers.
+        progress: whether ``join`` shows how many of the workers have ended, with tqdm.
 
     Returns:
         A :class:`Map`. The workers go on if it is dropped, and end with their owner.
@@ -375,6 +402,7 @@ def map(
         ClosureError: ``f`` is a closure, or uses global data of ``__main__``.
         MarshalError: ``f`` or an argument cannot be sent.
         ResourceError: the system's limits do not allow so many workers.
+        ImportError: ``progress`` is asked for and tqdm is not installed.
 
     See also: "Processes or threads" in the documentation.
 
@@ -384,8 +412,9 @@ def map(
     usage = "torchwq.map(number, function, *args)"
     n = check_number(n, usage)
     check_function(f, usage)
+    make_bar = progress_bars.check(progress)
     try:
-        return start(f, args, range(n), n, workers, upvalues)
+        return start(f, args, range(n), n, workers, upvalues, make_bar)
     except Exception as error:
         tracebacks.trim(error)
         raise error
@@ -398,9 +427,15 @@ def check_function(f: Any, usage: str) -> None:
 
 
 def start(
-    f: Callable[..., Any], args: tuple[Any, ...], mapids: range, of: int, backend: Backend, upvalues: bool
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    mapids: range,
+    of: int,
+    backend: Backend,
+    upvalues: bool,
+    make_bar: Callable[..., Any] | None = None,
 ) -> Map:
-    """Start the workers with these mapids, ``of`` so many in all. Raises as :func:`map`."""
+    """Start the workers with these mapids, ``of`` so many in all. ``make_bar`` is tqdm, if at all. Raises as map."""
     by_position, by_keyword = _wants_mapid(f, args)
     payloads = []
     held: list[Any] = []
@@ -411,7 +446,7 @@ def start(
             codec.encode_call(f, positional, keywords, upvalues=upvalues, peer=backend.peer, worker_resources=held)
         )
     outcomes = _Outcomes(mapids, of, getattr(f, "__qualname__", None) or type(f).__qualname__)
-    started = Map(outcomes)
+    started = Map(outcomes, make_bar)
     outcomes.start(payloads, backend, held)
     return started
 

@@ -36,10 +36,11 @@ import signal
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, final
 
+from . import progress as progress_bars
 from . import tracebacks
 from .errors import QueueClosed, ResourceError
 from .marshalling import codec, exceptions
@@ -435,6 +436,36 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             pool.waiting.append(task)
             pool.wake()
         return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        /,
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        progress: bool = False,
+    ) -> Iterator[T]:
+        """Run ``fn`` with the items of ``iterables`` side by side. Yields the results in the items' order.
+
+        Args:
+            fn, *iterables, timeout, chunksize: as for ``concurrent.futures.Executor.map``.
+            progress: whether to show, with tqdm, how many of the results were taken.
+
+        Raises:
+            TimeoutError: a result did not come within ``timeout`` seconds of this call.
+            ImportError: ``progress`` is asked for and tqdm is not installed.
+            Exception: as :meth:`submit`, and that of the first task that has failed, when its turn comes.
+
+        Source: ``concurrent.futures.Executor.map``.
+        """
+        make_bar = progress_bars.check(progress)
+        if make_bar is None:
+            return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
+        items = list(zip(*iterables, strict=False))
+        results = super().map(fn, *zip(*items, strict=True), timeout=timeout, chunksize=chunksize)
+        name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+        return iter(make_bar(results, total=len(items), desc=name, unit="task"))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more tasks, and end the workers when the submitted tasks are done.
