@@ -22,7 +22,7 @@ from .errors import (
     WorkerStartError,
 )
 from .group import WorkerGroup
-from .loading.statistics import LoaderStatistics, WorkerStatistics
+from .loading.statistics import LoaderStatistics, SlowSample, WorkerStatistics
 from .locking import Mutex, mutex
 from .mapping import Map, map
 from .marshalled import Marshalled, marshal
@@ -59,6 +59,7 @@ __all__ = [
     "RemoteError",
     "RemoteTraceback",
     "ResourceError",
+    "SlowSample",
     "TorchwqError",
     "WorkQueue",
     "WorkerDied",

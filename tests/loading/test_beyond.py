@@ -79,7 +79,7 @@ def test_statistics_tell_where_the_time_of_each_worker_went() -> None:
         assert each.processor < each.fetch + each.collate
     assert "mostly waiting themselves" in first.verdict
     assert "20 batches" in str(first)
-    assert len(str(first).splitlines()) == 1 + 1 + 2 + 1
+    assert len(str(first).splitlines()) == 1 + 1 + 2 + 1 + 1
     columns = re.split(r"  +", str(first).splitlines()[1].strip())
     assert columns == (
         ["worker", "batches", "fetch s", "collate s", "send s", "waited s", "far ahead s", "processor s", "ready s"]
@@ -344,7 +344,9 @@ def test_it_is_said_once_why_a_number_of_workers_stays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, "torchwq"):
-        assert _Counted(monkeypatch, 2, needs).run(pace) == count
+        counted = _Counted(monkeypatch, 2, needs)
+        assert counted.run(pace) == count
+    assert why in counted.stats.read().autoscaling
     assert caplog.text.count("it stays at") == 1
     assert why in caplog.text
 

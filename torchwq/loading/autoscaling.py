@@ -113,6 +113,7 @@ class Autoscaler:
 
     def _add(self, count: int, more: int, waited: float) -> int:
         self._window = None
+        self._stats.why_no_more = ""
         log.info(
             "DataLoader: %d workers now, because the consumer waited %.0f %% of its time", count + more, 100 * waited
         )
@@ -125,9 +126,10 @@ class Autoscaler:
 
     def _log_once(self, count: int, why: str) -> None:
         """Log why the number of workers stays, once for each number of a loader."""
+        self._stats.why_no_more = f"it stays at {count} worker{'s' if count > 1 else ''}: {why}"
         if count != self._stats.logged_num_workers:
             self._stats.logged_num_workers = count
-            log.info("DataLoader: it stays at %d worker%s: %s", count, "s" if count > 1 else "", why)
+            log.info("DataLoader: %s", self._stats.why_no_more)
 
     def _new_window(self, workers: Sequence[WorkerHandle]) -> _Window:
         return _Window(self._counters.sum(BUSY), self._counters.sum(BATCHES), _processor_time(workers))

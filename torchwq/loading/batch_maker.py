@@ -29,6 +29,7 @@ from .failure_place import describe_failure_place
 from .generators import GeneratorStates, set_generators
 from .messages import Batch, End, Failure, Snapshot
 from .sampler_cursor import skip
+from .slow_samples import SlowSamples
 from .snapshots import SnapshotRecorder
 
 
@@ -65,8 +66,12 @@ class BatchMaker:
         collate_fn = collation.for_worker(config.collate_fn, in_thread=in_thread)
         #: The native part's, if it collates.
         self._collation = collate_fn if isinstance(collate_fn, collation.Collation) else None
-        self._collate_fn = _Timed(collate_fn, config.counters.of(worker_config.worker_id))
+        words = config.counters.of(worker_config.worker_id)
+        self._collate_fn = _Timed(collate_fn, words)
         self._dataset = config.dataset
+        self.slow_samples = SlowSamples(words)
+        #: Whether samples can be told from one another.
+        self._times_samples = False
         self._fetcher: Any = None
         self._recorder = SnapshotRecorder(config.kind, config.snapshot_every, None, copies=False)
         #: An error from before the first index.
@@ -122,7 +127,8 @@ class BatchMaker:
                 raise error
             if self._ended:
                 raise StopIteration
-            data = self._fetcher.fetch(index)
+            fetch = self._fetcher.fetch
+            data = self.slow_samples.fetch(fetch, index) if self._times_samples else fetch(index)
         except StopIteration as stop:
             if self._config.kind != internals.ITERABLE:
                 return self.failure(stop, index)
@@ -159,6 +165,9 @@ class BatchMaker:
         self._fetcher = internals.make_fetcher(
             config.kind, self._dataset, config.auto_collation, self._collate_fn, config.drop_last
         )
+        at_once = getattr(self._dataset, "__getitems__", None)
+        self._times_samples = config.kind != internals.ITERABLE and not (config.auto_collation and at_once)
+        self.slow_samples.begin_epoch()
         self._ended = False
         self._batches = 0
 

@@ -19,6 +19,11 @@ from ..peers.shared_words import SharedWords
 #: the second, those for which it was far enough ahead.
 COUNTS: Final = 9
 BUSY, WAITED, BATCHES, NBYTES, COLLATE, SEND, CPU, READY, AHEAD = range(COUNTS)
+#: After the counts: the first word of the slowest samples of the epoch, and how many samples are kept. See SlowSamples.
+SLOWEST: Final = COUNTS
+SLOWEST_KEPT: Final = 3
+#: How many words tell something of a worker.
+TOLD: Final = SLOWEST + 2 * SLOWEST_KEPT
 #: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
 #: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
 #: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises].

@@ -14,12 +14,41 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ..transport.waiting import cores
-from .counters import AHEAD, BATCHES, BUSY, COLLATE, COUNTS, CPU, NBYTES, READY, SEND, WAITED, Counters
+from .counters import (
+    AHEAD,
+    BATCHES,
+    BUSY,
+    COLLATE,
+    COUNTS,
+    CPU,
+    NBYTES,
+    READY,
+    SEND,
+    SLOWEST,
+    TOLD,
+    WAITED,
+    Counters,
+)
 
 #: A consumer that waits for less than this part of its time is fed well enough.
 _MUCH_WAITING: Final = 0.1
 #: Workers that have the processor for less than this part of their busy time wait for something else.
 _MOSTLY_COMPUTING: Final = 0.5
+#: How many of the slowest samples are shown.
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SlowSample:
+    """A sample that took long.
+
+    Attributes:
+        index: the dataset's index of it.
+        seconds: how long the dataset took for it.
+    """
+
+    index: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +65,7 @@ class WorkerStatistics:
         processor: seconds of processor time. Much less than ``fetch`` and ``collate`` together, without ``ready``: it
             waits itself, for a disk or a network.
         ready: seconds for which it could have run, and others had the processor; 0 if the system does not tell.
+        slowest: of the last epoch, the samples that took it the longest, the slowest first.
     """
 
     batches: int
@@ -46,6 +76,7 @@ class WorkerStatistics:
     ahead: float
     processor: float
     ready: float = 0.0
+    slowest: Sequence[SlowSample] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +95,7 @@ class LoaderStatistics:
         verdict: which side is the slower one, and what would help, in one line.
         seconds: for how long the loader was iterated over.
         workers: each worker by itself.
+        autoscaling: with ``num_workers="auto"``, why no more workers were added; empty while they are.
     """
 
     batches: int
@@ -77,6 +109,15 @@ class LoaderStatistics:
     verdict: str
     seconds: float = 0.0
     workers: Sequence[WorkerStatistics] = ()
+    autoscaling: str = ""
+
+    @property
+    def slowest(self) -> list[SlowSample]:
+        """The samples of the last epoch that took the longest, the slowest first: up to three of each worker.
+
+        Those of datasets with indices that are numbers, where they take longer than some microseconds.
+        """
+        return sorted((each for worker in self.workers for each in worker.slowest), key=lambda each: -each.seconds)
 
     def _rows(self) -> list[tuple[str, ...]]:
         columns = "fetch", "collate", "send", "waited", "far ahead", "processor", "ready"
@@ -94,13 +135,18 @@ class LoaderStatistics:
         rows = self._rows() if self.workers else []
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([self._summary(), *table, self.verdict])
+        return "\n".join([self._summary(), *table, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        slowest = ", ".join(f"{each.index} ({each.seconds * 1e3:,.1f} ms)" for each in self.slowest[:_SHOWN])
+        return [line for line in (slowest and f"slowest samples: {slowest}", self.verdict, self.autoscaling) if line]
 
     def _repr_html_(self) -> str:
         rows = self._rows() if self.workers else []
         cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         table = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<p>{html.escape(self._summary())}</p><table>{table}</table><p>{html.escape(self.verdict)}</p>"
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<p>{html.escape(self._summary())}</p><table>{table}</table>{remarks}"
 
 
 @dataclass(slots=True)
@@ -116,7 +162,9 @@ class _Totals:
 
     def since(self, earlier: _Totals) -> _Totals:
         words = [
-            [now - then for now, then in zip(row, earlier.words[n], strict=True)] if n < len(earlier.words) else row
+            [*(now - then for now, then in zip(row[:COUNTS], earlier.words[n], strict=False)), *row[COUNTS:]]
+            if n < len(earlier.words)
+            else row
             for n, row in enumerate(self.words)
         ]
         return _Totals(
@@ -140,6 +188,8 @@ class StatsCollector:
         self.restarts = 0
         #: The last number of workers that the autoscaler has logged.
         self.logged_num_workers = 0
+        #: Why the autoscaler adds no more workers, in one line.
+        self.why_no_more = ""
         #: Nanoseconds for which the consumer has waited; and, without workers, of processor time meanwhile.
         self.waited = self.processor = 0
         self.num_handed_out = 0
@@ -197,7 +247,7 @@ class StatsCollector:
     def _totals(self) -> _Totals:
         iterated = self._iterated + (self._last - self._since if self._since else 0)
         counters = self._counters
-        words = [] if counters is None else [list(counters.of(n)[:COUNTS]) for n in range(counters.slots)]
+        words = [] if counters is None else [list(counters.of(n)[:TOLD]) for n in range(counters.slots)]
         return _Totals(words, self.waited, self.num_handed_out, iterated, self.processor, self.restarts)
 
     def read(self, *, last_epoch: bool = False) -> LoaderStatistics:
@@ -222,6 +272,7 @@ class StatsCollector:
             verdict=verdict,
             seconds=seconds,
             workers=tuple(workers),
+            autoscaling=self.why_no_more,
         )
 
 
@@ -236,6 +287,9 @@ def _of_worker(words: Sequence[int]) -> WorkerStatistics:
         ahead=words[AHEAD] / 1e9,
         processor=words[CPU] / 1e9,
         ready=words[READY] / 1e9,
+        slowest=tuple(
+            SlowSample(words[place + 1] - 1, words[place] / 1e9) for place in range(SLOWEST, TOLD, 2) if words[place]
+        ),
     )
 
 

@@ -40,7 +40,6 @@ from .counters import (
     BATCHES,
     BUSY,
     CONSUMED,
-    COUNTS,
     CPU,
     GENERATION,
     LIMIT,
@@ -48,6 +47,7 @@ from .counters import (
     NBYTES,
     READY,
     SEND,
+    TOLD,
     WAITED,
 )
 from .messages import Answer, Batch, End, Failure, NewEpoch
@@ -101,6 +101,7 @@ class WorkerLoop:
     def run(self) -> None:
         """Answer until the loader closes the connection."""
         self._maker.set_up()
+        slow_samples = self._maker.slow_samples
         words, flow, tasks, prefetch = self._words, self._flow, self._tasks, self._config.prefetch
         send: Callable[[Any], None] = self._connection.send
         clock = time.thread_time_ns if self._in_thread else time.process_time_ns
@@ -134,6 +135,7 @@ class WorkerLoop:
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[SEND] += since - sending
+                slow_samples.last_batch = sending - began
                 words[CPU] += clock() - cpu
                 delay.update(since)
                 words[BATCHES] += made and self._is_batch
@@ -217,7 +219,7 @@ class WorkerLoop:
 
     def _counts(self, answer: Any) -> tuple[int, ...]:
         """What the worker's words will be when it has sent the answer."""
-        counts = list(self._words[:COUNTS])
+        counts = list(self._words[:TOLD])
         counts[BUSY] += time.perf_counter_ns() - self._began
         counts[CPU] += time.process_time_ns() - self._cpu
         counts[BATCHES] += self._is_batch
