@@ -211,6 +211,7 @@ class HistoryFields:
     keep_every: int
     append: Callable[[bytes], None]
     keep: Callable[[], None]
+    count: Callable[[], None] | None
 
     def note_sent(self, number: int, data: bytes, /) -> None: ...
 

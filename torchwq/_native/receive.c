@@ -330,6 +330,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *append; /* append(bytes) */
     PyObject *keep;   /* keep() */
+    PyObject *count;  /* count(), or None */
     long long last;   /* number */
     long long keep_every;
     Py_ssize_t largest; /* bytes */
@@ -338,10 +339,10 @@ typedef struct {
 static PyObject *no_bytes;
 
 /* note_sent(number, data) */
-static PyObject *note_sent(PyObject *op, PyObject *const *args, Py_ssize_t count)
+static PyObject *note_sent(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     History *self = (History *)op;
-    if (count != 2 || !PyBytes_Check(args[1]) || self->append == NULL || self->keep == NULL || self->keep_every < 1) {
+    if (nargs != 2 || !PyBytes_Check(args[1]) || self->append == NULL || self->keep == NULL || self->keep_every < 1) {
         PyErr_SetString(PyExc_TypeError, "note_sent() takes a number and the data, of an object that is complete");
         return NULL;
     }
@@ -349,6 +350,15 @@ static PyObject *note_sent(PyObject *op, PyObject *const *args, Py_ssize_t count
     if (number == -1 && PyErr_Occurred())
         return NULL;
     self->last = number;
+    PyObject *count_one = self->count;
+    if (count_one != NULL && count_one != Py_None) {
+        Py_INCREF(count_one);
+        PyObject *counted = PyObject_CallFunctionObjArgs(count_one, NULL);
+        Py_DECREF(count_one);
+        if (counted == NULL)
+            return NULL;
+        Py_DECREF(counted);
+    }
     PyObject *data = PyBytes_Size(args[1]) <= self->largest ? args[1] : no_bytes;
     PyObject *result = PyObject_CallFunctionObjArgs(self->append, data, NULL);
     if (result != NULL && number % self->keep_every == 0) {
@@ -358,7 +368,7 @@ static PyObject *note_sent(PyObject *op, PyObject *const *args, Py_ssize_t count
     return result;
 }
 
-#define HISTORY_FIELDS(_) _(append) _(keep)
+#define HISTORY_FIELDS(_) _(append) _(keep) _(count)
 DEFINE_GC(history, History, HISTORY_FIELDS)
 
 static PyMethodDef history_methods[] = {
@@ -369,6 +379,7 @@ static PyMethodDef history_methods[] = {
 static PyMemberDef history_members[] = {
     {"append", T_OBJECT, offsetof(History, append), 0, NULL},
     {"keep", T_OBJECT, offsetof(History, keep), 0, NULL},
+    {"count", T_OBJECT, offsetof(History, count), 0, NULL},
     {"last", T_LONGLONG, offsetof(History, last), 0, NULL},
     {"keep_every", T_LONGLONG, offsetof(History, keep_every), 0, NULL},
     {"largest", T_PYSSIZET, offsetof(History, largest), 0, NULL},

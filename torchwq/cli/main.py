@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from . import bench, doctor
+from . import bench, doctor, top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparing.add_argument("--batch-size", type=int, default=32)
     comparing.add_argument("--workers", type=int, nargs="+", help="the numbers to try; else 0, 1 and so on")
     comparing.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
-    for command in (checking, comparing):
+    about = "show what the queues and loaders of this user's processes are doing, until Ctrl-C"
+    watching = commands.add_parser("top", help=about, description=about)
+    watching.add_argument("--interval", type=float, default=1.0, help="seconds from one look to the next")
+    watching.add_argument("--once", action="store_true", help="print the first look, and end; so does --json")
+    for command in (checking, comparing, watching):
         command.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     if options.command == "doctor":
@@ -36,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(doctor.as_text(findings))
         return int(any(each.verdict == doctor.FAILS for each in findings))
+    if options.command == "top":
+        if not (options.json or options.once) and sys.stdout.isatty():
+            top.show(options.interval)
+            return 0
+        rows = next(top.watch(options.interval))
+        print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else top.as_text(rows))
+        return 0
     report = bench.run(options.dataset, options.batch_size, options.workers, options.seconds, quiet=options.json)
     print(json.dumps(asdict(report), indent=2) if options.json else bench.as_text(report))
     return 0

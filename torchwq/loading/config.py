@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import internals
-from .counters import Counters
+from .counters import FLOW_MEMORY_NAME, Counters
 from .messages import Snapshot
 from .statistics import StatsCollector
 
@@ -44,6 +45,7 @@ class LoaderConfig:
         max_workers, every = max(iterator._num_workers, loader._max_workers), loader.snapshot_every_n_steps or 0
         restarts = loader.on_worker_death == "restart" and loader.max_restarts > 0
         sharding = iterator._world_size, iterator._rank
+        counters = stats.counters(max_workers, iterator._dataset)
         return cls(
             kind=iterator._dataset_kind,
             dataset=iterator._dataset,
@@ -55,8 +57,8 @@ class LoaderConfig:
             batch_size=loader.batch_size,
             saves_rng=loader._saves_rng or restarts,
             snapshot_every=1 if restarts else every and max(1, every // iterator._num_workers),
-            counters=stats.counters(max_workers),
-            flow=Counters(max_workers),
+            counters=counters,
+            flow=Counters(max_workers, name=f"{FLOW_MEMORY_NAME}{os.fstat(counters.fd).st_ino}"),
             prefetch=loader.prefetch_factor,
         )
 

@@ -4,7 +4,7 @@ A worker on another machine has words of its own there: its messages, and those 
 
 Each worker has words of its own, in two mappings. Only the worker writes its words of the statistics. Of its words that
 govern the *flow* (``messages`` has Note [Flow of batches]), the iterator writes ``CONSUMED``, ``GENERATION`` and
-``LIMIT``, and the worker ``ASLEEP``.
+``LIMIT``, and the worker ``ASLEEP`` and ``MADE``.
 """
 
 from __future__ import annotations
@@ -26,27 +26,34 @@ SLOWEST_KEPT: Final = 3
 TOLD: Final = SLOWEST + 2 * SLOWEST_KEPT
 #: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
 #: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
-#: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises].
-CONSUMED, GENERATION, ASLEEP, LIMIT, LOST = range(5)
-_WORDS: Final = 16  # two cache lines for each worker
+#: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises]; and how
+#: many it has sent, which only ``python -m torchwq top`` looks at.
+CONSUMED, GENERATION, ASLEEP, LIMIT, LOST, MADE = range(6)
+WORDS: Final = 16  # two cache lines for each worker
+#: What the names of the memory begin with. That of the flow goes on with the inode of the other.
+MEMORY_NAME: Final = "torchwq-loader:"
+FLOW_MEMORY_NAME: Final = "torchwq-flow:"
 
 
 class Counters(SharedWords):
-    """One mapping of the counters of ``workers`` workers of a loader. Their successors use it again."""
+    """One mapping of the counters of ``workers`` workers of a loader. Their successors use it again.
 
-    def __init__(self, workers: int, fd: int | None = None) -> None:
-        super().__init__(0, workers, _WORDS, fd)
+    ``name`` is that of new memory, by which ``python -m torchwq top`` finds it.
+    """
+
+    def __init__(self, workers: int, fd: int | None = None, name: str = "torchwq") -> None:
+        super().__init__(0, workers, WORDS, fd, name)
 
     def of(self, worker_id: int) -> memoryview:
         """The words of one worker."""
         if worker_id >= self.slots:
             raise IndexError(f"worker {worker_id} has no counters: there are {self.slots}")
         first = self.slot_offset(worker_id)
-        return self.words[first : first + _WORDS]
+        return self.words[first : first + WORDS]
 
-    def grown(self, workers: int) -> Counters:
+    def grown(self, workers: int, name: str) -> Counters:
         """Counters for more workers, with the same counts. What processes count in these is not seen any more."""
-        more = Counters(workers)
+        more = Counters(workers, name=name)
         more.words[: len(self.words)] = self.words
         return more
 

@@ -21,6 +21,7 @@ from .counters import (
     COLLATE,
     COUNTS,
     CPU,
+    MEMORY_NAME,
     NBYTES,
     READY,
     SEND,
@@ -205,12 +206,13 @@ class StatsCollector:
         """A copy of a loader begins to count anew."""
         return StatsCollector, (self.workers,)
 
-    def counters(self, workers: int) -> Counters:
+    def counters(self, workers: int, dataset: Any) -> Counters:
         """Counters for so many workers. They take a descriptor, so they are made when they are needed."""
+        name = MEMORY_NAME + type(dataset).__qualname__
         if self._counters is None:
-            self._counters = Counters(workers)
+            self._counters = Counters(workers, name=name)
         elif self._counters.slots < workers:
-            self._counters = self._counters.grown(workers)
+            self._counters = self._counters.grown(workers, name)
         return self._counters
 
     def start(self) -> None:

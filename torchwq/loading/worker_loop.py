@@ -44,6 +44,7 @@ from .counters import (
     GENERATION,
     LIMIT,
     LOST,
+    MADE,
     NBYTES,
     READY,
     SEND,
@@ -132,6 +133,7 @@ class WorkerLoop:
                 sending = time.perf_counter_ns()
                 send(payload)
                 self._made += 1
+                flow[MADE] = self._made
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[SEND] += since - sending

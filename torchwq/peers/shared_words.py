@@ -31,14 +31,15 @@ class SharedWords:
         slots: how many slots there are.
         width: how many words a slot has.
         fd: the memory, which this object takes over even if it raises; None makes new memory.
+        name: what new memory is called. ``python -m torchwq top`` finds it by that.
 
     Raises ResourceError if descriptors or memory have run out.
     """
 
-    def __init__(self, header: int, slots: int, width: int, fd: int | None = None) -> None:
+    def __init__(self, header: int, slots: int, width: int, fd: int | None = None, name: str = "torchwq") -> None:
         self.header, self.slots, self.width = header, slots, width
         nbytes = WORD * (header + slots * width)
-        self.fd = descriptors.memory_file("torchwq", nbytes) if fd is None else fd
+        self.fd = descriptors.memory_file(name, nbytes) if fd is None else fd
         self._closing = descriptors.close_with(self, self.fd)
         try:
             self.words = memoryview(descriptors.map_file(self.fd, nbytes)).cast("Q")

@@ -14,25 +14,37 @@ and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the t
 
 from __future__ import annotations
 
+import contextlib
 from typing import Final
 
 from ..peers.shared_words import SharedWords
 
 SLOTS: Final = 4096
+#: What the name of the memory begins with.
+MEMORY_NAME: Final = "torchwq-queue:"
 #: The state word counts questions in multiples of this; what is below it counts busy threads.
 BUSY: Final = 1 << 24
 #: Index of the word that says whether the owner waits for questions to be taken.
 ASKED: Final = 0
 #: Index of the word in which the owner counts the answers that it has lost: see Note [in-band promises].
 LOST: Final = 1
-_WORDS: Final = 8  # per slot: a cache line, so that workers do not slow each other down
+#: Index of the words in which the owner counts the questions that it has sent, and those that handles which are gone
+#: had taken. Only ``python -m torchwq top`` looks at them.
+SENT: Final = 2
+TAKEN_BY_GONE: Final = 3
+WIDTH: Final = 8  # words of the head, and of each slot: a cache line, so that workers do not slow each other down
 
 
 class Counters(SharedWords):
-    """A mapping of one queue's counters. Takes over ``fd``."""
+    """A mapping of one queue's counters. Takes over ``fd``. ``name``: the queue's, for new ones."""
 
-    def __init__(self, fd: int | None = None) -> None:
-        super().__init__(_WORDS, SLOTS, _WORDS, fd)
+    def __init__(self, fd: int | None = None, name: str = "") -> None:
+        super().__init__(WIDTH, SLOTS, WIDTH, fd, MEMORY_NAME + name)
+
+    def count_sent(self) -> None:
+        """Count a question that was sent, if these are open."""
+        with contextlib.suppress(ValueError):
+            self.words[SENT] += 1
 
     def slot(self, number: int) -> Slot:
         return Slot(self.words, self.slot_offset(number))

@@ -32,10 +32,15 @@ class PythonHistoryFields:
     append: Callable[[bytes], None]
     #: Sets aside the questions that are in hand.
     keep: Callable[[], None]
+    #: Counts a question, where others can see how many there were.
+    count: Callable[[], None] | None
 
     def note_sent(self, number: int, data: bytes) -> None:
         """Remember a question that was just sent. Called by who has claimed the outbox."""
         self.last = number
+        count = self.count
+        if count is not None:
+            count()
         self.append(data if len(data) <= self.largest else b"")
         if not number % self.keep_every:
             self.keep()
@@ -47,14 +52,19 @@ if not TYPE_CHECKING and _native.core is not None:
 
 
 class History(HistoryFields):
-    """The last questions of one queue. ``in_hand`` gives the numbers of those that workers have in hand."""
+    """The last questions of one queue.
 
-    def __init__(self, in_hand: Callable[[], Iterable[int]]) -> None:
+    Args:
+        in_hand: gives the numbers of those that workers have in hand.
+        count: called for each question that is sent, until ``clear``.
+    """
+
+    def __init__(self, in_hand: Callable[[], Iterable[int]], count: Callable[[], None] | None = None) -> None:
         self._in_hand = in_hand
         self._recent: deque[bytes] = deque(maxlen=_RECENT)
         self._kept: dict[int, bytes] = {}
         self.last, self.largest, self.keep_every = 0, _LARGEST, _KEEP_EVERY
-        self.append, self.keep = self._recent.append, self._keep
+        self.append, self.keep, self.count = self._recent.append, self._keep, count
 
     def _keep(self) -> None:
         """Set the questions in hand aside; drop those set aside before that are not among them."""
@@ -72,5 +82,6 @@ class History(HistoryFields):
         return f"question {number}" + (f" ({describe(data)})" if data else "")
 
     def clear(self) -> None:
+        self.count = None
         self._recent.clear()
         self._kept.clear()

@@ -26,7 +26,7 @@ from ..memory import recycling
 from ..transport import reactor
 from ..transport.link import Link
 from ..workers import worker
-from .counters import SLOTS, Counters
+from .counters import SLOTS, TAKEN_BY_GONE, Counters, Slot
 from .failing import Failed
 from .members import Member, Notes, time_to_come
 from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, FunctionFailed, Hello, Seat, kind_of
@@ -251,11 +251,14 @@ class Membership(worker.EndListener):
             del self._members[member.number]
             in_hand = ""
             if not self._owner.closed:
-                self._taken_by_gone += member.slot.taken
-                if member.slot.busy:
-                    in_hand = self._owner.describe(member.slot.number)
-                if member.number >= 0:
+                slot = member.slot
+                self._taken_by_gone += slot.taken
+                if slot.busy:
+                    in_hand = self._owner.describe(slot.number)
+                if isinstance(slot, Slot):
                     self._free.append(member.number)
+                    self._counters.words[TAKEN_BY_GONE] += slot.taken
+                    slot.clear()
             self._changed()
             self._watch_for_leavers()
         self._owner.member_left(member)

@@ -47,7 +47,7 @@ _AT_ONCE: Final = 256
 class Owner(SocketRole):
     """The owner's role. ``on_close(owner)`` runs once, when it is closed, before its ends are."""
 
-    def __init__(self, capacity: int | None, on_close: Callable[[Owner], None]) -> None:
+    def __init__(self, capacity: int | None, on_close: Callable[[Owner], None], name: str = "") -> None:
         self.capacity = capacity
         self._lock = threading.RLock()
         with contextlib.ExitStack() as made:  # what is to be closed again if the rest cannot be had
@@ -55,7 +55,7 @@ class Owner(SocketRole):
             ours, self._theirs = kinds.pair()
             made.callback(self._theirs.close)
             made.callback(ours.close)
-            self.counters = Counters()
+            self.counters = Counters(name=name)
             made.callback(self.counters.close)
             self.troubles = Troubles(self._lock, self._changed)
             self.members = Membership(self, self._lock, self.counters, self.troubles, self._changed)

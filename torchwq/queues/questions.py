@@ -27,7 +27,7 @@ from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
 from ..transport.timing import MAX_SLEEP
 from ..transport.trailer import number_of
-from .counters import ASKED, Counters
+from .counters import ASKED, SENT, Counters
 from .history import History
 from .membership import Membership
 
@@ -140,7 +140,7 @@ class Questions(MovingPipe[QuestionSocket]):
         self.taking = threading.RLock()
         self._counters = counters
         self._members = members
-        self.history = History(members.numbers_in_hand)
+        self.history = History(members.numbers_in_hand, counters.native_word(SENT) or counters.count_sent)
         #: Of the question that a thread of this process has taken last.
         self.number_taken = 0
         self.room = None if capacity is None else Room(capacity, self.count_untaken, lambda: self.is_closed)

@@ -137,7 +137,7 @@ def _create(name: str, capacity: int | None) -> WorkQueue:
         handle = _open_elsewhere(name)  # someone may have been faster
         if handle is not None:
             return handle
-        owner = Owner(capacity, lambda owner: _withdraw(name, owner))
+        owner = Owner(capacity, lambda owner: _withdraw(name, owner), name)
         handle = WorkQueue(owner, name)
         with _guard:
             _owned[name] = _Owned(owner, weakref.ref(threading.current_thread()), weakref.ref(handle))

@@ -36,6 +36,8 @@ from ..errors import ResourceError, TorchwqError
 
 _FIRST_OWN: Final = 3
 _SHM_FOLDER: Final = "/dev/shm"
+#: Bytes of the longest name that memfd_create(2) takes.
+_MAX_NAME: Final = 249
 #: Errors of a system call that a filter or an old kernel refuses.
 REFUSALS: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP})
 #: Errors that say that no descriptor is free for now.
@@ -247,9 +249,10 @@ def memory_file(name: str, nbytes: int = 0) -> int:
 def _unnamed(name: str) -> int:
     if hasattr(os, "memfd_create"):
         with _calling("memfd_create", has_fallback=True):
-            return above_stdio(os.memfd_create(name, os.MFD_CLOEXEC))
+            shown = os.fsdecode(name.encode("utf-8", "replace").replace(b"\0", b"?")[:_MAX_NAME])
+            return above_stdio(os.memfd_create(shown, os.MFD_CLOEXEC))
     folder = _SHM_FOLDER if os.access(_SHM_FOLDER, os.W_OK | os.X_OK) else None
     with _calling("memfd_create, and files in /dev/shm or the temporary folder"):
-        fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
+        fd, path = tempfile.mkstemp(prefix="torchwq-", dir=folder)
     os.unlink(path)
     return above_stdio(fd)
