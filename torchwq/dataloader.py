@@ -8,6 +8,7 @@ samplers, collation and ``num_workers=0`` stay torch's. Only ``_get_iterator`` r
 from __future__ import annotations
 
 import copyreg
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
@@ -176,7 +177,11 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
     def check_worker_number_rationality(self) -> None:
         """Warn if there are more workers than cores, as torch's loader does; other machines have cores of their own."""
         if find(self.backend).peer.shares_memory:
-            super().check_worker_number_rationality()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                super().check_worker_number_rationality()
+            for each in caught:  # with the user's line as its place
+                warning.warn(str(each.message), each.category)
 
     def __iter__(self) -> Any:
         if self._loaded_state is not None and self._iterator is not None:

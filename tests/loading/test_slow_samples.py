@@ -89,12 +89,13 @@ def test_samples_that_take_no_time_are_passed_on_as_they_are() -> None:
     seen: list[Any] = []
     samples.last_batch = 1000
     indices = [1, 2, 3]
-    samples.fetch(seen.append, indices)
-    samples.fetch(seen.append, 4)
-    assert seen[0] is indices
+    samples.fetch(seen.append, indices, is_batch=True)
+    samples.fetch(seen.append, 4, is_batch=False)
     samples.last_batch = 1 << 30
-    samples.fetch(lambda given: seen.append(list(given)), indices)
-    assert seen[1:] == [4, indices]
+    samples.fetch(seen.append, indices, is_batch=False)  # one sample, of these
+    assert seen[0] is seen[2] is indices
+    samples.fetch(lambda given: seen.append(list(given)), indices, is_batch=True)
+    assert seen[1:] == [4, indices, indices]
 
 
 def test_the_three_slowest_are_kept_in_their_order() -> None:

@@ -128,7 +128,10 @@ class BatchMaker:
             if self._ended:
                 raise StopIteration
             fetch = self._fetcher.fetch
-            data = self.slow_samples.fetch(fetch, index) if self._times_samples else fetch(index)
+            if self._times_samples:
+                data = self.slow_samples.fetch(fetch, index, is_batch=self._config.auto_collation)
+            else:
+                data = fetch(index)
         except StopIteration as stop:
             if self._config.kind != internals.ITERABLE:
                 return self.failure(stop, index)

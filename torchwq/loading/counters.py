@@ -51,7 +51,7 @@ class Counters(SharedWords):
         first = self.slot_offset(worker_id)
         return self.words[first : first + WORDS]
 
-    def grown(self, workers: int, name: str) -> Counters:
+    def grown(self, workers: int, name: str = "torchwq") -> Counters:
         """Counters for more workers, with the same counts. What processes count in these is not seen any more."""
         more = Counters(workers, name=name)
         more.words[: len(self.words)] = self.words

@@ -31,10 +31,11 @@ class SlowSamples:
         for word in range(SLOWEST, SLOWEST + 2 * SLOWEST_KEPT):
             self._words[word] = 0
 
-    def fetch(self, fetch: Callable[[Any], Any], index: Any) -> Any:
-        """``fetch(index)``, where a list is the indices of several samples."""
-        if isinstance(index, (list, tuple)):
-            return fetch(index if self.last_batch < _WORTH_TIMING * len(index) else self._timed(index))
+    def fetch(self, fetch: Callable[[Any], Any], index: Any, *, is_batch: bool) -> Any:
+        """``fetch(index)``; if ``is_batch``, ``index`` is the indices of several samples."""
+        if is_batch:
+            is_timed = isinstance(index, (list, tuple)) and self.last_batch >= _WORTH_TIMING * len(index)
+            return fetch(self._timed(index) if is_timed else index)
         if self.last_batch < _WORTH_TIMING:
             return fetch(index)
         began = time.perf_counter_ns()
