@@ -59,7 +59,7 @@ extra = $(VENV)/.stamp-extra-$(1)
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment get into each other's way
 
-.PHONY: help demo test devmode lint style types imports warnings sanitize bench docs soak fuzz leaks chaos wheels install \
+.PHONY: help demo test devmode lint style types imports warnings sanitize bench docs pages soak fuzz leaks chaos wheels install \
 	clean
 
 help: ## list the targets
@@ -123,6 +123,9 @@ bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channe
 docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)
 
+pages: docs $(call extra,pages) ## look at each page of the documentation in a browser: light, dark and on a phone
+	$(BIN)/python docs/_checks/pages.py $(SITE)
+
 soak: $(call extra,test) $(call extra,examples) $(NATIVE) ## run the long tests, TORCHWQ_SOAK_SECONDS=600 long each
 	TORCHWQ_SOAK_SECONDS=$(TORCHWQ_SOAK_SECONDS) $(BIN)/python -m pytest $(LONG) $(PYTEST_ARGS)
 
@@ -141,7 +144,7 @@ wheels: $(VENV)/.stamp-setuptools ## build the wheels into dist/: that of this p
 	TORCHWQ_NATIVE=1 $(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
 	TORCHWQ_NATIVE=0 $(PIP) wheel -qq --no-deps --no-build-isolation --wheel-dir dist .
 
-install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) $(NATIVE) ## install all that demo, test, lint and docs need
+install: $(call extra,examples) $(call extra,test) $(call extra,lint) $(call extra,docs) $(call extra,pages) $(NATIVE) ## install all that demo, test, lint, docs and pages need
 
 clean: ## remove what was built and cached (the virtual environment stays)
 	rm -rf build dist $(NATIVE) *.egg-info $(SITE) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

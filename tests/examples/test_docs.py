@@ -1,4 +1,11 @@
-"""The programs in the README and in the documentation run as they stand, and print what they say they print."""
+"""The programs in the README and in the documentation run as they stand, and print what they say they print.
+
+A comment before a block, which nobody sees on the page, says what else is to know:
+
+* ``<!-- to run it: ... -->`` has what comes before the block, which is a part of a program;
+* ``<!-- raises E -->`` names the error that it is there to show;
+* ``<!-- needs a cluster -->``: it is only compiled.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +16,31 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/index.md", "docs/howto.md")
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+#: The comment, if there is one, and the block.
+BLOCK = re.compile(r"^(?:<!-- ([^<]*?)-->\n\n)?```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def _programs() -> list[Any]:
     found = []
     for page in PAGES:
-        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
-        complete = [block for block in blocks if len(block.splitlines()) > 2]
-        found += [pytest.param(block, id=f"{Path(page).stem}-{number}") for number, block in enumerate(complete)]
+        blocks = BLOCK.findall((ROOT / page).read_text("utf-8"))
+        found += [pytest.param(*block, id=f"{Path(page).stem}-{number}") for number, block in enumerate(blocks)]
     return found
 
 
-@pytest.mark.parametrize("program", _programs())
-def test_a_program_of_the_documentation_runs(program: str, run_script: Any) -> None:
-    done = run_script(program, timeout=100)
+@pytest.mark.parametrize(("comment", "program"), _programs())
+def test_a_program_of_the_documentation_runs(comment: str, program: str, run_script: Any) -> None:
+    if comment.startswith("needs a cluster"):
+        compile(program, "the page", "exec")
+        return
+    if comment.startswith("to run it:"):
+        program = comment.removeprefix("to run it:") + program
+    done = run_script(program, timeout=100, check=not comment.startswith("raises"))
+    if comment.startswith("raises"):
+        assert done.returncode == 1
+        assert comment.split()[1] in done.stderr.splitlines()[-1] or comment.split()[1] in done.stderr
+        return
     assert not done.stderr.replace("INFO:torchwq:", "").startswith("Traceback")
     for expected in re.findall(r"print\(.*\)  # (?!stands for)(.*)$", program, re.MULTILINE):
         assert expected in done.stdout
