@@ -18,6 +18,7 @@ VENV        ?= .venv
 SITE        ?= site
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
+BENCH       ?= build/bench
 
 # How many processes run the tests side by side: much of a test is waiting for deaths, starts and ends.
 TEST_PROCESSES ?= 3
@@ -112,13 +113,12 @@ sanitize: $(call extra,test) $(call extra,examples) ## run SANITIZE_TESTS with g
 		$(abspath $(BIN))/python -m pytest --timeout 600 -o faulthandler_timeout=590 $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 # As a module: run as a file, queue.py's folder would come first in sys.path and hide the standard queue.
-bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels, threads and Ray against their peers
-	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tensors $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.dataloader $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.channel $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.threads $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.ray $(BENCH_ARGS)
+bench: $(call extra,bench) $(NATIVE) ## measure queues, tensors, loaders, channels, threads and Ray against their peers, and draw it
+	mkdir -p $(BENCH)
+	for name in queue tensors dataloader channel threads ray; do \
+		$(BIN)/python -m benchmarks.$$name --json $(BENCH)/$$name.json $(BENCH_ARGS) || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.plot $(BENCH)
 
 docs: $(call extra,docs) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir $(SITE)

@@ -1,14 +1,17 @@
-"""A gymnasium vector environment whose simulators are the workers of a torchwq.WorkerGroup.
+"""A gymnasium vector environment whose simulators run in the workers of a torchwq.WorkerGroup.
 
     pip install gymnasium
     python examples/vector_env.py
 
-Each worker has one simulator and its row of a shared tensor of observations; a step costs one small message each way.
-The script takes the same steps with gymnasium's AsyncVectorEnv, compares what comes, and says how fast both are.
+Each worker has a share of the simulators, and their rows of a shared tensor of observations; a step of all of them
+costs one small message each way. Where steps are short, as many workers as cores are best: more would only wake more
+processes. Where they are long, or differ much, take a worker for each simulator. The script takes the same steps with
+gymnasium's AsyncVectorEnv, compares what comes, and says how fast both are.
 """
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,32 +26,50 @@ from gymnasium.vector.utils import batch_space
 import torchwq
 
 
-def simulate(q: torchwq.WorkQueue, makers: Sequence[Callable[[], Any]], observations: torch.Tensor, mapid: int) -> None:
-    """A worker: steps its simulator, and leaves the observation in its row."""
-    env, row = makers[mapid](), observations[mapid].numpy()
-    is_over = False
-    for kind, value in q:
-        if kind == "step" and not is_over:
-            row[...], reward, terminated, truncated, info = env.step(value)
-            is_over = terminated or truncated
-            q.write((float(reward), bool(terminated), bool(truncated), info))
-        else:  # also the step after the end of an episode
-            row[...], info = env.reset(**(value if kind == "reset" else {}))
-            is_over = False
-            q.write((0.0, False, False, info))
-    env.close()
+class Simulator:
+    """One simulator, which leaves its observations in ``row``."""
+
+    def __init__(self, make: Callable[[], Any], row: Any) -> None:
+        self.env, self._row, self._is_over = make(), row, False
+
+    def reset(self, options: dict[str, Any]) -> Any:
+        self._row[...], info = self.env.reset(**options)
+        self._is_over = False
+        return 0.0, False, False, info
+
+    def step(self, action: Any) -> Any:
+        if self._is_over:  # the step after the end of an episode begins the next one
+            return self.reset({})
+        self._row[...], reward, terminated, truncated, info = self.env.step(action)
+        self._is_over = terminated or truncated
+        return float(reward), bool(terminated), bool(truncated), info
+
+
+def simulate(q: torchwq.WorkQueue, makers: Sequence[Any], observations: torch.Tensor, share: int, mapid: int) -> None:
+    """A worker: has ``share`` of the simulators, takes a value for each of them, and answers with what they give."""
+    own = slice(mapid * share, (mapid + 1) * share)
+    simulators = [Simulator(*each) for each in zip(makers[own], observations[own].numpy(), strict=True)]
+    for kind, values in q:
+        calls = [simulator.step if kind == "step" else simulator.reset for simulator in simulators]
+        q.write([call(value) for call, value in zip(calls, values, strict=True)])
+    for simulator in simulators:
+        simulator.env.close()
 
 
 class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
-    """The simulators that ``makers`` make, each in a worker of its own.
+    """The simulators that ``makers`` make, in workers.
 
     Args:
         makers: a function for each simulator. They travel with what they capture.
+        workers: how many workers share them, or a few less; None: as many as there are cores.
         backend: of the workers.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], Any]], backend: str = "process") -> None:
+    def __init__(
+        self, makers: Sequence[Callable[[], Any]], workers: int | None = None, backend: str = "process"
+    ) -> None:
         self.num_envs = len(makers)
+        self._share = -(-self.num_envs // (workers or len(os.sched_getaffinity(0))))
         one = makers[0]()
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
         self.observation_space = batch_space(one.observation_space, self.num_envs)
@@ -59,21 +80,23 @@ class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
         space = self.single_observation_space
         dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
         self._observations = torchwq.zeros(self.num_envs, *space.shape, dtype=dtype)
-        self._group = torchwq.WorkerGroup(
-            self.num_envs, simulate, list(makers), self._observations, backend=backend, upvalues=True
-        )
+        arguments = list(makers), self._observations, self._share
+        number = -(-self.num_envs // self._share)
+        self._group = torchwq.WorkerGroup(number, simulate, *arguments, backend=backend, upvalues=True)
+
+    def _ask(self, kind: str, values: Sequence[Any]) -> Any:
+        """Give each simulator its value; returns what they give, as four columns."""
+        for index in range(len(self._group)):
+            self._group.send(index, (kind, values[index * self._share : (index + 1) * self._share]))
+        return zip(*itertools.chain.from_iterable(self._group.gather()), strict=True)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        for index in range(self.num_envs):
-            own = None if seed is None else seed + index
-            self._group.send(index, ("reset", {"seed": own, "options": options}))
-        *_, infos = zip(*self._group.gather(), strict=True)
+        seeds = [None if seed is None else seed + index for index in range(self.num_envs)]
+        *_, infos = self._ask("reset", [{"seed": each, "options": options} for each in seeds])
         return self._observations.numpy().copy(), self._merged(infos)
 
     def step(self, actions: Any) -> Any:
-        for index, action in enumerate(actions.tolist()):
-            self._group.send(index, ("step", action))
-        rewards, terminated, truncated, infos = zip(*self._group.gather(), strict=True)
+        rewards, terminated, truncated, infos = self._ask("step", actions.tolist())
         return (
             self._observations.numpy().copy(),
             np.array(rewards),
@@ -115,9 +138,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Step simulators in workers.")
     parser.add_argument("--envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--workers", type=int, help="how many share the simulators; else as many as there are cores")
     arguments = parser.parse_args()
     makers = [lambda: gymnasium.make("CartPole-v1")] * arguments.envs
-    envs = {"torchwq": TorchwqVectorEnv(makers), "gymnasium": AsyncVectorEnv(makers)}
+    envs = {"torchwq": TorchwqVectorEnv(makers, arguments.workers), "gymnasium": AsyncVectorEnv(makers)}
     results = {name: steps(env, 200) for name, env in envs.items()}
     print(f"the same observations and rewards: {same(*results.values())}")
     rates: dict[str, list[float]] = {name: [] for name in envs}

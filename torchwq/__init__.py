@@ -27,10 +27,11 @@ from .locking import Mutex, mutex
 from .mapping import Map, map
 from .marshalled import Marshalled, marshal
 from .marshalling.reducers import register_reducer
+from .memory.stats import MemoryStats
 from .pool import BackgroundTaskPool
 from .queues import QueueStatistics, WorkQueue, workqueue
 from .selecting import select
-from .shared import MemoryStats, empty, empty_like, memory_stats, set_memory_limit, share_, zeros
+from .shared import empty, empty_like, memory_stats, set_memory_limit, share_, zeros
 from .workers.executable import set_executable
 from .workers.info import WorkerInfo, worker_info
 from .workers.starting import warm_up

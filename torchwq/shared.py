@@ -13,10 +13,9 @@ import torch
 
 from .marshalling import codec
 from .memory import limits, sharing, stats, storages
+from .memory.stats import MemoryStats
 
 T = TypeVar("T")
-
-MemoryStats = stats.MemoryStats
 
 
 def _size(size: tuple[Any, ...]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SCREENS = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 SCHEMES = ("light", "dark")
 #: Markup that the build should have turned into something else.
-MARKUP = re.compile(r":(?:func|class|meth|mod|attr|data):`|``|\]\(\w+\.md|\bTODO\b")
+MARKUP = re.compile(r":(?:func|class|meth|mod|attr|data):`|``|(?m:\s::$)|\]\(\w+\.md|\bTODO\b")
 
 #: What is too wide, unless something around it scrolls or hides it; and pictures without a size.
 FIND_FAULTS = """() => {
@@ -41,7 +41,7 @@ FIND_FAULTS = """() => {
     for (const element of document.body.querySelectorAll('*')) {
         const box = element.getBoundingClientRect()
         if (box.width && box.right > wide + 1 && !clipped(element))
-            faults.push(`${element.tagName.toLowerCase()}.${element.className} reaches to ${Math.round(box.right)} of ${wide} px`)
+            faults.push(`<${element.tagName}> ${element.className} reaches to ${Math.round(box.right)} of ${wide} px`)
     }
     if (document.documentElement.scrollWidth > wide + 1) faults.push('the page scrolls sideways')
     for (const picture of document.images) {

@@ -1,6 +1,6 @@
-"""Shows the Sphinx roles of docstrings as MkDocs would: ``:func:`torchwq.map` `` becomes a link to its entry.
+"""Shows what Sphinx would show in docstrings: ``:func:`torchwq.map` `` becomes a link, and ``::`` before code goes.
 
-Editors and ``help()`` know these roles; mkdocstrings does not.
+Editors and ``help()`` know these; mkdocstrings does not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 _ROLE = re.compile(r":(?:func|class|meth|attr|mod|data|exc):<code>~?([\w.]+)</code>")
+_CODE_FOLLOWS = re.compile(r"\s*::</p>")
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -19,4 +20,4 @@ def on_page_content(html: str, **_: Any) -> str:
                 return f'<a href="#{target}"><code>{name.removeprefix("torchwq.")}</code></a>'
         return f"<code>{name}</code>"
 
-    return _ROLE.sub(shown, html)
+    return _CODE_FOLLOWS.sub("</p>", _ROLE.sub(shown, html))

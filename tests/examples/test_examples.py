@@ -159,6 +159,6 @@ def test_ddp_digits_has_the_losses_of_torchs_loader(tmp_path: Path) -> None:
 
 def test_vector_env(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium", reason="needs gymnasium")
-    _, printed = run_example("vector_env.py", tmp_path, "--envs", "2", "--steps", "20", strict=False)
+    _, printed = run_example("vector_env.py", tmp_path, "--envs", "3", "--workers", "2", "--steps", "20", strict=False)
     assert "the same observations and rewards: True\n" in printed
     assert re.search(r"torchwq to gymnasium: [\d.]+ ×", printed)
