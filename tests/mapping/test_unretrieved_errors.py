@@ -155,3 +155,29 @@ def test_errors_of_threads_that_nobody_asks_for(run_script: Run) -> None:
     done = run_script(PROGRAM, "thread", timeout=140)
     assert done.stdout.endswith("the end\n")
     check(done.stderr, died=0)
+
+
+def test_a_death_that_a_reader_was_told_of_is_not_printed(run_script: Run) -> None:
+    done = run_script("""
+        import os, signal
+        import torchwq
+
+        def die(queue):
+            queue.read()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with torchwq.workqueue() as queue:
+            workers = torchwq.map(1, die, queue)
+            queue.write(1)
+            try:
+                queue.read(timeout=40)
+            except torchwq.WorkerDied as death:
+                print(death.signal.name)
+        with torchwq.workqueue() as queue:
+            unread = torchwq.map(1, die, queue)
+            queue.write(1)
+            unread.wait(40)
+    """)
+    assert done.stdout == "SIGKILL\n"
+    assert done.stderr.count("exception was never retrieved") == 1
+    assert "WorkerDied: worker 0" in done.stderr

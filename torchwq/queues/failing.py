@@ -1,4 +1,4 @@
-"""How the owner of a queue learns that a worker's function has failed, and what a read raises then.
+"""How the owner of a queue learns that a worker has failed or died, and what a read raises then.
 
 The error itself is unpickled only when it is raised, in the thread that waits: that runs users' code.
 """
@@ -58,6 +58,23 @@ class Failed:
         if known is None and failure.error is not None:
             known = FunctionFailed.error_in(failure.error)
         return known
+
+
+@dataclass(slots=True)
+class Lost:
+    """A worker that was killed, or has ended without a goodbye. ``process`` is None if another has started it."""
+
+    process: worker.Worker | None
+    death: WorkerDied
+
+    def summary(self) -> str:
+        return str(self.death)
+
+    def error(self) -> WorkerDied:
+        """What the read raises. Nobody needs to be told of it again, unless he asks."""
+        if self.process is not None:
+            self.process.error_was_retrieved = True
+        return self.death
 
 
 @dataclass(slots=True)

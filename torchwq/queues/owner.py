@@ -242,7 +242,7 @@ class Owner(SocketRole):
                 )
             self._update_alarm()
         if trouble is not None:
-            raise trouble if isinstance(trouble, WorkerDied) else trouble.error()
+            raise trouble.error()
 
     def _changed(self) -> None:
         """Something has happened that may concern one who waits. With the lock held."""

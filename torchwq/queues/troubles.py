@@ -20,7 +20,7 @@ from typing import Final
 from ..errors import WorkerDied
 from ..transport import reactor
 from ..workers import worker
-from .failing import Failed, NeverCame
+from .failing import Failed, Lost, NeverCame
 from .members import Member, Side
 
 #: How long, in seconds, a handle that an error has closed may keep a reader from hearing that nobody is left; and a
@@ -37,7 +37,7 @@ class Troubles:
     def __init__(self, lock: threading.RLock, changed: Callable[[], None]) -> None:
         self._lock = lock
         self._changed = changed
-        self._to_tell: deque[WorkerDied | Failed | NeverCame] = deque()
+        self._to_tell: deque[Lost | Failed | NeverCame] = deque()
         #: How many workers have ended, or are ending, of which no more is known yet.
         self._ending = 0
         #: How many of them may have taken a question without having noted it.
@@ -60,7 +60,7 @@ class Troubles:
             now = time.monotonic()
             return self._ending > 0 or any(until > now for until in self._in_doubt.values())
 
-    def next(self) -> WorkerDied | Failed | NeverCame | None:
+    def next(self) -> Lost | Failed | NeverCame | None:
         """What is to be told next. It counts as told then."""
         return self._to_tell.popleft() if self._to_tell else None
 
@@ -90,24 +90,25 @@ class Troubles:
         """A process has ended without a goodbye. It is told when it is known how it has ended."""
         process = worker.find(pid)
         if process is None:
-            self._report(worker.death_error(pid=pid, in_hand=in_hand))
+            self._report(None, worker.death_error(pid=pid, in_hand=in_hand))
         else:
-            process.add_end_callback(lambda ended: self._report(ended.death_error(in_hand)))
+            process.error_will_be_retrieved = True
+            process.add_end_callback(lambda ended: self._report(ended, ended.death_error(in_hand)))
 
     def expect_report(self) -> None:
         """A process is lost, of which ``process_lost`` is about to tell."""
         self._ending += 1
         self.possibly_lost += 1
 
-    def _report(self, death: Exception) -> None:
+    def _report(self, process: worker.Worker | None, death: Exception) -> None:
         assert isinstance(death, WorkerDied)
         with self._lock:
-            self._tell(death, str(death))
+            self._tell(Lost(process, death))
 
-    def _tell(self, trouble: WorkerDied | Failed, summary: str) -> None:
+    def _tell(self, trouble: Lost | Failed) -> None:
         self._ending -= 1
         self._to_tell.append(trouble)
-        self.last_end = summary
+        self.last_end = trouble.summary()
         self._changed()
 
     def never_came(self, process: worker.Worker) -> None:
@@ -145,7 +146,7 @@ class Troubles:
                 if not unless_told:
                     return
                 unless_told.clear()
-            self._tell(failed, failed.summary())
+            self._tell(failed)
 
     def close(self) -> list[Member]:
         """Nothing is told any more. Returns the members in doubt, whose links are open."""
