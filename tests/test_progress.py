@@ -94,6 +94,12 @@ def test_the_bar_is_tqdms(run_script: Any) -> None:
     assert "sqrt: 100%" in done.stderr
 
 
+def test_a_bar_that_is_turned_off_is_no_obstacle(run_script: Any) -> None:
+    program = "import math, torchwq; print(torchwq.map(2, math.sqrt, progress=True).join(40))"
+    done = run_script(program, env={"TQDM_DISABLE": "1"}, fresh=True)
+    assert done.stdout == "[0.0, 1.0]\n"
+
+
 def test_without_tqdm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="torchwq\\[progress\\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import traceback
@@ -133,6 +134,64 @@ def test_all_frames_are_there_where_that_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setenv(tracebacks.VARIABLE, "debug")
     text = raised_by(CALLS["map of threads"])
     assert "in run_worker" in text
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+def fail_frozen(*_: Any) -> None:
+    raise Frozen(7)
+
+
+class FailingFrozen(Failing):
+    def __getitem__(self, index: int) -> Any:
+        raise Frozen(index)
+
+
+class RefusingFrozen:
+    def __reduce__(self) -> Any:
+        raise Frozen(3)
+
+
+def test_an_error_whose_class_is_frozen_arrives(backend: str) -> None:
+    with pytest.raises(Frozen) as caught:
+        torchwq.map(1, fail_frozen, backend=backend).join(40)
+    assert caught.value.code == 7
+    with pytest.raises(Frozen) as caught:
+        list(torchwq.DataLoader(FailingFrozen(), num_workers=1, backend=backend))
+    assert caught.value.code == 0
+    with torchwq.workqueue() as queue, pytest.raises(torchwq.MarshalError) as refused:
+        queue.write(RefusingFrozen())
+    assert isinstance(refused.value.__cause__, Frozen)
+
+
+def test_an_error_of_code_without_line_numbers_arrives(backend: str) -> None:
+    def fail_nowhere() -> None:
+        raise ValueError("nowhere")
+
+    fail_nowhere.__code__ = fail_nowhere.__code__.replace(co_linetable=b"")
+    with pytest.raises(ValueError, match="nowhere"):
+        torchwq.map(1, fail_nowhere, backend=backend).join(40)
+
+
+def test_a_users_folder_may_have_any_name(run_script: Any, tmp_path: Any) -> None:
+    (tmp_path / "cloudpickle").mkdir()
+    script = tmp_path / "cloudpickle" / "mine.py"
+    script.write_text("def fail():\n    raise ValueError('mine')\n")
+    done = run_script(f"""
+        import importlib.util, torchwq
+        spec = importlib.util.spec_from_file_location("__main__", {str(script)!r})
+        mine = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(mine)
+        try:
+            torchwq.map(1, mine.fail, backend="thread").join(40)
+        except ValueError:
+            import traceback
+            traceback.print_exc()
+    """)
+    assert "in fail" in done.stderr
 
 
 def test_an_error_in_its_own_context_is_trimmed_once() -> None:

@@ -8,7 +8,6 @@ samplers, collation and ``num_workers=0`` stay torch's. Only ``_get_iterator`` r
 from __future__ import annotations
 
 import copyreg
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
@@ -176,12 +175,12 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
 
     def check_worker_number_rationality(self) -> None:
         """Warn if there are more workers than cores, as torch's loader does; other machines have cores of their own."""
-        if find(self.backend).peer.shares_memory:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                super().check_worker_number_rationality()
-            for each in caught:  # with the user's line as its place
-                warning.warn(str(each.message), each.category)
+        if self.num_workers > cores() and find(self.backend).peer.shares_memory:
+            # It begins as torch's, for filters; and has the user's line as its place.
+            warning.warn(
+                f"This DataLoader will create {self.num_workers} worker processes in total, and this process has "
+                f"{cores()} cores. More workers than cores help only if they mostly wait: stats() tells whether they do"
+            )
 
     def __iter__(self) -> Any:
         if self._loaded_state is not None and self._iterator is not None:

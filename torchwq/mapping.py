@@ -241,11 +241,14 @@ class Map:
         assert self._make_bar is not None
         outcomes = self._outcomes
         deadline = None if timeout is None else time.monotonic() + timeout
+        shown = 0
         with self._make_bar(total=outcomes.n, desc=outcomes.name, unit="worker") as bar:
-            while bar.n < outcomes.n:
-                if not self._wait_for(bar.n + 1, None if deadline is None else max(0.0, deadline - time.monotonic())):
+            while shown < outcomes.n:
+                if not self._wait_for(shown + 1, None if deadline is None else max(0.0, deadline - time.monotonic())):
                     return False
-                bar.update(outcomes.ended - bar.n)
+                ended = outcomes.ended
+                bar.update(ended - shown)
+                shown = ended
         return True
 
     def check_errors(self) -> None:

@@ -440,17 +440,18 @@ class BackgroundTaskPool(concurrent.futures.Executor):
     def map(
         self,
         fn: Callable[..., T],
-        /,
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
         progress: bool = False,
+        **options: Any,
     ) -> Iterator[T]:
         """Run ``fn`` with the items of ``iterables`` side by side. Yields the results in the items' order.
 
         Args:
             fn, *iterables, timeout, chunksize: as for ``concurrent.futures.Executor.map``.
             progress: whether to show, with tqdm, how many of the results were taken.
+            **options: what else this Python's ``Executor.map`` takes.
 
         Raises:
             TimeoutError: a result did not come within ``timeout`` seconds of this call.
@@ -461,9 +462,9 @@ class BackgroundTaskPool(concurrent.futures.Executor):
         """
         make_bar = progress_bars.check(progress)
         if make_bar is None:
-            return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize)
+            return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **options)
         items = list(zip(*iterables, strict=False))
-        results = super().map(fn, *zip(*items, strict=True), timeout=timeout, chunksize=chunksize)
+        results = super().map(fn, *zip(*items, strict=True), timeout=timeout, chunksize=chunksize, **options)
         name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
         return iter(make_bar(results, total=len(items), desc=name, unit="task"))
 

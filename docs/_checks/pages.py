@@ -30,17 +30,15 @@ MARKUP = re.compile(r":(?:func|class|meth|mod|attr|data):`|``|(?m:\s::$)|\]\(\w+
 #: What is too wide, unless something around it scrolls or hides it; and pictures without a size.
 FIND_FAULTS = """() => {
     const faults = [], wide = document.documentElement.clientWidth
-    const clipped = element => {
-        for (let each = element; each && each !== document.body; each = each.parentElement) {
-            const style = getComputedStyle(each)
-            if (each !== element && ['auto', 'scroll', 'hidden', 'clip'].includes(style.overflowX)) return true
-            if (style.position === 'fixed' || style.visibility === 'hidden') return true
-        }
+    const scrolls = element => {
+        for (let each = element; each && each !== document.body; each = each.parentElement)
+            if (each !== element && ['auto', 'scroll'].includes(getComputedStyle(each).overflowX)) return true
         return false
     }
-    for (const element of document.body.querySelectorAll('*')) {
+    for (const element of document.querySelector('.md-main').querySelectorAll('article, article *')) {
         const box = element.getBoundingClientRect()
-        if (box.width && box.right > wide + 1 && !clipped(element))
+        if (box.width && box.left < -1 && !scrolls(element)) faults.push(`<${element.tagName}> begins left of the page`)
+        if (box.width && box.right > wide + 1 && !scrolls(element))
             faults.push(`<${element.tagName}> ${element.className} reaches to ${Math.round(box.right)} of ${wide} px`)
     }
     if (document.documentElement.scrollWidth > wide + 1) faults.push('the page scrolls sideways')
@@ -80,7 +78,7 @@ def look_at(page: Any, address: str) -> list[str]:
 def main(site: Path) -> int:
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser_path is None:
-        print(f"skipped: there is no Chromium here ({', '.join(BROWSERS)})")
+        print(f"skipped: there is no Chromium here ({', '.join(BROWSERS)})", file=sys.stderr)
         return 0
     from playwright.sync_api import sync_playwright
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from queue import Empty
 from typing import Any
 
 import torchwq
@@ -167,3 +168,24 @@ def fail_in_a_forked_process(name: str) -> None:
         queue.write("opened")
         raise Unfit("forked")
     os.waitpid(pid, 0)
+
+
+def open_again_and_again(name: str) -> None:
+    """Answer questions until None; whenever there is none for a while, an error closes the handle, and is caught."""
+    while True:
+        try:
+            with torchwq.workqueue(name) as queue:
+                while (question := queue.read(timeout=0.3)) is not None:
+                    queue.write(question)
+                return
+        except Empty:
+            pass
+
+
+def fail_and_be_killed(queue: torchwq.WorkQueue) -> None:
+    try:
+        with queue:
+            queue.read()
+            raise Unfit("in the block")
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,34 @@ def test_a_failure_that_is_told_while_drain_looks_is_raised(backend: str, monkey
         owner.write(3)
         assert type(told(lambda: owner.drain(40)).__cause__) is jobs.Unfit
         with pytest.raises(jobs.Unfit):
+            workers.join(40)
+
+
+def test_drain_does_not_wait_for_a_handle_in_doubt_that_has_nothing_in_hand(backend: str) -> None:
+    """The worker goes on after the error, and opens the queue again."""
+    with torchwq.workqueue("opened again and again") as owner:
+        workers = torchwq.map(1, jobs.open_again_and_again, owner.name, backend=backend)
+        owner.write(1)
+        assert owner.read(timeout=40) == 1
+        role: Any = owner._role
+        wait_until(lambda: role.troubles._in_doubt)
+        began = time.monotonic()
+        owner.write(2)
+        owner.drain(40)
+        assert time.monotonic() - began < 4  # the doubt lasts for 5 s
+        assert owner.read(timeout=40) == 2
+        owner.write(None)
+        assert workers.join(40) == [None]
+
+
+def test_a_worker_that_is_killed_while_its_handle_is_in_doubt_is_told() -> None:
+    with torchwq.workqueue() as owner:
+        workers = torchwq.map(1, jobs.fail_and_be_killed, owner)
+        owner.write(1)
+        death = told(lambda: owner.drain(40))
+        assert death.signal == signal.SIGKILL
+        assert "question 1" in str(death)
+        with pytest.raises(torchwq.WorkerDied):
             workers.join(40)
 
 

@@ -11,6 +11,13 @@ from dataclasses import asdict
 from . import bench, doctor, top
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: it must be more than 0")
+    return seconds
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 1 if ``doctor`` has found something that will not work."""
     parser = argparse.ArgumentParser(prog="python -m torchwq", description=__doc__)
@@ -29,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparing.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     about = "show what the queues and loaders of this user's processes are doing, until Ctrl-C"
     watching = commands.add_parser("top", help=about, description=about)
-    watching.add_argument("--interval", type=float, default=1.0, help="seconds from one look to the next")
+    watching.add_argument("--interval", type=_seconds, default=1.0, help="seconds from one look to the next")
     watching.add_argument("--once", action="store_true", help="print the first look, and end; so does --json")
     for command in (checking, comparing, watching):
         command.add_argument("--json", action="store_true", help="print JSON")

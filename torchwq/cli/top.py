@@ -1,17 +1,16 @@
 """``python -m torchwq top``: what the queues and loaders of this user's processes are doing.
 
 Nothing runs in those processes for it. Queues and loaders count in shared memory anyway, and that memory has a name by
-which ``/proc`` shows it. This maps it read-only and looks at the counts twice: the difference is the rate. So there is
+which ``/proc`` shows it. This reads the counts twice: the difference is the rate. So there is
 nothing to turn on, and a process that hangs is shown like any other. Without ``/proc`` or memfd there is no ``top``.
 
-What shares one mapping is one queue or loader. Of the processes that have it, the one that is older than all others
-made it: workers come later.
+What shares one mapping is one queue or loader. It is shown at the oldest of the processes that have it: mostly that has
+made it, because workers come later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -38,13 +37,13 @@ class Row:
         kind: "queue" or "loader".
         pid, command: of the process that made it.
         name: the queue's, or the class of the loader's dataset; empty for an anonymous queue.
-        workers: handles of other processes on a queue, or workers of a loader.
+        workers: handles that other processes have on a queue, or workers of a loader.
         depth: questions that were sent and that no worker has taken, or batches that the loop has not.
         rate: questions taken, or batches made, a second.
-        busy: part of the workers' time, from 0 to 1: at a question, or making batches.
-        waiting: of a loader, part of the workers' time in which they had nothing to do, or were far enough ahead.
-        ahead: of that, the part in which they were far enough ahead.
-        processor: of a loader, processors in use by its workers.
+        busy: of a queue, part of the workers that are at a question now, from 0 to 1; of a loader, part of the time for
+            which its workers were making batches. For the rest of it they waited: for something to do if ``depth`` is
+            0, else for the loop.
+        processor: of a loader, processors in use by its workers: as they say after each batch.
     """
 
     kind: str
@@ -55,8 +54,6 @@ class Row:
     depth: int
     rate: float
     busy: float
-    waiting: float = 0.0
-    ahead: float = 0.0
     processor: float = 0.0
 
 
@@ -73,7 +70,7 @@ class _Mapping:
 class _Look:
     """The words of all that was found, at one moment."""
 
-    at: float
+    at_ns: int
     queues: dict[int, tuple[_Mapping, Sequence[int]]]
     loaders: dict[int, tuple[_Mapping, Sequence[int]]]
     flows: dict[int, Sequence[int]]
@@ -104,16 +101,20 @@ def _mappings() -> dict[int, _Mapping]:
 
 
 def _words(path: str) -> Sequence[int]:
+    """What was ever written there. To look at memory that was not would make it take room."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped:
-            return memoryview(mapped[: len(mapped) // WORD * WORD]).cast("Q").tolist()
+        end = 0
+        with contextlib.suppress(OSError):  # ENXIO: nothing is written further on
+            while True:
+                end = os.lseek(fd, os.lseek(fd, end, os.SEEK_DATA), os.SEEK_HOLE)
+        return memoryview(os.pread(fd, end // WORD * WORD, 0)).cast("Q").tolist()
     finally:
         os.close(fd)
 
 
 def _look() -> _Look:
-    look = _Look(time.monotonic(), {}, {}, {})
+    look = _Look(time.perf_counter_ns(), {}, {}, {})
     for inode, mapping in _mappings().items():
         with contextlib.suppress(OSError, ValueError):
             words = _words(mapping.path)
@@ -141,70 +142,70 @@ def _command(pid: int) -> str:
             words = line.read().split("\0")
     except OSError:
         return ""
-    program = [os.path.basename(words[0]), *(word for word in words[1:] if word)]
-    return " ".join(" ".join(program).split())
+    return " ".join([os.path.basename(words[0]), *(word for word in words[1:] if word)])
+
+
+def _printable(text: str) -> str:
+    """``text`` in one line, with what no terminal should get shown as an escape."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _maker(mapping: _Mapping) -> tuple[int, str, str]:
     """The process that made it, its command, and the name of the queue or dataset."""
     pid = min(mapping.pids, key=lambda each: (_started(each), each))
-    return pid, _command(pid), mapping.name.partition(":")[2].partition(":")[2].removesuffix(_DELETED)
+    name = mapping.name.removesuffix(_DELETED).partition(":")[2].partition(":")[2]
+    return pid, _printable(_command(pid)), _printable(name)
 
 
 def _of_queue(mapping: _Mapping, words: Sequence[int], before: Sequence[int], seconds: float) -> Row:
     width, busy_unit = queue_counters.WIDTH, queue_counters.BUSY
 
     def taken(words: Sequence[int]) -> int:
-        return words[queue_counters.TAKEN_BY_GONE] + sum(state // busy_unit for state in words[width + 1 :: width])
+        head = sum(words[queue_counters.TAKEN_BY_GONE : queue_counters.TAKEN_BY_THREADS + 1])
+        return head + sum(state // busy_unit for state in words[width + 1 :: width])
 
-    states = words[width + 1 :: width]
-    workers = sum(1 for state in states if state)
-    busy = sum(1 for state in states if state % busy_unit)
+    workers = words[queue_counters.HANDLES]
+    busy = sum(1 for state in words[width + 1 :: width] if state % busy_unit)
     pid, command, name = _maker(mapping)
     rate = max(0, taken(words) - taken(before)) / seconds
     depth = max(0, words[queue_counters.SENT] - taken(words))
     return Row("queue", pid, command, name, workers, depth, rate, busy / max(1, workers))
 
 
-def _of_loader(
-    mapping: _Mapping, words: Sequence[int], before: Sequence[int], flow: Sequence[int], seconds: float
-) -> Row:
+def _of_loader(inode: int, before: _Look, after: _Look) -> Row:
     width = loader_counters.WORDS
+    mapping, words = after.loaders[inode]
+    _, earlier = before.loaders.get(inode, (mapping, words))
+    flow = after.flows.get(inode, ())
+    seconds = (after.at_ns - before.at_ns) / _SECOND
 
     def grown(word: int) -> int:
-        return sum(words[word::width]) - sum(before[word::width])
+        return sum(words[word::width]) - sum(earlier[word::width])
 
-    places = range(0, len(words), width)
-    waited, busy = loader_counters.WAITED, loader_counters.BUSY
-    workers = sum(1 for place in places if words[place + waited] or words[place + busy])
-    whole = max(1, workers) * seconds * _SECOND
-    made, consumed = loader_counters.MADE, loader_counters.CONSUMED
-    depth = sum(max(0, flow[place + made] - flow[place + consumed]) for place in range(0, len(flow), width))
+    def unfinished(look: _Look) -> int:
+        """Nanoseconds for which workers have been at their present batches."""
+        states = look.flows.get(inode, ())[loader_counters.AT_WORK :: width]
+        return sum(max(0, look.at_ns - state) for state in states if state > loader_counters.IDLE)
+
+    states = flow[loader_counters.AT_WORK :: width]
+    workers = sum(1 for state in states if state)
+    busy = grown(loader_counters.BUSY) + unfinished(after) - unfinished(before)
+    made, consumed = flow[loader_counters.MADE :: width], flow[loader_counters.CONSUMED :: width]
+    depth = sum(max(0, one - other) for one, other, state in zip(made, consumed, states, strict=False) if state)
+    rate = grown(loader_counters.BATCHES) / seconds
+    part = min(1.0, max(0.0, busy / (max(1, workers) * seconds * _SECOND)))
     pid, command, name = _maker(mapping)
-    return Row(
-        "loader",
-        pid,
-        command,
-        name,
-        workers,
-        depth,
-        grown(loader_counters.BATCHES) / seconds,
-        min(1.0, grown(busy) / whole),
-        min(1.0, grown(waited) / whole),
-        min(1.0, grown(loader_counters.AHEAD) / whole),
-        grown(loader_counters.CPU) / (seconds * _SECOND),
-    )
+    cpus = grown(loader_counters.CPU) / _SECOND / seconds
+    return Row("loader", pid, command, name, workers, depth, rate, part, cpus)
 
 
 def _between(before: _Look, after: _Look) -> list[Row]:
-    seconds = max(1e-9, after.at - before.at)
+    seconds = (after.at_ns - before.at_ns) / _SECOND
     rows = []
     for inode, (mapping, words) in after.queues.items():
         if any(words):
             rows.append(_of_queue(mapping, words, before.queues.get(inode, (mapping, words))[1], seconds))
-    for inode, (mapping, words) in after.loaders.items():
-        then = before.loaders.get(inode, (mapping, words))[1]
-        rows.append(_of_loader(mapping, words, then, after.flows.get(inode, ()), seconds))
+    rows += [_of_loader(inode, before, after) for inode in after.loaders]
     return sorted(rows, key=lambda row: (row.pid, row.kind, row.name))
 
 
@@ -220,7 +221,7 @@ def watch(interval: float) -> Iterator[list[Row]]:
         before = after
 
 
-HEADINGS: Final = "pid", "what", "name", "workers", "depth", "per s", "busy", "waiting", "ahead", "cpus", "command"
+HEADINGS: Final = "pid", "what", "name", "workers", "depth", "per s", "busy", "cpus", "command"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -234,8 +235,6 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.depth:,}",
         f"{row.rate:,.1f}",
         f"{row.busy:.0%}",
-        f"{row.waiting:.0%}" if of_loader else "-",
-        f"{row.ahead:.0%}" if of_loader else "-",
         f"{row.processor:.2f}" if of_loader else "-",
         row.command,
     )
@@ -260,13 +259,14 @@ def as_text(rows: Sequence[Row], width: int = 0) -> str:
 
 def _rich_table(rows: Sequence[Row]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, caption="" if rows else as_text(rows))
     for heading in HEADINGS:
         is_text = heading in ("what", "name", "command")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "name")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*map(Text, cells(row)))  # not as markup
     return table
 
 

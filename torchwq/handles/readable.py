@@ -88,9 +88,8 @@ class MessageSource(abc.ABC):
                 self.on_empty()
                 return None
             return self.wait_until(None if timeout is None else time.monotonic() + timeout, timeout)
-        except Exception as error:
-            if isinstance(error, (QueueClosed, WorkerDied)):
-                shutdown.block_daemon_at_exit()
+        except (QueueClosed, WorkerDied) as error:
+            shutdown.block_daemon_at_exit()
             tracebacks.trim(error)
             raise error
 
@@ -190,7 +189,7 @@ class ReadableHandle(abc.ABC, Generic[T]):
             received = await self._source().wait_async(timeout)
         except EndOfMessages:
             return self._result_at_end()
-        except Exception as error:
+        except (QueueClosed, WorkerDied) as error:
             tracebacks.trim(error)
             raise error
         return self._result_of(received)

@@ -4,7 +4,7 @@ A worker on another machine has words of its own there: its messages, and those 
 
 Each worker has words of its own, in two mappings. Only the worker writes its words of the statistics. Of its words that
 govern the *flow* (``messages`` has Note [Flow of batches]), the iterator writes ``CONSUMED``, ``GENERATION`` and
-``LIMIT``, and the worker ``ASLEEP`` and ``MADE``.
+``LIMIT``, and the worker the others.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ SLOWEST_KEPT: Final = 3
 TOLD: Final = SLOWEST + 2 * SLOWEST_KEPT
 #: Words that govern the flow: how many of the worker's answers the consumer has taken; how often it has abandoned
 #: tasks, so that only later ones are wanted; whether the worker sleeps until CONSUMED has grown; up to which of its
-#: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises]; and how
-#: many it has sent, which only ``python -m torchwq top`` looks at.
-CONSUMED, GENERATION, ASLEEP, LIMIT, LOST, MADE = range(6)
+#: answers it makes batches of abandoned tasks; how many of its answers were lost: see Note [in-band promises]; how many
+#: it has sent, and what it is doing now, which only ``python -m torchwq top`` looks at.
+CONSUMED, GENERATION, ASLEEP, LIMIT, LOST, MADE, AT_WORK = range(7)
+#: What AT_WORK says of a worker that is there, and waits; else it is when the worker began its present answer
+#: (time.perf_counter_ns), or 0, if it is not there.
+IDLE: Final = 1
 WORDS: Final = 16  # two cache lines for each worker
 #: What the names of the memory begin with. That of the flow goes on with the inode of the other.
 MEMORY_NAME: Final = "torchwq-loader:"

@@ -17,6 +17,8 @@ from .counters import SLOWEST, SLOWEST_KEPT
 
 #: Nanoseconds that a sample must take for it to be worth timing, by the batch before.
 _WORTH_TIMING: Final = 20_000
+#: No word holds it.
+_TOO_LARGE: Final = 1 << 64
 
 
 class SlowSamples:
@@ -57,9 +59,9 @@ class SlowSamples:
             return
         try:
             number = operator.index(index) + 1
-        except TypeError:
+        except Exception:  # it is the user's
             return
-        if number <= 0:
+        if not 0 < number < _TOO_LARGE:
             return
         place = last
         while place > SLOWEST and words[place - 2] < took:

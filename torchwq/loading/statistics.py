@@ -116,7 +116,9 @@ class LoaderStatistics:
     def slowest(self) -> list[SlowSample]:
         """The samples of the last epoch that took the longest, the slowest first: up to three of each worker.
 
-        Those of datasets with indices that are numbers, where they take longer than some microseconds.
+        Those of workers, and of datasets with indices that are numbers, if they take longer than some microseconds. A
+        dataset that gets all indices of a batch at once (``__getitems__``, as ``Subset`` has it) tells no sample from
+        another.
         """
         return sorted((each for worker in self.workers for each in worker.slowest), key=lambda each: -each.seconds)
 

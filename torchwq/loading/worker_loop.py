@@ -37,11 +37,13 @@ from .config import LoaderConfig, WorkerConfig
 from .counters import (
     AHEAD,
     ASLEEP,
+    AT_WORK,
     BATCHES,
     BUSY,
     CONSUMED,
     CPU,
     GENERATION,
+    IDLE,
     LIMIT,
     LOST,
     MADE,
@@ -107,6 +109,7 @@ class WorkerLoop:
         send: Callable[[Any], None] = self._connection.send
         clock = time.thread_time_ns if self._in_thread else time.process_time_ns
         delay = RunDelay(words)
+        flow[AT_WORK] = IDLE
         since = time.perf_counter_ns()
         try:
             while True:
@@ -125,7 +128,7 @@ class WorkerLoop:
                     if not made or self._made - flow[CONSUMED] < prefetch:
                         break
                     self._wait_until_consumed()  # meanwhile the loader may abandon the task
-                self._began = began = time.perf_counter_ns()
+                self._began = began = flow[AT_WORK] = time.perf_counter_ns()
                 words[WAITED] += began - since
                 self._cpu = cpu = clock()
                 payload = self._answer(index) if made else self._encode(End())
@@ -133,7 +136,7 @@ class WorkerLoop:
                 sending = time.perf_counter_ns()
                 send(payload)
                 self._made += 1
-                flow[MADE] = self._made
+                flow[MADE], flow[AT_WORK] = self._made, IDLE
                 since = time.perf_counter_ns()
                 words[BUSY] += since - began
                 words[SEND] += since - sending
@@ -145,6 +148,8 @@ class WorkerLoop:
                 del payload
         except (EOFError, BrokenPipeError):
             pass  # the loader has closed the connection, or is dead
+        finally:
+            flow[AT_WORK] = 0
 
     def _receive(self) -> None:
         received, take = None, self._connection.take

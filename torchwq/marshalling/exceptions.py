@@ -74,8 +74,10 @@ def pack(error: BaseException, *, peer: Capabilities = SAME_MACHINE) -> PackedEx
             if dissection.has_left_out:
                 encoded = codec.encode(parts, codec.UNLIMITED, upvalues=True)
                 bare = encoded if isinstance(encoded, bytes) else None
-    text = "".join(traceback.format_exception(tracebacks.trim(error)))
-    return PackedException(pickled, whole, bare, _kind(error), _summary(error), text)
+    kind, summary = _kind(error), _summary(error)
+    # It cannot be shown if its code has no line numbers, say.
+    text = _guarded(lambda: "".join(traceback.format_exception(tracebacks.trim(error))), lambda _: f"{kind}: {summary}")
+    return PackedException(pickled, whole, bare, kind, summary, text)
 
 
 def pack_for(peer: Capabilities, error: BaseException) -> PackedException | BaseException:
@@ -102,7 +104,7 @@ def unpack(packed: PackedException | BaseException) -> BaseException:
         error = _guarded(functools.partial(pickle.loads, pickled), lambda _: None)
     if not isinstance(error, BaseException):
         error = RemoteError(f"{packed.kind}: {packed.summary}")
-    error.__cause__ = RemoteTraceback(packed.text)
+    tracebacks.set_cause(error, RemoteTraceback(packed.text))
     return error
 
 
@@ -293,6 +295,6 @@ def add_note(error: BaseException, note: str) -> None:
     notes = getattr(error, "__notes__", None)
     if notes is None:
         notes = []
-        setattr(error, "__notes__", notes)  # noqa: B010 - add_note came with Python 3.11
+        object.__setattr__(error, "__notes__", notes)  # add_note came with Python 3.11, and its class may be frozen
     if note not in notes:
         notes.append(note)

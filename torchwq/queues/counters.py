@@ -4,7 +4,8 @@ Messages alone cannot tell an owner what a killed worker had in hand, nor when a
 worker therefore notes each question it takes in a slot of its own, of two words: the number of the question taken last,
 and ``taken * BUSY + busy``, where ``taken`` counts questions and ``busy`` the threads that are at one. Invariants:
 
-* A slot is written by one handle only, under that handle's lock; the owner only reads it. The number is written first.
+* A slot is written by one handle only, under that handle's lock; the owner reads it, and clears it when nobody has it.
+  The number is written first.
 * A question that was taken and not noted is in no slot. So the owner knows that something is under way as long as the
   counts do not add up to what it has sent.
 * A worker killed between taking a question and noting it leaves the counts short for ever. So the owner counts each
@@ -28,10 +29,13 @@ BUSY: Final = 1 << 24
 ASKED: Final = 0
 #: Index of the word in which the owner counts the answers that it has lost: see Note [in-band promises].
 LOST: Final = 1
-#: Index of the words in which the owner counts the questions that it has sent, and those that handles which are gone
-#: had taken. Only ``python -m torchwq top`` looks at them.
+#: Index of the words in which the owner counts the questions that it has sent, those that handles which are gone had
+#: taken, those that threads of its process have taken from the socket, and the handles that other processes have. Only
+#: ``python -m torchwq top`` looks at them.
 SENT: Final = 2
 TAKEN_BY_GONE: Final = 3
+TAKEN_BY_THREADS: Final = 4
+HANDLES: Final = 5
 WIDTH: Final = 8  # words of the head, and of each slot: a cache line, so that workers do not slow each other down
 
 
@@ -41,10 +45,10 @@ class Counters(SharedWords):
     def __init__(self, fd: int | None = None, name: str = "") -> None:
         super().__init__(WIDTH, SLOTS, WIDTH, fd, MEMORY_NAME + name)
 
-    def count_sent(self) -> None:
-        """Count a question that was sent, if these are open."""
+    def count(self, word: int) -> None:
+        """Add one to a word of the head, if these are open. The caller has the lock of who else does."""
         with contextlib.suppress(ValueError):
-            self.words[SENT] += 1
+            self.words[word] += 1
 
     def slot(self, number: int) -> Slot:
         return Slot(self.words, self.slot_offset(number))

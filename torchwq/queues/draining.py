@@ -4,8 +4,9 @@ It returns when all questions have left the outbox, the counters say that all of
 is at one of them, and there is nothing to tell of a worker, now or soon. An answer wakes it. It also looks at the
 counters every ``_POLL_INTERVAL`` seconds: no event tells that a worker is done without an answer.
 
-Invariant: a worker that fails is at a question, then its handle is in doubt or its end is awaited, then there is
-something to tell. Each begins before the one before it ends. ``drain`` looks in this order, so that it misses none.
+Invariant: a worker that fails, or dies, is at a question, then its handle is in doubt or its end is awaited, then there
+is something to tell. Each begins before the one before it ends. ``drain`` looks in this order, so that it misses none.
+Only a worker that takes more than ``_LONGEST_DOUBT`` to end after its error is not waited for.
 """
 
 from __future__ import annotations
@@ -77,4 +78,4 @@ class _Draining:
             is_quiet = time.monotonic() - self._quiet_since >= _LOST_AFTER
             if unread or missing > troubles.possibly_lost or not is_quiet:
                 return False
-        return not owner.members.any_busy(mark) and not troubles.hides_the_end
+        return not owner.members.any_busy(mark) and not troubles.may_have_failed(mark)

@@ -26,7 +26,7 @@ from ..memory import recycling
 from ..transport import reactor
 from ..transport.link import Link
 from ..workers import worker
-from .counters import SLOTS, TAKEN_BY_GONE, Counters, Slot
+from .counters import HANDLES, SLOTS, TAKEN_BY_GONE, Counters, Slot
 from .failing import Failed
 from .members import Member, Notes, time_to_come
 from .protocol import ADOPT, GOODBYE, IN_DOUBT, LEAVING, FunctionFailed, Hello, Seat, kind_of
@@ -171,6 +171,7 @@ class Membership(worker.EndListener):
             sender, room = self._owner.add_sender()
             member = Member(number, slot, link, sender=sender)
             self._members[number] = member
+            self._counters.words[HANDLES] += 1
             if pid is not None:
                 self._arrived(member, pid)
         link.watch(functools.partial(self._hear, member), functools.partial(self._link_ended, member))
@@ -224,9 +225,10 @@ class Membership(worker.EndListener):
                 member.leaving = True
                 self._watch_for_leavers()
         elif what == GOODBYE:
-            self.remove(member)
+            if not self._troubles.doubt_is_over(member):
+                self.remove(member)
         elif what == IN_DOUBT:
-            self._troubles.doubt(member)  # first: else a reader finds, in between, that nobody is left
+            self._troubles.doubt(member, member.slot)  # first: else a reader finds, in between, that nobody is left
             member.in_hand = self.remove(member, keep_link=True)
         elif what == FunctionFailed.KIND and member.pid is not None:
             in_hand = member.in_hand or self.in_hand(member.number, member)
@@ -257,6 +259,7 @@ class Membership(worker.EndListener):
                     in_hand = self._owner.describe(slot.number)
                 if isinstance(slot, Slot):
                     self._free.append(member.number)
+                    self._counters.words[HANDLES] -= 1
                     self._counters.words[TAKEN_BY_GONE] += slot.taken
                     slot.clear()
             self._changed()
@@ -272,11 +275,13 @@ class Membership(worker.EndListener):
     def _link_ended(self, member: Member) -> None:
         """The process behind a link is gone and has not said goodbye."""
         with self._lock:
-            self._troubles.doubt_is_over(member)
+            was_in_doubt = self._troubles.doubt_is_over(member)
             known = self._members.get(member.number) is member
             recycling.expire_in_flight()
             if known and member.pid is not None:
                 self._troubles.expect_report()
+            elif was_in_doubt and member.pid is not None:
+                self._troubles.ended_in_doubt(member.pid, member.in_hand)
         in_hand = self.remove(member)
         if known and member.pid is not None:
             self._troubles.process_lost(member.pid, in_hand)

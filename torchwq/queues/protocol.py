@@ -21,7 +21,8 @@ from ..workers.failures import Failure
 LEAVING: Final = b"L"
 #: It has left; its last answer is in the socket.
 GOODBYE: Final = b"B"
-#: It has left, as with ``GOODBYE``, but by an error that may yet turn out to be a failure of its worker's function.
+#: It has left, as with ``GOODBYE``, but by an error that may yet turn out to be a failure of its worker's function. If
+#: not, ``GOODBYE`` follows. A link that ends without that may be that of a worker which was killed meanwhile.
 IN_DOUBT: Final = b"D"
 #: With a descriptor: the link of another handle, which it passes on.
 ADOPT: Final = b"A"

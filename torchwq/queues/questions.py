@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from ..transport.connection import Connection
 from ..transport.endpoint import Endpoint, Received
 from ..transport.timing import MAX_SLEEP
 from ..transport.trailer import number_of
-from .counters import ASKED, SENT, Counters
+from .counters import ASKED, SENT, TAKEN_BY_THREADS, Counters
 from .history import History
 from .membership import Membership
 
@@ -140,7 +141,9 @@ class Questions(MovingPipe[QuestionSocket]):
         self.taking = threading.RLock()
         self._counters = counters
         self._members = members
-        self.history = History(members.numbers_in_hand, counters.native_word(SENT) or counters.count_sent)
+        self.history = History(
+            members.numbers_in_hand, counters.native_word(SENT) or functools.partial(counters.count, SENT)
+        )
         #: Of the question that a thread of this process has taken last.
         self.number_taken = 0
         self.room = None if capacity is None else Room(capacity, self.count_untaken, lambda: self.is_closed)
@@ -226,6 +229,7 @@ class Questions(MovingPipe[QuestionSocket]):
         found = self.carrier.take()
         if found is not None:
             self.number_taken = number_of(found[0])
+            self._counters.count(TAKEN_BY_THREADS)
         return found
 
     def is_over(self) -> bool:

@@ -119,7 +119,7 @@ class ThreadSide(Role):
         self._failures.remove(self)
         if in_doubt and self._failures.mark_in_doubt(self):
             self._is_in_doubt = True
-            self.owner.troubles.doubt(self)
+            self.owner.troubles.doubt(self, self.notes)
         self.owner.remove_thread(self.number)
         self._retire()
 

@@ -20,8 +20,9 @@ from typing import Final
 from ..errors import WorkerDied
 from ..transport import reactor
 from ..workers import worker
+from .counters import Slot
 from .failing import Failed, Lost, NeverCame
-from .members import Member, Side
+from .members import Member, Notes, Side
 
 #: How long, in seconds, a handle that an error has closed may keep a reader from hearing that nobody is left; and a
 #: worker that has failed, its error from being told.
@@ -45,8 +46,9 @@ class Troubles:
         self.last_end = ""
         #: Whether failures are told. Who has made a queue for his own use may hear of them otherwise.
         self.tells_failures = True
-        self._told: deque[object] = deque(maxlen=_REMEMBERED)
-        self._in_doubt: dict[Member | Side, float] = {}
+        self._told: deque[tuple[int | None, int]] = deque(maxlen=_REMEMBERED)
+        #: Until when; and the number of a question that the handle had in hand, or 0.
+        self._in_doubt: dict[Member | Side, tuple[float, int]] = {}
         self._is_closed = False
 
     @property
@@ -55,10 +57,15 @@ class Troubles:
 
     @property
     def hides_the_end(self) -> bool:
-        """Whether it is too early to say that no worker is left, or that none has failed."""
+        """Whether it is too early to say that no worker is left."""
+        now = time.monotonic()
+        return self._ending > 0 or any(until > now for until, _ in self._in_doubt.values())
+
+    def may_have_failed(self, mark: int) -> bool:
+        """Whether a worker may have failed at a question up to the number ``mark``, and it is not known yet."""
         with self._lock:
             now = time.monotonic()
-            return self._ending > 0 or any(until > now for until in self._in_doubt.values())
+            return self._ending > 0 or any(until > now and 0 < at <= mark for until, at in self._in_doubt.values())
 
     def next(self) -> Lost | Failed | NeverCame | None:
         """What is to be told next. It counts as told then."""
@@ -66,19 +73,23 @@ class Troubles:
 
     # Handles in doubt
 
-    def doubt(self, handle: Member | Side) -> None:
-        """It was closed by an error that may turn out to be a failure of its worker."""
+    def doubt(self, handle: Member | Side, slot: Slot | Notes) -> None:
+        """It was closed by an error that may turn out to be a failure of its worker. ``slot``: the handle's."""
         with self._lock:
             if not self._is_closed:
-                self._in_doubt[handle] = time.monotonic() + _LONGEST_DOUBT
+                at = 0 if not slot.busy else slot.number if slot.busy == 1 else 1
+                self._in_doubt[handle] = time.monotonic() + _LONGEST_DOUBT, at
                 reactor.get().call_later(_LONGEST_DOUBT, self._doubt_has_ended)
 
-    def doubt_is_over(self, handle: Member | Side) -> None:
+    def doubt_is_over(self, handle: Member | Side) -> bool:
+        """Returns whether there was any."""
         with self._lock:
-            if self._in_doubt.pop(handle, None) is not None:
-                if isinstance(handle, Member) and handle.link is not None:
-                    handle.link.close()
-                self._changed()
+            if self._in_doubt.pop(handle, None) is None:
+                return False
+            if isinstance(handle, Member) and handle.link is not None:
+                handle.link.close()
+            self._changed()
+            return True
 
     def _doubt_has_ended(self) -> None:
         with self._lock:
@@ -94,6 +105,23 @@ class Troubles:
         else:
             process.error_will_be_retrieved = True
             process.add_end_callback(lambda ended: self._report(ended, ended.death_error(in_hand)))
+
+    def ended_in_doubt(self, pid: int, in_hand: str) -> None:
+        """A process has ended while one of its handles was in doubt. It may have been killed, or have gone on well."""
+        process = worker.find(pid)
+        if process is None:
+            return
+        with self._lock:
+            self._ending += 1
+        process.add_end_callback(lambda ended: self._end_of_doubt(ended, pid, in_hand))
+
+    def _end_of_doubt(self, process: worker.Worker, pid: int, in_hand: str) -> None:
+        with self._lock:
+            if process.exitcode != 0 and not any(each == pid for each, _ in self._told):
+                self._report(process, process.death_error(in_hand))
+                return
+            self._ending -= 1
+            self._changed()
 
     def expect_report(self) -> None:
         """A process is lost, of which ``process_lost`` is about to tell."""

@@ -133,6 +133,7 @@ class WorkerSide(TakerFields, SocketRole):
         if self._is_in_doubt:
             self._is_in_doubt = False
             if self._counters.fd < 0:  # it has left already
+                self._tell(GOODBYE)
                 self._link.close_when_sent(self._retire)
 
     def _tell_untold(self) -> None:

@@ -249,7 +249,7 @@ def memory_file(name: str, nbytes: int = 0) -> int:
 def _unnamed(name: str) -> int:
     if hasattr(os, "memfd_create"):
         with _calling("memfd_create", has_fallback=True):
-            shown = os.fsdecode(name.encode("utf-8", "replace").replace(b"\0", b"?")[:_MAX_NAME])
+            shown = name.replace("\0", "?").encode("utf-8", "replace")[:_MAX_NAME].decode("utf-8", "ignore")
             return above_stdio(os.memfd_create(shown, os.MFD_CLOEXEC))
     folder = _SHM_FOLDER if os.access(_SHM_FOLDER, os.W_OK | os.X_OK) else None
     with _calling("memfd_create, and files in /dev/shm or the temporary folder"):
