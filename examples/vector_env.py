@@ -10,6 +10,7 @@ gymnasium's AsyncVectorEnv, compares what comes, and says how fast both are.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -27,28 +29,30 @@ import torchwq
 
 
 class Simulator:
-    """One simulator, which leaves its observations in ``row``."""
+    """One simulator, which leaves its observations in the one place of ``row``."""
 
     def __init__(self, make: Callable[[], Any], row: Any) -> None:
         self.env, self._row, self._is_over = make(), row, False
 
     def reset(self, options: dict[str, Any]) -> Any:
-        self._row[...], info = self.env.reset(**options)
+        self._row[0], info = self.env.reset(**options)
         self._is_over = False
         return 0.0, False, False, info
 
     def step(self, action: Any) -> Any:
         if self._is_over:  # the step after the end of an episode begins the next one
             return self.reset({})
-        self._row[...], reward, terminated, truncated, info = self.env.step(action)
+        self._row[0], reward, terminated, truncated, info = self.env.step(action)
         self._is_over = terminated or truncated
         return float(reward), bool(terminated), bool(truncated), info
 
 
 def simulate(q: torchwq.WorkQueue, makers: Sequence[Any], observations: torch.Tensor, share: int, mapid: int) -> None:
     """A worker: has ``share`` of the simulators, takes a value for each of them, and answers with what they give."""
-    own = slice(mapid * share, (mapid + 1) * share)
-    simulators = [Simulator(*each) for each in zip(makers[own], observations[own].numpy(), strict=True)]
+    first, places = mapid * share, observations.numpy()
+    simulators = [
+        Simulator(make, places[place : place + 1]) for place, make in enumerate(makers[first : first + share], first)
+    ]
     for kind, values in q:
         calls = [simulator.step if kind == "step" else simulator.reset for simulator in simulators]
         q.write([call(value) for call, value in zip(calls, values, strict=True)])
@@ -78,6 +82,8 @@ class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
         self.spec = one.spec
         one.close()
         space = self.single_observation_space
+        if not isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
+            raise TypeError(f"observations must be arrays of one size, to share them as a tensor: not {space}")
         dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
         self._observations = torchwq.zeros(self.num_envs, *space.shape, dtype=dtype)
         arguments = list(makers), self._observations, self._share
@@ -96,7 +102,8 @@ class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
         return self._observations.numpy().copy(), self._merged(infos)
 
     def step(self, actions: Any) -> Any:
-        rewards, terminated, truncated, infos = self._ask("step", actions.tolist())
+        values = actions.tolist() if actions.ndim == 1 else actions  # numbers as they are, or a row for each
+        rewards, terminated, truncated, infos = self._ask("step", values)
         return (
             self._observations.numpy().copy(),
             np.array(rewards),
@@ -117,11 +124,11 @@ class TorchwqVectorEnv(VectorEnv[Any, Any, Any]):
 
 
 def steps(env: Any, count: int) -> list[Any]:
-    """What so many steps with repeating actions give."""
-    found = [env.reset(seed=1)[0]]
-    actions = itertools.cycle([np.arange(env.num_envs) % 2, (np.arange(env.num_envs) + 1) % 2])
-    for _, action in zip(range(count), actions, strict=False):
-        observations, rewards, terminated, truncated, _ = env.step(action)
+    """What so many steps with random actions give, always the same."""
+    env.action_space.seed(1)
+    found = [(env.reset(seed=1)[0].copy(),)]
+    for _ in range(count):
+        observations, rewards, terminated, truncated, _ = env.step(env.action_space.sample())
         found.append((observations.copy(), rewards.copy(), terminated.copy(), truncated.copy()))
     return found
 
@@ -136,11 +143,12 @@ def same(left: Any, right: Any) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Step simulators in workers.")
+    parser.add_argument("--env", default="CartPole-v1", help="the simulator, as gymnasium.make knows it")
     parser.add_argument("--envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--workers", type=int, help="how many share the simulators; else as many as there are cores")
     arguments = parser.parse_args()
-    makers = [lambda: gymnasium.make("CartPole-v1")] * arguments.envs
+    makers = [functools.partial(gymnasium.make, arguments.env)] * arguments.envs
     envs = {"torchwq": TorchwqVectorEnv(makers, arguments.workers), "gymnasium": AsyncVectorEnv(makers)}
     results = {name: steps(env, 200) for name, env in envs.items()}
     print(f"the same observations and rewards: {same(*results.values())}")

@@ -81,3 +81,27 @@ def test_the_warning_of_a_restart_points_at_the_loop(loop: str) -> None:
             list(loader)
     (warning,) = [each for each in caught if "restarted" in str(each.message)]
     assert warning.filename == __file__
+
+
+def test_select_takes_a_list() -> None:
+    with torchwq.workqueue() as queue, pytest.raises(TypeError, match=r"select takes a list: select\(\[workqueue"):
+        torchwq.select(queue, timeout=1)  # type: ignore[arg-type]
+
+
+def test_seconds_in_the_place_of_nonblocking() -> None:
+    with torchwq.workqueue() as queue, pytest.raises(TypeError, match=r"say read\(timeout=0.5\)"):
+        queue.read(0.5)  # type: ignore[arg-type]
+    with torchwq.channel() as channel, pytest.raises(TypeError, match=r"say read\(timeout=2\)"):
+        channel.read(2)  # type: ignore[arg-type]
+
+
+def test_capacities_are_numbers() -> None:
+    with pytest.raises(TypeError, match="a channel has no name"):
+        torchwq.channel("name")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"capacity must be a number.*not str"):
+        torchwq.workqueue(capacity="16")  # type: ignore[arg-type]
+
+
+def test_a_number_of_workers_is_whole() -> None:
+    with pytest.raises(TypeError, match=r"num_workers must be a whole number or 'auto', not 2\.0"):
+        torchwq.DataLoader([1, 2, 3], num_workers=2.0)  # type: ignore[arg-type,call-overload]

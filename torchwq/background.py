@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from . import tracebacks
 from .errors import MarshalError, QueueClosed, ResourceError, WorkerDied
 from .marshalling import codec, exceptions
-from .queues import WorkQueue, workqueue
+from .queues import WorkQueue, labelled
 from .transport import cleanup, reactor
 from .transport.capabilities import SAME_PROCESS
 from .transport.fork import reset_in_child
@@ -109,7 +109,7 @@ class BackgroundTask(unretrieved.Future[T]):
             if args:
                 raise TypeError("arguments are for a function; a Dataset or an iterable takes none")
             self._length = _length_or_none(f)
-        self._queue = workqueue()
+        self._queue = labelled(self._name)
         self._queue._tell_no_failures()  # the future reports them
         try:
             self._queue.write(*range(prefetch))

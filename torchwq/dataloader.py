@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copyreg
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Final, Literal, TypeVar
 
 import torch.utils.data
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 
 from . import warning
 from .loading import autoscaling, internals, sampler_rng, state
@@ -24,6 +24,9 @@ from .transport.waiting import cores
 from .workers.backend import Backend, find
 
 T_co = TypeVar("T_co", covariant=True)
+
+#: The key in a state of what the loader was made with.
+_MADE_WITH: Final = "_torchwq_made_with"
 
 
 class DataLoader(torch.utils.data.DataLoader[T_co]):
@@ -100,6 +103,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         snapshot_every_n_steps: int | None = 1,
     ) -> None:
         iterable = isinstance(dataset, IterableDataset)
+        if not isinstance(num_workers, (int, str)):
+            raise TypeError(f"num_workers must be a whole number or 'auto', not {num_workers!r}")
         if isinstance(num_workers, str) and not find(backend).peer.shares_memory:
             raise ValueError("num_workers='auto' counts cores of this machine: say how many workers the cluster gets")
         num_workers, max_workers = _numbers_of_workers(num_workers, iterable)
@@ -209,7 +214,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         """
         self._saves_rng = True
         if self._loaded_state is not None:
-            return self._loaded_state.to_dict()
+            return self._loaded_state.to_dict() | {_MADE_WITH: self._made_with()}
         iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
         captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
@@ -217,7 +222,19 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if captured.begins and not captured.is_drawn_ahead:  # with what is drawn from now on
             draws_seed = not (captured.finished and self.persistent_workers)
             captured.draws = sampler_rng.draws_of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
-        return captured.to_dict()
+        made: dict[str, Any] = captured.to_dict()
+        made[_MADE_WITH] = self._made_with()
+        return made
+
+    def _made_with(self) -> dict[str, Any]:
+        """What the batches that are left depend on, beside what is in the state."""
+        is_shuffled = isinstance(getattr(self, "sampler", None), RandomSampler)
+        return {
+            "batch_size": self.batch_size,
+            "shuffle": is_shuffled,
+            # More samples at the end of a sequence change nothing before them.
+            "length": len(self.dataset) if is_shuffled and isinstance(self.dataset, Sized) else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Make the next ``iter(loader)`` go on where the state was taken, with exactly the batches that were left.
@@ -228,7 +245,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Args:
             state_dict: a state that :meth:`state_dict` has returned, in this process or in another one.
             strict: False lets a loader with another number of workers go on at the same sample of a map-style dataset,
-                with a warning: other workers make the batches, and their random numbers begin anew.
+                with a warning: other workers make the batches, and their random numbers begin anew. So does a loader
+                with another batch size, shuffling or length of the dataset: some samples may come twice or never.
 
         Raises:
             ValueError: the state is not one of a loader like this; the message says what this loader needs, for example
@@ -237,6 +255,8 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.load_state_dict``.
         """
         loaded = state.State.from_dict(state_dict)
+        if not loaded.begins:
+            state.check_same_batches(state_dict.get(_MADE_WITH) or {}, self._made_with(), strict)
         if self._max_workers and loaded.num_workers:
             self.num_workers = loaded.num_workers
         self._loaded_state = loaded.fitted(isinstance(self.dataset, IterableDataset), self.num_workers, strict)

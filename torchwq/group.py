@@ -9,7 +9,9 @@ Invariants:
   death of worker i.
 * ``restart`` gives the new worker a new queue: it never reads what was written to the one before. The new worker takes
   the place of the old one when it has started: if that fails, the old one is there as before.
-* A worker's end is told once by ``recv_any``, which then hears the others; ``recv`` and ``gather`` tell it each time.
+* The group notes each worker's end that it has told, until ``restart``. ``recv_any`` tells it once, and then hears the
+  others; ``recv`` and ``gather`` tell it each time, at once.
+* A ``gather`` that tells of a death has heard all the others first: the next one begins a new round.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, final
 
-from . import mapping
+from . import mapping, tracebacks
 from .errors import QueueClosed, WorkerDied
 from .mapping import Map
-from .queues import WorkQueue, workqueue
+from .marshalling import exceptions
+from .queues import WorkQueue, labelled
 from .selecting import select
 from .workers.backend import Backend, find
 from .workers.starting import check_number
@@ -67,13 +70,16 @@ class WorkerGroup:
         self._maps: list[Map] = []
         #: Answers of each worker that an interrupted ``gather`` had read.
         self._early: dict[int, list[Any]] = {}
-        #: The worker whose turn to be heard is next; and those whose end ``recv_any`` has told.
+        #: The worker whose turn to be heard is next.
         self._heard = 0
-        self._told: set[int] = set()
+        #: How many messages each worker has got beyond the answers that it has given.
+        self._unanswered = [0] * n
+        #: Of the workers that have ended, what was told.
+        self._ended: dict[int, WorkerDied] = {}
         self._closed = False
         try:
             for index in range(n):
-                self._queues.append(workqueue())
+                self._queues.append(self._make_queue(index))
                 self._maps.append(self._start(self._queues[index], index, n))
         except BaseException:
             self.terminate()
@@ -83,9 +89,18 @@ class WorkerGroup:
         f, args, upvalues = self._call
         return mapping.start(f, (q, *args), range(index, index + 1), of, self._backend, upvalues)
 
-    def _check(self) -> None:
+    def _make_queue(self, index: int) -> WorkQueue:
+        f = self._call[0]
+        return labelled(f"{getattr(f, '__qualname__', type(f).__qualname__)}[{index}]")
+
+    def _check(self, index: int = 0) -> None:
         if self._closed:
             raise QueueClosed("the group is closed")
+        if type(index) is not int or not 0 <= index < len(self._queues):
+            there = f"the group has {len(self)}, with the numbers 0 to {len(self) - 1}"
+            if isinstance(index, int):
+                raise IndexError(f"there is no worker {index}: {there}")
+            raise TypeError(f"a worker is addressed by its number, not by {index!r}: {there}")
 
     # Messages
 
@@ -96,14 +111,16 @@ class WorkerGroup:
             IndexError: there is no such worker.
             MarshalError, QueueClosed: as :meth:`WorkQueue.write`.
         """
-        self._check()
+        self._check(index)
         self._queues[index].write(*objs)
+        self._unanswered[index] += len(objs)
 
     def broadcast(self, obj: Any) -> None:
         """Write ``obj`` to each worker. A tensor in it is then shared by all."""
         self._check()
-        for each in self._queues:
+        for index, each in enumerate(self._queues):
             each.write(obj)
+            self._unanswered[index] += 1
 
     def recv(self, index: int, timeout: float | None = None) -> Any:
         """Read the next answer of worker ``index``.
@@ -116,34 +133,58 @@ class WorkerGroup:
             queue.Empty: nothing came within ``timeout``.
             WorkerDied: the worker has died, or has ended, and everything that it had written has been read.
         """
-        self._check()
-        return self._read(index, timeout)
+        self._check(index)
+        try:
+            return self._read(index, timeout)
+        except WorkerDied as death:
+            tracebacks.trim(death)
+            raise death
 
-    def gather(self, timeout: float | None = None) -> list[Any]:
-        """Read one answer of each worker.
+    def gather(self, timeout: float | None = None, *, return_exceptions: bool = False) -> list[Any]:
+        """Read one answer of each worker. Each of them must have been asked: after a ``restart``, too.
 
         Args:
             timeout: how long to wait at most, in seconds, for all together; None waits for ever.
+            return_exceptions: give the WorkerDied of a worker that has ended in the place of its answer.
 
         Returns:
             The answers, in the order of the workers.
 
         Raises:
-            queue.Empty: not all came within ``timeout``. Those that came are returned by the next ``gather``.
-            WorkerDied: a worker has died, or has ended (``mapid`` says which). The answers of the others that have come
-                are returned by the next ``gather``, after a ``restart``.
+            queue.Empty: not all came within ``timeout``; the text says whose are missing. Those that came are returned
+                by the next ``gather``.
+            WorkerDied: a worker has died, or has ended (``mapid`` says which), and all others that were asked have
+                answered. The round is over, and their answers are gone: ``return_exceptions`` gives them.
+
+        Source: ``asyncio.gather`` for ``return_exceptions``.
         """
         self._check()
         left = _countdown(timeout)
-        answers: list[Any] = []
+        found: dict[int, Any] = {}
+        deaths: dict[int, WorkerDied] = {}
+        missing: list[int] = []
         try:
-            for index in range(len(self._queues)):
-                answers.append(self._read(index, left()))
+            for index in range(len(self)):
+                if deaths and not self._unanswered[index]:
+                    continue  # it was not asked: it would be waited for in vain
+                try:
+                    found[index] = self._read(index, left())
+                except WorkerDied as death:
+                    deaths[index] = death
+                except queue.Empty:
+                    missing.append(index)
+            if missing:
+                raise queue.Empty(f"no answer of worker {', '.join(map(str, missing))} came within {timeout} s")
         except BaseException:
-            for index, answer in enumerate(answers):
+            for index, answer in found.items():
                 self._early.setdefault(index, []).insert(0, answer)
             raise
-        return answers
+        if deaths and not return_exceptions:
+            first, *others = deaths.values()
+            for other in others:
+                exceptions.add_note(first, f"worker {other.mapid} as well: {other}")
+            raise tracebacks.trim(first)
+        return [deaths[index] if index in deaths else found.get(index) for index in range(len(self))]
 
     def recv_any(self, timeout: float | None = None) -> tuple[int, Any]:
         """Read the next answer of whichever worker has one.
@@ -156,7 +197,8 @@ class WorkerGroup:
 
         Raises:
             queue.Empty: nothing came within ``timeout``.
-            WorkerDied: a worker has died, or has ended (``mapid`` says which), once for each; and if none is left.
+            WorkerDied: a worker has died, or has ended (``mapid`` says which), if that was not told yet; and if none
+                is left.
         """
         self._check()
         left = _countdown(timeout)
@@ -166,9 +208,11 @@ class WorkerGroup:
         while True:
             # Beginning after the last one that was heard: a fast worker does not keep the others from being heard.
             order = [(self._heard + place) % len(self) for place in range(len(self))]
-            order = [index for index in order if index not in self._told]
+            order = [index for index in order if index not in self._ended]
             if not order:
-                raise WorkerDied("no worker is left: all have ended")
+                raise WorkerDied(
+                    "no worker is left: all have ended; restart(i) starts another in the place of worker i"
+                )
             queues = [self._queues[index] for index in order]
             found = next(iter(select(queues, left())), None)
             if found is None:
@@ -178,9 +222,9 @@ class WorkerGroup:
                 answer = self._read(index, 0.0)
             except queue.Empty:  # another thread was faster
                 continue
-            except WorkerDied:
-                self._told.add(index)
-                raise
+            except WorkerDied as death:
+                tracebacks.trim(death)
+                raise death
             self._heard = (index + 1) % len(self)
             return index, answer
 
@@ -189,11 +233,12 @@ class WorkerGroup:
     def restart(self, index: int) -> None:
         """End worker ``index``, at once, and start another in its place, with a queue of its own.
 
-        What was written to the old one and not read is lost, and so are its answers that were not read.
+        What was written to the old one and not read is lost, and so are its answers that were not read. The new one has
+        to be asked anew.
         """
-        self._check()
+        self._check(index)
         old_queue, old = self._queues[index], self._maps[index]
-        q = workqueue()
+        q = self._make_queue(index)
         try:
             new = self._start(q, index, len(self._queues))
         except BaseException:
@@ -201,7 +246,8 @@ class WorkerGroup:
             raise
         self._queues[index], self._maps[index] = q, new
         self._early.pop(index, None)
-        self._told.discard(index)
+        self._ended.pop(index, None)
+        self._unanswered[index] = 0
         old_queue.close()
         _end([old], 0.0)
 
@@ -242,14 +288,24 @@ class WorkerGroup:
     ) -> None:
         """Close the queues and wait for the workers, 5 seconds at most; then, or after an error, end them by force.
 
-        Raises the error of a worker that has failed.
+        Raises the error of a worker that has failed, if nobody was told of it, and WorkerDied if one did not end.
         """
         self.close()
-        _end(self._maps, _END_TIMEOUT if error is None else 0.0)
-        if error is None:
-            for each in self._maps:
-                if each.wait(0.0):
-                    each.join()
+        late = _end(self._maps, _END_TIMEOUT if error is None else 0.0)
+        for each in late:
+            each.ignore_errors()
+        if error is not None:
+            return
+        for index, each in enumerate(self._maps):
+            if each in late:
+                raise WorkerDied(
+                    f"worker {index} did not end within {_END_TIMEOUT:g} s after its queue was closed, and was ended "
+                    f"by the group: let it end then, as `for message in q:` does, or call terminate()",
+                    mapid=index,
+                    pid=each.pids[0],
+                )
+            if each.wait(0.0) and not each.were_errors_retrieved:
+                each.join()
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -266,20 +322,37 @@ class WorkerGroup:
         early = self._early.get(index)
         if early:
             return early.pop(0)
+        if index in self._ended:
+            raise self._told_again(index)
         try:
-            return self._queues[index].read(timeout=timeout)
+            answer = self._queues[index].read(timeout=timeout)
+            self._unanswered[index] = max(0, self._unanswered[index] - 1)
+            return answer
         except WorkerDied as death:
             death.mapid = index
+            self._ended[index] = death
             raise
 
+    def _told_again(self, index: int) -> WorkerDied:
+        """What says that a worker has ended, of which was told before. A new one: its traceback would grow."""
+        told = self._ended[index]
+        text = f"{told}. This was told before: restart({index}) starts another worker in its place"
+        again = WorkerDied(text, mapid=index, pid=told.pid, signal=told.signal, exitcode=told.exitcode)
+        again.__cause__ = told.__cause__
+        return again
 
-def _end(workers: Sequence[Map], patience: float) -> None:
-    """End workers: let them end by themselves for some seconds, then by force, all at the same time."""
-    left = _still_running(workers, patience)
+
+def _end(workers: Sequence[Map], patience: float) -> list[Map]:
+    """End workers: let them end by themselves for some seconds, then by force, all at the same time.
+
+    Returns those that were ended by force.
+    """
+    left = late = _still_running(workers, patience)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for worker in left:
             worker.terminate(number)
         left = _still_running(left, _TERMINATE_TIMEOUT)
+    return late
 
 
 def _still_running(workers: Sequence[Map], timeout: float) -> list[Map]:

@@ -93,7 +93,8 @@ class _Outcomes:
         if is_over:
             self.print_errors()
 
-    def _is_unretrieved(self, process: worker.Worker) -> bool:
+    def is_unretrieved(self, process: worker.Worker) -> bool:
+        """Whether a worker has ended with an error that nobody was told of."""
         mapid = process.info.mapid
         if mapid in self.retrieved or process.error_was_retrieved or not process.ended_event.is_set():
             return False
@@ -125,7 +126,7 @@ class _Outcomes:
 
     def print_errors(self, at_exit: bool = False) -> None:
         """Print the errors that were not retrieved, and forget all answers."""
-        for process in filter(self._is_unretrieved, self.workers):
+        for process in filter(self.is_unretrieved, self.workers):
             if process.error_will_be_retrieved and not at_exit:
                 return  # a reader of a queue will get it; if not, it is printed at exit
             self.resolve(process)
@@ -308,6 +309,17 @@ class Map:
                     self._consumed.add(mapid)
                     raise self._errors[mapid]
                 yield mapid, outcomes.values[mapid]
+
+    @property
+    def were_errors_retrieved(self) -> bool:
+        """Whether somebody was told of the errors of all workers that have one: by a queue, or by this."""
+        outcomes = self._outcomes
+        return not any(outcomes.is_unretrieved(process) for process in outcomes.workers)
+
+    def ignore_errors(self) -> None:
+        """The caller has ended these workers, and knows why: nobody needs to be told."""
+        for process in self._outcomes.workers:
+            process.error_was_retrieved = True
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End the workers: processes by a signal, threads when they next run Python code. Does not wait for that.

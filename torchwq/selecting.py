@@ -27,10 +27,12 @@ def select(sources: Sequence[Any], timeout: float | None = None) -> list[Any]:
 
     Raises:
         ValueError: ``sources`` is empty, and there is no ``timeout``.
-        TypeError: one of the sources has no ``fileno()``.
+        TypeError: one of the sources has no ``fileno()``, or ``sources`` is no list of them.
 
     Source: ``multiprocessing.connection.wait``; torch-ipc's channels were promised a select and did not get it.
     """
+    if hasattr(sources, "fileno"):
+        raise TypeError(f"select takes a list: select([{type(sources).__name__.lower()}, ...])")
     if not sources and timeout is None:
         raise ValueError("there is nothing to wait for: pass at least one queue or channel, or a timeout")
     for source in sources:

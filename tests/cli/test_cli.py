@@ -98,3 +98,36 @@ def test_the_module_runs(run_script: Any) -> None:
     )
     assert "doctor" in done.stdout
     assert torchwq.__version__
+
+
+def test_the_bench_takes_a_loader_and_a_collate_function(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ragged_data.py").write_text(
+        "import torch, torchwq\n"
+        "def pad(samples): return torch.nn.utils.rnn.pad_sequence(samples)\n"
+        "ragged = [torch.ones(1 + index % 3) for index in range(400)]\n"
+        "loader = torchwq.DataLoader(ragged, 4, collate_fn=pad)\n"
+        "class Faulty(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 400\n"
+        "    def __getitem__(self, index):\n"
+        "        if index == 150: raise ValueError('corrupt')\n"
+        "        return index\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert bench.run("ragged_data:loader", None, [0], 0.1, quiet=True).batch_size == 4
+    assert bench.run("ragged_data:ragged", 8, [0], 0.1, collate="ragged_data:pad", quiet=True).rows[0].torchwq
+    with pytest.raises(SystemExit, match="gives no batch of 32: RuntimeError"):
+        bench.run("ragged_data:ragged", None, [0], 0.1, quiet=True)
+    with pytest.raises(SystemExit, match=r"has raised ValueError: corrupt; in DataLoader worker .*at index 150"):
+        bench.run("ragged_data:Faulty", 1, [1], 30.0, quiet=True)
+    with pytest.raises(SystemExit, match=r"for example ragged_data:loader"):
+        bench.run("ragged_data.py:loader", None, [0], 0.1, quiet=True)
+
+
+def test_the_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["bench", "--workers", "-1"], ["bench", "--batch-size", "0"], ["bench", "--seconds", "0"]):
+        with pytest.raises(SystemExit):
+            main.main(arguments)
+        assert "error: argument" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main.main(["--version"])
+    assert torchwq.__version__ in capsys.readouterr().out

@@ -177,7 +177,109 @@ def test_a_restart_that_fails_leaves_the_old_worker(monkeypatch: pytest.MonkeyPa
 def test_workers_that_do_not_end_are_ended_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchwq.group._END_TIMEOUT", 0.5)
     began = time.monotonic()
-    with pytest.raises(WorkerDied, match="SIGTERM"), WorkerGroup(4, add, 0) as group:
+    with pytest.raises(WorkerDied, match="ended by the group"), WorkerGroup(4, add, 0) as group:
         group.broadcast("sleep")
         wait_until(lambda: all(group.pids), 30, "the start of the workers")
     assert time.monotonic() - began < 20
+
+
+def fail_at_one(q: Any, mapid: int) -> None:
+    for message in q:
+        if message == 1 and mapid == 0:
+            raise ZeroDivisionError("at one")
+        if message == "hang" and mapid == 0:
+            time.sleep(100)
+        q.write((mapid, message))
+
+
+def test_a_death_ends_the_round_and_the_next_one_is_in_step(backend: str) -> None:
+    with WorkerGroup(3, fail_at_one, backend=backend) as group:
+        seen = []
+        for message in range(4):
+            group.broadcast(message)
+            try:
+                seen.append(group.gather(timeout=30))
+            except WorkerDied as death:
+                assert death.mapid == 0
+                group.restart(0)
+        assert seen == [[(index, message) for index in range(3)] for message in (0, 2, 3)]
+
+
+def test_a_gather_that_returns_exceptions_gives_the_others_answers(backend: str) -> None:
+    with WorkerGroup(3, fail_at_one, backend=backend) as group:
+        group.broadcast(1)
+        death, *others = group.gather(timeout=30, return_exceptions=True)
+        assert isinstance(death, WorkerDied)
+        assert isinstance(death.__cause__, ZeroDivisionError)
+        assert others == [(1, 1), (2, 1)]
+
+
+def test_a_gather_that_is_out_of_time_names_who_is_missing_and_can_go_on() -> None:
+    with WorkerGroup(3, fail_at_one) as group:
+        group.broadcast("hang")
+        with pytest.raises(queue.Empty, match=r"no answer of worker 0 came within 3.0 s"):
+            group.gather(timeout=3.0)
+        group.restart(0)
+        group.send(0, "again")
+        assert group.gather(timeout=30) == [(0, "again"), (1, "hang"), (2, "hang")]
+
+
+def test_the_end_of_a_worker_is_told_again_at_once_and_what_to_do(backend: str) -> None:
+    with WorkerGroup(2, fail_at_one, backend=backend) as group:
+        group.send(0, 1)
+        with pytest.raises(WorkerDied, match="at one"):
+            group.recv(0, timeout=30)
+        for call in (lambda: group.recv(0, timeout=0.2), lambda: group.gather(timeout=0.2)):
+            with pytest.raises(WorkerDied, match=r"at one.*restart\(0\) starts another") as told:
+                call()
+            assert isinstance(told.value.__cause__, ZeroDivisionError)
+        group.send(1, 5)
+        assert group.recv_any(timeout=30) == (1, (1, 5))  # which does not tell it again
+
+
+def test_what_was_told_is_not_raised_at_the_end_of_the_block(run_script: Any) -> None:
+    done = run_script("""
+        import os, signal, torchwq
+
+        def work(q, mapid):
+            for message in q:
+                if message == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError(message)
+
+        with torchwq.WorkerGroup(2, work) as group:
+            group.send(0, "kill")
+            group.send(1, "mine")
+            for index in range(2):
+                try:
+                    group.recv(index, timeout=40)
+                except torchwq.WorkerDied as death:
+                    print(death.mapid)
+            group.restart(1)
+    """)
+    assert done.stdout == "0\n1\n"
+    assert done.stderr == ""
+
+
+def test_a_worker_that_does_not_end_with_the_block_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchwq.group._END_TIMEOUT", 0.5)
+    told = r"worker 0 did not end within 0.5 s .* was ended by the group"
+    with pytest.raises(WorkerDied, match=told), WorkerGroup(2, hang, backend=backend) as group:
+        group.send(0, "now")
+        assert group.recv(0, timeout=30) == "hanging"
+
+
+def hang(q: Any, mapid: int) -> None:
+    for _ in q:
+        q.write("hanging")
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_worker_that_is_not_there_is_an_error_that_says_which_are() -> None:
+    with WorkerGroup(2, add, 0, backend="thread") as group:
+        for call in (lambda: group.send(2, 1), lambda: group.recv(-1), lambda: group.restart(5)):
+            with pytest.raises(IndexError, match="the group has 2, with the numbers 0 to 1"):
+                call()
+        with pytest.raises(TypeError, match="by its number, not by 'x'"):
+            group.send("x", 1)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -322,3 +323,40 @@ def test_a_state_says_what_it_needs() -> None:
     for nonsense in ({}, {"_sampler_iter_state": 3}, None):
         with pytest.raises(ValueError, match="no state of a torchwq"):
             loader.load_state_dict(nonsense)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"batch_size": 5}, "batch_size=2"),
+        ({"shuffle": False}, "shuffle=True"),
+        ({"dataset": range(9)}, "len.dataset.=12"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_makes_other_batches_refuses_the_state(changed: Any, what: str, workers: int) -> None:
+    made = {"dataset": range(12), "batch_size": 2, "shuffle": True, "num_workers": workers}
+    loader = torchwq.DataLoader(**made)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    saved = json.loads(json.dumps(loader.state_dict()))
+    other = torchwq.DataLoader(**{**made, **changed})
+    with pytest.raises(ValueError, match=rf"taken with .*{what}.*strict=False"):
+        other.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="twice, or never"):
+        other.load_state_dict(saved, strict=False)
+    same = torchwq.DataLoader(**made)
+    same.load_state_dict(saved)
+    assert len(list(same)) == 3
+    saved.pop("_torchwq_made_with")  # one of before
+    same.load_state_dict(saved)
+    assert len(list(same)) == 3
+
+
+def test_the_state_of_a_beginning_fits_loaders_with_other_batches() -> None:
+    loader = torchwq.DataLoader(range(12), 2)
+    list(loader)
+    other = torchwq.DataLoader(range(12), 5)
+    other.load_state_dict(loader.state_dict())
+    assert len(list(other)) == 3

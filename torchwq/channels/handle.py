@@ -302,9 +302,15 @@ def channel(capacity: int | None = None) -> Channel:
 
     Raises:
         ValueError: ``capacity`` is less than 1.
+        TypeError: it is no number.
 
     Source: torch-ipc's ``ipc.channel``.
     """
+    if not isinstance(capacity, (int, type(None))):
+        raise TypeError(
+            f"capacity must be a number, or None for any number, not {type(capacity).__name__}: a channel has no name, "
+            f"pass it to workers as an argument"
+        )
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
     return Channel(Core(secrets.token_bytes(16), capacity))

@@ -58,28 +58,57 @@ class MadeUpImages(Dataset[Any]):
 
 
 def find_dataset(place: str | None) -> tuple[str, Any]:
-    """The dataset at ``module:attribute``. Raises SystemExit, with what to write instead, if there is none."""
+    """The dataset or loader at ``module:attribute``. Raises SystemExit, which says what to write, if there is none."""
     if place is None:
         return "made-up images", MadeUpImages()
-    module_name, _, attribute = place.partition(":")
-    if not attribute:
-        raise SystemExit(f"{place!r}: write module:attribute, for example my_project.data:train_set")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as for python -m: modules of the current folder
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SystemExit(f"{place!r}: {error}") from None
+    found = _find(place)
     if (not hasattr(found, "__getitem__") and not hasattr(found, "__iter__")) or isinstance(found, type):
         found = found()
     return place, found
 
 
+def _find(place: str) -> Any:
+    """What is at ``module:attribute``. Raises SystemExit."""
+    module_name, _, attribute = place.partition(":")
+    if not attribute or module_name.endswith(".py"):
+        module_name = module_name.removesuffix(".py").replace(os.sep, ".")
+        raise SystemExit(f"{place!r}: write module:attribute, for example {module_name}:{attribute or 'train_set'}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as for python -m: modules of the current folder
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"{place!r}: {error}") from None
+
+
 def run(
-    place: str | None, batch_size: int, numbers: Sequence[int] | None, seconds: float, *, quiet: bool = False
+    place: str | None,
+    batch_size: int | None,
+    numbers: Sequence[int] | None,
+    seconds: float,
+    *,
+    collate: str | None = None,
+    quiet: bool = False,
 ) -> Report:
-    """Measure. ``numbers``: of workers; None tries more and more, while that helps."""
+    """Measure. ``numbers``: of workers; None tries more and more, while that helps.
+
+    Raises SystemExit, with the reason, if there is no such dataset, or if it gives no batches.
+    """
     name, dataset = find_dataset(place)
+    collate_fn = None if collate is None else _find(collate)
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        loader: Any = dataset
+        dataset, batch_size = loader.dataset, batch_size or loader.batch_size
+        collate_fn = collate_fn or loader.collate_fn
+    batch_size = batch_size or 32
+    try:
+        next(iter(torch.utils.data.DataLoader(dataset, batch_size, collate_fn=collate_fn)))
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".strip()
+        raise SystemExit(
+            f"{name} gives no batch of {batch_size}: {what}\n"
+            f"Try it without workers first, as next(iter(DataLoader(...))); --collate names a collate_fn"
+        ) from None
     here = cores()
     is_busy = os.getloadavg()[0] > 0.8 * here
     rows: list[Row] = []
@@ -88,7 +117,7 @@ def run(
         for kind, loader in (("torchwq", DataLoader), ("torch", torch.utils.data.DataLoader)):
             if not quiet and sys.stderr.isatty():
                 print(f"\r{workers} workers, {kind}          ", end="", file=sys.stderr, flush=True)
-            rates.append(_rate(loader, dataset, batch_size, workers, seconds))
+            rates.append(_rate(loader, dataset, batch_size, collate_fn, workers, seconds))
         rows.append(Row(workers, *rates))
         if numbers is None and workers > here and not _helps(rows):
             break
@@ -106,12 +135,14 @@ def _helps(rows: Sequence[Row]) -> bool:
     return (rows[-1].torchwq or 0.0) > 1.1 * max(row.torchwq or 0.0 for row in rows[:-1])
 
 
-def _rate(loader: Callable[..., Any], dataset: Any, batch_size: int, workers: int, seconds: float) -> float | None:
-    """Batches a second, after the first ones; None if there are too few."""
+def _rate(
+    loader: Callable[..., Any], dataset: Any, batch_size: int, collate_fn: Any, workers: int, seconds: float
+) -> float | None:
+    """Batches a second, after the first ones; None if there are too few. Raises SystemExit if a sample is faulty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            batches = iter(loader(dataset, batch_size, num_workers=workers))
+            batches = iter(loader(dataset, batch_size, num_workers=workers, collate_fn=collate_fn))
             for _ in range(max(2, 2 * workers)):
                 next(batches)
             began, count = time.perf_counter(), 0
@@ -121,6 +152,10 @@ def _rate(loader: Callable[..., Any], dataset: Any, batch_size: int, workers: in
                 count += 1
         except StopIteration:
             return None
+        except Exception as error:
+            where = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+            told = str(error).strip().splitlines() or [""]
+            raise SystemExit(f"the dataset has raised {type(error).__name__}: {told[-1]}{where}") from None
         return count / elapsed if count else None
 
 
@@ -132,8 +167,8 @@ def _advise(rows: Sequence[Row]) -> tuple[int, str]:
     fastest = max(row.torchwq or 0.0 for row in measured)
     best = next(row for row in measured if (row.torchwq or 0.0) >= 0.93 * fastest)
     if best.workers == 0:
-        return 0, "num_workers=0: batches are so cheap that workers do not help"
-    text = f"num_workers={best.workers}"
+        return 0, "take num_workers=0: batches are so cheap that workers do not help"
+    text = f"take num_workers={best.workers}"
     if best.torch:
         text += f": {(best.torchwq or 0.0) / best.torch:.1f} times as fast as torch's loader with as many"
     return best.workers, text
@@ -147,6 +182,8 @@ def as_text(report: Report) -> str:
         ratio = f"{row.torchwq / row.torch:.2f}" if row.torchwq and row.torch else "–"
         cells = ["–" if rate is None else f"{rate:,.1f}" for rate in (row.torchwq, row.torch)]
         lines.append(f"{row.workers:7}  {cells[0]:>12}  {cells[1]:>12}  {ratio:>5}")
+    if any(row.torchwq is None or row.torch is None for row in report.rows):
+        lines.append("– : too few batches to measure")
     lines += ["", report.advice]
     if report.is_busy:
         lines.append("Other programs were using this machine: measure again when it is quiet.")

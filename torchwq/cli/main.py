@@ -18,9 +18,31 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _count_or_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: it must be a whole number")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not _count_or_zero(text):
+        raise argparse.ArgumentTypeError(f"{text}: it must be more than 0")
+    return int(text)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return f"torchwq {__version__}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 1 if ``doctor`` has found something that will not work."""
-    parser = argparse.ArgumentParser(prog="python -m torchwq", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m torchwq",
+        description="Look at this machine, at a dataset, and at what runs. See also the documentation.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
     about = "look for what would go wrong on this machine, and say what to do about it"
     checking = commands.add_parser("doctor", help=about, description=about)
@@ -29,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparing.add_argument(
         "dataset",
         nargs="?",
-        help="of yours, as module:attribute: a dataset, or a function or class that makes one; else images are made up",
+        help="of yours, as module:attribute: a dataset, a loader, or what makes one; else images are made up",
     )
-    comparing.add_argument("--batch-size", type=int, default=32)
-    comparing.add_argument("--workers", type=int, nargs="+", help="the numbers to try; else 0, 1 and so on")
-    comparing.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
+    comparing.add_argument("--batch-size", type=_count, help="else that of the loader, or 32")
+    comparing.add_argument("--collate", metavar="MODULE:FUNCTION", help="the loader's collate_fn")
+    comparing.add_argument("--workers", type=_count_or_zero, nargs="+", help="the numbers to try; else 0, 1 and so on")
+    comparing.add_argument("--seconds", type=_seconds, default=3.0, help="for each measurement")
     about = "show what the queues and loaders of this user's processes are doing, until Ctrl-C"
     watching = commands.add_parser("top", help=about, description=about)
     watching.add_argument("--interval", type=_seconds, default=1.0, help="seconds from one look to the next")
@@ -52,9 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (options.json or options.once) and sys.stdout.isatty():
             top.show(options.interval)
             return 0
-        rows = next(top.watch(options.interval))
+        try:
+            rows = next(top.watch(options.interval))
+        except KeyboardInterrupt:
+            return 130
         print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else top.as_text(rows))
         return 0
-    report = bench.run(options.dataset, options.batch_size, options.workers, options.seconds, quiet=options.json)
+    report = bench.run(
+        options.dataset,
+        options.batch_size,
+        options.workers,
+        options.seconds,
+        collate=options.collate,
+        quiet=options.json,
+    )
     print(json.dumps(asdict(report), indent=2) if options.json else bench.as_text(report))
     return 0

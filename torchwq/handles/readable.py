@@ -83,6 +83,8 @@ class MessageSource(abc.ABC):
 
         Raises queue.Empty, QueueClosed, WorkerDied, EndOfMessages.
         """
+        if nonblocking not in (False, True):
+            raise TypeError(f"read({nonblocking!r}): to wait for so many seconds, say read(timeout={nonblocking!r})")
         try:
             if nonblocking:
                 self.on_empty()

@@ -78,7 +78,7 @@ class Autoscaler:
         waited, idle = self._stats.since_last_check()
         if waited < _MAX_WAIT_FRACTION:
             if self._window is not None:
-                self._log_once(count, f"the consumer waits for {waited:.0%} of its time, which is not much")
+                self._log_once(count, f"the consumer waits for {waited:.0%} of its time, which is not much", " for now")
             return 0
         # The limit is older than the number of cores: a process may have been given more of them in between.
         if count < min(self._cores, self._limit) and idle:
@@ -104,7 +104,7 @@ class Autoscaler:
         if not io_bound and count >= self._cores:
             return self._end(count, f"they need the processor, and the machine has {self._cores} cores for them")
         if not io_bound:
-            self._log_once(count, "they need the processor, and no core is idle")
+            self._log_once(count, "they need the processor, and no core is idle", " for now")
             return 0
         if count >= self._limit:
             return self._end(count, f"it starts no more on {self._cores} cores")
@@ -124,9 +124,9 @@ class Autoscaler:
         self._log_once(count, why)
         return 0
 
-    def _log_once(self, count: int, why: str) -> None:
+    def _log_once(self, count: int, why: str, for_now: str = "") -> None:
         """Log why the number of workers stays, once for each number of a loader."""
-        self._stats.why_no_more = f"it stays at {count} worker{'s' if count > 1 else ''}: {why}"
+        self._stats.why_no_more = f"it stays at {count} worker{'s' if count > 1 else ''}{for_now}: {why}"
         if count != self._stats.logged_num_workers:
             self._stats.logged_num_workers = count
             log.info("DataLoader: %s", self._stats.why_no_more)

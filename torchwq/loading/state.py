@@ -229,6 +229,22 @@ _NO_STATE: Final = (
 )
 
 
+def check_same_batches(then: dict[str, Any], now: dict[str, Any], strict: bool) -> None:
+    """Compare what two loaders were made with: the one that a state was taken from, and the one that loads it.
+
+    Raises ValueError if the batches that were left would be others; without ``strict``, warns.
+    """
+    names = {"length": "len(dataset)"}
+    changed = [name for name in now if then.get(name, now[name]) != now[name]]
+    if not changed:
+        return
+    told = " and ".join(f"{names.get(name, name)}={then[name]}, and this loader has {now[name]}" for name in changed)
+    text = f"this state was taken with {told}: the batches that were left would be others"
+    if strict:
+        raise ValueError(f"{text}. Load it into a loader made like the first, or with strict=False")
+    warning.warn(f"{text}: some samples may come twice, or never")
+
+
 def _snapshot(part: dict[str, Any]) -> Snapshot:
     fetcher = part["fetcher_state"] or {"dataset_iter_state": None, "fetcher_ended": False}
     return Snapshot(

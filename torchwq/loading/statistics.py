@@ -263,7 +263,7 @@ class StatsCollector:
         if not self.workers:
             verdict = _verdict_without_workers(counts.handed_out, waited, seconds, counts.processor / 1e9)
         else:
-            verdict = _verdict(waited, seconds, batches, workers)
+            verdict = _verdict(waited, seconds, batches, workers, self.why_no_more)
         return LoaderStatistics(
             batches=batches if self.workers else counts.handed_out,
             batches_per_second=counts.handed_out / seconds if seconds else 0.0,
@@ -297,7 +297,9 @@ def _of_worker(words: Sequence[int]) -> WorkerStatistics:
     )
 
 
-def _verdict(waited: float, seconds: float, batches: int, workers: Sequence[WorkerStatistics]) -> str:
+def _verdict(
+    waited: float, seconds: float, batches: int, workers: Sequence[WorkerStatistics], autoscaling: str = ""
+) -> str:
     if not batches:
         return "no batch was made by a worker yet"
     busy = sum(each.fetch + each.collate + each.send for each in workers)
@@ -310,10 +312,12 @@ def _verdict(waited: float, seconds: float, batches: int, workers: Sequence[Work
     if spare >= 0.5:
         return f"{begin}, although workers waited {spare:.0%} of theirs: a larger prefetch_factor may help"
     if computing < _MOSTLY_COMPUTING:
-        return f"{begin} and workers were busy, mostly waiting themselves: more of them help, also more than cores"
+        advice = "" if autoscaling else ": more of them help, also more than cores"
+        return f"{begin} and workers were busy, mostly waiting themselves{advice}"
     if len(workers) >= cores():
         return f"{begin} and workers compute on all {cores()} cores: more of them will not help, cheaper samples will"
-    return f"{begin} and workers were busy computing; more of them may help, up to the {cores()} cores"
+    advice = "" if autoscaling else f"; more of them may help, up to the {cores()} cores"
+    return f"{begin} and workers were busy computing{advice}"
 
 
 def _verdict_without_workers(batches: int, waited: float, seconds: float, processor: float) -> str:

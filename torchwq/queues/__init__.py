@@ -2,6 +2,6 @@
 name."""
 
 from .handle import QueueStatistics, WorkQueue
-from .registry import workqueue
+from .registry import labelled, workqueue
 
-__all__ = ["QueueStatistics", "WorkQueue", "workqueue"]
+__all__ = ["QueueStatistics", "WorkQueue", "labelled", "workqueue"]

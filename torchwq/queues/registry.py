@@ -77,6 +77,8 @@ def workqueue(name: str | None = None, *misplaced: NoReturn, capacity: int | Non
     """
     if misplaced:
         raise TypeError(f"workqueue takes nothing but a name by position; say what it is: capacity={misplaced[0]!r}")
+    if not isinstance(capacity, (int, type(None))):
+        raise TypeError(f"capacity must be a number, or None for any number, not {type(capacity).__name__}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, or None for any number, not {capacity}")
     if name is None:
@@ -93,6 +95,11 @@ def workqueue(name: str | None = None, *misplaced: NoReturn, capacity: int | Non
             handle.close()
         raise ValueError(f"the queue {name!r} exists with capacity {existing}, not {capacity}")
     return handle
+
+
+def labelled(label: str) -> WorkQueue:
+    """An anonymous queue, which ``python -m torchwq top`` shows with a label."""
+    return WorkQueue(Owner(None, Owner.release, label), None)
 
 
 def _open_here(name: str) -> WorkQueue | None:
