@@ -130,6 +130,24 @@ def test_a_traceback_has_few_frames_of_ours(name: str) -> None:
         assert "in fail" in text
 
 
+def interrupt(queue: torchwq.WorkQueue, pid: int) -> None:
+    queue.write("here")
+    os.kill(pid, signal.SIGINT)
+    queue.read()
+
+
+def test_an_interrupt_of_a_read_has_few_frames_of_ours() -> None:
+    with torchwq.workqueue() as queue:
+        workers = torchwq.map(1, interrupt, queue, os.getpid())
+        with pytest.raises(KeyboardInterrupt) as caught:
+            for _ in range(2):
+                queue.read(timeout=40)
+        ours = [frame for frame in traceback.extract_tb(caught.value.__traceback__) if frame.filename.startswith(OWN)]
+        assert len(ours) <= 2
+        queue.write(None)
+        workers.join(40)
+
+
 def test_all_frames_are_there_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tracebacks.VARIABLE, "debug")
     text = raised_by(CALLS["map of threads"])

@@ -145,7 +145,8 @@ class WorkerGroup:
 
         Args:
             timeout: how long to wait at most, in seconds, for all together; None waits for ever.
-            return_exceptions: give the WorkerDied of a worker that has ended in the place of its answer.
+            return_exceptions: give the WorkerDied of a worker that has ended in the place of its answer; and then None
+                for a worker that was not asked.
 
         Returns:
             The answers, in the order of the workers.
@@ -165,7 +166,7 @@ class WorkerGroup:
         missing: list[int] = []
         try:
             for index in range(len(self)):
-                if deaths and not self._unanswered[index]:
+                if deaths and not self._unanswered[index] and not self._early.get(index):
                     continue  # it was not asked: it would be waited for in vain
                 try:
                     found[index] = self._read(index, left())

@@ -224,6 +224,23 @@ def test_a_gather_that_is_out_of_time_names_who_is_missing_and_can_go_on() -> No
         assert group.gather(timeout=30) == [(0, "again"), (1, "hang"), (2, "hang")]
 
 
+def test_answers_that_came_before_a_gather_ran_out_of_time_are_not_lost_to_a_death() -> None:
+    with WorkerGroup(3, fail_at_one) as group:
+        group.send(0, 1)
+        with pytest.raises(WorkerDied):
+            group.recv(0, timeout=30)
+        group.send(1, 5)
+        group.send(2, "hang on")
+        assert group.recv(2, timeout=30) == (2, "hang on")
+        group._unanswered[2] = 1  # as if it were late
+        with pytest.raises(queue.Empty, match="worker 2"):
+            group.gather(timeout=1.0)
+        group.send(2, 6)
+        death, *others = group.gather(timeout=30, return_exceptions=True)
+        assert isinstance(death, WorkerDied)
+        assert others == [(1, 5), (2, 6)]
+
+
 def test_the_end_of_a_worker_is_told_again_at_once_and_what_to_do(backend: str) -> None:
     with WorkerGroup(2, fail_at_one, backend=backend) as group:
         group.send(0, 1)

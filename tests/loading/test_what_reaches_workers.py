@@ -63,7 +63,7 @@ def test_a_dataset_that_cannot_travel_is_refused_with_its_place() -> None:
 
     dataset = Holding()
     loader = torchwq.DataLoader(dataset, num_workers=1, multiprocessing_context="spawn")
-    with pytest.raises(torchwq.MarshalError, match=r"the loader's\[0\]\.dataset\.file"):
+    with pytest.raises(torchwq.MarshalError, match=r"the loader\.dataset\.file"):
         iter(loader)
     assert next(iter(torchwq.DataLoader(dataset, num_workers=1))).shape == (1, 3)
     dataset.file.close()

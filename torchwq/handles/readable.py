@@ -94,6 +94,9 @@ class MessageSource(abc.ABC):
             shutdown.block_daemon_at_exit()
             tracebacks.trim(error)
             raise error
+        except KeyboardInterrupt as interrupt:
+            tracebacks.trim(interrupt)
+            raise interrupt
 
     def wait_until(self, deadline: float | None, timeout: float | None) -> Received:
         """The same, until ``deadline`` (time.monotonic), which is ``timeout`` seconds after the beginning."""

@@ -206,7 +206,8 @@ class Iterator(internals.BaseIterator):  # type: ignore[misc]
             raise error
         except BaseException as error:
             self._abort(error)
-            raise
+            tracebacks.trim(error)
+            raise error
 
     def _next_batch(self) -> Any:
         dispatcher, progress = self._dispatcher, self._progress

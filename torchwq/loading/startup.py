@@ -73,8 +73,8 @@ def starter(context: Any, config: LoaderConfig, backend: Backend) -> Start:
         context = context or torch.multiprocessing
         if context.get_start_method() == "fork":
             return functools.partial(_fork, context, config)
-    options: dict[str, Any] = {"upvalues": True, "root": "the loader", "worker_resources": held}
-    (payload,) = codec.encode_all([config], codec.CALL_LIMIT, peer=backend.peer, **options)
+    options: dict[str, Any] = {"peer": backend.peer, "worker_resources": held, "full_definitions": True}
+    payload = codec.encode_one(config, codec.CALL_LIMIT, "the loader", **options)
     return functools.partial(_serve, backend, backend.share(payload), held)
 
 

@@ -133,8 +133,10 @@ class WorkerLoop:
                 self._cpu = cpu = clock()
                 payload = self._answer(index) if made else self._encode(End())
                 del task, index
+                nbytes = payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
                 sending = time.perf_counter_ns()
                 send(payload)
+                del payload  # at once: an error in it, which a thread shares with its loader, has the loader's frames
                 self._made += 1
                 flow[MADE], flow[AT_WORK] = self._made, IDLE
                 since = time.perf_counter_ns()
@@ -144,8 +146,7 @@ class WorkerLoop:
                 words[CPU] += clock() - cpu
                 delay.update(since)
                 words[BATCHES] += made and self._is_batch
-                words[NBYTES] += payload.nbytes if isinstance(payload, (Message, ValueMessage)) else _size(payload)
-                del payload
+                words[NBYTES] += nbytes
         except (EOFError, BrokenPipeError):
             pass  # the loader has closed the connection, or is dead
         finally:

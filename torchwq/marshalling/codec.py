@@ -203,12 +203,23 @@ def encode_one(
     upvalues: bool = True,
     owned_blocks: Container[Block] | None = None,
     peer: Capabilities = SAME_MACHINE,
+    worker_resources: list[Any] | None = None,
+    full_definitions: bool = False,
 ) -> Encoded:
     """Encode ``obj``; raises as :func:`encode_all` does. ``root`` is the name of ``obj`` in the error's text."""
     try:
-        return encode(obj, limit, upvalues=upvalues, owned_blocks=owned_blocks, peer=peer)
+        return encode(
+            obj,
+            limit,
+            upvalues=upvalues,
+            owned_blocks=owned_blocks,
+            peer=peer,
+            worker_resources=worker_resources,
+            full_definitions=full_definitions,
+        )
     except Exception as error:
-        raise _located(error, obj, root, limit, upvalues=upvalues, peer=peer)  # noqa: B904
+        options = {"upvalues": upvalues, "peer": peer, "worker_resources": worker_resources}
+        raise _located(error, obj, root, limit, **options)  # noqa: B904
 
 
 def encode_result(value: Any, limit: int, root: str, *, peer: Capabilities = SAME_MACHINE) -> Encoded:
