@@ -16,6 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
+import operator
 import queue
 import signal
 import time
@@ -96,11 +97,14 @@ class WorkerGroup:
     def _check(self, index: int = 0) -> None:
         if self._closed:
             raise QueueClosed("the group is closed")
-        if type(index) is not int or not 0 <= index < len(self._queues):
-            there = f"the group has {len(self)}, with the numbers 0 to {len(self) - 1}"
-            if isinstance(index, int):
-                raise IndexError(f"there is no worker {index}: {there}")
-            raise TypeError(f"a worker is addressed by its number, not by {index!r}: {there}")
+        try:
+            if 0 <= operator.index(index) < len(self._queues):
+                return
+            error: Exception = IndexError(f"there is no worker {index}")
+        except TypeError:
+            error = TypeError(f"a worker is addressed by its number, not by {index!r}")
+        error.args = (f"{error}: the group has {len(self._queues)}, with the numbers 0 to {len(self._queues) - 1}",)
+        raise error
 
     # Messages
 

@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -298,5 +299,7 @@ def test_a_worker_that_is_not_there_is_an_error_that_says_which_are() -> None:
         for call in (lambda: group.send(2, 1), lambda: group.recv(-1), lambda: group.restart(5)):
             with pytest.raises(IndexError, match="the group has 2, with the numbers 0 to 1"):
                 call()
+        group.send(np.int64(1), 1)  # type: ignore[arg-type] # as argmax gives it
+        assert group.recv(1, timeout=30) == (1, 1)
         with pytest.raises(TypeError, match="by its number, not by 'x'"):
             group.send("x", 1)  # type: ignore[arg-type]
