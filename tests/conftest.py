@@ -62,8 +62,8 @@ LOOKS = 100
 
 
 #: The files that take longest, the longest first. Where processes run tests side by side, whole files go to each, and
-#: what begins first ends in time: none is left alone with a long one while the others are idle. Those with Ray come last
-#: all the same: its workers leave the processor to whoever wants it, and would be late.
+#: what begins first ends in time: none is left alone with a long one while the others are idle. Those with Ray come
+#: last all the same: its workers leave the processor to whoever wants it, and would be late.
 LONGEST = [
     "examples/test_examples.py",
     "examples/test_docs.py",
