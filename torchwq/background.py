@@ -97,7 +97,7 @@ class BackgroundTask(unretrieved.Future[T]):
         workers = find(backend)
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, not {prefetch}")
-        self._name = getattr(f, "__qualname__", None) or type(f).__qualname__
+        self._name = starting.name_of(f)
         self._length: int | None = None
         self._exhausted = False
         self._is_iterator = False

@@ -213,8 +213,13 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         Source: ``torchdata.stateful_dataloader.StatefulDataLoader.state_dict``.
         """
         self._saves_rng = True
+        made: dict[str, Any] = self._present_state().to_dict()
+        made[_MADE_WITH] = self._made_with()
+        return made
+
+    def _present_state(self) -> state.State:
         if self._loaded_state is not None:
-            return self._loaded_state.to_dict() | {_MADE_WITH: self._made_with()}
+            return self._loaded_state
         iterator = self._last_iterator() if isinstance(self._last_iterator, weakref.ref) else self._last_iterator
         captured: state.State | None = self._stats.state if iterator is None else iterator.capture()
         if captured is None:
@@ -222,9 +227,7 @@ class DataLoader(torch.utils.data.DataLoader[T_co]):
         if captured.begins and not captured.is_drawn_ahead:  # with what is drawn from now on
             draws_seed = not (captured.finished and self.persistent_workers)
             captured.draws = sampler_rng.draws_of_next_epoch(self._index_sampler, self.generator, base_seed=draws_seed)
-        made: dict[str, Any] = captured.to_dict()
-        made[_MADE_WITH] = self._made_with()
-        return made
+        return captured
 
     def _made_with(self) -> dict[str, Any]:
         """What the batches that are left depend on, beside what is in the state."""

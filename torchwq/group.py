@@ -31,7 +31,7 @@ from .marshalling import exceptions
 from .queues import WorkQueue, labelled
 from .selecting import select
 from .workers.backend import Backend, find
-from .workers.starting import check_number
+from .workers.starting import check_number, name_of
 
 _USAGE: Final = "torchwq.WorkerGroup(number, function, *args)"
 #: Seconds that a worker has to end after its queue was closed, and again after SIGTERM.
@@ -91,8 +91,7 @@ class WorkerGroup:
         return mapping.start(f, (q, *args), range(index, index + 1), of, self._backend, upvalues)
 
     def _make_queue(self, index: int) -> WorkQueue:
-        f = self._call[0]
-        return labelled(f"{getattr(f, '__qualname__', type(f).__qualname__)}[{index}]")
+        return labelled(f"{name_of(self._call[0])}[{index}]")
 
     def _check(self, index: int = 0) -> None:
         if self._closed:

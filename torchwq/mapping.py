@@ -24,7 +24,7 @@ from .transport import cleanup, reactor
 from .transport.fork import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import Backend, find
-from .workers.starting import check_number
+from .workers.starting import check_number, name_of
 
 _ENTRY = "torchwq.mapping:run_worker"
 #: Seconds that a worker has to end after SIGTERM, when an error leaves a ``with`` block.
@@ -460,7 +460,7 @@ def start(
         payloads.append(
             codec.encode_call(f, positional, keywords, upvalues=upvalues, peer=backend.peer, worker_resources=held)
         )
-    outcomes = _Outcomes(mapids, of, getattr(f, "__qualname__", None) or type(f).__qualname__)
+    outcomes = _Outcomes(mapids, of, name_of(f))
     started = Map(outcomes, make_bar)
     outcomes.start(payloads, backend, held)
     return started

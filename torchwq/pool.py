@@ -47,7 +47,7 @@ from .marshalling import codec, exceptions
 from .transport.fork import reset_in_child
 from .workers import child, shutdown, starting, unretrieved, worker
 from .workers.backend import Backend, find
-from .workers.starting import check_number
+from .workers.starting import check_number, name_of
 
 T = TypeVar("T")
 
@@ -427,7 +427,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             raise error
         future: unretrieved.Future[T] = unretrieved.Future()
         # ``fn`` may be an object that answers with a user's code, which must not run with the lock.
-        task = _Task(future, payload, getattr(fn, "__qualname__", None) or type(fn).__qualname__)
+        task = _Task(future, payload, name_of(fn))
         with pool.lock:
             if pool.broken is not None:
                 raise pool.error()
@@ -465,8 +465,7 @@ class BackgroundTaskPool(concurrent.futures.Executor):
             return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **options)
         items = list(zip(*iterables, strict=False))
         results = super().map(fn, *zip(*items, strict=True), timeout=timeout, chunksize=chunksize, **options)
-        name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
-        return iter(make_bar(results, total=len(items), desc=name, unit="task"))
+        return iter(make_bar(results, total=len(items), desc=name_of(fn), unit="task"))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more tasks, and end the workers when the submitted tasks are done.

@@ -349,6 +349,8 @@ def test_a_loader_that_makes_other_batches_refuses_the_state(changed: Any, what:
     same = torchwq.DataLoader(**made)
     same.load_state_dict(saved)
     assert len(list(same)) == 3
+    same.load_state_dict(saved)
+    assert repr(same.state_dict()) == repr(loader.state_dict())  # in few words, as any other
     saved.pop("_torchwq_made_with")  # one of before
     same.load_state_dict(saved)
     assert len(list(same)) == 3

@@ -222,6 +222,8 @@ def watch(interval: float) -> Iterator[list[Row]]:
 
 
 HEADINGS: Final = "pid", "what", "name", "workers", "depth", "per s", "busy", "cpus", "command"
+#: Those of columns with text; the others have numbers, which stand to the right.
+_TEXTS: Final = frozenset({"what", "name", "command"})
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -249,7 +251,7 @@ def as_text(rows: Sequence[Row], width: int = 0) -> str:
     lines = []
     for line in table:
         texts = [
-            text.ljust(size) if heading in ("what", "name", "command") else text.rjust(size)
+            text.ljust(size) if heading in _TEXTS else text.rjust(size)
             for heading, text, size in zip(HEADINGS, line, widths, strict=True)
         ]
         shown = "  ".join(texts).rstrip()
@@ -263,8 +265,7 @@ def _rich_table(rows: Sequence[Row]) -> Any:
 
     table = Table(box=None, pad_edge=False, caption="" if rows else as_text(rows))
     for heading in HEADINGS:
-        is_text = heading in ("what", "name", "command")
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading != "name")
+        table.add_column(heading, justify="left" if heading in _TEXTS else "right", no_wrap=heading != "name")
     for row in rows:
         table.add_row(*map(Text, cells(row)))  # not as markup
     return table

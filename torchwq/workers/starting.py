@@ -43,6 +43,12 @@ def warm_up(wait: bool = True) -> None:
     find("process").warm_up(wait)
 
 
+def name_of(f: Any) -> str:
+    """What a function, or another object that can be called or iterated over, is called where people read it."""
+    name: str = getattr(f, "__qualname__", None) or type(f).__qualname__
+    return name
+
+
 def check_number(n: Any, what: str) -> int:
     """Return ``n`` as a number of workers. Raises TypeError if it is no integer, ValueError if it is less than 1.
 
